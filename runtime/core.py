@@ -1,0 +1,142 @@
+"""The shared nouns: what a request is and what comes back. Open this file first.
+
+A `Request` goes into the engine; for each token one `TokenEvent` comes out, the last of them with a
+`finish_reason`. Nothing here knows about HTTP, ONNX Runtime or files.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from runtime.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. STOP and LENGTH are OpenAI's words; the others end a request without an answer."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens for one request. Checked once, here.
+
+    temperature 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. Penalties follow OpenAI
+    (presence, frequency: subtracted, generated tokens only) and CTRL (repetition: divides or multiplies,
+    prompt and generated tokens, arXiv:1909.05858). Filters run in the order penalties, bias, temperature,
+    top-k, top-p, min-p. Log-probabilities are those of the model, before any of that.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1, None)
+        _check("temperature", self.temperature, 0, 2)
+        _check("top_k", self.top_k, 0, None)
+        _check("top_p", self.top_p, 0, 1, low_open=True)
+        _check("min_p", self.min_p, 0, 1)
+        _check("repetition_penalty", self.repetition_penalty, 0, 10, low_open=True)
+        _check("presence_penalty", self.presence_penalty, -2, 2)
+        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+        for token_id, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token_id}]", bias, -100, 100)
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
+        if self.seed is not None:
+            _check("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _check(name: str, value: float, low: float, high: float | None, *, low_open: bool = False) -> None:
+    param = name.partition("[")[0]
+    if not math.isfinite(value):
+        raise InvalidRequest(f"{name} must be a finite number, got {value}", param=param)
+    too_low = value <= low if low_open else value < low
+    if too_low or (high is not None and value > high):
+        bound = f"greater than {low}" if low_open else f"at least {low}"
+        bound += "" if high is None else f" and at most {high}"
+        raise InvalidRequest(f"{name} must be {bound}, got {value}", param=param)
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its natural-log probability under the model."""
+
+    token_id: int
+    logprob: float
+
+
+class TokenEvent(NamedTuple):
+    """One generated token, or the end of a request without one (`token_id` None).
+
+    `text` is what became final with this token: it can be empty (half a character, or the possible
+    beginning of a stop string) and never contains a stop string.
+    """
+
+    token_id: int | None
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class TextPiece(NamedTuple):
+    """What a token added to the text: final characters, and whether a stop string was completed."""
+
+    text: str
+    is_stopped: bool
+
+
+class TextStream(Protocol):
+    """Turns the token ids of one request into text, one by one. The engine knows text only through this."""
+
+    def push(self, token_id: int) -> TextPiece:
+        """Add a token; return the characters that are now final."""
+        ...
+
+    def finish(self) -> str:
+        """Return the characters still held back. Called once, when the request ends by itself."""
+        ...
+
+
+EventSink = Callable[[TokenEvent], None]
+"""Called on the engine's thread, once per event; must not block and must not raise."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """One sequence to generate. `prompt_ids` is not empty; `eos_ids` end it unless `params.ignore_eos`."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    sink: EventSink
+    text: TextStream | None = None

@@ -1,0 +1,72 @@
+"""Every error a user can cause, as one tree.
+
+    HeadraceError                    exit code 2; HTTP status from serve/errors.py
+    |- InvalidRequest                a request field or prompt that cannot be served (400)
+    |  |- PromptTooLong              prompt plus max_tokens exceed the context (400)
+    |  `- ModelNotFound              the request names another model (404)
+    |- Overloaded                    the waiting queue is full (429, Retry-After)
+    |- Unavailable                   starting, draining or broken (503, Retry-After)
+    |- EngineFailed                  the engine died while the request was in it (500)
+    |- InvalidArtifact               a directory that is not a whole, intact artifact
+    |- InvalidCheckpoint             a model directory or file that cannot be read
+    |  `- UnsupportedModel           a model type or config field this release has no graph for
+    |- GateFailed                    the exported model is not accurate enough
+    `- InvalidSetting                a command-line flag or environment variable
+Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class HeadraceError(Exception):
+    """Base of everything a user can cause. The message is one line and says what to do."""
+
+
+class InvalidRequest(HeadraceError):
+    """A request that can never be served. `param` names the offending field, if one does."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt does not fit the context; the message gives both lengths."""
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model this server does not serve."""
+
+
+class Overloaded(HeadraceError):
+    """The waiting queue is full. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(HeadraceError):
+    """The engine is not accepting requests: starting, draining or failed."""
+
+
+class EngineFailed(HeadraceError):
+    """The engine stopped while this request was waiting or running."""
+
+
+class InvalidArtifact(HeadraceError):
+    """Not an artifact, half an artifact, or one whose files do not match its manifest."""
+
+
+class InvalidCheckpoint(HeadraceError):
+    """A checkpoint that is missing, truncated or inconsistent."""
+
+
+class UnsupportedModel(InvalidCheckpoint):
+    """A model type or config field this release has no graph for."""
+
+
+class GateFailed(HeadraceError):
+    """The exported model is further from its reference than the gate allows."""
+
+
+class InvalidSetting(HeadraceError):
+    """A malformed command-line flag or environment variable."""

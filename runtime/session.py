@@ -1,0 +1,68 @@
+"""What the engine asks of a model: run token rows against KV slots, in place.
+
+An implementation owns the KV cache: for each layer one K and one V array `[num_slots, kv_heads, capacity,
+head_dim]`. It knows nothing about requests, sampling or text. ONNX Runtime's is `runtime/ort_session.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One run of the model over the slots `first_slot .. first_slot + B`.
+
+    Row b holds `query_len[b]` new tokens, left-aligned in `token_ids[b]`, which follow the `past_len[b]`
+    tokens already in its slot. Their K and V are written at `past_len[b]`. The run may also write garbage
+    *behind* the valid tokens of a row (padding), never before; the caller keeps
+    `past_len[b] + S <= capacity` for every row.
+
+    A row with `query_len[b] == 0` is idle: nothing of it is read, its logits are undefined.
+
+    token_ids: int64 [B, S], B >= 1, S >= 1; padding is any valid id
+    past_len:  int32 [B], tokens already in the slot
+    query_len: int32 [B], 0 <= query_len <= S; a session that is not ragged takes S == 1, or B == 1 and
+               query_len == S
+    logits_idx: int64 [R], R >= 1, positions in the flattened [B * S] whose logits are wanted
+    """
+
+    first_slot: int
+    token_ids: NDArray[np.int64]
+    past_len: NDArray[np.int32]
+    query_len: NDArray[np.int32]
+    logits_idx: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """The limits of a session, fixed when it is made."""
+
+    device: str
+    num_slots: int
+    capacity: int
+    """Tokens a slot holds: prompt and answer together."""
+    vocab_size: int
+    is_ragged: bool
+    kv_bytes_per_token: int
+
+
+class Session(Protocol):
+    """A loaded model with its KV slots. Used by one thread at a time."""
+
+    @property
+    def info(self) -> SessionInfo: ...
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Run the batch; return logits float32 `[R, vocab_size]`, valid until the next call."""
+        ...
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` positions of one slot's cache to another slot."""
+        ...
+
+    def close(self) -> None:
+        """Release the cache and the model. Idempotent."""
+        ...
