@@ -1,0 +1,46 @@
+"""The `headrace` command: looks the verb up and imports only that verb's module, so that --help is instant."""
+
+import importlib
+import sys
+
+VERBS = {
+    "export": ("export.cli", "write a checkpoint as an ONNX artifact"),
+    "serve": ("serve.cli", "serve an artifact over HTTP"),
+    "run": ("serve.quickstart", "export the default model if needed, serve it, and ask it something"),
+    "generate": ("runtime.generate", "stream an answer to the terminal"),
+    "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),
+    "bench": ("runtime.bench", "prefill and decode speed, memory, fraction of the roofline"),
+    "inspect": ("runtime.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),
+}
+
+
+def usage() -> str:
+    """The text of `headrace --help`."""
+    rows = "\n".join(f"  {verb:10}{summary}" for verb, (_, summary) in VERBS.items())
+    return f"usage: headrace VERB [...]\n\n{rows}\n\n`headrace VERB --help` lists the options of a verb.\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; 0 on success, 2 on anything the user can mend, with one line on standard error."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0
+    verb = args[0]
+    if verb not in VERBS:
+        sys.stderr.write(f"headrace: no verb {verb!r}; one of {', '.join(VERBS)}\n")
+        return 2
+    from runtime.errors import HeadraceError
+
+    try:
+        return int(importlib.import_module(VERBS[verb][0]).main(args[1:]))
+    except HeadraceError as error:
+        sys.stderr.write(f"headrace {verb}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"headrace {verb}: interrupted\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
