@@ -6,7 +6,6 @@ import sys
 VERBS = {
     "export": ("export.cli", "write a checkpoint as an ONNX artifact"),
     "serve": ("serve.cli", "serve an artifact over HTTP"),
-    "run": ("serve.quickstart", "export the default model if needed, serve it, and ask it something"),
     "generate": ("runtime.generate", "stream an answer to the terminal"),
     "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),
     "bench": ("runtime.bench", "prefill and decode speed, memory, fraction of the roofline"),
