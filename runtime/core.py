@@ -140,3 +140,31 @@ class Request:
     eos_ids: frozenset[int]
     sink: EventSink
     text: TextStream | None = None
+
+
+class EngineStats(NamedTuple):
+    """A look at the engine between two steps."""
+
+    num_waiting: int
+    num_running: int
+    num_slots: int
+    kv_used_tokens: int
+    kv_total_tokens: int
+
+
+class EngineObserver(Protocol):
+    """Hears what the engine did; called on the engine's thread, must be quick. serve/metrics.py is one."""
+
+    def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
+        """A step ran: rows decoded, prompt tokens prefilled, seconds in all and inside the session."""
+        ...
+
+    def on_first_token(self, *, ttft_s: float) -> None:
+        """A request got its first token, this many seconds after it was submitted."""
+        ...
+
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None
+    ) -> None:
+        """A request ended; `tpot_s` is the mean seconds per token after the first, None below two tokens."""
+        ...
