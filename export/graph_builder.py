@@ -1,0 +1,109 @@
+"""A thin layer over onnx_ir: add a node, get its output; constants and weights become initializers.
+
+Knows nothing about decoders. Not thread-safe.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.weight_file import Extent, WeightFile, external_value
+
+MICROSOFT = "com.microsoft"
+OPSET = 21
+MICROSOFT_OPSET = 1
+IR_VERSION = 10
+
+
+class GraphBuilder:
+    """Collects the nodes, initializers, inputs and outputs of one graph."""
+
+    def __init__(self, weights: WeightFile, *, on_tensor: Callable[[], None] = lambda: None) -> None:
+        self._weights = weights
+        self._on_tensor = on_tensor
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Declare a graph input; a string is a symbolic dimension."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Declare a node's output as a graph output."""
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node with one output called `name`."""
+        return self.ops(op_type, inputs, [name], domain=domain, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        names: Sequence[str],
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Add a node with several outputs; an empty name leaves an optional output out."""
+        outputs = [ir.Value(name=name) for name in names]
+        node_name = f"{names[0]}/{op_type}"
+        self._nodes.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=outputs, name=node_name))
+        return outputs
+
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """A small initializer kept in the graph file itself; the same name twice is the same initializer."""
+        if name not in self._initializers:
+            tensor = ir.tensor(array, name=name)
+            self._initializers[name] = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self._initializers[name]
+
+    def shape_constant(self, *dims: int) -> ir.Value:
+        """An int64 vector for Reshape and Split; 0 copies a dimension, -1 infers it."""
+        return self.constant("shape_" + "_".join(map(str, dims)).replace("-", "m"), np.array(dims, np.int64))
+
+    def write(self, chunks: Iterable[NDArray[Any]]) -> Extent:
+        """Append a tensor to weights.bin."""
+        extent = self._weights.append(chunks)
+        self._on_tensor()
+        return extent
+
+    def weight(self, name: str, extent: Extent, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """An initializer over bytes already written."""
+        value = external_value(name, extent, dtype, shape)
+        self._initializers[name] = value
+        return value
+
+    def array(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Write an array to weights.bin and name it."""
+        return self.weight(name, self.write([array]), ir.DataType.from_numpy(array.dtype), array.shape)
+
+    def model(self, name: str, producer_version: str) -> ir.Model:
+        """The finished model."""
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: MICROSOFT_OPSET},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="headrace", producer_version=producer_version)

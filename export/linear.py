@@ -1,0 +1,131 @@
+"""Linear layers, embeddings and LM heads of a graph, in whatever form the precision stores them.
+
+The seam for further schemes: a scheme turns (input, weight) into nodes. Nothing here knows decoders.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.block_quant import QuantizedRows, check_divisible, quantize_rows
+from export.graph_builder import MICROSOFT, GraphBuilder
+from export.precision import Blocks, Precision
+
+# Rows quantized at once: bounds the temporaries of a 150,000-row embedding to a few dozen MB.
+_ROWS_AT_ONCE = 4096
+
+# MatMulNBits: int8 products with int32 sums; the activations are rounded per block and row as they come.
+_INT8_PRODUCTS = 4
+
+
+class Weight(NamedTuple):
+    """A weight matrix that is read when asked for: float32 `[N, K]`, N outputs of K inputs each."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    load: Callable[[], NDArray[np.float32]]
+
+
+class QuantizedWeight(NamedTuple):
+    """The initializers of a block-quantized matrix."""
+
+    values: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
+def linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, name: str) -> ir.Value:
+    """x `[..., K]` times weight transposed, `[..., N]`."""
+    blocks = precision.blocks_of(weight.kind)
+    if blocks is None:
+        matrix = weight.load().T.astype(precision.numpy_dtype)
+        return g.op("MatMul", [x, g.array(weight.name, matrix)], name)
+    stored = _write_blocks(g, weight, blocks)
+    return _blocked_matmul(g, x, stored, weight.shape, blocks, name)
+
+
+def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, precision: Precision, name: str) -> tuple[ir.Value, Any]:
+    """Rows of the embedding for int64 ids; also what a tied LM head needs to share its bytes."""
+    blocks = precision.blocks_of(weight.kind)
+    if blocks is None:
+        table = g.array(weight.name, weight.load().astype(precision.numpy_dtype, copy=False))
+        return g.op("Gather", [table, ids], name), table
+    stored = _write_blocks(g, weight, blocks)
+    # GatherBlockQuantized wants the same bytes as a matrix: a second name for the same extent.
+    rows, row_bytes = weight.shape[0], weight.shape[1] * blocks.bits // 8
+    tensor = stored.values.const_value
+    assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None and tensor.length is not None
+    from export.weight_file import Extent
+
+    flat = g.weight(f"{weight.name}.rows", Extent(tensor.offset, tensor.length), ir.DataType.UINT8, (rows, row_bytes))
+    inputs = [flat, ids, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
+    x = g.op(
+        "GatherBlockQuantized",
+        inputs,
+        name,
+        domain=MICROSOFT,
+        bits=blocks.bits,
+        block_size=blocks.block_size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    return x, stored
+
+
+def tied_lm_head(
+    g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, precision: Precision, name: str
+) -> ir.Value:
+    """Logits of x `[R, K]` with the embedding's own bytes."""
+    blocks = precision.blocks_of("embedding")
+    if blocks is None:
+        return g.op("Gemm", [x, shared], name, transB=1)
+    return _blocked_matmul(g, x, shared, weight.shape, blocks, name)
+
+
+def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedWeight:
+    n, k = weight.shape
+    check_divisible(weight.name, k, blocks.block_size)
+    matrix = weight.load()
+    rest: list[QuantizedRows] = []
+
+    def values() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, n, _ROWS_AT_ONCE):
+            rows = quantize_rows(
+                matrix[start : start + _ROWS_AT_ONCE],
+                bits=blocks.bits,
+                block_size=blocks.block_size,
+                symmetric=blocks.symmetric,
+            )
+            rest.append(rows._replace(values=rows.values[:0]))
+            yield rows.values
+
+    num_blocks = k // blocks.block_size
+    shape = (n, num_blocks, blocks.block_size * blocks.bits // 8)
+    stored = g.weight(f"{weight.name}.q{blocks.bits}", g.write(values()), ir.DataType.UINT8, shape)
+    scales = g.array(f"{weight.name}.scales", np.concatenate([rows.scales for rows in rest]))
+    zero_points = None
+    if not blocks.symmetric:
+        packed = np.concatenate([rows.zero_points for rows in rest if rows.zero_points is not None])
+        zero_points = g.array(f"{weight.name}.zero_points", packed)
+    return QuantizedWeight(stored, scales, zero_points)
+
+
+def _blocked_matmul(
+    g: GraphBuilder, x: ir.Value, stored: QuantizedWeight, shape: tuple[int, int], blocks: Blocks, name: str
+) -> ir.Value:
+    inputs = [x, stored.values, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
+    return g.op(
+        "MatMulNBits",
+        inputs,
+        name,
+        domain=MICROSOFT,
+        N=shape[0],
+        K=shape[1],
+        bits=blocks.bits,
+        block_size=blocks.block_size,
+        accuracy_level=_INT8_PRODUCTS,
+    )

@@ -1,0 +1,60 @@
+"""The table of precisions: what each kind of weight becomes. One row a precision; a layer kind may stay wider."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from runtime.errors import InvalidSetting
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Weight-only quantization in blocks along a row; see block_quant.py."""
+
+    bits: int
+    block_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """How an artifact computes and stores.
+
+    compute: type of activations, norms, KV cache and unquantized weights
+    blocks: of the linear layers; None stores them in `compute`
+    overrides: other blocks for one kind of layer: qkv, o, gate_up, down, embedding (which a tied LM head shares), lm_head
+    """
+
+    name: str
+    compute: ir.DataType = ir.DataType.FLOAT
+    blocks: Blocks | None = None
+    overrides: Mapping[str, Blocks] = field(default_factory=dict)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.floating]:
+        return np.dtype(np.float16 if self.compute == ir.DataType.FLOAT16 else np.float32)
+
+    def blocks_of(self, kind: str) -> Blocks | None:
+        """The blocks a layer kind is stored in."""
+        return self.overrides.get(kind, self.blocks)
+
+
+_INT8 = Blocks(bits=8, block_size=32, symmetric=True)
+_INT4 = Blocks(bits=4, block_size=32, symmetric=False)
+
+EXPORTABLE: Mapping[str, Precision] = {
+    "fp32": Precision(name="fp32"),
+    "fp16": Precision(name="fp16", compute=ir.DataType.FLOAT16),
+    "w8a16": Precision(name="w8a16", blocks=_INT8),
+    # The LM head sees every error of the layers before it and decides the token; the embedding shares its bytes.
+    "w4a16": Precision(name="w4a16", blocks=_INT4, overrides={"embedding": _INT8, "lm_head": _INT8}),
+}
+
+
+def precision_named(name: str) -> Precision:
+    """Look a precision up; InvalidSetting lists what there is."""
+    if name not in EXPORTABLE:
+        raise InvalidSetting(f"precision {name!r} cannot be exported; choose one of {', '.join(EXPORTABLE)}")
+    return EXPORTABLE[name]

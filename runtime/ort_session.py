@@ -1,0 +1,125 @@
+"""The Session on ONNX Runtime's CPU provider: one loaded graph, the KV pool in place, IO bindings kept.
+
+Knows the tensor names of export/decoder.py's graph through the manifest, and nothing of requests or text.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.artifact import Artifact
+from runtime.errors import InvalidArtifact
+from runtime.session import Batch, SessionInfo
+
+# A binding holds two OrtValues a layer (about 0.4 ms to make for 30 layers). Decode needs one a batch size,
+# prefill one a slot; the rest are rare shapes.
+_MAX_BINDINGS = 256
+
+
+class OrtSession:
+    """Implements `runtime.session.Session`. Make it with `OrtSession.open`."""
+
+    def __init__(self, session: Any, artifact: Artifact, *, num_slots: int, capacity: int) -> None:
+        from onnxruntime import OrtValue
+
+        dims, kv = artifact.manifest.dims, artifact.manifest.kv
+        self._session = session
+        self._value = OrtValue.ortvalue_from_numpy
+        shape = (num_slots, dims.num_kv_heads, capacity, dims.head_dim)
+        self._names: list[tuple[str, str]] = []
+        self._pool: list[NDArray[Any]] = []
+        for layer in range(dims.num_layers):
+            for part in "kv":
+                names = (kv.past_name.format(layer=layer, kv=part), kv.present_name.format(layer=layer, kv=part))
+                self._names.append(names)
+                self._pool.append(np.zeros(shape, np.dtype(kv.dtype)))
+        self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._logits = np.empty((num_slots, dims.vocab_size), np.float32)
+        per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * np.dtype(kv.dtype).itemsize
+        self._info = SessionInfo(
+            device="cpu",
+            num_slots=num_slots,
+            capacity=capacity,
+            vocab_size=dims.vocab_size,
+            is_ragged=True,
+            kv_bytes_per_token=per_token,
+        )
+
+    @classmethod
+    def open(cls, artifact: Artifact, *, num_slots: int, capacity: int, threads: int | None = None) -> "OrtSession":
+        """Load the graph; InvalidArtifact if ONNX Runtime refuses it. `threads` None: one a physical core."""
+        import onnxruntime
+
+        if not 1 <= capacity <= artifact.manifest.dims.max_len:
+            raise InvalidArtifact(
+                f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
+                f"{artifact.manifest.dims.max_len:,} (export it again with a larger --max-len)"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                str(artifact.model_file("ort")), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the library's exceptions share no base but Exception
+            first_line = str(error).partition("\n")[0]
+            raise InvalidArtifact(f"ONNX Runtime {onnxruntime.__version__} cannot load {artifact.path}: {first_line}") from error
+        return cls(session, artifact, num_slots=num_slots, capacity=capacity)
+
+    @property
+    def info(self) -> SessionInfo:
+        return self._info
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Run the batch; logits float32 `[R, vocab_size]`, overwritten by the next call."""
+        num_rows, chunk = batch.token_ids.shape
+        self._check(batch, num_rows, chunk)
+        num_logits = len(batch.logits_idx)
+        if num_logits > len(self._logits):
+            self._logits = np.empty((num_logits, self._info.vocab_size), np.float32)
+        logits = self._logits[:num_logits]
+        binding = self._binding(num_rows, batch.first_slot)
+        binding.bind_cpu_input("input_ids", batch.token_ids)
+        binding.bind_cpu_input("past_len", batch.past_len)
+        binding.bind_cpu_input("query_len", batch.query_len)
+        binding.bind_cpu_input("logits_idx", batch.logits_idx)
+        binding.bind_ortvalue_output("logits", self._value(logits))
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def _check(self, batch: Batch, num_rows: int, chunk: int) -> None:
+        # An empty batch would crash the process inside the kernel, so these are ours to catch.
+        assert num_rows >= 1 and chunk >= 1 and len(batch.logits_idx) >= 1, "an empty batch"
+        assert 0 <= batch.first_slot <= self._info.num_slots - num_rows, "slots outside the pool"
+        assert int(batch.past_len.max()) + chunk <= self._info.capacity, "a row longer than its slot"
+
+    def _binding(self, num_rows: int, first_slot: int) -> Any:
+        """The IO binding whose cache tensors are these slots' memory; made once a (rows, first slot)."""
+        key = (num_rows, first_slot)
+        binding = self._bindings.get(key)
+        if binding is not None:
+            self._bindings.move_to_end(key)
+            return binding
+        binding = self._session.io_binding()
+        for (past, present), pool in zip(self._names, self._pool, strict=True):
+            value = self._value(pool[first_slot : first_slot + num_rows])
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        self._bindings[key] = binding
+        if len(self._bindings) > _MAX_BINDINGS:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` positions of every layer's K and V."""
+        for pool in self._pool:
+            pool[target, :, :num_tokens] = pool[source, :, :num_tokens]
+
+    def close(self) -> None:
+        """Drop the bindings, the cache and the model."""
+        self._bindings.clear()
+        self._pool.clear()
+        self._session = None
