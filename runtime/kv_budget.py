@@ -1,0 +1,106 @@
+"""How many KV slots fit in memory. Reads what the kernel says is free; knows nothing about models beyond their sizes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from runtime.errors import InvalidSetting
+
+FREE_FRACTION = 0.6
+"""Share of the free memory the cache may take: the rest is for activations, prepacked weights and the page cache."""
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def kv_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
+    """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
+    if dtype not in _DTYPE_BYTES:
+        raise InvalidSetting(f"KV cache dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}; export the model again")
+    return 2 * num_layers * num_kv_heads * head_dim * _DTYPE_BYTES[dtype]
+
+
+def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
+    """Slots of `capacity` tokens that fit `budget` bytes, at most `max_batch`.
+
+    InvalidSetting with the sums if not even one fits.
+    """
+    slot_bytes = capacity * bytes_per_token
+    num_slots = min(max_batch, budget // slot_bytes)
+    if num_slots < 1:
+        fitting = budget // bytes_per_token
+        raise InvalidSetting(
+            f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes a token) and "
+            f"only {format_bytes(budget)} may be used; set --max-len {fitting:,} or less, or a larger --kv-memory"
+        )
+    return num_slots
+
+
+def default_budget(*, weight_bytes: int = 0, root: Path = Path("/")) -> int:
+    """Bytes the KV cache may take: 60 % of what is free once the weights are loaded.
+
+    `root` is where /proc and /sys are found. InvalidSetting where the kernel does not say.
+    """
+    return max(0, int((available_memory(root) - weight_bytes) * FREE_FRACTION))
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Free bytes: MemAvailable of /proc/meminfo, or what the control group leaves, if that is less."""
+    meminfo = root / "proc/meminfo"
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError as error:
+        raise InvalidSetting(f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory") from error
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    if "MemAvailable" not in fields:
+        raise InvalidSetting(f"{meminfo} has no MemAvailable; say how much memory to use with --kv-memory")
+    return min(int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_room(root), 2**62)
+
+
+def _cgroup_room(root: Path) -> Iterator[int]:
+    """Limit minus use for each control group around this process that has a limit (v2, then v1)."""
+    for base, limit_name, used_name in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        top = root / base
+        for group in (top, *(top / part for part in _own_groups(root))):
+            limit, used = _read_int(group / limit_name), _read_int(group / used_name)
+            if limit is not None and used is not None:
+                yield max(0, limit - used + _reclaimable(group))
+
+
+def _own_groups(root: Path) -> Iterator[str]:
+    """Paths of this process's control groups and their parents, relative to the hierarchy's root."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory") and ".." not in path:
+            parts = path.strip("/").split("/")
+            yield from ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1) if parts[0])
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of page cache that the kernel drops before it runs out."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(stat.get("inactive_file", 0))
+
+
+def _read_int(file: Path) -> int | None:
+    """The number in a file; None if there is none (no such file, or the word `max`)."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def format_bytes(count: int) -> str:
+    """A size for people, in powers of 1000: 11.3 GB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,217 @@
+"""Choosing one token from one row of logits. Knows one request's parameters and nothing about its neighbours.
+
+`make_sampler` picks the chain once per request; a row's result depends on that row and on the request's own
+random numbers alone, so a request gets the same tokens alone and in a batch.
+
+    row -> [log-probabilities] -> [penalties, bias] -> argmax
+                                                   `-> temperature -> [top-k] -> [top-p] -> [min-p] -> draw
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.core import SamplingParams, TokenLogprob
+
+Row = NDArray[np.float32]
+
+MIN_TEMPERATURE = 1e-5
+"""Lower temperatures are taken as this one: logits closer than fp32 rounding would otherwise decide, or overflow."""
+
+
+class Choice(NamedTuple):
+    """The chosen token, its log-probability under the model if asked for, and the likeliest tokens, best first."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class BadLogits(ValueError):
+    """The model returned NaN or infinity for a row."""
+
+
+class Sampler(Protocol):
+    """Chooses the tokens of one request, in order."""
+
+    def sample(self, row: Row) -> Choice:
+        """Choose from logits float32 [vocab_size], which are not changed. BadLogits if the row is not finite."""
+        ...
+
+
+def make_sampler(params: SamplingParams, prompt_ids: Iterable[int]) -> Sampler:
+    """The chain for one request; plain greedy skips everything else."""
+    edits = _Edits(params, prompt_ids) if _has_edits(params) else None
+    if params.is_greedy and edits is None and params.logprobs is None:
+        return _Greedy()
+    return _Chain(params, edits)
+
+
+def _has_edits(params: SamplingParams) -> bool:
+    return bool(
+        params.logit_bias
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1
+    )
+
+
+def _argmax(row: Row) -> int:
+    """The likeliest token, the lowest id among equals. numpy's argmax returns the first NaN, if there is one."""
+    token_id = int(row.argmax())
+    if not np.isfinite(row[token_id]):
+        raise BadLogits(f"the model returned {row[token_id]} as its highest logit (token {token_id})")
+    return token_id
+
+
+class _Greedy:
+    def sample(self, row: Row) -> Choice:
+        return Choice(_argmax(row))
+
+
+class _Chain:
+    """Everything but plain greedy."""
+
+    def __init__(self, params: SamplingParams, edits: "_Edits | None") -> None:
+        self._params = params
+        self._edits = edits
+        seed = None if params.seed is None else params.seed % 2**64
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+
+    def sample(self, row: Row) -> Choice:
+        edited = row if self._edits is None else self._edits.apply(row)
+        token_id = _argmax(edited) if self._params.is_greedy else self._draw(edited)
+        if self._edits is not None:
+            self._edits.count(token_id)
+        if self._params.logprobs is None:
+            return Choice(token_id)
+        return _with_logprobs(row, token_id, self._params.logprobs)
+
+    def _draw(self, logits: Row) -> int:
+        ids, probs = filtered(logits, self._params)
+        # Summed in fp64: fp32 would lose the tail of a 100,000-token vocabulary.
+        cumulative = np.cumsum(probs, dtype=np.float64)
+        position = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
+        # random() < 1, but the product can round up to the last sum.
+        position = min(position, len(probs) - 1)
+        return position if ids is None else int(ids[position])
+
+
+def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | None, Row]:
+    """Apply temperature, top-k, top-p and min-p to logits float32 [V].
+
+    Returns the ids of the tokens that are left and their weights, which need not sum to 1. Ids None: all, in order.
+    """
+    ids = _top_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    kept = logits if ids is None else logits[ids]
+    peak = kept.max()
+    if not np.isfinite(peak):
+        raise BadLogits(f"the model returned {peak} as its highest logit")
+    # -inf and far tails become 0, on purpose.
+    with np.errstate(over="ignore", under="ignore"):
+        probs = (kept - peak) / np.float32(max(params.temperature, MIN_TEMPERATURE))
+        np.exp(probs, out=probs)
+    if params.top_p < 1:
+        ids, probs = _top_p(ids, probs, params.top_p)
+    if params.min_p > 0:
+        # The likeliest token has weight 1: its logit is the peak, and top-k and top-p never drop it.
+        ids, probs = _keep(ids, probs, np.flatnonzero(probs >= params.min_p))
+    return ids, probs
+
+
+def _top_k(logits: Row, k: int) -> NDArray[np.int64]:
+    """Ids of the k highest logits, ascending; the lower id wins among equals, as in a stable sort.
+
+    Partition finds the k-th value without sorting the vocabulary.
+    """
+    threshold = np.partition(logits, len(logits) - k)[len(logits) - k]
+    ids = np.flatnonzero(logits >= threshold)
+    if len(ids) > k:
+        is_tied = logits[ids] == threshold
+        num_tied = k - int(np.count_nonzero(~is_tied))
+        ids = np.sort(np.concatenate([ids[~is_tied], ids[is_tied][:num_tied]]))
+    return ids
+
+
+def _top_p(ids: NDArray[np.int64] | None, probs: Row, top_p: float) -> tuple[NDArray[np.int64], Row]:
+    """The fewest likeliest tokens whose probabilities reach `top_p` (nucleus sampling, arXiv:1904.09751).
+
+    Only tokens with p > (1 - top_p) / V are sorted, V being the number of tokens. The rest cannot be in the nucleus:
+    there are at most V of them, so together they hold at most 1 - top_p, so the sorted ones hold at least top_p; being
+    the likelier ones they come first, and the nucleus is full before the rest begins.
+    """
+    total = float(probs.sum(dtype=np.float64))
+    candidates = np.flatnonzero(probs > (1 - top_p) / len(probs) * total)
+    if len(candidates) == 0:  # all equal, and the threshold rounded up to them
+        candidates = np.arange(len(probs))
+    order = np.argsort(-probs[candidates], kind="stable")
+    cumulative = np.cumsum(probs[candidates][order], dtype=np.float64)
+    num_kept = int(np.searchsorted(cumulative, top_p * total, side="left")) + 1
+    return _keep(ids, probs, candidates[order[:num_kept]])
+
+
+def _keep(
+    ids: NDArray[np.int64] | None, probs: Row, positions: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], Row]:
+    return (positions if ids is None else ids[positions]), probs[positions]
+
+
+def _with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
+    """Log-softmax of the raw row at the chosen token and at the `num_top` likeliest."""
+    peak = row.max()
+    if not np.isfinite(peak):
+        raise BadLogits(f"the model returned {peak} as its highest logit")
+    with np.errstate(under="ignore"):
+        log_sum = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+    top: tuple[TokenLogprob, ...] = ()
+    if num_top:
+        ids = _top_k(row, min(num_top, len(row)))
+        ids = ids[np.argsort(-row[ids], kind="stable")]
+        top = tuple(TokenLogprob(int(i), float(row[i]) - log_sum) for i in ids)
+    return Choice(token_id, float(row[token_id]) - log_sum, top)
+
+
+class _Edits:
+    """Penalties and bias, kept for the tokens they touch instead of the whole vocabulary.
+
+    `_ids[:n]` are the tokens seen, `_counts[:n]` how often each was generated: 0 for those of the prompt only.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+        self._params = params
+        # The other two penalties are for generated tokens alone, and would find a count of 0.
+        seen = np.unique(np.fromiter(prompt_ids, np.int64)) if params.repetition_penalty != 1 else np.empty(0, np.int64)
+        self._num_seen = len(seen)
+        self._ids = np.zeros(self._num_seen + 64, np.int64)
+        self._ids[: self._num_seen] = seen
+        self._counts = np.zeros(len(self._ids), np.float32)
+        self._position = {token_id: i for i, token_id in enumerate(seen.tolist())}
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._biases = np.fromiter(params.logit_bias.values(), np.float32)
+
+    def apply(self, row: Row) -> Row:
+        """A copy of the row with penalties and bias."""
+        edited = row.copy()
+        ids, counts = self._ids[: self._num_seen], self._counts[: self._num_seen]
+        if len(ids):
+            seen, repetition = edited[ids], np.float32(self._params.repetition_penalty)
+            seen = np.where(seen > 0, seen / repetition, seen * repetition)
+            seen -= np.float32(self._params.frequency_penalty) * counts
+            seen -= np.float32(self._params.presence_penalty) * (counts > 0)
+            edited[ids] = seen
+        edited[self._bias_ids] += self._biases
+        return edited
+
+    def count(self, token_id: int) -> None:
+        """Note a generated token."""
+        position = self._position.get(token_id)
+        if position is None:
+            position = self._position[token_id] = self._num_seen
+            if position == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[position] = token_id
+            self._num_seen += 1
+        self._counts[position] += 1

@@ -1,0 +1,165 @@
+"""Settings as frozen dataclasses, and command-line flags made from them.
+
+A field is written once, with its default and help; `add_flags` turns every field of a class into a flag and
+`from_namespace` turns the parsed flags back into an instance, which checks itself when it is made. Used for
+`EngineSettings`, for `SamplingParams` and for the server's own settings. Knows nothing about what they mean.
+"""
+
+import argparse
+import re
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from runtime.errors import InvalidSetting
+
+T = TypeVar("T")
+
+_BYTE_UNITS = {
+    "": 1,
+    **{unit: 1000**power for power, unit in enumerate("KMGT", start=1)},
+    **{f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)},
+}
+
+
+def setting(default: Any, help_text: str, *, parse: Callable[[str], Any] | None = None, metavar: str = "") -> Any:
+    """A dataclass field that becomes a flag. `parse` reads its text where the type alone does not say how."""
+    return field(default=default, metadata={"help": help_text, "parse": parse, "metavar": metavar})
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size in bytes: 500000000, 500MB, 4G (powers of 1000), 4GiB (powers of 1024)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 500MB, 4G or 4GiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Limits of the engine. Raises InvalidSetting for a value out of range."""
+
+    max_batch: int = setting(32, "most requests decoded together")
+    max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
+    prefill_chunk: int = setting(512, "most prompt tokens run between two decode steps")
+    threads: int | None = setting(None, "threads of the model, by default one per core")
+    kv_memory: int | None = setting(
+        None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
+    )
+    max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
+
+    def __post_init__(self) -> None:
+        check_at_least("max_batch", self.max_batch, 1)
+        check_at_least("max_waiting", self.max_waiting, 0)
+        check_at_least("prefill_chunk", self.prefill_chunk, 1)
+        check_at_least("threads", self.threads, 1)
+        check_at_least("kv_memory", self.kv_memory, 1)
+        # One token of prompt and one of answer.
+        check_at_least("max_len", self.max_len, 2)
+
+
+def check_at_least(name: str, value: float | None, low: float) -> None:
+    """Raise InvalidSetting, naming the flag, if a value that is set is below its lower bound."""
+    if value is not None and value < low:
+        raise InvalidSetting(f"{flag_name(name)} must be at least {low}, got {value}")
+
+
+def flag_name(name: str) -> str:
+    """The flag of a field: max_len -> --max-len."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type[Any],
+    *,
+    skip: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add one flag for each field of the dataclass `cls`, except those in `skip`.
+
+    `defaults` replaces the class's default for single fields. Field types: int, float, str, Path, bool, `X | None`,
+    tuple or frozenset of those (the flag may be repeated), and Mapping[int, float] (`ID=VALUE`, repeated).
+    """
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        if item.name not in skip:
+            default = (defaults or {}).get(item.name, _default(item))
+            _add_flag(parser, item, hints[item.name], default)
+
+
+def from_namespace(cls: type[T], namespace: argparse.Namespace) -> T:
+    """Make `cls` from parsed flags; fields without a flag keep their default.
+
+    Raises what the class raises for a bad value (InvalidSetting, InvalidRequest).
+    """
+    given = vars(namespace)
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in fields(cls):  # type: ignore[arg-type]  # mypy cannot bound T by "is a dataclass"
+        if item.name in given:
+            values[item.name] = _collected(given[item.name], hints[item.name])
+    return cls(**values)
+
+
+def _default(item: "Field[Any]") -> Any:
+    if item.default is not MISSING:
+        return item.default
+    return item.default_factory() if item.default_factory is not MISSING else None
+
+
+def _add_flag(parser: argparse.ArgumentParser, item: "Field[Any]", hint: Any, default: Any) -> None:
+    meta = item.metadata
+    text = meta.get("help", "")
+    kind = _plain(hint)
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        parser.add_argument(flag_name(item.name), action=action, default=default, help=text)
+        return
+    if default not in (None, "", (), frozenset(), {}):
+        text += f" (default: {default})"
+    options: dict[str, Any] = {"help": text, "metavar": meta.get("metavar") or None}
+    if get_origin(kind) in _COLLECTIONS:
+        # No default here: argparse would append to it.
+        options |= {"action": "append", "type": meta.get("parse") or _element_parser(kind), "default": None}
+    else:
+        options |= {"type": meta.get("parse") or kind, "default": default}
+    parser.add_argument(flag_name(item.name), **options)
+
+
+_COLLECTIONS: Mapping[Any, Callable[[Any], Any]] = {
+    tuple: tuple,
+    frozenset: frozenset,
+    Mapping: dict,
+}
+# typing reports Mapping[...]'s origin as collections.abc.Mapping, which is the name imported here.
+
+
+def _plain(hint: Any) -> Any:
+    """int for `int | None`; anything else as it is."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _element_parser(kind: Any) -> Callable[[str], Any]:
+    if get_origin(kind) is Mapping:
+        return _parse_pair
+    parser: Callable[[str], Any] = get_args(kind)[0]
+    return parser
+
+
+def _parse_pair(text: str) -> tuple[int, float]:
+    left, _, right = text.partition("=")
+    try:
+        return int(left), float(right)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, such as 42=-1.5") from error
+
+
+def _collected(value: Any, hint: Any) -> Any:
+    make = _COLLECTIONS.get(get_origin(_plain(hint)))
+    if make is None or isinstance(value, make if isinstance(make, type) else object):
+        return value
+    return make(value or ())
