@@ -1,0 +1,142 @@
+"""Continuous batching: schedule, run, sample, emit. One thread calls everything here; `engine_thread.py` is that thread.
+
+The engine knows nothing about text except that a request may carry a `TextStream`, and nothing about HTTP.
+"""
+
+import logging
+import time
+
+from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
+from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.sampler import Row
+from runtime.scheduler import Run, Scheduler
+from runtime.sequence import Sequence
+from runtime.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests on a session in steps; they join and leave between two steps."""
+
+    def __init__(
+        self, session: Session, *, prefill_chunk: int = 512, observer: EngineObserver | None = None
+    ) -> None:
+        self.info = session.info
+        self.live: dict[str, Sequence] = {}
+        self._session = session
+        self._observer = observer
+        self._scheduler = Scheduler(session.info, session.copy_slot, prefill_chunk=prefill_chunk)
+        self._model_s = 0.0
+
+    def prepare(self, request: Request) -> Sequence:
+        """Check a request against the session and make its state. Any thread may call this.
+
+        Raises InvalidRequest for an empty prompt or a token id outside the vocabulary, PromptTooLong with both lengths.
+        """
+        ids, num_new = request.prompt_ids, request.params.max_tokens
+        if not ids:
+            raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.info.vocab_size:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InvalidRequest(
+                f"token id {bad} is not in the vocabulary, 0 to {self.info.vocab_size - 1}", param="prompt"
+            )
+        if len(ids) + num_new > self.info.capacity:
+            raise PromptTooLong(
+                f"This model's maximum context length is {self.info.capacity} tokens. However, you requested "
+                f"{len(ids) + num_new} tokens ({len(ids)} in the prompt, {num_new} for the answer). "
+                "Shorten the prompt or lower max_tokens.",
+                param="prompt",
+            )
+        return Sequence(request)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a prepared sequence; it joins when a slot is free."""
+        self.live[sequence.request.request_id] = sequence
+        self._scheduler.waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with CANCELLED and free its slot. One that has ended already is ignored."""
+        if (sequence := self.live.get(request_id)) is not None:
+            self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
+
+    def fail(self, reason: str) -> None:
+        """End every request with ERROR; the session is not touched."""
+        for sequence in self._scheduler.sequences():
+            self._end(sequence, _failure(reason))
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """Counts as they are now; from another thread, as they are at some moment of a step."""
+        slots = self._scheduler.slots
+        return EngineStats(
+            num_waiting=len(self._scheduler.waiting),
+            num_running=slots.num_used,
+            num_slots=slots.num_slots,
+            kv_used_tokens=slots.used_tokens,
+            kv_total_tokens=slots.num_slots * slots.capacity,
+        )
+
+    def step(self) -> None:
+        """Give every decoding request a token, and at most one chunk of prompts a prefill."""
+        started_s, self._model_s = time.perf_counter(), 0.0
+        num_decode = num_prefill_tokens = 0
+        for run in self._scheduler.plan():
+            logits = self._run(run)
+            self._scheduler.advance(run)
+            for sequence, row in zip(run.sequences, logits, strict=False):
+                self._emit(sequence, row)
+            num_decode += run.num_decode
+            num_prefill_tokens += run.num_prefill_tokens
+        if self._observer is not None:
+            step_s = time.perf_counter() - started_s
+            self._observer.on_step(
+                num_decode=num_decode,
+                num_prefill_tokens=num_prefill_tokens,
+                step_s=step_s,
+                model_s=self._model_s,
+            )
+
+    def _run(self, run: Run) -> Row:
+        started_s = time.perf_counter()
+        logits = self._session.run(run.batch)
+        self._model_s += time.perf_counter() - started_s
+        return logits
+
+    def _emit(self, sequence: Sequence, row: Row) -> None:
+        is_first = sequence.num_generated == 0
+        try:
+            event = sequence.next_event(row)
+        except Exception as error:  # one request's failure must not end its neighbours
+            log.exception("request %s failed", sequence.request.request_id)
+            event = _failure(f"{type(error).__name__}: {error}")
+        if is_first and self._observer is not None and sequence.first_token_s is not None:
+            self._observer.on_first_token(ttft_s=sequence.first_token_s - sequence.submitted_s)
+        if event.finish_reason is not None:
+            self._end(sequence, event)
+            return
+        assert event.token_id is not None
+        self._scheduler.set_next(sequence, event.token_id)
+        sequence.request.sink(event)
+
+    def _end(self, sequence: Sequence, event: TokenEvent) -> None:
+        """Free what the sequence holds, then send its last event."""
+        assert event.finish_reason is not None
+        self._scheduler.remove(sequence)
+        del self.live[sequence.request.request_id]
+        sequence.request.sink(event)
+        if self._observer is not None:
+            self._observer.on_finish(
+                reason=event.finish_reason,
+                num_prompt=sequence.num_prompt,
+                num_generated=sequence.num_generated,
+                tpot_s=sequence.tpot_s(time.perf_counter()),
+            )
+
+
+def _failure(reason: str) -> TokenEvent:
+    return TokenEvent(None, "", finish_reason=FinishReason.ERROR, error=reason)
