@@ -26,7 +26,8 @@ class Engine:
         self.live: dict[str, Sequence] = {}
         self._session = session
         self._observer = observer
-        self._scheduler = Scheduler(session.info, session.copy_slot, prefill_chunk=prefill_chunk)
+        self._prefill_chunk = prefill_chunk
+        self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
     def prepare(self, request: Request) -> Sequence:
@@ -62,9 +63,11 @@ class Engine:
             self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
 
     def fail(self, reason: str) -> None:
-        """End every request with ERROR; the session is not touched."""
-        for sequence in self._scheduler.sequences():
-            self._end(sequence, _failure(reason))
+        """End every request with ERROR. Trusts nothing but `live`: the step that broke may have left the rest askew."""
+        self._scheduler = self._new_scheduler()
+        while self.live:
+            _, sequence = self.live.popitem()
+            self._send_last(sequence, _failure(reason))
 
     @property
     def has_work(self) -> bool:
@@ -125,9 +128,12 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: TokenEvent) -> None:
         """Free what the sequence holds, then send its last event."""
-        assert event.finish_reason is not None
         self._scheduler.remove(sequence)
         del self.live[sequence.request.request_id]
+        self._send_last(sequence, event)
+
+    def _send_last(self, sequence: Sequence, event: TokenEvent) -> None:
+        assert event.finish_reason is not None
         sequence.request.sink(event)
         if self._observer is not None:
             self._observer.on_finish(
@@ -136,6 +142,9 @@ class Engine:
                 num_generated=sequence.num_generated,
                 tpot_s=sequence.tpot_s(time.perf_counter()),
             )
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(self.info, self._session.copy_slot, prefill_chunk=self._prefill_chunk)
 
 
 def _failure(reason: str) -> TokenEvent:

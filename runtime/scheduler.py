@@ -21,8 +21,8 @@ from runtime.sequence import Sequence
 from runtime.session import Batch, SessionInfo
 
 MIN_FILL = 0.75
-"""Prompts share a run only if at least this part of it is not padding: a padded token costs as much as a real one, and
-what sharing saves (reading the weights once more) is worth about that much for short prompts."""
+"""Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real one, so
+padding adds at most a third to the work, against one more pass over the weights for each prompt run by itself."""
 
 
 class Run(NamedTuple):
@@ -59,10 +59,6 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting) or self.slots.num_used > 0
-
-    def sequences(self) -> list[Sequence]:
-        """All that wait, prefill or decode."""
-        return [*self.waiting, *self._prefilling, *(s for s in self._decoding if s is not None)]
 
     def plan(self) -> Iterator[Run]:
         """The runs of one step, each made when the one before has been advanced."""

@@ -1,0 +1,81 @@
+"""Stop strings in a stream of text, and the stream of one request put together from them and the detokenizer."""
+
+from collections.abc import Sequence
+
+from runtime.core import TextPiece
+from runtime.tokenizer import Detokenizer
+
+
+class StopStrings:
+    """Cuts a stream at the first stop string that is completed; of two completed together, the one that began first.
+
+    Text that may yet turn out to be the beginning of a stop string is held back. Characters are matched one by one
+    (Knuth, Morris and Pratt 1977), so the result does not depend on how the text is cut into tokens, and the time is
+    linear in it.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [(stop, _failure_table(stop)) for stop in stops]
+        self._matched = [0] * len(stops)  # per stop string, how much of it the text ends with
+        self._held = ""
+
+    def push(self, text: str) -> TextPiece:
+        """Add text; return what is certain to come before any stop string, and whether one is complete."""
+        if not self._stops:
+            return TextPiece(text, False)
+        buffer = self._held + text
+        for end in range(len(self._held), len(buffer)):
+            stop_len = self._advance(buffer[end])
+            if stop_len:
+                self._held = ""
+                return TextPiece(buffer[: end + 1 - stop_len], True)
+        num_final = len(buffer) - max(self._matched)
+        self._held = buffer[num_final:]
+        return TextPiece(buffer[:num_final], False)
+
+    def finish(self) -> str:
+        """The text held back, now that no more will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, char: str) -> int:
+        """Match one more character; return the length of the longest stop string it completes, or 0."""
+        completed = 0
+        for i, (stop, failure) in enumerate(self._stops):
+            matched = self._matched[i]
+            while matched and stop[matched] != char:
+                matched = failure[matched]
+            matched += stop[matched] == char
+            if matched == len(stop):
+                completed = max(completed, matched)
+                matched = failure[matched]
+            self._matched[i] = matched
+        return completed
+
+
+def _failure_table(stop: str) -> list[int]:
+    """For each n, the length of the longest proper suffix of stop[:n] that is also its beginning."""
+    table, matched = [0, 0], 0
+    for char in stop[1:]:
+        while matched and stop[matched] != char:
+            matched = table[matched]
+        matched += stop[matched] == char
+        table.append(matched)
+    return table
+
+
+class RequestText:
+    """The `TextStream` of one request: tokens to whole characters, cut at stop strings."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops)
+
+    def push(self, token_id: int) -> TextPiece:
+        """Add a token; return the characters that are now final."""
+        return self._stops.push(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        """Return the characters still held back, up to a stop string that the last of them completes."""
+        piece = self._stops.push(self._detokenizer.finish())
+        return piece.text + self._stops.finish()

@@ -1,0 +1,231 @@
+"""A model that turns text into text: tokenizer, chat template, engine and its thread, put together.
+
+What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
+"""
+
+import itertools
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from runtime.artifact import WEIGHTS, open_artifact
+from runtime.chat_template import ChatTemplate, load_chat_template
+from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, TokenEvent
+from runtime.engine import Engine
+from runtime.engine_thread import EngineThread
+from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.kv_budget import default_budget, format_bytes, kv_bytes_per_token, plan_slots
+from runtime.session import Session
+from runtime.settings import EngineSettings
+from runtime.stop_strings import RequestText
+from runtime.tokenizer import Tokenizer
+
+
+class Generation(Iterator[TokenEvent]):
+    """The events of one request, as they come. Iterating blocks; it ends after the event with a `finish_reason`.
+
+    One consumer; `close` may be called from any thread.
+    """
+
+    def __init__(self, thread: EngineThread, request_id: str, num_prompt: int) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = num_prompt
+        self._thread = thread
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._last: TokenEvent | None = None
+
+    def put(self, event: TokenEvent) -> None:
+        """The request's sink: called by the engine."""
+        self._events.put(event)
+
+    def next_event(self, timeout_s: float | None = None) -> TokenEvent | None:
+        """The next event, or None if there is none within `timeout_s` seconds. After the last, that one again."""
+        if self._last is not None:
+            return self._last
+        try:
+            event = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if event.finish_reason is not None:
+            self._last = event
+        return event
+
+    def __next__(self) -> TokenEvent:
+        if self._last is not None:
+            raise StopIteration
+        event = self.next_event()
+        assert event is not None
+        return event
+
+    def close(self) -> None:
+        """Cancel the request if it still runs; its slot is free at the next step boundary. Idempotent."""
+        if self._last is None:
+            self._thread.cancel(self.request_id)
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TextModel:
+    """A loaded model and its engine. `start` it, `generate` from any thread, `close` it."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        session: Session,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        eos_ids: frozenset[int],
+        settings: EngineSettings,
+        observer: EngineObserver | None = None,
+        precision: str = "",
+    ) -> None:
+        self.name = name
+        self.max_len = session.info.capacity
+        self.vocab_size = session.info.vocab_size
+        self._session = session
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._eos_ids = eos_ids
+        self._precision = precision
+        engine = Engine(session, prefill_chunk=settings.prefill_chunk, observer=observer)
+        self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
+        self._request_numbers = itertools.count()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model expects around it."""
+        return self._tokenizer.encode(text)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant speaks. InvalidRequest without a chat template."""
+        if self._chat_template is None:
+            raise InvalidRequest(
+                f"the model {self.name} has no chat template; use /v1/completions with a prompt", param="messages"
+            )
+        return self._tokenizer.encode(self._chat_template.render(messages), add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text: possibly a part of a character; empty for a special token."""
+        return self._tokenizer.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token for people: a special token by its name, a part of a character as U+FFFD."""
+        return self._tokenizer.token_text(token_id)
+
+    def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> Generation:
+        """Start generating; returns at once.
+
+        Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty prompt or
+        a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine does not accept.
+        """
+        for token_id in (*params.logit_bias, *params.stop_token_ids):
+            if not 0 <= token_id < self.vocab_size:
+                param = "logit_bias" if token_id in params.logit_bias else "stop_token_ids"
+                raise InvalidRequest(
+                    f"{param}: token id {token_id} is not in the vocabulary, 0 to {self.vocab_size - 1}", param=param
+                )
+        request_id = f"request-{next(self._request_numbers)}" if request_id is None else request_id
+        generation = Generation(self._thread, request_id, len(prompt_ids))
+        request = Request(
+            request_id=request_id,
+            prompt_ids=list(prompt_ids),
+            params=params,
+            eos_ids=self._eos_ids,
+            sink=generation.put,
+            text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
+        )
+        self._thread.submit(request)
+        return generation
+
+    def stats(self) -> EngineStats:
+        """Queue lengths and cache use at this moment."""
+        return self._thread.stats()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self._thread.is_ready
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine died, if it did."""
+        return self._thread.failure
+
+    def describe(self) -> str:
+        """One line for the start: slots, their length, memory and precision."""
+        info = self._session.info
+        size = format_bytes(info.num_slots * info.capacity * info.kv_bytes_per_token)
+        slots = "slot" if info.num_slots == 1 else "slots"
+        text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
+        return f"{text}, {self._precision}" if self._precision else text
+
+    def start(self) -> None:
+        """Start the engine's thread. Once only."""
+        self._thread.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Stop accepting and wait for what runs; cancel the rest after `timeout_s`. True if all finished in time."""
+        return self._thread.drain(timeout_s)
+
+    def close(self) -> None:
+        """Cancel everything, end the thread and release the model. Idempotent."""
+        self._thread.close()
+        self._session.close()
+
+
+def open_text_model(
+    path: str | Path,
+    settings: EngineSettings,
+    *,
+    name: str | None = None,
+    allow_failed: bool = False,
+    observer: EngineObserver | None = None,
+) -> TextModel:
+    """Open an artifact for text generation; the result is not started.
+
+    Raises InvalidArtifact, or InvalidSetting if the settings do not fit the model or the memory.
+    """
+    from runtime.ort_session import OrtSession
+
+    artifact = open_artifact(path, allow_failed=allow_failed)
+    manifest = artifact.manifest
+    dims = manifest.dims
+    if settings.max_len is not None and settings.max_len > dims.max_len:
+        raise InvalidSetting(
+            f"--max-len {settings.max_len:,} is beyond the {dims.max_len:,} tokens of {manifest.name}; set it lower"
+        )
+    capacity = settings.max_len or dims.max_len
+    weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
+    budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else settings.kv_memory
+    bytes_per_token = kv_bytes_per_token(
+        num_layers=dims.num_layers,
+        num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        dtype=manifest.kv.dtype,
+    )
+    num_slots = plan_slots(
+        max_batch=settings.max_batch, capacity=capacity, bytes_per_token=bytes_per_token, budget=budget
+    )
+    tokenizer = Tokenizer.from_directory(artifact.path)
+    template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    session = OrtSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
+    return TextModel(
+        name=name or manifest.name,
+        session=session,
+        tokenizer=tokenizer,
+        chat_template=template,
+        eos_ids=frozenset(manifest.eos_ids),
+        settings=settings,
+        observer=observer,
+        precision=manifest.precision,
+    )
