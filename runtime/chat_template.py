@@ -1,7 +1,7 @@
 """A model's chat template: messages to the text of the prompt, rendered in a sandbox as transformers does it.
 
-The template comes with the model and is not trusted: no attribute access to internals, nothing mutable, bounded
-ranges, repetitions and output. Knows nothing about tokens.
+The template comes with the model and is not trusted: no attribute access to internals, nothing mutable,
+bounded ranges, repetitions and output. Knows nothing about tokens.
 """
 
 import json
@@ -21,7 +21,9 @@ TEMPLATE_FILE = "chat_template.jinja"
 MAX_OUTPUT_CHARS = 16_000_000
 """Longest rendered prompt: far beyond any context, yet small beside the memory of a server."""
 MAX_REPEAT = 1_000_000
-"""Longest string or list a template may make with `*`, and highest exponent it may raise to, times a thousand."""
+"""Longest string or list a template may make with `*`."""
+MAX_POWER = 1_000
+"""Largest base and exponent of `**`: the result has at most 10,000 bits."""
 
 
 class ChatTemplate:
@@ -56,7 +58,7 @@ class ChatTemplate:
                 num_chars += len(piece)
                 if num_chars > MAX_OUTPUT_CHARS:
                     raise InvalidRequest(
-                        f"the chat template wrote more than {MAX_OUTPUT_CHARS:,} characters; send shorter messages",
+                        f"the prompt came to more than {MAX_OUTPUT_CHARS:,} characters; send shorter messages",
                         param="messages",
                     )
         except InvalidRequest:
@@ -85,19 +87,22 @@ def load_chat_template(
     if source is None:
         return None
     if not isinstance(source, str):
-        raise InvalidArtifact(f"chat_template of tokenizer_config.json is a {type(source).__name__}, not a string")
+        raise InvalidArtifact(
+            f"chat_template of tokenizer_config.json is a {type(source).__name__}, not a string"
+        )
     return ChatTemplate(source, special_tokens, where="tokenizer_config.json")
 
 
 def _environment() -> "ImmutableSandboxedEnvironment":
     """Jinja set up as transformers sets it up, so that a template gives the same text."""
     from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationTag(Extension):
-        """{% generation %}...{% endgeneration %} marks the assistant's words for training; here it does nothing."""
+        """{% generation %}...{% endgeneration %} marks what to train on; here it does nothing."""
 
         tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
 
@@ -109,7 +114,7 @@ def _environment() -> "ImmutableSandboxedEnvironment":
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" and max(abs(left), abs(right)) > MAX_REPEAT // 1000:
+            if operator == "**" and max(abs(left), abs(right)) > MAX_POWER:
                 raise SecurityError(f"{left} ** {right} is too large")
             if operator == "*":
                 for value, count in ((left, right), (right, left)):

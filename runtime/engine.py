@@ -1,4 +1,5 @@
-"""Continuous batching: schedule, run, sample, emit. One thread calls everything here; `engine_thread.py` is that thread.
+"""Continuous batching: schedule, run, sample, emit. One thread calls everything here; `engine_thread.py` is
+that thread.
 
 The engine knows nothing about text except that a request may carry a `TextStream`, and nothing about HTTP.
 """
@@ -33,7 +34,8 @@ class Engine:
     def prepare(self, request: Request) -> Sequence:
         """Check a request against the session and make its state. Any thread may call this.
 
-        Raises InvalidRequest for an empty prompt or a token id outside the vocabulary, PromptTooLong with both lengths.
+        Raises InvalidRequest for an empty prompt or a token id outside the vocabulary, PromptTooLong with
+        both lengths.
         """
         ids, num_new = request.prompt_ids, request.params.max_tokens
         if not ids:
@@ -63,7 +65,7 @@ class Engine:
             self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
 
     def fail(self, reason: str) -> None:
-        """End every request with ERROR. Trusts nothing but `live`: the step that broke may have left the rest askew."""
+        """End every request with ERROR. Trusts only `live`: the step that broke may have left the rest askew."""
         self._scheduler = self._new_scheduler()
         while self.live:
             _, sequence = self.live.popitem()

@@ -1,8 +1,8 @@
 """The one thread that owns the engine, and what other threads may ask of it.
 
-Requests and cancellations go in through one queue and take effect between two steps; events come out through each
-request's sink. An exception of the engine is caught once, here: every request ends with the reason, and no more are
-accepted. Nobody waits forever.
+Requests and cancellations go in through one queue and take effect between two steps; events come out through
+each request's sink. An exception of the engine is caught once, here: every request ends with the reason, and
+no more are accepted. Nobody waits forever.
 """
 
 import logging
@@ -60,7 +60,7 @@ class EngineThread:
             num_live = len(self._engine.live) + self._num_inbox
             if num_live >= self._max_live:
                 raise Overloaded(
-                    f"{num_live} requests are running or waiting, the most this server takes; try again later",
+                    f"{num_live} requests are running or waiting, the most that are taken; try again later",
                     retry_after=self._retry_after(),
                 )
             if self._is_known(request.request_id):
@@ -81,7 +81,7 @@ class EngineThread:
         return stats._replace(num_waiting=stats.num_waiting + self._num_inbox)
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting, wait for what is running and waiting, then cancel the rest. True if nothing was cancelled."""
+        """Stop accepting, wait for what runs and waits, then cancel the rest. True if nothing was cancelled."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._is_accepting = False
@@ -111,7 +111,7 @@ class EngineThread:
             self._fail(f"the engine failed: {type(error).__name__}: {error}")
 
     def _take_inbox(self) -> bool:
-        """Hand what arrived to the engine; block while there is nothing to do. False when it is time to end."""
+        """Hand what arrived to the engine; block while there is nothing to do. False when time to end."""
         with self._changed:
             while True:
                 self._empty_inbox()

@@ -1,4 +1,4 @@
-"""How many KV slots fit in memory. Reads what the kernel says is free; knows nothing about models beyond their sizes."""
+"""How many KV slots fit in memory. Reads what the kernel says is free; of models it knows only sizes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,15 +6,26 @@ from pathlib import Path
 from runtime.errors import InvalidSetting
 
 FREE_FRACTION = 0.6
-"""Share of the free memory the cache may take: the rest is for activations, prepacked weights and the page cache."""
+"""Share of the free memory for the cache: the rest is for activations, prepacked weights and the page cache."""
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "fp32": 4, "fp16": 2, "bf16": 2}
+_DTYPE_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "fp32": 4,
+    "fp16": 2,
+    "bf16": 2,
+}
 
 
 def kv_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
     """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
     if dtype not in _DTYPE_BYTES:
-        raise InvalidSetting(f"KV cache dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}; export the model again")
+        raise InvalidSetting(
+            f"KV cache dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}; export the model again"
+        )
     return 2 * num_layers * num_kv_heads * head_dim * _DTYPE_BYTES[dtype]
 
 
@@ -28,8 +39,9 @@ def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: i
     if num_slots < 1:
         fitting = budget // bytes_per_token
         raise InvalidSetting(
-            f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes a token) and "
-            f"only {format_bytes(budget)} may be used; set --max-len {fitting:,} or less, or a larger --kv-memory"
+            f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes a "
+            f"token) and only {format_bytes(budget)} may be used; "
+            f"set --max-len {fitting:,} or less, or a larger --kv-memory"
         )
     return num_slots
 
@@ -48,7 +60,9 @@ def available_memory(root: Path = Path("/")) -> int:
     try:
         lines = meminfo.read_text().splitlines()
     except OSError as error:
-        raise InvalidSetting(f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory") from error
+        raise InvalidSetting(
+            f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory"
+        ) from error
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     if "MemAvailable" not in fields:
         raise InvalidSetting(f"{meminfo} has no MemAvailable; say how much memory to use with --kv-memory")

@@ -1,4 +1,4 @@
-"""Which KV slots are in use, and how many tokens each holds. Knows nothing about requests or the arrays themselves."""
+"""Which KV slots are in use, and how many tokens each holds. Knows neither requests nor the cache arrays."""
 
 import heapq
 
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 class KvSlots:
     """A pool of `num_slots` slots of `capacity` tokens; the lowest free slot is given out first.
 
-    `past_len` int32 [num_slots] counts the valid tokens of each slot, 0 in a free one. The scheduler advances it.
+    `past_len` int32 [num_slots] counts the valid tokens of each slot, 0 in a free one. The scheduler advances
+    it.
     """
 
     def __init__(self, num_slots: int, capacity: int) -> None:

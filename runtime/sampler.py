@@ -18,18 +18,18 @@ from runtime.core import SamplingParams, TokenLogprob
 Row = NDArray[np.float32]
 
 MIN_TEMPERATURE = 1e-5
-"""Lower temperatures are taken as this one: logits closer than fp32 rounding would otherwise decide, or overflow."""
+"""Lower temperatures are taken as this one: below it, differences of fp32 rounding would decide, or overflow."""
 
 
 class Choice(NamedTuple):
-    """The chosen token, its log-probability under the model if asked for, and the likeliest tokens, best first."""
+    """The chosen token, its log-probability under the model if asked for, the likeliest tokens, best first."""
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class BadLogits(ValueError):
+class BadLogitsError(ValueError):
     """The model returned NaN or infinity for a row."""
 
 
@@ -37,7 +37,7 @@ class Sampler(Protocol):
     """Chooses the tokens of one request, in order."""
 
     def sample(self, row: Row) -> Choice:
-        """Choose from logits float32 [vocab_size], which are not changed. BadLogits if the row is not finite."""
+        """Choose from logits float32 [vocab_size], left unchanged. BadLogitsError if they are not finite."""
         ...
 
 
@@ -59,10 +59,10 @@ def _has_edits(params: SamplingParams) -> bool:
 
 
 def _argmax(row: Row) -> int:
-    """The likeliest token, the lowest id among equals. numpy's argmax returns the first NaN, if there is one."""
+    """The likeliest token, the lowest id among equals. numpy's argmax returns the first NaN if there is one."""
     token_id = int(row.argmax())
     if not np.isfinite(row[token_id]):
-        raise BadLogits(f"the model returned {row[token_id]} as its highest logit (token {token_id})")
+        raise BadLogitsError(f"the model returned {row[token_id]} as its highest logit (token {token_id})")
     return token_id
 
 
@@ -102,13 +102,14 @@ class _Chain:
 def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | None, Row]:
     """Apply temperature, top-k, top-p and min-p to logits float32 [V].
 
-    Returns the ids of the tokens that are left and their weights, which need not sum to 1. Ids None: all, in order.
+    Returns the ids of the tokens that are left and their weights, which need not sum to 1. Ids None: all, in
+    order.
     """
     ids = _top_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
     kept = logits if ids is None else logits[ids]
     peak = kept.max()
     if not np.isfinite(peak):
-        raise BadLogits(f"the model returned {peak} as its highest logit")
+        raise BadLogitsError(f"the model returned {peak} as its highest logit")
     # -inf and far tails become 0, on purpose.
     with np.errstate(over="ignore", under="ignore"):
         probs = (kept - peak) / np.float32(max(params.temperature, MIN_TEMPERATURE))
@@ -138,9 +139,9 @@ def _top_k(logits: Row, k: int) -> NDArray[np.int64]:
 def _top_p(ids: NDArray[np.int64] | None, probs: Row, top_p: float) -> tuple[NDArray[np.int64], Row]:
     """The fewest likeliest tokens whose probabilities reach `top_p` (nucleus sampling, arXiv:1904.09751).
 
-    Only tokens with p > (1 - top_p) / V are sorted, V being the number of tokens. The rest cannot be in the nucleus:
-    there are at most V of them, so together they hold at most 1 - top_p, so the sorted ones hold at least top_p; being
-    the likelier ones they come first, and the nucleus is full before the rest begins.
+    Only tokens with p > (1 - top_p) / V are sorted, V being the number of tokens. The rest cannot be in the
+    nucleus: there are at most V of them, so together they hold at most 1 - top_p, so the sorted ones hold at
+    least top_p; being the likelier ones they come first, and the nucleus is full before the rest begins.
     """
     total = float(probs.sum(dtype=np.float64))
     candidates = np.flatnonzero(probs > (1 - top_p) / len(probs) * total)
@@ -162,7 +163,7 @@ def _with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
     """Log-softmax of the raw row at the chosen token and at the `num_top` likeliest."""
     peak = row.max()
     if not np.isfinite(peak):
-        raise BadLogits(f"the model returned {peak} as its highest logit")
+        raise BadLogitsError(f"the model returned {peak} as its highest logit")
     with np.errstate(under="ignore"):
         log_sum = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
     top: tuple[TokenLogprob, ...] = ()
@@ -176,13 +177,18 @@ def _with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
 class _Edits:
     """Penalties and bias, kept for the tokens they touch instead of the whole vocabulary.
 
-    `_ids[:n]` are the tokens seen, `_counts[:n]` how often each was generated: 0 for those of the prompt only.
+    `_ids[:n]` are the tokens seen, `_counts[:n]` how often each was generated: 0 for those of the prompt
+    only.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
         self._params = params
         # The other two penalties are for generated tokens alone, and would find a count of 0.
-        seen = np.unique(np.fromiter(prompt_ids, np.int64)) if params.repetition_penalty != 1 else np.empty(0, np.int64)
+        seen = (
+            np.unique(np.fromiter(prompt_ids, np.int64))
+            if params.repetition_penalty != 1
+            else np.empty(0, np.int64)
+        )
         self._num_seen = len(seen)
         self._ids = np.zeros(self._num_seen + 64, np.int64)
         self._ids[: self._num_seen] = seen

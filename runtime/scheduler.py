@@ -4,10 +4,11 @@ Two queues: waiting (first in, first out) and, by slot, those that prefill or de
 
     admit      waiting -> lowest free slots
     compact    decoding rows move down into free slots, so that they stay a tight span
-    plan       one decode run over slots [0, highest decoding + 1), then prefill runs of at most `prefill_chunk` tokens
+    plan       one decode run over slots [0, highest decoding + 1), then prefill runs of at most
+    `prefill_chunk` tokens
 
-so a long prompt never holds up the streams that run, and they never hold up the prompt. Knows nothing about sampling,
-text or threads.
+so a long prompt never holds up the streams that run, and they never hold up the prompt. Knows nothing about
+sampling, text or threads.
 """
 
 from collections import deque
@@ -21,12 +22,13 @@ from runtime.sequence import Sequence
 from runtime.session import Batch, SessionInfo
 
 MIN_FILL = 0.75
-"""Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real one, so
-padding adds at most a third to the work, against one more pass over the weights for each prompt run by itself."""
+"""Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real
+one, so padding adds at most a third to the work, against one more pass over the weights for each prompt run
+by itself."""
 
 
 class Run(NamedTuple):
-    """One call of the session: row i of its logits belongs to `sequences[i]`; rows beyond are to be ignored."""
+    """One call of the session: row i of its logits belongs to `sequences[i]`; further rows are ignored."""
 
     batch: Batch
     sequences: list[Sequence]
@@ -76,7 +78,7 @@ class Scheduler:
             yield run
 
     def advance(self, run: Run) -> None:
-        """Note that a run is done: its tokens are in the cache, and prompts that are through decode from now on."""
+        """Note that a run is done: its tokens are in the cache; prompts that are through decode from now on."""
         batch = run.batch
         if run.num_decode:
             span = len(batch.past_len)
@@ -115,7 +117,7 @@ class Scheduler:
             self._prefilling.append(sequence)
 
     def _compact(self) -> None:
-        """Move the highest decoding rows into free slots below. Runs after admission: a slot free now is not wanted."""
+        """Move the highest decoding rows into free slots below; after admission, nobody else wants them."""
         while (target := self.slots.lowest_free) is not None:
             source = self._span() - 1
             if source < target:
@@ -147,16 +149,18 @@ class Scheduler:
         span = self._span()
         if self._decode_run is None and span:
             rows = np.flatnonzero(self._is_decoding)
-            # A session that is not ragged runs every row: those that do not decode write one garbage token behind
-            # their valid ones, where the next chunk overwrites it.
+            # A session that is not ragged runs every row: those that do not decode write one garbage token
+            # behind their valid ones, where the next chunk overwrites it.
             query_len = self._is_decoding[:span] if self._is_ragged else np.ones(span, np.int32)
-            batch = Batch(0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64))
+            batch = Batch(
+                0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64)
+            )
             sequences = [s for s in self._decoding[:span] if s is not None]
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
         return self._decode_run
 
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
-        """The first pending sequence, and its neighbours that fit in the same run with little padding, by slot."""
+        """The first pending sequence, and neighbours that fit in the same run with little padding, by slot."""
         rows = [pending[0]]
         if not self._is_ragged or self._left(pending[0]) > budget:
             return rows
@@ -174,7 +178,7 @@ class Scheduler:
         lens = [self._left(s) for s in rows]
         padded, width = len(rows) * max(lens), max(lens)
         ends = [self.slots.past_len[s.slot] + width for s in rows]
-        return padded <= budget and sum(lens) >= MIN_FILL * padded and max(ends) <= self.slots.capacity
+        return padded <= budget and sum(lens) >= MIN_FILL * padded and bool(max(ends) <= self.slots.capacity)
 
     def _left(self, sequence: Sequence) -> int:
         """Prompt tokens not yet in the cache."""
@@ -190,7 +194,8 @@ class Scheduler:
         for i, (sequence, past, num) in enumerate(zip(rows, past_len.tolist(), lens, strict=True)):
             token_ids[i, :num] = sequence.request.prompt_ids[past : past + num]
         is_last = [num == self._left(s) for s, num in zip(rows, lens, strict=True)]
-        # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and ignores it.
+        # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and
+        # ignores it.
         wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]] or [lens[0] - 1]
         batch = Batch(first_slot, token_ids, past_len, np.array(lens, np.int32), np.array(wanted, np.int64))
         done = [s for s, last in zip(rows, is_last, strict=True) if last]

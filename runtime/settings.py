@@ -23,7 +23,9 @@ _BYTE_UNITS = {
 }
 
 
-def setting(default: Any, help_text: str, *, parse: Callable[[str], Any] | None = None, metavar: str = "") -> Any:
+def setting(
+    default: Any, help_text: str, *, parse: Callable[[str], Any] | None = None, metavar: str = ""
+) -> Any:
     """A dataclass field that becomes a flag. `parse` reads its text where the type alone does not say how."""
     return field(default=default, metadata={"help": help_text, "parse": parse, "metavar": metavar})
 
@@ -79,8 +81,9 @@ def add_flags(
 ) -> None:
     """Add one flag for each field of the dataclass `cls`, except those in `skip`.
 
-    `defaults` replaces the class's default for single fields. Field types: int, float, str, Path, bool, `X | None`,
-    tuple or frozenset of those (the flag may be repeated), and Mapping[int, float] (`ID=VALUE`, repeated).
+    `defaults` replaces the class's default for single fields. Field types: int, float, str, Path, bool, `X |
+    None`, tuple or frozenset of those (the flag may be repeated), and Mapping[int, float] (`ID=VALUE`,
+    repeated).
     """
     hints = get_type_hints(cls)
     for item in fields(cls):

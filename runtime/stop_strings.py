@@ -1,4 +1,4 @@
-"""Stop strings in a stream of text, and the stream of one request put together from them and the detokenizer."""
+"""Stop strings in a stream of text, and the text stream of one request: detokenizer, then stop strings."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,11 @@ from runtime.tokenizer import Detokenizer
 
 
 class StopStrings:
-    """Cuts a stream at the first stop string that is completed; of two completed together, the one that began first.
+    """Cuts a stream at the first stop string that is completed; of two completed together, the one that began
+    first.
 
-    Text that may yet turn out to be the beginning of a stop string is held back. Characters are matched one by one
-    (Knuth, Morris and Pratt 1977), so the result does not depend on how the text is cut into tokens, and the time is
+    Text that may yet turn out to be the beginning of a stop string is held back. Characters are matched one
+    by one (Knuth, Morris and Pratt 1977), so the result does not depend on how the text is cut into tokens, and the time is
     linear in it.
     """
 

@@ -24,7 +24,8 @@ from runtime.tokenizer import Tokenizer
 
 
 class Generation(Iterator[TokenEvent]):
-    """The events of one request, as they come. Iterating blocks; it ends after the event with a `finish_reason`.
+    """The events of one request, as they come. Iterating blocks; it ends after the event with a
+    `finish_reason`.
 
     One consumer; `close` may be called from any thread.
     """
@@ -41,7 +42,7 @@ class Generation(Iterator[TokenEvent]):
         self._events.put(event)
 
     def next_event(self, timeout_s: float | None = None) -> TokenEvent | None:
-        """The next event, or None if there is none within `timeout_s` seconds. After the last, that one again."""
+        """The next event, None if there is none within `timeout_s` seconds. After the last, that one again."""
         if self._last is not None:
             return self._last
         try:
@@ -105,10 +106,11 @@ class TextModel:
         return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant speaks. InvalidRequest without a chat template."""
+        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template."""
         if self._chat_template is None:
             raise InvalidRequest(
-                f"the model {self.name} has no chat template; use /v1/completions with a prompt", param="messages"
+                f"the model {self.name} has no chat template; use /v1/completions with a prompt",
+                param="messages",
             )
         return self._tokenizer.encode(self._chat_template.render(messages), add_special_tokens=False)
 
@@ -125,14 +127,16 @@ class TextModel:
     ) -> Generation:
         """Start generating; returns at once.
 
-        Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty prompt or
-        a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine does not accept.
+        Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty prompt
+        or a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine does not
+        accept.
         """
         for token_id in (*params.logit_bias, *params.stop_token_ids):
             if not 0 <= token_id < self.vocab_size:
                 param = "logit_bias" if token_id in params.logit_bias else "stop_token_ids"
                 raise InvalidRequest(
-                    f"{param}: token id {token_id} is not in the vocabulary, 0 to {self.vocab_size - 1}", param=param
+                    f"{param}: token id {token_id} is not in the vocabulary, 0 to {self.vocab_size - 1}",
+                    param=param,
                 )
         request_id = f"request-{next(self._request_numbers)}" if request_id is None else request_id
         generation = Generation(self._thread, request_id, len(prompt_ids))
@@ -174,7 +178,7 @@ class TextModel:
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting and wait for what runs; cancel the rest after `timeout_s`. True if all finished in time."""
+        """Stop accepting, wait for what runs, cancel the rest after `timeout_s`. True if all finished in time."""
         return self._thread.drain(timeout_s)
 
     def close(self) -> None:
@@ -202,7 +206,7 @@ def open_text_model(
     dims = manifest.dims
     if settings.max_len is not None and settings.max_len > dims.max_len:
         raise InvalidSetting(
-            f"--max-len {settings.max_len:,} is beyond the {dims.max_len:,} tokens of {manifest.name}; set it lower"
+            f"--max-len {settings.max_len:,} is beyond the {dims.max_len:,} tokens of {manifest.name}; lower it"
         )
     capacity = settings.max_len or dims.max_len
     weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0

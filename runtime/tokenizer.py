@@ -1,7 +1,7 @@
 """Text to token ids and back, on top of the `tokenizers` library. Knows nothing about requests or models.
 
-Encoding is the library's. Decoding one token at a time is ours, over bytes: `tokenizers` decodes whole lists, and
-its text of a part of a character is U+FFFD. Two kinds of decoder cover the causal LMs of today:
+Encoding is the library's. Decoding one token at a time is ours, over bytes: `tokenizers` decodes whole lists,
+and its text of a part of a character is U+FFFD. Two kinds of decoder cover the causal LMs of today:
 
     byte-level BPE (GPT-2, Llama 3, Qwen)     every character of a token stands for one byte
     SentencePiece  (Llama 2, Mistral, Gemma)  U+2581 stands for a space, <0xE2> for a byte that has no token
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 _BYTE_TOKEN_LEN = len("<0xE2>")
 
@@ -33,7 +41,9 @@ class Tokenizer:
     `config` is tokenizer_config.json as parsed, `special_tokens` its bos_token, eos_token... as text.
     """
 
-    def __init__(self, tokenizer: "HfTokenizer", config: Mapping[str, Any], *, where: str = TOKENIZER) -> None:
+    def __init__(
+        self, tokenizer: "HfTokenizer", config: Mapping[str, Any], *, where: str = TOKENIZER
+    ) -> None:
         self.config = config
         self.special_tokens = _special_tokens(config)
         self._hf = tokenizer
@@ -48,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> "Tokenizer":
-        """Load tokenizer.json and tokenizer_config.json, the latter if it is there. Raises InvalidArtifact."""
+        """Load tokenizer.json and, if it is there, tokenizer_config.json. Raises InvalidArtifact."""
         from tokenizers import Tokenizer as HfTokenizer
 
         file, config_file = path / TOKENIZER, path / TOKENIZER_CONFIG
@@ -72,14 +82,14 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. InvalidRequest if the text is not valid Unicode.
 
-        `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token where
-        tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
+        `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token
+        where tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
-                f"the text has a lone surrogate at character {error.start}, which is not valid Unicode; remove it",
+                f"the text is not valid Unicode: a lone surrogate at character {error.start}; remove it",
                 param="prompt",
             ) from error
         ids: list[int] = self._hf.encode(text, add_special_tokens=add_special_tokens).ids
@@ -98,7 +108,7 @@ class Tokenizer:
         return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text: possibly a part of a character; empty for a special or unknown token."""
+        """What a token adds to the text, perhaps a part of a character; empty for a special or unknown token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._compute_bytes(token_id)
@@ -161,8 +171,8 @@ class Tokenizer:
 class Detokenizer:
     """Decodes a stream of tokens; never emits a part of a character.
 
-    Bytes that can no longer become a character come out as U+FFFD, one for each maximal invalid part (Unicode 16,
-    section 3.9), as the decoder of byte-level tokenizers does. Time and memory are constant per token.
+    Bytes that can no longer become a character come out as U+FFFD, one for each maximal invalid part (Unicode
+    16, section 3.9), as the decoder of byte-level tokenizers does. Time and memory are constant per token.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, strip_first: bool = False) -> None:
@@ -186,7 +196,7 @@ class Detokenizer:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and its like as text; the configuration writes them as a string or as an object with `content`."""
+    """bos_token and its like as text; written as a string or as an object with `content`."""
     found = {}
     for name in SPECIAL_TOKEN_NAMES:
         value = config.get(name)
@@ -198,7 +208,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:
-    """The steps of tokenizer.json's decoder. InvalidArtifact for one that cannot be decoded token by token."""
+    """The steps of tokenizer.json's decoder. InvalidArtifact for one that does not go token by token."""
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
     for step in steps:
         kind = step["type"] if step else "none"
@@ -207,13 +217,13 @@ def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:
         )
         if not is_known:
             raise InvalidArtifact(
-                f"{where} has the decoder {kind!r}, which cannot be streamed; byte-level BPE and SentencePiece can"
+                f"{where} has the decoder {kind!r}; byte-level BPE and SentencePiece are what can be streamed"
             )
     return list(steps)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the rest for characters from U+0100 on, in order."""
+    """GPT-2's table: printable bytes stand for themselves, the rest for characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
