@@ -1,13 +1,11 @@
 """One .gguf file as a checkpoint: tensors dequantized one at a time, under Hugging Face's names.
 
-Knows the file's layout (through the `gguf` library) and how llama.cpp renamed and reordered the tensors;
-`gguf_config.py` makes the config and `gguf_tokenizer.py` the text files.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Knows how llama.cpp renamed and reordered the tensors. `gguf_header.py` finds them, the `gguf` library dequantizes
+them, `gguf_config.py` makes the config and `gguf_tokenizer.py` the text files.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint import TensorInfo
 from export.gguf_config import architecture, model_config
+from export.gguf_header import GgufTensor, read_gguf_header
 from export.tensor_file import read_float32
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -48,16 +47,6 @@ _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor lies, and its type as a `gguf.GGMLQuantizationType` number."""
-
-    offset: int
-    num_bytes: int
-    type_id: int
-    info: TensorInfo
-
-
 class GgufCheckpoint:
     """A Checkpoint over a .gguf file. Metadata is read at once, tensors one at a time when they are asked for."""
 
@@ -67,19 +56,26 @@ class GgufCheckpoint:
         Raises InvalidCheckpoint for a truncated or corrupt file, UnsupportedModel for an architecture, setting or
         tensor type without a reader.
         """
+        import gguf
+
         self._file = file
         self._source = source or file.name
-        self._metadata, stored = _read_header(file)
+        self._metadata, stored = read_gguf_header(file)
         arch = architecture(self._metadata, file.name)
         _refuse_types(stored, file)
         rope_freqs = self._read(stored[ROPE_FREQS]) if ROPE_FREQS in stored else None
-        shapes = {name: place.info.shape for name, place in stored.items()}
+        shapes = {name: place.shape for name, place in stored.items()}
         self._config = model_config(self._metadata, shapes, rope_freqs, file.name)
         self._is_permuted = arch == "llama"
         self._places = {
             _hugging_face_name(name, file): place for name, place in stored.items() if name != ROPE_FREQS
         }
-        self._tensors = MappingProxyType({name: place.info for name, place in self._places.items()})
+        self._tensors = MappingProxyType(
+            {
+                name: TensorInfo(place.shape, gguf.GGMLQuantizationType(place.type_id).name)
+                for name, place in self._places.items()
+            }
+        )
 
     @property
     def source(self) -> str:
@@ -109,22 +105,22 @@ class GgufCheckpoint:
 
         return text_files(self._metadata, self._file.name)
 
-    def _read(self, place: _Place) -> NDArray[np.float32]:
+    def _read(self, place: GgufTensor) -> NDArray[np.float32]:
         import gguf
 
         kind = gguf.GGMLQuantizationType(place.type_id)
         _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
 
         def decode(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-            # One block a row: the library works on rows, and blocks never cross the rows of a tensor.
-            values: NDArray[np.float32] = gguf.dequantize(raw.reshape(-1, block_bytes), kind)
+            # As one long row: the library loops in Python over every 16 rows, and blocks are all it decodes.
+            values: NDArray[np.float32] = gguf.dequantize(raw.reshape(1, -1), kind)
             return values
 
         return read_float32(
             self._file,
             offset=place.offset,
             num_bytes=place.num_bytes,
-            shape=place.info.shape,
+            shape=place.shape,
             block_bytes=block_bytes,
             decode=decode,
         )
@@ -144,30 +140,7 @@ def unpermute(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, _Place]]:
-    """The metadata and, by GGUF name, where each tensor lies. The library's reader, a memory map, is let go."""
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(file)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        reason = str(error).strip("'\"") or type(error).__name__
-        raise InvalidCheckpoint(
-            f"{file} is not a whole GGUF file ({reason}); download or copy it again"
-        ) from error
-    if reader.byte_order != "I":
-        raise UnsupportedModel(f"{file} was written for the other byte order; convert it on this kind of machine")
-    places = {}
-    for tensor in reader.tensors:
-        info = TensorInfo(tuple(reversed(tensor.shape.tolist())), tensor.tensor_type.name)
-        places[tensor.name] = _Place(
-            int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type.value, info
-        )
-    return metadata, places
-
-
-def _refuse_types(stored: Mapping[str, _Place], file: Path) -> None:
+def _refuse_types(stored: Mapping[str, GgufTensor], file: Path) -> None:
     """Try each tensor type on one block of zeros: the library says only by failing which types it can decode."""
     import gguf
 

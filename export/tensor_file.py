@@ -16,8 +16,8 @@ from runtime.errors import InvalidCheckpoint
 
 Decode = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
-CHUNK_BYTES = 8 << 20
-"""Bytes of the file held at a time: small beside any large tensor, large enough that the loop costs nothing."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of the file held at a time. Decoding makes several float copies of a chunk, which should fit the cache."""
 
 
 def read_float32(
