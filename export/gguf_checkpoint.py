@@ -1,7 +1,7 @@
 """One .gguf file as a checkpoint: tensors dequantized one at a time, under Hugging Face's names.
 
-Knows how llama.cpp renamed and reordered the tensors. `gguf_header.py` finds them, the `gguf` library dequantizes
-them, `gguf_config.py` makes the config and `gguf_tokenizer.py` the text files.
+Knows how llama.cpp renamed and reordered the tensors. `gguf_header.py` finds them, the `gguf` library
+dequantizes them, `gguf_config.py` makes the config and `gguf_tokenizer.py` the text files.
 """
 
 import re
@@ -48,13 +48,13 @@ _ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
 
 
 class GgufCheckpoint:
-    """A Checkpoint over a .gguf file. Metadata is read at once, tensors one at a time when they are asked for."""
+    """A Checkpoint over a .gguf file: metadata is read at once, a tensor when it is asked for."""
 
     def __init__(self, file: Path, *, source: str | None = None) -> None:
         """Open `file`; `source` is what the user called it, the file's name if they gave a path.
 
-        Raises InvalidCheckpoint for a truncated or corrupt file, UnsupportedModel for an architecture, setting or
-        tensor type without a reader.
+        Raises InvalidCheckpoint for a truncated or corrupt file, UnsupportedModel for an architecture,
+        setting or tensor type without a reader.
         """
         import gguf
 
@@ -92,7 +92,9 @@ class GgufCheckpoint:
     def load(self, name: str) -> NDArray[np.float32]:
         place = self._places.get(name)
         if place is None:
-            raise InvalidCheckpoint(f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others")
+            raise InvalidCheckpoint(
+                f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others"
+            )
         values = self._read(place)
         rotated = _ROTATED.search(name) if self._is_permuted else None
         if rotated is None:
@@ -129,8 +131,9 @@ class GgufCheckpoint:
 def unpermute(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
     """Undo llama.cpp's reordering of the rows of q_proj and k_proj, float32 [num_heads * head_dim, ...].
 
-    Its rotary embedding for this architecture turns neighbouring pairs (0,1), (2,3), ...; Hugging Face's turns halves
-    (0, head_dim / 2), ... The converter (`LlamaModel.permute` of convert_hf_to_gguf.py) swaps the rows accordingly:
+    Its rotary embedding for this architecture turns neighbouring pairs (0,1), (2,3), ...; Hugging Face's
+    turns halves (0, head_dim / 2), ... The converter (`LlamaModel.permute` of convert_hf_to_gguf.py) swaps
+    the rows accordingly:
 
         Hugging Face  a0 a1 a2 b0 b1 b2      per head; a_i and b_i are one pair
         GGUF          a0 b0 a1 b1 a2 b2
@@ -141,7 +144,7 @@ def unpermute(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32
 
 
 def _refuse_types(stored: Mapping[str, GgufTensor], file: Path) -> None:
-    """Try each tensor type on one block of zeros: the library says only by failing which types it can decode."""
+    """Try each tensor type on a block of zeros: only by failing does the library say what it can decode."""
     import gguf
 
     for type_id in {place.type_id for place in stored.values()}:
@@ -162,7 +165,7 @@ def _hugging_face_name(name: str, file: Path) -> str:
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
         raise UnsupportedModel(
-            f"{file.name}: tensor {name!r} has no place in a llama, qwen2 or qwen3 model; the file may be of a variant "
-            "that is not supported"
+            f"{file.name}: tensor {name!r} has no place in a llama, qwen2 or qwen3 model: a variant "
+            "that is not supported; give the Hugging Face checkpoint or another model"
         )
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"

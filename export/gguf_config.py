@@ -1,8 +1,8 @@
 """Makes a Hugging Face config.json from GGUF metadata.
 
-Knows llama.cpp's metadata keys (`llama.attention.head_count`) and Hugging Face's fields, not files or tensors'
-contents. A key it does not know may change the arithmetic, so an unknown one is refused by name: better no
-model than one that babbles.
+Knows llama.cpp's metadata keys (`llama.attention.head_count`) and Hugging Face's fields, not files or
+tensors' contents. A key it does not know may change the arithmetic, so an unknown one is refused by name:
+better no model than one that babbles.
 """
 
 import math
@@ -24,14 +24,31 @@ EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Under `tokenizer.ggml.`: the end of a text, of a turn and of a message. Each ends generation."""
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
-"""Control tokens that end a turn in the chat formats of these families; many files do not list them as eot."""
+"""Control tokens that end a turn in these families' chat formats; many files do not list them as eot."""
 
 _KNOWN_KEYS = frozenset(
-    """vocab_size block_count context_length embedding_length feed_forward_length tensor_data_layout
-    attention.head_count attention.head_count_kv attention.key_length attention.value_length
-    attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor
-    rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.yarn_beta_fast
-    rope.scaling.yarn_beta_slow rope.scale_linear""".split()
+    {
+        "vocab_size",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "tensor_data_layout",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.finetuned",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scale_linear",
+    }
 )
 _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
@@ -59,9 +76,9 @@ def model_config(
     """config.json of a GGUF file.
 
     `metadata` is every key of the file; `shapes` the tensors' by GGUF name, in numpy's order (rows first);
-    `rope_freqs` the divisors of the rotary frequencies [head_dim / 2] from the tensor of that name, if there is
-    one; `where` names the file in errors.
-    Raises UnsupportedModel for an architecture or setting without a graph, InvalidCheckpoint for missing keys.
+    `rope_freqs` the divisors of the rotary frequencies [head_dim / 2] from the tensor of that name, if there
+    is one; `where` names the file in errors. Raises UnsupportedModel for an architecture or setting without a
+    graph, InvalidCheckpoint for missing keys.
     """
     arch = architecture(metadata, where)
     _refuse_unknown(metadata, arch, where)
@@ -72,13 +89,15 @@ def model_config(
     for key in ("rope.dimension_count", "attention.value_length"):
         if metadata.get(f"{arch}.{key}", head_dim) != head_dim:
             raise UnsupportedModel(
-                f"{where}: {arch}.{key} is {metadata[f'{arch}.{key}']}, and the heads have {head_dim} dimensions; "
+                f"{where}: {arch}.{key} is {metadata[f'{arch}.{key}']}, and head_dim is {head_dim}; "
                 "only models where they are equal are supported"
             )
     if "token_embd.weight" not in shapes:
         raise InvalidCheckpoint(f"{where} has no tensor token_embd.weight: not a whole language model")
     if f"{arch}.attention.layer_norm_rms_epsilon" not in metadata:
-        raise InvalidCheckpoint(f"{where} has no {arch}.attention.layer_norm_rms_epsilon; convert the model again")
+        raise InvalidCheckpoint(
+            f"{where} has no {arch}.attention.layer_norm_rms_epsilon; convert the model again"
+        )
     eos = eos_ids(metadata)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch]],
@@ -88,7 +107,9 @@ def model_config(
         "intermediate_size": _integer(metadata, f"{arch}.feed_forward_length", where),
         "num_hidden_layers": _integer(metadata, f"{arch}.block_count", where),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": _integer(metadata, f"{arch}.attention.head_count_kv", where, default=num_heads),
+        "num_key_value_heads": _integer(
+            metadata, f"{arch}.attention.head_count_kv", where, default=num_heads
+        ),
         "head_dim": head_dim,
         "vocab_size": shapes["token_embd.weight"][0],
         "max_position_embeddings": _integer(metadata, f"{arch}.context_length", where),
@@ -110,7 +131,7 @@ def architecture(metadata: Mapping[str, Any], where: str) -> str:
         raise UnsupportedModel(f"{where}: general.type is {kind!r}, not a model; give the model's own file")
     if metadata.get("split.count", 1) > 1:
         raise UnsupportedModel(
-            f"{where} is one of {metadata['split.count']} pieces; join them with `llama-gguf-split --merge` first"
+            f"{where} is one of {metadata['split.count']} pieces; join them first (`llama-gguf-split --merge`)"
         )
     if arch not in ARCHITECTURES:
         raise UnsupportedModel(
@@ -134,7 +155,7 @@ def _refuse_unknown(metadata: Mapping[str, Any], arch: str, where: str) -> None:
             continue
         if value not in _NEUTRAL_VALUES.get(field, ()):
             raise UnsupportedModel(
-                f"{where}: {key} = {value!r} is not supported; a {arch} model without it, or with its default, is"
+                f"{where}: {key} = {value!r} is not supported; a {arch} model without that setting is"
             )
 
 
@@ -143,19 +164,25 @@ def _integer(metadata: Mapping[str, Any], key: str, where: str, default: int | N
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
     if isinstance(value, list):
-        raise UnsupportedModel(f"{where}: {key} differs between layers ({value}); only equal layers are supported")
+        raise UnsupportedModel(
+            f"{where}: {key} differs between layers ({value}); only equal layers are supported"
+        )
     if not isinstance(value, int) or value < 1:
-        raise InvalidCheckpoint(f"{where}: {key} must be a positive integer, got {value!r}; convert the model again")
+        raise InvalidCheckpoint(
+            f"{where}: {key} must be a positive integer, got {value!r}; convert the model again"
+        )
     return value
 
 
 def _biases(shapes: Mapping[str, tuple[int, ...]], arch: str, where: str) -> dict[str, bool]:
-    """The bias switches, read off the tensors. Hugging Face's attention_bias of llama and qwen3 covers o_proj too."""
+    """The bias switches, read off the tensors. attention_bias of llama and qwen3 covers o_proj too."""
     if arch == "qwen2":
         return {}
     has_qkv, has_o = "blk.0.attn_q.bias" in shapes, "blk.0.attn_output.bias" in shapes
     if has_qkv != has_o:
-        raise UnsupportedModel(f"{where}: attn_q and attn_output must both have a bias, or neither, in a {arch} model")
+        raise UnsupportedModel(
+            f"{where}: attn_q and attn_output must both have a bias, or neither, in a {arch} model"
+        )
     mlp = {"mlp_bias": "blk.0.ffn_gate.bias" in shapes} if arch == "llama" else {}
     return {"attention_bias": has_qkv} | mlp
 
@@ -172,10 +199,14 @@ def _rope(
         kind = "linear"  # llama.cpp's own default when only a factor is given
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModel(f"{where}: {prefix}type {kind!r} is not supported; supported: none, linear, yarn")
+        raise UnsupportedModel(
+            f"{where}: {prefix}type {kind!r} is not supported; supported: none, linear, yarn"
+        )
     if kind != "none":
         if factor <= 0:
-            raise InvalidCheckpoint(f"{where}: {prefix}type is {kind} and {prefix}factor is not a positive number")
+            raise InvalidCheckpoint(
+                f"{where}: {prefix}type is {kind} and {prefix}factor is not a positive number"
+            )
         rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         original = metadata.get(f"{prefix}original_context_length")
@@ -188,16 +219,18 @@ def _rope(
     if rope_freqs is None or np.all(rope_freqs == 1):
         return rope
     if kind != "none":
-        raise UnsupportedModel(f"{where}: rope_freqs.weight together with {prefix}type {kind!r} is not supported")
+        raise UnsupportedModel(
+            f"{where}: rope_freqs.weight together with {prefix}type {kind!r} is not supported"
+        )
     return rope | _llama3_scaling(rope_freqs, theta, where)
 
 
 def _llama3_scaling(divisors: NDArray[np.float32], theta: float, where: str) -> dict[str, Any]:
     """Recover Llama 3's rope scaling from the frequency divisors that llama.cpp stores in its place.
 
-    The converter keeps only the result of the formula (transformers' `_compute_llama3_parameters`). The factor is
-    the divisor of the lowest frequency; every Llama 3.1-3.3 has 1, 4 and 8192 for the rest. That guess is checked
-    against the stored numbers, so other settings are refused, not misread.
+    The converter keeps only the result of the formula (transformers' `_compute_llama3_parameters`). The
+    factor is the divisor of the lowest frequency; every Llama 3.1-3.3 has 1, 4 and 8192 for the rest. That
+    guess is checked against the stored numbers, so other settings are refused, not misread.
     """
     factor = float(np.max(divisors))
     head_dim = 2 * divisors.size
@@ -206,11 +239,11 @@ def _llama3_scaling(divisors: NDArray[np.float32], theta: float, where: str) -> 
     expected = 1 / ((1 - smooth) / factor + smooth)
     expected[wavelength < _LLAMA3_ORIGINAL_LEN / _LLAMA3_HIGH] = 1
     expected[wavelength > _LLAMA3_ORIGINAL_LEN / _LLAMA3_LOW] = factor
-    # The divisors are stored as float32 and were computed in it: a few units in the last place, times the formula.
+    # Computed and stored as float32: a few units in the last place, grown by the subtractions above.
     if not np.allclose(divisors, expected, rtol=1e-4):
         raise UnsupportedModel(
-            f"{where}: rope_freqs.weight does not hold Llama 3's frequency divisors (factor {factor:g}, original "
-            f"length {_LLAMA3_ORIGINAL_LEN}); give the Hugging Face checkpoint, whose config.json has the settings"
+            f"{where}: rope_freqs.weight does not hold the divisors of Llama 3 (factor {factor:g}, original length "
+            f"{_LLAMA3_ORIGINAL_LEN}); give the Hugging Face checkpoint, whose config.json has the settings"
         )
     return {
         "rope_type": "llama3",

@@ -1,9 +1,9 @@
 """Reads the head of a .gguf file: metadata, and where each tensor lies.
 
-Knows the file format and nothing of models. The `gguf` library has a reader too, but it makes several memory-map
-views for every token of the vocabulary (4 s to open a 135M model, 0.2 s here) and, given a corrupt count, goes on past
-the end of the file. Type numbers and block sizes come from the library.
-Format, versions 2 and 3: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Knows the file format and nothing of models. The `gguf` library has a reader too, but it makes several
+memory-map views for every token of the vocabulary (4 s to open a 135M model, 0.2 s here) and, given a corrupt
+count, goes on past the end of the file. Type numbers and block sizes come from the library. Format, versions
+2 and 3: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -27,7 +27,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies. `shape` is in numpy's order (rows first), `offset` counts from the start of the file."""
+    """Where a tensor lies: `shape` in numpy's order (rows first), `offset` from the start of the file."""
 
     shape: tuple[int, ...]
     type_id: int
@@ -46,8 +46,8 @@ class GgufHeader(NamedTuple):
 def read_gguf_header(file: Path) -> GgufHeader:
     """Read the head of `file` and check that all its tensors lie inside.
 
-    Raises InvalidCheckpoint for what is no GGUF file, truncated or corrupt; UnsupportedModel for a version, byte order
-    or tensor type without a reader.
+    Raises InvalidCheckpoint for what is no GGUF file, truncated or corrupt; UnsupportedModel for a version,
+    byte order or tensor type without a reader.
     """
     try:
         with _Cursor(file) as cursor:
@@ -111,7 +111,9 @@ class _Cursor:
 
 def _read(cursor: _Cursor) -> GgufHeader:
     if cursor.size < len(MAGIC) or cursor.bytes(len(MAGIC)) != MAGIC:
-        raise InvalidCheckpoint(f"{cursor.file} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
+        raise InvalidCheckpoint(
+            f"{cursor.file} is not a GGUF file: it does not begin with {MAGIC.decode()!r}"
+        )
     version = cursor.number("I")
     if version not in VERSIONS:
         is_swapped = version & 0xFFFF == 0
@@ -152,10 +154,14 @@ def _place(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, off
     try:
         kind = gguf.GGMLQuantizationType(type_id)
     except ValueError as error:
-        raise UnsupportedModel(f"{cursor.file}: tensor {name} has the unknown type number {type_id}") from error
+        raise UnsupportedModel(
+            f"{cursor.file}: tensor {name} has the unknown type number {type_id}"
+        ) from error
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % block_size:
-        raise cursor.corrupt(f"tensor {name} has shape {list(shape)}, and {kind.name} comes in rows of {block_size}")
+        raise cursor.corrupt(
+            f"tensor {name} has shape {list(shape)}, and {kind.name} comes in rows of {block_size}"
+        )
     num_bytes = math.prod(shape) // block_size * block_bytes
     if offset + num_bytes > cursor.size:
         raise cursor.corrupt(

@@ -1,8 +1,8 @@
 """Makes tokenizer.json and the other text files from the `tokenizer.*` metadata of a GGUF file.
 
-Knows the two kinds of vocabulary these families use, byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`), and how
-text is split before BPE; nothing about tensors. A GGUF file names that split instead of spelling it out: a name that
-is not in the table is refused, because a wrong split gives wrong tokens without an error.
+Knows the two kinds of vocabulary these families use, byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`),
+and how text is split before BPE; nothing about tensors. A GGUF file names that split instead of spelling it
+out: a name that is not in the table is refused, because a wrong split gives wrong tokens without an error.
 """
 
 import json
@@ -15,7 +15,9 @@ from export.gguf_config import eos_ids
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import Tokenizer
+
+AGAIN = "convert the model again"
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+"
@@ -82,8 +84,8 @@ class _Vocabulary:
 def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
     """The text files of a checkpoint from the metadata of a GGUF file.
 
-    Raises UnsupportedModel for a kind of tokenizer or split that is not in the tables, InvalidCheckpoint for lists
-    that are missing or do not fit together. `where` names the file in errors.
+    Raises UnsupportedModel for a kind of tokenizer or split that is not in the tables, InvalidCheckpoint for
+    lists that are missing or do not fit together. `where` names the file in errors.
     """
     vocabulary = _vocabulary(metadata, where)
     kind = metadata.get("tokenizer.ggml.model")
@@ -94,7 +96,9 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
         has_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         tokenizer, adds_bos = _sentencepiece(vocabulary, metadata, where, has_prefix=has_prefix), True
     else:
-        raise UnsupportedModel(f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
+        raise UnsupportedModel(
+            f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama"
+        )
     _add_whole_tokens(tokenizer, vocabulary)
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos))
     adds_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
@@ -102,7 +106,9 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
         f"{name}_token": _token_of(metadata, key, vocabulary.tokens, where)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
-    _add_template(tokenizer, named["bos_token"] if adds_bos else None, named["eos_token"] if adds_eos else None)
+    _add_template(
+        tokenizer, named["bos_token"] if adds_bos else None, named["eos_token"] if adds_eos else None
+    )
     eos = eos_ids(metadata)
     generation = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -134,11 +140,13 @@ def _vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
         raise InvalidCheckpoint(f"{where} has no tokenizer.ggml.tokens; convert the model with its tokenizer")
     if len(set(tokens)) != len(tokens):
         twice = next(token for position, token in enumerate(tokens) if tokens.index(token) != position)
-        raise InvalidCheckpoint(f"{where}: token {twice!r} is in tokenizer.ggml.tokens twice; convert the model again")
+        raise InvalidCheckpoint(
+            f"{where}: token {twice!r} is in tokenizer.ggml.tokens twice; convert the model again"
+        )
     for name, values in (("token_type", types), ("scores", scores)):
         if values and len(values) != len(tokens):
             raise InvalidCheckpoint(
-                f"{where}: tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens; convert it again"
+                f"{where}: tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens; {AGAIN}"
             )
     return _Vocabulary(tokens, types, scores, metadata.get("tokenizer.ggml.merges") or [])
 
@@ -147,8 +155,8 @@ def _pre_tokenizer_row(metadata: Mapping[str, Any], where: str) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
         raise UnsupportedModel(
-            f"{where} has no tokenizer.ggml.pre, so how it splits text is unknown; convert the model with a llama.cpp "
-            "of May 2024 or later"
+            f"{where} has no tokenizer.ggml.pre, so how it splits text is unknown; convert the model "
+            "with a llama.cpp of May 2024 or later"
         )
     if name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
@@ -164,7 +172,7 @@ def _byte_level(vocabulary: _Vocabulary, row: PreTokenizer, where: str) -> "Toke
     for merge in vocabulary.merges:
         left, space, right = merge.partition(" ")
         if not space:
-            raise InvalidCheckpoint(f"{where}: merge {merge!r} is not two parts; convert the model again")
+            raise InvalidCheckpoint(f"{where}: merge {merge!r} is not two parts; {AGAIN}")
         merges.append((left, right))
     tokenizer = Tokenizer(_bpe(models.BPE, vocabulary, merges, where, ignore_merges=row.ignore_merges))
     if row.is_nfc:
@@ -185,7 +193,7 @@ def _sentencepiece(
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     if not vocabulary.scores:
-        raise InvalidCheckpoint(f"{where} has no tokenizer.ggml.scores; convert the model again")
+        raise InvalidCheckpoint(f"{where} has no tokenizer.ggml.scores; {AGAIN}")
     unknown = _token_of(metadata, "unknown", vocabulary.tokens, where)
     tokenizer = Tokenizer(
         _bpe(
@@ -199,8 +207,14 @@ def _sentencepiece(
         )
     )
     spaces = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if has_prefix else spaces
-    steps: list[decoders.Decoder] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if has_prefix else spaces
+    )
+    steps: list[decoders.Decoder] = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if has_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
@@ -210,8 +224,8 @@ def _sentencepiece(
 def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The BPE merges that a SentencePiece vocabulary implies, best first.
 
-    SentencePiece joins the two neighbours whose union has the highest score; so each way to cut a token into two
-    tokens is a merge, ranked by the token's score (of equal scores, the token listed first).
+    SentencePiece joins the two neighbours whose union has the highest score; so each way to cut a token into
+    two tokens is a merge, ranked by the token's score (of equal scores, the token listed first).
     """
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     ranked = sorted(range(len(tokens)), key=lambda token_id: (-scores[token_id], token_id))
@@ -263,4 +277,4 @@ def _token_of(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], wher
         raise InvalidCheckpoint(
             f"{where}: tokenizer.ggml.{key}_token_id is {token_id}, and there are {len(tokens)} tokens"
         )
-    return tokens[token_id]
+    return str(tokens[token_id])

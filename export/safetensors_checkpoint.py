@@ -28,7 +28,7 @@ AGAIN = "download or copy it again"
 STORED_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 )
-"""The safetensors types that hold weights a graph can use as they are; others are quantized or are not weights."""
+"""The safetensors types that are weights as they stand; others are quantized or are no weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class _Place:
 
 
 class SafetensorsCheckpoint:
-    """A Checkpoint over a directory. Headers are read at once, tensors one at a time when they are asked for."""
+    """A Checkpoint over a directory: headers are read at once, a tensor when it is asked for."""
 
     def __init__(self, path: Path, *, source: str | None = None) -> None:
         """Open `path`; `source` is what the user called it, the directory's name if they gave a path.
@@ -57,8 +57,8 @@ class SafetensorsCheckpoint:
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UnsupportedModel(
-                f"{path / CONFIG} has quantization_config ({method}): weights that are quantized already are not "
-                "read; give the original fp32, fp16 or bf16 checkpoint, or a GGUF file"
+                f"{path / CONFIG} has quantization_config ({method}): quantized weights are not read; "
+                " give the original fp32, fp16 or bf16 checkpoint, or a GGUF file"
             )
         self._places = _find_tensors(path)
         self._tensors = MappingProxyType({name: place.info for name, place in self._places.items()})
@@ -82,7 +82,8 @@ class SafetensorsCheckpoint:
         stored = STORED_TYPES.get(place.info.dtype)
         if stored is None:
             raise UnsupportedModel(
-                f"{place.file}: tensor {name!r} is stored as {place.info.dtype}; only {', '.join(STORED_TYPES)} are read"
+                f"{place.file}: tensor {name!r} is stored as {place.info.dtype}; "
+                f"only {', '.join(STORED_TYPES)} are read"
             )
         return read_float32(
             place.file,
@@ -108,7 +109,8 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InvalidCheckpoint(
-            f"{file.parent} has no {file.name}; a Hugging Face model directory has {CONFIG} and {SINGLE} (or {INDEX})"
+            f"{file.parent} has no {file.name}; "
+            f"a Hugging Face model directory has {CONFIG} and {SINGLE} (or {INDEX})"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"{file} cannot be read: {error}; {AGAIN}") from error
@@ -154,23 +156,25 @@ def _find_tensors(path: Path) -> dict[str, _Place]:
     headers = {shard: _read_header(path / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise InvalidCheckpoint(f"{path / INDEX} says that {shard} holds {name!r}, and it does not; {AGAIN}")
+            raise InvalidCheckpoint(
+                f"{path / INDEX} says that {shard} holds {name!r}, and it does not; {AGAIN}"
+            )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
 def _why_no_weights(path: Path) -> str:
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         return (
-            f"{path} has only pickled weights (*.bin, *.pt), which can run code and are never loaded; convert them "
-            "with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            f"{path} has only pickled weights (*.bin, *.pt), which can run code and are never loaded; "
+            "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     if (path / "adapter_model.safetensors").is_file():
-        return f"{path} holds an adapter, not a model; merge it into its base model first (peft: merge_and_unload)"
+        return f"{path} holds an adapter, not a model; merge it into its base model with peft"
     return f"{path} has neither {SINGLE} nor {INDEX}; a Hugging Face model directory has one of them"
 
 
 def _read_header(file: Path) -> dict[str, _Place]:
-    """Tensor name to place. The library checks the header (sizes, overlaps, file length) but keeps offsets to itself."""
+    """Tensor name to place. The library checks sizes, overlaps and file length, but does not tell offsets."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -12,15 +12,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
-    """Open the default model's name, a directory, a .gguf file or a hub id (`owner/name`), tried in that order.
+    """Open the default model's name, a directory, a .gguf file or a hub id (`owner/name`), tried in that
+    order.
 
-    `revision` is a branch, tag or commit of a hub id. Raises InvalidCheckpoint if `model` is none of the four or
-    cannot be read, InvalidSetting for a revision of something that has none.
+    `revision` is a branch, tag or commit of a hub id. Raises InvalidCheckpoint if `model` is none of the four
+    or cannot be read, InvalidSetting for a revision of something that has none.
     """
     path = Path(model).expanduser()
     is_hub_id = model != DEFAULT_MODEL and not path.exists() and _HUB_ID.fullmatch(model) is not None
     if revision is not None and not is_hub_id:
-        raise InvalidSetting(f"revision {revision!r}: only a hub id (owner/name) has revisions, and {model!r} is none")
+        raise InvalidSetting(
+            f"revision {revision!r}: only a hub id (owner/name) has revisions, and {model!r} is none"
+        )
     if model == DEFAULT_MODEL:
         from export.default_model import default_model_file
         from export.gguf_checkpoint import GgufCheckpoint

@@ -17,7 +17,7 @@ from runtime.errors import InvalidCheckpoint
 Decode = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 CHUNK_BYTES = 1 << 20
-"""Bytes of the file held at a time. Decoding makes several float copies of a chunk, which should fit the cache."""
+"""Bytes of the file held at a time. Decoding makes several copies of a chunk; they should fit the cache."""
 
 
 def read_float32(
@@ -25,9 +25,9 @@ def read_float32(
 ) -> NDArray[np.float32]:
     """Read `num_bytes` at `offset` and return them decoded, float32 `shape`.
 
-    `decode` gets whole blocks of `block_bytes` (the smallest unit of the stored type: an element, or a block of a
-    quantized type) and returns all their values, in any shape. Peak memory is the result plus a few chunks.
-    Raises InvalidCheckpoint if the file ends early or cannot be read.
+    `decode` gets whole blocks of `block_bytes` (the smallest unit of the stored type: an element, or a block
+    of a quantized type) and returns all their values, in any shape. Peak memory is the result plus a few
+    chunks. Raises InvalidCheckpoint if the file ends early or cannot be read.
     """
     result = np.empty(math.prod(shape), dtype=np.float32)
     chunk_bytes = max(1, CHUNK_BYTES // block_bytes) * block_bytes
@@ -49,12 +49,12 @@ def read_float32(
 
 
 def _fill(piece: NDArray[np.uint8], readinto: Callable[[memoryview], int], file: Path, at: int) -> None:
-    view = memoryview(piece)
+    view = piece.data
     while view:
         count = readinto(view)
         if not count:
             raise InvalidCheckpoint(
-                f"{file} is truncated: {len(view):,} bytes are missing after byte {at + piece.size - len(view):,}; "
-                "download or copy it again"
+                f"{file} is truncated: it ends at byte {at + piece.size - len(view):,} and "
+                f"{len(view):,} more belong here; download or copy it again"
             )
         view = view[count:]
