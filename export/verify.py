@@ -25,7 +25,7 @@ from runtime.scoring import Distance, score, windows_of
 from runtime.session import Batch, Session
 
 WINDOW = 512
-NUM_WINDOWS = 2
+NUM_WINDOWS = 2  # to measure a perplexity change; parity in float32 shows in one
 NUM_GREEDY = 24  # tokens generated for each prompt
 MAX_PROMPT = 32
 BATCH = 8
@@ -58,7 +58,8 @@ def material_for(artifact: Artifact, config: ModelConfig) -> Material:
         ids = rng.integers(0, config.vocab_size, NUM_WINDOWS * window).tolist()
         prompts = [rng.integers(0, config.vocab_size, 3 + row).tolist() for row in range(20)]
         source = "random ids: the checkpoint has no tokenizer"
-    return Material(windows_of(ids, window)[:NUM_WINDOWS], [ids[:prompt] for ids in prompts], source)
+    num_windows = 1 if artifact.manifest.precision == "fp32" else NUM_WINDOWS
+    return Material(windows_of(ids, window)[:num_windows], [ids[:prompt] for ids in prompts], source)
 
 
 def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> dict[str, Any]:
@@ -71,10 +72,8 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
         with progress_bar("generate", total=num_greedy) as bar:
             batched = greedy(session, material.prompts, num_greedy, on_token=bar.update)
         alone = [greedy(session, [prompt], num_greedy)[0] for prompt in material.prompts[:NUM_ALONE]]
-        figures: dict[str, Any] = {
-            "batch_token_agreement": float(np.mean([a == b for a, b in zip(alone, batched, strict=False)])),
-            "batch_logit_error": batch_logit_error(session, material.windows[0]),
-        }
+        figures: dict[str, Any] = dict(self_distance(session, material.windows[0]))
+        figures["batch_token_agreement"] = float(np.mean([a == b for a, b in zip(alone, batched, strict=False)]))
         continued = [prompt + tokens for prompt, tokens in zip(material.prompts, batched, strict=True)]
         with progress_bar("reference", total=config.num_layers) as bar:
             states = run_reference(checkpoint, config, material.windows + continued, on_layer=bar.update)
@@ -108,26 +107,37 @@ def greedy(
     return [[int(token) for token in row] for row in np.stack(out, 1)]
 
 
-def batch_logit_error(session: Session, window: Sequence[int]) -> float:
-    """Largest logit difference between one run over the window's head and the ways a scheduler splits it."""
+def self_distance(session: Session, window: Sequence[int]) -> Mapping[str, float]:
+    """The graph against itself: one run over the window's head, and the ways a scheduler splits it.
+
+    batch_logit_error: rows prefilled and decoded together against each row alone
+    chunk_kl, chunk_logit_error: chunks and single tokens against one run; other kernels, so other float sums
+    """
     ids = list(window[:64])
     whole = _run_rows(session, [ids], [0], every=True).copy()
-    errors = []
-    for pieces in ([7, 1, 20, len(ids) - 28], [1] * 12):
+    chunked = Distance()
+    for sizes in ([7, 1, 20, len(ids)], [1] * 12):
         done = 0
-        for size in (min(piece, len(ids) - sum(pieces[:i])) for i, piece in enumerate(pieces)):
-            if size < 1:
+        for size in sizes:
+            piece = ids[done : done + size]
+            if len(piece) == 0:
                 break
-            piece = _run_rows(session, [ids[done : done + size]], [done], every=True)
-            errors.append(np.abs(piece - whole[done : done + size]).max())
-            done += size
+            logits = _run_rows(session, [piece], [done], every=True)
+            chunked.add(whole[done : done + len(piece)], logits, np.array(piece, np.int64))
+            done += len(piece)
     rows = min(BATCH, session.info.num_slots)
     cuts = [1 + (row * 7) % (len(ids) - 1) for row in range(rows)]
-    heads = _run_rows(session, [ids[:cut] for cut in cuts], [0] * rows)
-    errors += [np.abs(head - whole[cut - 1]).max() for head, cut in zip(heads, cuts, strict=True)]
-    tails = _run_rows(session, [ids[cut:] for cut in cuts], cuts)
-    errors += [np.abs(tail - whole[-1]).max() for tail in tails]
-    return float(np.max(errors))
+    heads = _run_rows(session, [ids[:cut] for cut in cuts], [0] * rows).copy()
+    nexts = _run_rows(session, [[ids[cut]] for cut in cuts], cuts).copy()
+    errors = []
+    for row, cut in enumerate(cuts):
+        errors.append(np.abs(_run_rows(session, [ids[:cut]], [0])[0] - heads[row]).max())
+        errors.append(np.abs(_run_rows(session, [[ids[cut]]], [cut])[0] - nexts[row]).max())
+    return {
+        "batch_logit_error": float(np.max(errors)),
+        "chunk_logit_error": chunked.max_logit_error,
+        "chunk_kl": chunked.kl,
+    }
 
 
 def _run_rows(

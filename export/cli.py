@@ -1,0 +1,60 @@
+"""`headrace export`: flags in, one artifact out."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from runtime.artifact import PRECISIONS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headrace export",
+        description="Write a Hugging Face causal language model as an ONNX artifact with KV-cache inputs, verified.",
+    )
+    parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
+    parser.add_argument("--precision", default="w8a16", choices=PRECISIONS, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
+    parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
+    parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Export; prints the receipt's figures and where the artifact is."""
+    args = _parser().parse_args(argv)
+    out = args.out or Path("artifacts") / f"{Path(args.model).stem.lower()}-{args.precision}"
+    if args.if_missing and _is_good(out):
+        sys.stdout.write(f"{out} is there already\n")
+        return 0
+    from export.pipeline import ExportOptions, export_model
+
+    options = ExportOptions(
+        model=args.model,
+        out=out,
+        precision=args.precision,
+        max_len=args.max_len,
+        revision=args.revision,
+        force=args.force,
+    )
+    artifact = export_model(options)
+    for check in artifact.receipt["checks"]:
+        sign = "<=" if check["at_most"] else ">="
+        mark = "ok" if check["passed"] else "FAILED"
+        sys.stdout.write(f"  {check['figure']:24}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
+    total = sum(entry.size for entry in artifact.manifest.files.values())
+    sys.stdout.write(f"{out}: {artifact.manifest.name}, {artifact.manifest.precision}, {total / 1e6:,.0f} MB\n")
+    return 0
+
+
+def _is_good(out: Path) -> bool:
+    from runtime.artifact import open_artifact
+    from runtime.errors import InvalidArtifact
+
+    try:
+        open_artifact(out, check_hashes=False)
+    except InvalidArtifact:
+        return False
+    return True

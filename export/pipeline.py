@@ -1,0 +1,148 @@
+"""Checkpoint to artifact: read, build, check, verify, gate, publish. The one path every export takes."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.architectures import parse_config
+from export.artifact_writer import file_entry, staged, write_json, write_manifest, write_texts
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.config import ModelConfig
+from export.decoder import DecoderGraph
+from export.graph_builder import GraphBuilder
+from export.precision import Precision, precision_named
+from export.verify import verify
+from export.weight_file import WeightFile
+from runtime.artifact import ORT_MODEL, RECEIPT, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims
+from runtime.errors import GateFailed, InvalidSetting
+from runtime.progress import progress_bar
+
+# Rotary tables cost 4 bytes * head_dim a position; longer contexts than this are asked for with --max-len.
+DEFAULT_MAX_LEN = 32_768
+
+_VERSIONED = ("headrace", "onnx", "onnx-ir", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to export and where to. `max_len` None: the model's own length, at most DEFAULT_MAX_LEN tokens."""
+
+    model: str
+    out: Path
+    precision: str = "w8a16"
+    max_len: int | None = None
+    revision: str | None = None
+    force: bool = False
+
+
+def export_model(options: ExportOptions) -> Artifact:
+    """Export one checkpoint; the artifact appears at `options.out` whole and verified, or not at all.
+
+    GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
+    `force`: then the artifact carries the failed receipt. Other errors are those of reading and writing.
+    """
+    precision = precision_named(options.precision)
+    checkpoint = open_checkpoint(options.model, revision=options.revision)
+    config = parse_config(checkpoint.config)
+    max_len = _max_len(options.max_len, config)
+    with staged(options.out) as staging:
+        _write_graph(staging, checkpoint, config, precision, max_len)
+        write_texts(staging, checkpoint.text_files())
+        draft = _manifest(staging, checkpoint, config, precision, max_len)
+        receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
+        if not receipt["passed"] and not options.force:
+            raise GateFailed(_failure(receipt))
+        write_json(staging / RECEIPT, receipt)
+        manifest = replace(draft, files={**draft.files, RECEIPT: file_entry(staging / RECEIPT)})
+        write_manifest(staging, manifest)
+    return Artifact(options.out, manifest, receipt)
+
+
+def _write_graph(
+    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
+) -> None:
+    import onnx
+
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors)
+    with WeightFile(staging) as weights, progress_bar("export", total=num_reads, unit="tensor") as bar:
+        graph = GraphBuilder(weights)
+        DecoderGraph(graph, _Counting(checkpoint, bar), config, precision, max_len).build()
+    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
+    onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
+
+
+class _Counting:
+    """A checkpoint that moves a progress bar with every tensor it loads."""
+
+    def __init__(self, checkpoint: Checkpoint, bar: Any) -> None:
+        self._checkpoint, self._bar = checkpoint, bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def load(self, name: str) -> Any:
+        self._bar.update(1)
+        return self._checkpoint.load(name)
+
+
+def _max_len(wanted: int | None, config: ModelConfig) -> int:
+    trained = config.max_position_embeddings
+    stretched = int(config.rope.original_max_len * config.rope.factor) if config.rope.kind != "default" else trained
+    longest = max(trained, stretched)
+    if wanted is None:
+        return min(longest, DEFAULT_MAX_LEN)
+    if not 2 <= wanted <= longest:  # noqa: PLR2004  one token of prompt, one of answer
+        raise InvalidSetting(f"--max-len {wanted} is outside 2 to {longest:,}, the longest sequence the model was made for")
+    return wanted
+
+
+def _manifest(
+    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
+) -> Manifest:
+    generation = json.loads(checkpoint.text_files().get("generation_config.json", "{}"))
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=Path(checkpoint.source).name,
+        source=checkpoint.source,
+        precision=precision.name,
+        dims=ModelDims(
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            max_len=max_len,
+        ),
+        kv=KvContract(dtype=precision.numpy_dtype.name),
+        dialects={"ort": ORT_MODEL},
+        eos_ids=_eos_ids(generation, config),
+        bos_id=config.bos_id,
+        files={file.name: file_entry(file) for file in sorted(staging.iterdir())},
+        versions={package: importlib.metadata.version(package) for package in _VERSIONED},
+    )
+
+
+def _eos_ids(generation: Mapping[str, Any], config: ModelConfig) -> tuple[int, ...]:
+    """generation_config.json names more ends than config.json (end of turn as well as end of text)."""
+    listed = generation.get("eos_token_id")
+    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    return tuple(sorted({*config.eos_ids, *ids}))
+
+
+def _failure(receipt: Mapping[str, Any]) -> str:
+    failed = [check for check in receipt["checks"] if not check["passed"]]
+    words = "; ".join(
+        f"{check['figure']} is {check['value']:.4g}, allowed {'at most' if check['at_most'] else 'at least'} {check['limit']:g}"
+        if isinstance(check["value"], float)
+        else f"{check['figure']} is {check['value']}"
+        for check in failed
+    )
+    return f"{receipt['precision']} is too far from the reference: {words}. Try a wider precision, or --force"

@@ -1,0 +1,20 @@
+"""Progress bars on standard error, for whatever takes longer than a second."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Counts work done."""
+
+    def update(self, n: float = 1, /) -> bool | None: ...
+
+
+@contextmanager
+def progress_bar(what: str, *, total: int, unit: str = "it") -> Iterator[Progress]:
+    """A bar that appears after one second and leaves no line behind if it never did."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", delay=1, leave=None) as bar:
+        yield bar
