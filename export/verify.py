@@ -29,7 +29,7 @@ NUM_WINDOWS = 2  # to measure a perplexity change; parity in float32 shows in on
 NUM_GREEDY = 24  # tokens generated for each prompt
 MAX_PROMPT = 32
 BATCH = 8
-NUM_ALONE = 4  # prompts generated alone as well
+NUM_ALONE = 2  # prompts generated alone as well
 
 
 @dataclass(frozen=True, slots=True)
