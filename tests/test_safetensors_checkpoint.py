@@ -38,7 +38,7 @@ def write_single(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
 
 def write_sharded(path: Path, shards: list[dict[str, NDArray[Any]]]) -> None:
     write_config(path)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, path / file)
@@ -111,7 +111,7 @@ def test_an_embedded_chat_template_is_found(tmp_path: Path, template: object) ->
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     write_config(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(InvalidCheckpoint, match="pickled weights.*save_pretrained"):
+    with pytest.raises(InvalidCheckpoint, match=r"pickled weights.*save_pretrained"):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -233,8 +233,8 @@ sys.stdout.write(f"{peak_mib() - before:.1f}")
 
 
 def test_reading_all_tensors_keeps_only_one(tmp_path: Path) -> None:
-    """24 tensors of 16 MiB as float32: after the first, the peak may rise by one more, not by the 192 MiB of the
-    file, as it does where the file is mapped. In a process of its own, because a peak never falls.
+    """24 tensors of 16 MiB as float32: after the first, the peak may rise by one more, not by the 192 MiB of
+    the file, as it does where the file is mapped. In a process of its own, because a peak never falls.
     """
     value = np.ones((4 << 20,), ml_dtypes.bfloat16)
     write_single(tmp_path, {f"t{number}": value for number in range(24)})
