@@ -18,8 +18,8 @@ from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 ROOT = Path(__file__).parent
 
-# Computed with llama.cpp (build 11549, its /tokenize with parse_special, no add_special) from the same file: text
-# in many scripts, numbers, whitespace, code, special tokens, and random mixtures of all that.
+# Computed with llama.cpp (build 11549, its /tokenize with parse_special, no add_special) from the same file:
+# text in many scripts, numbers, whitespace, code, special tokens, and random mixtures of all that.
 SMOLLM_IDS = [json.loads(line) for line in (ROOT / "smollm2_ids.jsonl").read_text().splitlines()]
 
 
