@@ -131,7 +131,7 @@ def architecture(metadata: Mapping[str, Any], where: str) -> str:
         raise UnsupportedModel(f"{where}: general.type is {kind!r}, not a model; give the model's own file")
     if metadata.get("split.count", 1) > 1:
         raise UnsupportedModel(
-            f"{where} is one of {metadata['split.count']} pieces; join them first (`llama-gguf-split --merge`)"
+            f"{where} is one of {metadata['split.count']} pieces; join them: `llama-gguf-split --merge`"
         )
     if arch not in ARCHITECTURES:
         raise UnsupportedModel(
@@ -242,8 +242,8 @@ def _llama3_scaling(divisors: NDArray[np.float32], theta: float, where: str) -> 
     # Computed and stored as float32: a few units in the last place, grown by the subtractions above.
     if not np.allclose(divisors, expected, rtol=1e-4):
         raise UnsupportedModel(
-            f"{where}: rope_freqs.weight does not hold the divisors of Llama 3 (factor {factor:g}, original length "
-            f"{_LLAMA3_ORIGINAL_LEN}); give the Hugging Face checkpoint, whose config.json has the settings"
+            f"{where}: rope_freqs.weight does not hold the divisors of Llama 3 (factor {factor:g}, length "
+            f"{_LLAMA3_ORIGINAL_LEN}); give the Hugging Face checkpoint instead"
         )
     return {
         "rope_type": "llama3",

@@ -166,10 +166,10 @@ def _why_no_weights(path: Path) -> str:
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         return (
             f"{path} has only pickled weights (*.bin, *.pt), which can run code and are never loaded; "
-            "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            "convert them with transformers (AutoModelForCausalLM.from_pretrained, then save_pretrained)"
         )
     if (path / "adapter_model.safetensors").is_file():
-        return f"{path} holds an adapter, not a model; merge it into its base model with peft"
+        return f"{path} holds an adapter, not a model; merge it into its base model"
     return f"{path} has neither {SINGLE} nor {INDEX}; a Hugging Face model directory has one of them"
 
 

@@ -29,7 +29,7 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
         from export.gguf_checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(default_model_file(), source=DEFAULT_MODEL)
-    if path.is_dir():
+    if model and path.is_dir():
         from export.safetensors_checkpoint import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path)

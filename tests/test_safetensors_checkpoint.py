@@ -1,0 +1,243 @@
+"""A Hugging Face directory is read exactly and lazily, and a broken one is refused with a reason."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from export.checkpoint import open_checkpoint
+from export.safetensors_checkpoint import SafetensorsCheckpoint
+from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {"model_type": "llama", "hidden_size": 8}
+STORED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+def random_tensors(dtype: np.dtype[Any], seed: int = 0) -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    shapes = {"a.weight": (7, 5), "b.weight": (3,), "c.weight": (2, 3, 4), "scalar": ()}
+    return {name: np.asarray(rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_config(path: Path, **extra: object) -> None:
+    (path / "config.json").write_text(json.dumps(CONFIG | extra))
+
+
+def write_single(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    write_config(path)
+    save_file(tensors, path / "model.safetensors")
+
+
+def write_sharded(path: Path, shards: list[dict[str, NDArray[Any]]]) -> None:
+    write_config(path)
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, path / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_every_tensor_is_widened_exactly(tmp_path: Path, dtype: np.dtype[Any]) -> None:
+    tensors = random_tensors(dtype)
+    write_single(tmp_path, tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, expected in tensors.items():
+        loaded = checkpoint.load(name)
+        assert loaded.dtype == np.float32
+        assert checkpoint.tensors[name].shape == loaded.shape == expected.shape
+        np.testing.assert_array_equal(loaded, expected.astype(np.float32))
+
+
+def test_a_tensor_longer_than_a_chunk_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.tensor_file.CHUNK_BYTES", 10)  # not a multiple of any row
+    tensors = random_tensors(np.dtype(ml_dtypes.bfloat16))
+    write_single(tmp_path, tensors)
+    np.testing.assert_array_equal(
+        SafetensorsCheckpoint(tmp_path).load("a.weight"), tensors["a.weight"].astype(np.float32)
+    )
+
+
+def test_an_empty_tensor_is_empty(tmp_path: Path) -> None:
+    write_single(tmp_path, {"none": np.zeros((0, 4), dtype=np.float32)})
+    assert SafetensorsCheckpoint(tmp_path).load("none").shape == (0, 4)
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    first = {"a": np.ones((2, 2), np.float32)}
+    second = {"b": np.full((3,), 2, np.float16)}
+    write_sharded(tmp_path, [first, second])
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert {name: info.dtype for name, info in checkpoint.tensors.items()} == {"a": "F32", "b": "F16"}
+    np.testing.assert_array_equal(checkpoint.load("a"), first["a"])
+    np.testing.assert_array_equal(checkpoint.load("b"), second["b"])
+
+
+def test_config_and_text_files_pass_through(tmp_path: Path) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    (tmp_path / "tokenizer.json").write_text('{"é": 1}', encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("{{ own }}")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ older }}"}')
+    (tmp_path / "special_tokens_map.json").write_text("{}")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.config == CONFIG
+    assert checkpoint.source == tmp_path.name
+    files = checkpoint.text_files()
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files["tokenizer.json"] == '{"é": 1}'
+    assert files["chat_template.jinja"] == "{{ own }}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ x }}", [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ x }}"}]],
+)
+def test_an_embedded_chat_template_is_found(tmp_path: Path, template: object) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert SafetensorsCheckpoint(tmp_path).text_files()["chat_template.jinja"] == "{{ x }}"
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(InvalidCheckpoint, match=r"pickled weights.*save_pretrained"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_an_adapter_is_named_as_one(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    save_file({"a": np.ones(1, np.float32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InvalidCheckpoint, match="adapter"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with pytest.raises(InvalidCheckpoint, match=r"neither model\.safetensors nor"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "has no config.json"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_bad_config(tmp_path: Path, content: str | bytes | None, reason: str) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InvalidCheckpoint, match=reason):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    write_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedModel, match=r"quantization_config \(gptq\)"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(InvalidCheckpoint, match="not a whole safetensors file"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{]"]
+)
+def test_a_corrupt_header_is_refused(tmp_path: Path, content: bytes) -> None:
+    write_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match="not a whole safetensors file"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_a_file_cut_after_opening_is_refused(tmp_path: Path) -> None:
+    write_single(tmp_path, {"a": np.ones((64,), np.float32)})
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InvalidCheckpoint, match="100 more belong here"):
+        checkpoint.load("a")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_sharded(tmp_path, [{"a": np.ones(1, np.float32)}, {"b": np.ones(1, np.float32)}])
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InvalidCheckpoint, match="lacks 1 of 2 shards: model-00002"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ({"weight_map": {"ghost": "model-00001-of-00001.safetensors"}}, "'ghost', and it does not"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "outside the directory"),
+        ({"weight_map": {"a": 3}}, "no weight_map"),
+        ({}, "no weight_map"),
+        ([], "holds a list"),
+    ],
+)
+def test_a_bad_index_is_refused(tmp_path: Path, index: object, reason: str) -> None:
+    write_sharded(tmp_path, [{"a": np.ones(1, np.float32)}])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidCheckpoint, match=reason):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_a_missing_tensor_and_one_that_is_no_weight(tmp_path: Path) -> None:
+    write_single(tmp_path, {"mask": np.ones(4, np.bool_)})
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    with pytest.raises(InvalidCheckpoint, match="no tensor 'ghost'"):
+        checkpoint.load("ghost")
+    with pytest.raises(UnsupportedModel, match="stored as BOOL; only F32, F16, BF16"):
+        checkpoint.load("mask")
+
+
+PEAK_WHILE_READING = """
+import sys
+from pathlib import Path
+from export.safetensors_checkpoint import SafetensorsCheckpoint
+
+def peak_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+checkpoint = SafetensorsCheckpoint(Path(sys.argv[1]))
+checkpoint.load("t0")
+before = peak_mib()
+for name in checkpoint.tensors:
+    assert checkpoint.load(name)[-1] == 1
+sys.stdout.write(f"{peak_mib() - before:.1f}")
+"""
+
+
+def test_reading_all_tensors_keeps_only_one(tmp_path: Path) -> None:
+    """24 tensors of 16 MiB as float32: after the first, the peak may rise by one more, not by the 192 MiB of
+    the file, as it does where the file is mapped. In a process of its own, because a peak never falls.
+    """
+    value = np.ones((4 << 20,), ml_dtypes.bfloat16)
+    write_single(tmp_path, {f"t{number}": value for number in range(24)})
+    command = [sys.executable, "-c", PEAK_WHILE_READING, str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert float(printed) < 32, f"peak memory rose by {printed} MiB"
