@@ -16,6 +16,6 @@ def chat_blueprint(context: Context) -> Blueprint:
         model = context.model
         wanted = read_chat(read_json(request), model_name=model.name, vocab_size=model.vocab_size)
         choices = start(context, request, wanted, [model.encode_chat(wanted.messages)])
-        return respond(choices, ChatShape(model.name, model.token_bytes), wanted)
+        return respond(choices, ChatShape(model), wanted)
 
     return blueprint

@@ -2,6 +2,7 @@
 
 from flask import Blueprint, Response, request
 
+from runtime.text_model import TextModel
 from serve.openai_replies import CompletionShape
 from serve.openai_requests import CompletionRequest, read_completion
 from serve.replying import Context, read_json, respond, start
@@ -17,17 +18,17 @@ def completions_blueprint(context: Context) -> Blueprint:
         wanted = read_completion(read_json(request), model_name=model.name, vocab_size=model.vocab_size)
         prompts = [model.encode(item) if isinstance(item, str) else list(item) for item in wanted.prompts]
         choices = start(context, request, wanted, prompts)
-        shape = CompletionShape(model.name, model.token_bytes, _echo(context, wanted) if wanted.is_echo else ())
+        shape = CompletionShape(model, _echo(model, wanted) if wanted.is_echo else ())
         return respond(choices, shape, wanted)
 
     return blueprint
 
 
-def _echo(context: Context, wanted: CompletionRequest) -> list[str]:
+def _echo(model: TextModel, wanted: CompletionRequest) -> list[str]:
     """The prompt's text once per choice; token ids are spelled out."""
     texts = []
     for prompt in wanted.prompts:
         if not isinstance(prompt, str):
-            prompt = b"".join(context.model.token_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+            prompt = b"".join(model.token_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
         texts += [prompt] * wanted.n
     return texts

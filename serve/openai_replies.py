@@ -8,13 +8,13 @@ order, and `fold` makes the whole reply out of those very chunks.
 import codecs
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from runtime.core import TokenEvent, TokenLogprob
+from runtime.text_model import TextModel
 from serve.choices import Choices
 
-TokenBytes = Callable[[int], bytes]
 Json = dict[str, Any]
 
 LEAST_LOGPROB = -9999.0
@@ -52,9 +52,9 @@ def chunks_of(choices: Choices, shape: ReplyShape) -> Iterator[Json]:
 class CompletionShape:
     """Answers of POST /v1/completions. `echo` holds per choice the text that is put before the answer."""
 
-    def __init__(self, model_name: str, token_bytes: TokenBytes, echo: Sequence[str] = ()) -> None:
-        self._head = _head("cmpl", "text_completion", model_name)
-        self._token_bytes = token_bytes
+    def __init__(self, model: TextModel, echo: Sequence[str] = ()) -> None:
+        self._head = _head("cmpl", "text_completion", model.name)
+        self._model = model
         self._echo = echo
         self._offsets: dict[int, TextOffset] = {}
 
@@ -95,25 +95,24 @@ class CompletionShape:
         top: dict[str, float] = {}
         # Different tokens can read the same; the likelier one keeps the name, as the dictionary has one entry.
         for item in (chosen, *event.top_logprobs):
-            text = token_text(self._token_bytes(item.token_id), prefix="bytes:")
+            text = token_text(self._model, item.token_id, prefix="bytes:")
             top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
-        spelled = self._token_bytes(chosen.token_id)
         offset = self._offsets.setdefault(index, TextOffset(0))
         return {
-            "tokens": [token_text(spelled, prefix="bytes:")],
+            "tokens": [token_text(self._model, chosen.token_id, prefix="bytes:")],
             "token_logprobs": [max(chosen.logprob, LEAST_LOGPROB)],
             "top_logprobs": [top],
-            "text_offset": [offset.advance(spelled)],
+            "text_offset": [offset.advance(self._model.token_bytes(chosen.token_id))],
         }
 
 
 class ChatShape:
     """Answers of POST /v1/chat/completions."""
 
-    def __init__(self, model_name: str, token_bytes: TokenBytes) -> None:
-        self._head = _head("chatcmpl", "chat.completion", model_name)
+    def __init__(self, model: TextModel) -> None:
+        self._head = _head("chatcmpl", "chat.completion", model.name)
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
-        self._token_bytes = token_bytes
+        self._model = model
 
     def opening(self, num_choices: int) -> Iterator[Json]:
         for index in range(num_choices):
@@ -156,11 +155,11 @@ class ChatShape:
         return {"content": [entry], "refusal": None}
 
     def _entry(self, item: TokenLogprob) -> Json:
-        spelled = self._token_bytes(item.token_id)
+        spelled = self._model.token_bytes(item.token_id)
         return {
-            "token": token_text(spelled),
+            "token": token_text(self._model, item.token_id),
             "logprob": max(item.logprob, LEAST_LOGPROB),
-            "bytes": list(spelled),
+            "bytes": list(spelled) if spelled else None,
         }
 
 
@@ -178,12 +177,16 @@ class TextOffset:
         return offset
 
 
-def token_text(token: bytes, *, prefix: str = "") -> str:
-    r"""A token as text; one that is not whole characters as escaped bytes: `\xf0\x9f`, after `prefix`."""
+def token_text(model: TextModel, token_id: int, *, prefix: str = "") -> str:
+    r"""A token as OpenAI writes it: its text, a special token's name, or for a part of a character escaped bytes.
+
+    The escape is `\xf0\x9f`, after `prefix`: completions say `bytes:\xf0\x9f`.
+    """
+    spelled = model.token_bytes(token_id)
     try:
-        return token.decode("utf-8")
+        return spelled.decode("utf-8") or model.token_text(token_id)
     except UnicodeDecodeError:
-        return prefix + "".join(f"\\x{byte:02x}" for byte in token)
+        return prefix + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def usage(choices: Choices) -> Json:

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Request, Response, jsonify
 from werkzeug.exceptions import UnsupportedMediaType
 
-from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.choices import Choices, Client, submit
 from serve.errors import ClientGone, error_body
@@ -53,13 +53,10 @@ def start(
             param="n",
         )
     max_len = context.model.max_len
-    planned = []
-    for prompt_ids in prompts:
-        if len(prompt_ids) >= max_len:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens; the context holds {max_len}, answer included; shorten it"
-            )
-        planned.append((prompt_ids, [wanted.for_choice(idx, len(prompt_ids), max_len) for idx in range(wanted.n)]))
+    planned = [
+        (prompt_ids, [wanted.for_choice(idx, len(prompt_ids), max_len) for idx in range(wanted.n)])
+        for prompt_ids in prompts
+    ]
     return submit(context.model, planned, Client(request.environ.get("gunicorn.socket")))
 
 
