@@ -1,7 +1,7 @@
 """The Flask application: blueprints over one `TextModel`, errors and metrics around them.
 
-Knows nothing of processes, ports or signals; those are serve/wsgi.py's. Any WSGI server can run what this makes,
-Flask's test client included.
+Knows nothing of processes, ports or signals; those are serve/wsgi.py's. Any WSGI server can run what this
+makes, Flask's test client included.
 """
 
 import time

@@ -14,7 +14,7 @@ def chat_blueprint(context: Context) -> Blueprint:
     @blueprint.post("/v1/chat/completions")
     def chat() -> Response:
         model = context.model
-        wanted = read_chat(read_json(request), model_name=model.name, vocab_size=model.vocab_size)
+        wanted = read_chat(read_json(request), model_name=model.name)
         choices = start(context, request, wanted, [model.encode_chat(wanted.messages)])
         return respond(choices, ChatShape(model), wanted)
 

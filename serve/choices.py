@@ -1,7 +1,7 @@
-"""The choices of one HTTP request: submitted all or none, their events merged, cancelled when the client goes.
+"""The choices of one HTTP request: submitted all or none, merged, cancelled when the client goes.
 
-Knows the model's `generate` and the client's socket, nothing of JSON. There is one way to generate: a stream is
-what `Choices` yields, and a whole reply is a fold over the same.
+Knows the model's `generate` and the client's socket, nothing of JSON. There is one way to generate: a stream
+is what `Choices` yields, and a whole reply is a fold over the same.
 """
 
 import socket
@@ -23,15 +23,15 @@ ROTATE_S = 0.05
 class ChoiceEvent(NamedTuple):
     """A token event and the index of the choice it belongs to."""
 
-    index: int
+    choice_idx: int
     event: TokenEvent
 
 
 class Client:
     """The client's end of the connection, as far as gunicorn lets us see it.
 
-    A peek that finds end of file means that the client closed or at least shut down its side; as in other servers
-    either counts as gone. Without a socket (Flask's test client) nobody ever goes.
+    A peek that finds end of file means that the client closed or at least shut down its side; as in other
+    servers either counts as gone. Without a socket (Flask's test client) nobody ever goes.
     """
 
     def __init__(self, connection: socket.socket | None) -> None:
@@ -71,8 +71,8 @@ class Choices:
     def __iter__(self) -> Iterator[ChoiceEvent]:
         """Events in the order they come, until every choice has ended.
 
-        Raises EngineFailed, Unavailable (the server gave up on the request while it drained) or ClientGone; in
-        each case, and when the iterator is closed early, the other choices are cancelled.
+        Raises EngineFailed, Unavailable (the server gave up on the request while it drained) or ClientGone;
+        in each case, and when the iterator is closed early, the other choices are cancelled.
         """
         try:
             for item in _merge(self._generations, self._client):
@@ -114,8 +114,9 @@ def submit(
 def _merge(generations: Sequence[Generation], client: Client) -> Iterator[ChoiceEvent]:
     """Events of several generations without a thread for each.
 
-    Every running request gets a token in the same step, so it is enough to block on one that runs and then to
-    collect from the rest; one that yields nothing for ROTATE_S is probably still queued, and the next is tried.
+    Every running request gets a token in the same step, so it is enough to block on one that runs and then
+    to collect from the rest; one that yields nothing for ROTATE_S is probably still queued, and the next is
+    tried.
     """
     live = dict(enumerate(generations))
     watched = 0
@@ -129,7 +130,7 @@ def _merge(generations: Sequence[Generation], client: Client) -> Iterator[Choice
         for item in news:
             yield item
             if item.event.finish_reason is not None:
-                del live[item.index]
+                del live[item.choice_idx]
         if live and (event is None or watched not in live):
             watched = min((index for index in live if index > watched), default=min(live))
 

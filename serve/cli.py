@@ -1,4 +1,4 @@
-"""`headrace serve`: flags in, a running server out. Imports Flask and gunicorn only once the flags are right."""
+"""`headrace serve`: flags in, a running server out. Flask and gunicorn wait until the flags are right."""
 
 import argparse
 import sys
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `headrace serve`, those of the settings classes included."""
-    parser = argparse.ArgumentParser(prog="headrace serve", description="Serve an artifact over HTTP, as OpenAI's API.")
+    parser = argparse.ArgumentParser(
+        prog="headrace serve", description="Serve an artifact over HTTP, as OpenAI's API."
+    )
     parser.add_argument("artifact", help="directory that `headrace export` wrote")
     parser.add_argument("--name", help="name clients use for the model, by default the artifact's")
-    parser.add_argument("--allow-failed", action="store_true", help="serve even if the receipt says the gate failed")
-    parser.add_argument("--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer")
-    add_flags(parser.add_argument_group("server"), ServerSettings)
-    add_flags(parser.add_argument_group("engine"), EngineSettings)
+    parser.add_argument(
+        "--allow-failed", action="store_true", help="serve even if the receipt says the gate failed"
+    )
+    parser.add_argument(
+        "--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer"
+    )
+    add_flags(parser, ServerSettings)
+    add_flags(parser, EngineSettings)
     return parser
 
 

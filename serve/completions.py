@@ -15,7 +15,7 @@ def completions_blueprint(context: Context) -> Blueprint:
     @blueprint.post("/v1/completions")
     def complete() -> Response:
         model = context.model
-        wanted = read_completion(read_json(request), model_name=model.name, vocab_size=model.vocab_size)
+        wanted = read_completion(read_json(request), model_name=model.name)
         prompts = [model.encode(item) if isinstance(item, str) else list(item) for item in wanted.prompts]
         choices = start(context, request, wanted, prompts)
         shape = CompletionShape(model, _echo(model, wanted) if wanted.is_echo else ())
@@ -28,7 +28,9 @@ def _echo(model: TextModel, wanted: CompletionRequest) -> list[str]:
     """The prompt's text once per choice; token ids are spelled out."""
     texts = []
     for prompt in wanted.prompts:
-        if not isinstance(prompt, str):
-            prompt = b"".join(model.token_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
-        texts += [prompt] * wanted.n
+        if isinstance(prompt, str):
+            text = prompt
+        else:
+            text = b"".join(map(model.token_bytes, prompt)).decode("utf-8", "replace")
+        texts += [text] * wanted.n
     return texts

@@ -52,7 +52,7 @@ KINDS: dict[type[BaseException], ErrorKind] = {
 
 
 def kind_of(error: Exception) -> ErrorKind:
-    """The row of the nearest ancestor; werkzeug's own errors (404, 405, 413, 415) bring their status along."""
+    """The row of the nearest ancestor; werkzeug's own errors (404, 405, 413, 415) bring their status."""
     if isinstance(error, HTTPException):
         status = error.code or 500
         return ErrorKind(status, "invalid_request_error" if status < 500 else "server_error", None)

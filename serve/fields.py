@@ -1,8 +1,8 @@
 """Checks a JSON object against a table with one row per field. Knows nothing of OpenAI or of models.
 
-A row names the field and the check of its value. A check returns the value, perhaps in another shape, or raises
-`Mismatch` with what would be valid; the table's reader adds the field's name and the value found. As in OpenAI's
-API null counts as absent, and a name without a row is an error.
+A row names the field and the check of its value. A check returns the value, perhaps in another shape, or
+raises `Mismatch` with what would be valid; the table's reader adds the field's name and the value found.
+As in OpenAI's API null counts as absent, and a name without a row is an error.
 """
 
 import json
@@ -89,7 +89,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= INT_BOUND:
         return "an integer beyond 64 bits"
     text = json.dumps(value[:SHOWN_CHARS] if isinstance(value, str) else value)
-    return text if not isinstance(value, str) or len(value) <= SHOWN_CHARS else f"{text[:-1]}...\""
+    return text if not isinstance(value, str) or len(value) <= SHOWN_CHARS else f'{text[:-1]}..."'
 
 
 def boolean(value: Any) -> bool:

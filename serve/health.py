@@ -1,8 +1,8 @@
 """GET /healthz, /readyz and /metrics: what orchestrators and Prometheus ask.
 
-/healthz is liveness: 503 only when the engine has failed, which nothing but a restart mends. /readyz is whether to
-send requests here: 503 also while the server drains. Before the model is loaded neither is answered; connections
-wait in the listen queue.
+/healthz is liveness: 503 only when the engine has failed, which nothing but a restart mends. /readyz is
+whether to send requests here: 503 also while the server drains. Before the model is loaded neither is
+answered; connections wait in the listen queue.
 """
 
 from flask import Blueprint, Response, jsonify

@@ -1,8 +1,8 @@
 """What a reply looks like: OpenAI's objects, in pieces for a stream and folded into one.
 
-Knows the shapes of https://platform.openai.com/docs/api-reference, nothing of HTTP or of the engine. Both calls
-have a shape class with the same four methods: `opening`, `pieces`, `usage` make the chunks of a stream, in this
-order, and `fold` makes the whole reply out of those very chunks.
+Knows the shapes of https://platform.openai.com/docs/api-reference, nothing of HTTP or of the engine. Both
+calls have a shape class with the same four methods: `opening`, `pieces`, `usage` make the chunks of a stream,
+in this order, and `fold` makes the whole reply out of those very chunks.
 """
 
 import codecs
@@ -93,7 +93,7 @@ class CompletionShape:
         assert event.token_id is not None and event.logprob is not None
         chosen = TokenLogprob(event.token_id, event.logprob)
         top: dict[str, float] = {}
-        # Different tokens can read the same; the likelier one keeps the name, as the dictionary has one entry.
+        # Different tokens can read the same; the dictionary has one entry, and the likelier token gets it.
         for item in (chosen, *event.top_logprobs):
             text = token_text(self._model, item.token_id, prefix="bytes:")
             top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
@@ -164,7 +164,7 @@ class ChatShape:
 
 
 class TextOffset:
-    """Where each token begins in the text, in characters; a token that ends mid-character begins the next one there."""
+    """Where each token begins in the text, in characters."""
 
     def __init__(self, start: int) -> None:
         self._num_chars = start
@@ -178,7 +178,7 @@ class TextOffset:
 
 
 def token_text(model: TextModel, token_id: int, *, prefix: str = "") -> str:
-    r"""A token as OpenAI writes it: its text, a special token's name, or for a part of a character escaped bytes.
+    r"""A token as OpenAI writes it: text, a special token's name, or part of a character as escaped bytes.
 
     The escape is `\xf0\x9f`, after `prefix`: completions say `bytes:\xf0\x9f`.
     """
@@ -208,7 +208,13 @@ def usage(choices: Choices) -> Json:
 
 def model_object(name: str, created: int, max_len: int) -> Json:
     """One entry of GET /v1/models; `max_model_len` is what the field's servers add."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "headrace", "max_model_len": max_len}
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "headrace",
+        "max_model_len": max_len,
+    }
 
 
 def _head(prefix: str, kind: str, model_name: str) -> Json:

@@ -2,8 +2,8 @@
 
 Knows nothing of HTTP or of generation. A field that is not in a table, or that asks for something this server
 does not do, is a 400: a request that is half honoured is worse than one refused. The reference for names and
-meanings is https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`
-and `stop_token_ids` are what the field's other servers call these.
+meanings is https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`,
+`ignore_eos` and `stop_token_ids` are what the field's other servers call these.
 """
 
 from collections.abc import Mapping
@@ -110,18 +110,19 @@ MESSAGE_FIELDS = (
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    """Messages with their content as plain text, for the chat template. `developer` is the newer word for `system`."""
+    """Messages with their content as plain text. `developer` is the newer word for `system`."""
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
         raise Mismatch(f"a list of 1 to {MAX_MESSAGES} messages")
-    messages = []
+    messages: list[dict[str, str]] = []
     for idx, item in enumerate(value):
         path = f"messages[{idx}]"
         if not isinstance(item, dict):
             raise InvalidRequest(f"{path} must be an object, got {shown(item)}", param=path)
         message = read_fields(item, MESSAGE_FIELDS, f"{path}.")
-        role = "system" if message["role"] == "developer" else message["role"]
-        content = _content(message["content"], f"{path}.content")
-        messages.append({"role": role, "content": content} | ({"name": message["name"]} if "name" in message else {}))
+        if message["role"] == "developer":
+            message["role"] = "system"
+        message["content"] = _content(message["content"], f"{path}.content")
+        messages.append({name: message[name] for name in ("role", "content", "name") if name in message})
     return tuple(messages)
 
 
@@ -193,7 +194,7 @@ CHAT_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What both calls share. `params.max_tokens` is meaningless until `for_choice` has set it."""
+    """What both calls share. `params.max_tokens` means nothing until `for_choice` has set it."""
 
     model: str
     params: SamplingParams
@@ -206,9 +207,9 @@ class GenerationRequest:
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
 
-        Choice k is sampled with seed + k: the choices differ, and the first is what the request would get with n=1.
+        Choice k is sampled with seed + k: the choices differ, and the first is what n=1 would give.
         """
-        # A prompt that fills the context leaves nothing: one token is asked for, and the engine names both lengths.
+        # If the prompt fills the context, ask for one token all the same: the engine names both lengths.
         max_tokens = self.max_tokens or max(1, max_len - prompt_len)
         seed = self.params.seed
         if seed is not None and choice_idx:
@@ -231,39 +232,44 @@ class ChatRequest(GenerationRequest):
     messages: tuple[Mapping[str, str], ...]
 
 
-def read_completion(raw: Mapping[str, Any], *, model_name: str, vocab_size: int) -> CompletionRequest:
+def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionRequest:
     """Check a completion request. Raises InvalidRequest or ModelNotFound."""
     values = read_fields(raw, COMPLETION_FIELDS)
-    common = _common(values, values.get("logprobs"), model_name=model_name, vocab_size=vocab_size)
+    common = _common(values, values.get("logprobs"), model_name=model_name)
     is_echo = values.get("echo", False)
     if is_echo and "logprobs" in values:
-        raise InvalidRequest("echo with logprobs is not supported: prompts have no log-probabilities here", param="echo")
-    if values.get("best_of", common["n"]) != common["n"]:
-        raise InvalidRequest(f"best_of must be absent or equal n ({common['n']}), got {values['best_of']}", param="best_of")
+        raise InvalidRequest(
+            "echo with logprobs is not supported: prompts have no log-probabilities here", param="echo"
+        )
+    best_of = values.get("best_of", common["n"])
+    if best_of != common["n"]:
+        raise InvalidRequest(
+            f"best_of must be absent or equal n ({common['n']}), got {best_of}", param="best_of"
+        )
     if common["max_tokens"] is None:
         common["max_tokens"] = DEFAULT_COMPLETION_TOKENS
     return CompletionRequest(prompts=values["prompt"], is_echo=is_echo, **common)
 
 
-def read_chat(raw: Mapping[str, Any], *, model_name: str, vocab_size: int) -> ChatRequest:
+def read_chat(raw: Mapping[str, Any], *, model_name: str) -> ChatRequest:
     """Check a chat request. Raises InvalidRequest or ModelNotFound."""
     values = read_fields(raw, CHAT_FIELDS)
     wants_logprobs = values.get("logprobs", False)
     if "top_logprobs" in values and not wants_logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = values.get("top_logprobs", 0) if wants_logprobs else None
-    common = _common(values, logprobs, model_name=model_name, vocab_size=vocab_size)
+    common = _common(values, logprobs, model_name=model_name)
     newer = values.get("max_completion_tokens")
     if newer is not None and common["max_tokens"] not in (None, newer):
         raise InvalidRequest(
-            f"max_tokens ({common['max_tokens']}) and max_completion_tokens ({newer}) differ; give one of them",
+            f"max_tokens ({common['max_tokens']}) and max_completion_tokens ({newer}) differ; give one",
             param="max_completion_tokens",
         )
     common["max_tokens"] = newer or common["max_tokens"]
     return ChatRequest(messages=values["messages"], **common)
 
 
-def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str, vocab_size: int) -> dict[str, Any]:
+def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str) -> dict[str, Any]:
     if values["model"] != model_name:
         raise ModelNotFound(
             f"this server has no model {shown(values['model'])}; it serves {shown(model_name)}", param="model"
@@ -271,12 +277,6 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str,
     if "stream_options" in values and not values.get("stream", False):
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
-    for name in ("logit_bias", "stop_token_ids"):
-        for token_id in sampling.get(name, ()):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"{name} has the token id {token_id}; the vocabulary is 0 to {vocab_size - 1}", param=name
-                )
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {

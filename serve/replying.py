@@ -77,9 +77,7 @@ def _events(chunks: Iterator[Json], *, include_usage: bool) -> Iterator[bytes]:
     """Server-sent events up to `[DONE]`. After the first byte an error can only be one more event."""
     try:
         for chunk in chunks:
-            if include_usage:
-                yield _event(chunk)
-            elif chunk.pop("usage") is None:
+            if include_usage or chunk.pop("usage") is None:
                 yield _event(chunk)
         yield b"data: [DONE]\n\n"
     except ClientGone:

@@ -4,20 +4,20 @@
     worker    loads the model after the fork (ONNX Runtime's threads would not survive one), owns the engine's
               thread, answers requests from a pool of threads
 
-SIGTERM, SIGINT and SIGHUP drain: the worker goes on answering, so that /readyz and new requests get a 503, until
-what runs has finished or --drain-timeout is over; then the server exits with 0. A second SIGINT does not wait.
+SIGTERM, SIGINT and SIGHUP drain: the worker goes on answering, so that /readyz and new requests get a 503,
+until what runs has finished or --drain-timeout is over; then the server exits with 0. A second SIGINT does
+not wait.
 
-Why gunicorn: it streams, its WSGI environment carries the client's socket, so that a client who went away is noticed
-while nothing is being written to it, and it is maintained (MIT). waitress (ZPL) buffers output in its own thread and tells
-the application about a lost client only if asked to, through a callable; cheroot (BSD) streams but has neither a
-drain nor a process around the worker. Knows nothing of Flask's views.
+Why gunicorn (MIT): it writes each chunk as it comes, its WSGI environment carries the client's socket, so
+that a client who went away is noticed while nothing is written, and a master notices when the worker dies.
+waitress (ZPL) also tells of lost clients, but collects output in a buffer of megabytes, so that a slow reader
+never slows generation; cheroot (BSD) streams, but hides the socket, and has no master.
+Knows nothing of Flask's views.
 """
 
-import contextlib
 import errno
 import logging
 import math
-import os
 import signal
 import socket
 import sys
@@ -25,7 +25,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from flask import Flask
 from gunicorn.app.base import BaseApplication
@@ -41,8 +40,8 @@ from serve.settings import ServerSettings
 SPARE_THREADS = 16
 """Beyond one per request the engine takes: for health checks, metrics and the 429 of a full queue."""
 KEEPALIVE_S = 75
-"""Longer than HTTP clients keep an idle connection (httpx: 5 s), so that it is never the server who closes one
-that a request is just being written to."""
+"""Longer than HTTP clients keep an idle connection (httpx: 5 s): the server must not close one that a request
+is just being written to."""
 STOP_MARGIN_S = 10
 """After the drain, for replies to be written out and the engine to end, before the worker is killed."""
 EXIT_USER_ERROR = 2
@@ -90,8 +89,8 @@ def run_server(
     """Serve until a signal ends it; return the exit code.
 
     `open_model` runs in the worker and returns a model that is not started; what it raises ends the server.
-    `num_requests` is how many the engine takes at once, running and waiting. `on_ready` is called in the worker when
-    the model is loaded; connections made before wait in the listen queue.
+    `num_requests` is how many the engine takes at once, running and waiting. `on_ready` is called in the
+    worker when the model is loaded; connections made before wait in the listen queue.
     """
     application = HeadraceApplication(open_model, listener, settings, num_requests, on_ready)
     try:
@@ -157,7 +156,9 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
     def drain(self) -> None:
         """Refuse new requests and wait for those that run, at most --drain-timeout seconds."""
         if not self._loaded().drain(self._settings.drain_timeout):
-            sys.stderr.write(f"headrace serve: gave up on requests after {self._settings.drain_timeout:g} s\n")
+            sys.stderr.write(
+                f"headrace serve: gave up on requests after {self._settings.drain_timeout:g} s\n"
+            )
 
     def close(self) -> None:
         """End the engine's thread and release the model, if there is one."""
