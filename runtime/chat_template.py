@@ -58,7 +58,7 @@ class ChatTemplate:
                 num_chars += len(piece)
                 if num_chars > MAX_OUTPUT_CHARS:
                     raise InvalidRequest(
-                        f"the prompt came to more than {MAX_OUTPUT_CHARS:,} characters; send shorter messages",
+                        f"the prompt has more than {MAX_OUTPUT_CHARS:,} characters; send shorter messages",
                         param="messages",
                     )
         except InvalidRequest:

@@ -65,7 +65,7 @@ class Engine:
             self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
 
     def fail(self, reason: str) -> None:
-        """End every request with ERROR. Trusts only `live`: the step that broke may have left the rest askew."""
+        """End every request with ERROR. Trusts only `live`: the step that broke may have left all askew."""
         self._scheduler = self._new_scheduler()
         while self.live:
             _, sequence = self.live.popitem()

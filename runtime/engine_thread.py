@@ -81,7 +81,7 @@ class EngineThread:
         return stats._replace(num_waiting=stats.num_waiting + self._num_inbox)
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting, wait for what runs and waits, then cancel the rest. True if nothing was cancelled."""
+        """Stop accepting, wait for what is live, then cancel the rest. True if nothing was cancelled."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._is_accepting = False

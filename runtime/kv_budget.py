@@ -6,7 +6,7 @@ from pathlib import Path
 from runtime.errors import InvalidSetting
 
 FREE_FRACTION = 0.6
-"""Share of the free memory for the cache: the rest is for activations, prepacked weights and the page cache."""
+"""Share of the free memory for the cache: the rest is for activations, prepacked weights, page cache."""
 
 _DTYPE_BYTES = {
     "float32": 4,
@@ -39,8 +39,8 @@ def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: i
     if num_slots < 1:
         fitting = budget // bytes_per_token
         raise InvalidSetting(
-            f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes a "
-            f"token) and only {format_bytes(budget)} may be used; "
+            f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes "
+            f"a token) and only {format_bytes(budget)} may be used; "
             f"set --max-len {fitting:,} or less, or a larger --kv-memory"
         )
     return num_slots

@@ -18,11 +18,11 @@ from runtime.core import SamplingParams, TokenLogprob
 Row = NDArray[np.float32]
 
 MIN_TEMPERATURE = 1e-5
-"""Lower temperatures are taken as this one: below it, differences of fp32 rounding would decide, or overflow."""
+"""Lower temperatures are taken as this one: below it, fp32 rounding would decide, or overflow."""
 
 
 class Choice(NamedTuple):
-    """The chosen token, its log-probability under the model if asked for, the likeliest tokens, best first."""
+    """The chosen token and, if asked for, its log-probability and the likeliest tokens, best first."""
 
     token_id: int
     logprob: float | None = None
@@ -59,7 +59,7 @@ def _has_edits(params: SamplingParams) -> bool:
 
 
 def _argmax(row: Row) -> int:
-    """The likeliest token, the lowest id among equals. numpy's argmax returns the first NaN if there is one."""
+    """The likeliest token, the lowest id among equals. numpy's argmax returns a NaN if there is one."""
     token_id = int(row.argmax())
     if not np.isfinite(row[token_id]):
         raise BadLogitsError(f"the model returned {row[token_id]} as its highest logit (token {token_id})")

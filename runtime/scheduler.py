@@ -78,7 +78,7 @@ class Scheduler:
             yield run
 
     def advance(self, run: Run) -> None:
-        """Note that a run is done: its tokens are in the cache; prompts that are through decode from now on."""
+        """Note that a run is done: its tokens are in the cache, and finished prompts decode from now on."""
         batch = run.batch
         if run.num_decode:
             span = len(batch.past_len)
@@ -160,7 +160,7 @@ class Scheduler:
         return self._decode_run
 
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
-        """The first pending sequence, and neighbours that fit in the same run with little padding, by slot."""
+        """The first pending sequence, and neighbours that fit in its run with little padding, by slot."""
         rows = [pending[0]]
         if not self._is_ragged or self._left(pending[0]) > budget:
             return rows

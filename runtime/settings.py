@@ -73,7 +73,7 @@ def flag_name(name: str) -> str:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     cls: type[Any],
     *,
     skip: Collection[str] = (),
@@ -92,8 +92,8 @@ def add_flags(
             _add_flag(parser, item, hints[item.name], default)
 
 
-def from_namespace(cls: type[T], namespace: argparse.Namespace) -> T:
-    """Make `cls` from parsed flags; fields without a flag keep their default.
+def from_namespace(cls: type[T], namespace: argparse.Namespace, **fixed: Any) -> T:
+    """Make `cls` from parsed flags and `fixed` values; fields with neither keep their default.
 
     Raises what the class raises for a bad value (InvalidSetting, InvalidRequest).
     """
@@ -103,7 +103,7 @@ def from_namespace(cls: type[T], namespace: argparse.Namespace) -> T:
     for item in fields(cls):  # type: ignore[arg-type]  # mypy cannot bound T by "is a dataclass"
         if item.name in given:
             values[item.name] = _collected(given[item.name], hints[item.name])
-    return cls(**values)
+    return cls(**(values | fixed))
 
 
 def _default(item: "Field[Any]") -> Any:
@@ -112,7 +112,7 @@ def _default(item: "Field[Any]") -> Any:
     return item.default_factory() if item.default_factory is not MISSING else None
 
 
-def _add_flag(parser: argparse.ArgumentParser, item: "Field[Any]", hint: Any, default: Any) -> None:
+def _add_flag(parser: argparse._ActionsContainer, item: "Field[Any]", hint: Any, default: Any) -> None:
     meta = item.metadata
     text = meta.get("help", "")
     kind = _plain(hint)

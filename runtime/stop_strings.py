@@ -7,12 +7,10 @@ from runtime.tokenizer import Detokenizer
 
 
 class StopStrings:
-    """Cuts a stream at the first stop string that is completed; of two completed together, the one that began
-    first.
+    """Cuts a stream at the first stop string completed; of two completed together, at the one begun first.
 
-    Text that may yet turn out to be the beginning of a stop string is held back. Characters are matched one
-    by one (Knuth, Morris and Pratt 1977), so the result does not depend on how the text is cut into tokens, and the time is
-    linear in it.
+    Text that may yet be the beginning of a stop string is held back. Characters are matched one by one
+    (Knuth, Morris and Pratt 1977): how the text is cut into tokens changes nothing, and time is linear.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

@@ -42,7 +42,7 @@ class Generation(Iterator[TokenEvent]):
         self._events.put(event)
 
     def next_event(self, timeout_s: float | None = None) -> TokenEvent | None:
-        """The next event, None if there is none within `timeout_s` seconds. After the last, that one again."""
+        """The next event, None if none comes within `timeout_s` seconds. After the last, that one again."""
         if self._last is not None:
             return self._last
         try:
@@ -127,9 +127,9 @@ class TextModel:
     ) -> Generation:
         """Start generating; returns at once.
 
-        Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty prompt
-        or a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine does not
-        accept.
+        Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty
+        prompt or a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine
+        does not accept.
         """
         for token_id in (*params.logit_bias, *params.stop_token_ids):
             if not 0 <= token_id < self.vocab_size:
@@ -178,7 +178,7 @@ class TextModel:
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting, wait for what runs, cancel the rest after `timeout_s`. True if all finished in time."""
+        """Stop accepting, wait for what runs, cancel the rest in the end. True if all finished in time."""
         return self._thread.drain(timeout_s)
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ def open_text_model(
     dims = manifest.dims
     if settings.max_len is not None and settings.max_len > dims.max_len:
         raise InvalidSetting(
-            f"--max-len {settings.max_len:,} is beyond the {dims.max_len:,} tokens of {manifest.name}; lower it"
+            f"--max-len {settings.max_len:,} is beyond the {dims.max_len:,} of {manifest.name}; lower it"
         )
     capacity = settings.max_len or dims.max_len
     weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0

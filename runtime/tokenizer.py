@@ -108,7 +108,7 @@ class Tokenizer:
         return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, perhaps a part of a character; empty for a special or unknown token."""
+        """What a token adds to the text, perhaps half a character; empty for a special or unknown token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._compute_bytes(token_id)

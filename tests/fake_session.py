@@ -1,0 +1,106 @@
+"""A Session without a model: the slots hold tokens, and the logits are a hash of a slot's valid prefix.
+
+Any mistake with a slot, a past length or a copy changes the tokens that come out, and any breach of the contract
+in `runtime/session.py` raises. Padding and idle rows scribble behind the valid tokens, as a real run may.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.session import Batch, SessionInfo
+
+GARBAGE = -7
+"""What a run writes behind the valid tokens: no token id, so a row that reads it fails."""
+
+HASH_PRIME = 1_000_003
+
+
+class FakeSession:
+    """Deterministic; the same prefix gives the same logits in any slot and any batch."""
+
+    def __init__(
+        self,
+        *,
+        num_slots: int = 4,
+        capacity: int = 64,
+        vocab_size: int = 50,
+        is_ragged: bool = True,
+        on_run: Callable[[Batch], None] | None = None,
+    ) -> None:
+        self._info = SessionInfo("fake", num_slots, capacity, vocab_size, is_ragged, kv_bytes_per_token=8)
+        self.cache = np.full((num_slots, capacity), GARBAGE, np.int64)
+        self.batches: list[Batch] = []
+        self.copies: list[tuple[int, int, int]] = []
+        self.is_closed = False
+        self._on_run = on_run
+
+    @property
+    def info(self) -> SessionInfo:
+        return self._info
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        num_rows, width = batch.token_ids.shape
+        self._check(batch, num_rows, width)
+        # The engine reuses its arrays: keep what they hold now.
+        kept = Batch(
+            batch.first_slot,
+            batch.token_ids.copy(),
+            batch.past_len.copy(),
+            batch.query_len.copy(),
+            batch.logits_idx.copy(),
+        )
+        self.batches.append(kept)
+        if self._on_run is not None:
+            self._on_run(kept)
+        for row in range(num_rows):
+            slot, past, query = batch.first_slot + row, int(batch.past_len[row]), int(batch.query_len[row])
+            self.cache[slot, past : past + query] = batch.token_ids[row, :query]
+            self.cache[slot, past + query : past + width] = GARBAGE
+        return np.stack([self._logits_at(batch, *divmod(int(index), width)) for index in batch.logits_idx])
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        assert source != target
+        assert 0 <= source < self.info.num_slots and 0 <= target < self.info.num_slots
+        assert 0 <= num_tokens <= self.info.capacity
+        self.copies.append((source, target, num_tokens))
+        self.cache[target, :num_tokens] = self.cache[source, :num_tokens]
+        self.cache[target, num_tokens:] = GARBAGE
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _logits_at(self, batch: Batch, row: int, position: int) -> NDArray[np.float32]:
+        if position >= batch.query_len[row]:  # padding or an idle row: undefined, so make it unusable
+            return np.full(self.info.vocab_size, np.nan, np.float32)
+        end = int(batch.past_len[row]) + position + 1
+        return prefix_logits(self.cache[batch.first_slot + row, :end], self.info.vocab_size)
+
+    def _check(self, batch: Batch, num_rows: int, width: int) -> None:
+        assert not self.is_closed
+        assert num_rows >= 1 and width >= 1
+        assert batch.first_slot >= 0 and batch.first_slot + num_rows <= self.info.num_slots
+        assert batch.token_ids.dtype == np.int64 and batch.logits_idx.dtype == np.int64
+        assert batch.past_len.dtype == np.int32 and batch.query_len.dtype == np.int32
+        assert batch.past_len.shape == batch.query_len.shape == (num_rows,)
+        assert batch.token_ids.min() >= 0 and batch.token_ids.max() < self.info.vocab_size
+        assert batch.query_len.min() >= 0 and batch.query_len.max() <= width
+        assert batch.past_len.min() >= 0 and int(batch.past_len.max()) + width <= self.info.capacity
+        assert len(batch.logits_idx) >= 1
+        assert batch.logits_idx.min() >= 0 and batch.logits_idx.max() < num_rows * width
+        if not self.info.is_ragged:
+            assert width == 1 or num_rows == 1
+            assert (batch.query_len == width).all()
+        for row in range(num_rows):
+            slot, past = batch.first_slot + row, batch.past_len[row]
+            assert (self.cache[slot, :past] != GARBAGE).all() or batch.query_len[row] == 0, "reads garbage"
+
+
+def prefix_logits(prefix: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
+    """Logits float32 [vocab_size] that depend on every token of the prefix and its place."""
+    assert (prefix != GARBAGE).all(), "a valid position holds garbage"
+    state = len(prefix)
+    for token_id in prefix.tolist():
+        state = (state * HASH_PRIME + token_id + 1) % 2**32
+    return np.random.Generator(np.random.PCG64(state)).standard_normal(vocab_size, np.float32) * 3

@@ -1,0 +1,367 @@
+"""The engine on a fake session: random traces, fairness, cancellation, failure of one request."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from runtime.core import FinishReason, Request, SamplingParams, TextPiece, TokenEvent
+from runtime.engine import Engine
+from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.session import Batch
+from tests.fake_session import FakeSession
+
+CAPACITY, VOCAB = 64, 50
+
+
+class Recorder:
+    """Collects the events of one request and checks that nothing follows the last."""
+
+    def __init__(self) -> None:
+        self.events: list[TokenEvent] = []
+
+    def __call__(self, event: TokenEvent) -> None:
+        assert not self.is_done
+        self.events.append(event)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.events) and self.events[-1].finish_reason is not None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [e.token_id for e in self.events if e.token_id is not None]
+
+    @property
+    def reason(self) -> FinishReason | None:
+        return self.events[-1].finish_reason if self.events else None
+
+
+def make_request(
+    request_id: str, prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()
+) -> tuple[Request, Recorder]:
+    recorder = Recorder()
+    request = Request(
+        request_id=request_id, prompt_ids=prompt_ids, params=params, eos_ids=eos_ids, sink=recorder
+    )
+    return request, recorder
+
+
+def add(engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Recorder:
+    request, recorder = make_request(request_id, prompt_ids, params)
+    engine.add(engine.prepare(request))
+    return recorder
+
+
+def alone(
+    prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()
+) -> list[TokenEvent]:
+    """What a request gets with a session to itself, its prompt in one chunk."""
+    engine = Engine(FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB), prefill_chunk=CAPACITY)
+    request, recorder = make_request("alone", prompt_ids, params, eos_ids)
+    engine.add(engine.prepare(request))
+    while engine.has_work:
+        engine.step()
+    return recorder.events
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0)
+
+
+def check_slots(engine: Engine) -> None:
+    """free + used == total, and each running sequence holds one slot of its own."""
+    slots = engine._scheduler.slots
+    assert slots.num_free + slots.num_used == slots.num_slots
+    held = [s.slot for s in engine.live.values() if s.slot is not None]
+    assert len(set(held)) == len(held) == slots.num_used
+    free = set(range(slots.num_slots)) - set(held)
+    assert all(slots.past_len[slot] == 0 for slot in free)
+    for sequence in engine.live.values():
+        if sequence.slot is not None:
+            # The last token chosen is not in the cache before the next step.
+            most = sequence.num_prompt + max(0, sequence.num_generated - 1)
+            assert slots.past_len[sequence.slot] <= most
+
+
+def check_batches(session: FakeSession) -> None:
+    """Every row of a decode span belongs to somebody: after compaction no free slot lies inside it."""
+    for batch in session.batches:
+        assert batch.query_len.any()
+        if batch.token_ids.shape[1] == 1 and batch.first_slot == 0 and session.info.is_ragged:
+            assert batch.query_len[-1] == 1
+
+
+@st.composite
+def sampling(draw: st.DrawFn) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=draw(st.integers(1, 12)),
+        temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
+        top_k=draw(st.sampled_from([0, 5])),
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+        seed=draw(st.integers(0, 5)),
+        stop_token_ids=draw(st.sampled_from([frozenset[int](), frozenset(range(0, VOCAB, 7))])),
+        logprobs=draw(st.sampled_from([None, 2])),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    is_ragged=st.booleans(),
+    num_slots=st.integers(1, 5),
+    prefill_chunk=st.integers(1, 40),
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 12),  # steps before it arrives
+            st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
+            sampling(),
+            st.one_of(st.none(), st.integers(0, 15)),  # steps until it is cancelled
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+)
+def test_random_traces_give_every_request_what_it_gets_alone(
+    is_ragged: bool,
+    num_slots: int,
+    prefill_chunk: int,
+    arrivals: list[tuple[int, list[int], SamplingParams, int | None]],
+) -> None:
+    session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged)
+    engine = Engine(session, prefill_chunk=prefill_chunk)
+    recorders: dict[str, Recorder] = {}
+    pending = {f"r{i}": item for i, item in enumerate(arrivals)}
+    cancel_at: dict[str, int] = {}
+    eos_ids = frozenset({3})
+    step = 0
+    while pending or engine.has_work:
+        for request_id, (delay, prompt_ids, params, lifetime) in list(pending.items()):
+            if delay <= step:
+                request, recorders[request_id] = make_request(request_id, prompt_ids, params, eos_ids)
+                engine.add(engine.prepare(request))
+                del pending[request_id]
+                if lifetime is not None:
+                    cancel_at[request_id] = step + lifetime
+        for request_id, when in cancel_at.items():
+            if when == step:
+                engine.cancel(request_id)
+        check_slots(engine)
+        if engine.has_work:
+            engine.step()
+        check_slots(engine)
+        step += 1
+        assert step < 1000
+    check_batches(session)
+    assert engine._scheduler.slots.num_free == num_slots
+    assert not engine.live
+    for request_id, recorder in recorders.items():
+        _, prompt_ids, params, _ = arrivals[int(request_id[1:])]
+        expected = alone(prompt_ids, params, eos_ids)
+        assert recorder.is_done
+        if recorder.reason is FinishReason.CANCELLED:
+            assert recorder.events[:-1] == expected[: len(recorder.events) - 1]
+        else:
+            assert recorder.events == expected
+
+
+@pytest.mark.parametrize("is_ragged", [True, False])
+def test_running_streams_get_a_token_every_step_while_a_long_prompt_arrives(is_ragged: bool) -> None:
+    session = FakeSession(num_slots=4, capacity=4200, is_ragged=is_ragged)
+    engine = Engine(session, prefill_chunk=512)
+    streams = [add(engine, f"s{i}", [i + 1], greedy(100)) for i in range(3)]
+    engine.step()
+    long = add(engine, "long", [i % VOCAB for i in range(4000)], greedy(5))
+    steps = 0
+    while not long.events:
+        before = [len(s.events) for s in streams]
+        engine.step()
+        steps += 1
+        assert [len(s.events) for s in streams] == [n + 1 for n in before]
+    assert steps == 8  # 4,000 tokens in chunks of 512
+    assert max(b.token_ids.size for b in session.batches) == 512
+
+
+def test_the_first_token_comes_in_the_step_of_the_last_chunk() -> None:
+    engine = Engine(FakeSession(), prefill_chunk=10)
+    recorder = add(engine, "a", list(range(25)), greedy(3))
+    for expected in (0, 0, 1, 2, 3):
+        engine.step()
+        assert len(recorder.events) == expected
+    assert recorder.reason is FinishReason.LENGTH
+
+
+def test_short_prompts_share_a_ragged_run_and_odd_ones_do_not() -> None:
+    session = FakeSession(num_slots=4)
+    engine = Engine(session, prefill_chunk=64)
+    for name, length in (("a", 10), ("b", 9), ("c", 2)):
+        add(engine, name, [1] * length, greedy(2))
+    engine.step()
+    assert [b.query_len.tolist() for b in session.batches] == [[10, 9], [2]]
+
+
+def test_a_session_that_is_not_ragged_prefills_row_by_row_and_decodes_over_prompts_in_between() -> None:
+    session = FakeSession(num_slots=3, is_ragged=False)
+    engine = Engine(session, prefill_chunk=4)
+    first, long, last = (add(engine, n, [7] * k, greedy(6)) for n, k in (("a", 2), ("b", 30), ("c", 2)))
+    while engine.has_work:
+        engine.step()
+    assert any(b.token_ids.shape == (3, 1) for b in session.batches)
+    assert first.token_ids == last.token_ids == [e.token_id for e in alone([7] * 2, greedy(6))]
+    assert long.token_ids == [e.token_id for e in alone([7] * 30, greedy(6))]
+
+
+def test_a_row_moves_down_when_a_lower_slot_is_free_and_nobody_waits() -> None:
+    session = FakeSession(num_slots=3)
+    engine = Engine(session)
+    add(engine, "a", [1], greedy(2))
+    add(engine, "b", [2], greedy(2))
+    kept = add(engine, "c", [3], greedy(8))
+    while engine.has_work:
+        engine.step()
+    assert session.copies == [(2, 0, 2)]
+    assert session.batches[-1].token_ids.shape == (1, 1)
+    assert kept.events == alone([3], greedy(8))
+
+
+def test_a_freed_slot_goes_to_who_waits_before_rows_move() -> None:
+    session = FakeSession(num_slots=2)
+    engine = Engine(session)
+    add(engine, "a", [1], greedy(2))
+    add(engine, "b", [2], greedy(9))
+    add(engine, "c", [3], greedy(9))
+    for _ in range(4):
+        engine.step()
+    assert session.copies == []
+    assert engine.live["c"].slot == 0
+
+
+def test_cancelling_frees_the_slot_at_the_next_boundary() -> None:
+    session = FakeSession(num_slots=1)
+    engine = Engine(session)
+    first = add(engine, "a", [1], greedy(20))
+    second = add(engine, "b", [2], greedy(1))
+    engine.step()
+    assert second.events == []
+    engine.cancel("a")
+    assert first.reason is FinishReason.CANCELLED
+    assert engine.stats().num_running == 0
+    engine.step()
+    assert second.reason is FinishReason.LENGTH
+
+
+def test_cancelling_works_while_waiting_and_during_prefill_and_twice() -> None:
+    engine = Engine(FakeSession(num_slots=1), prefill_chunk=4)
+    prefilling = add(engine, "a", [1] * 20, greedy(3))
+    waiting = add(engine, "b", [2], greedy(3))
+    engine.step()
+    for name in ("b", "a", "a", "unknown"):
+        engine.cancel(name)
+    assert [prefilling.reason, waiting.reason] == [FinishReason.CANCELLED] * 2
+    assert not engine.has_work
+
+
+def test_prompt_and_answer_must_fit_and_the_message_gives_both_numbers() -> None:
+    engine = Engine(FakeSession(capacity=10))
+    fits, _ = make_request("fits", [1] * 7, greedy(3))
+    engine.prepare(fits)
+    over, _ = make_request("over", [1] * 8, greedy(3))
+    with pytest.raises(PromptTooLong, match=r"10 tokens.*11 tokens \(8 in the prompt, 3 for"):
+        engine.prepare(over)
+
+
+@pytest.mark.parametrize(("prompt_ids", "match"), [([], "empty"), ([1, 50], "50"), ([-1], "-1")])
+def test_prompts_outside_the_vocabulary_are_refused(prompt_ids: list[int], match: str) -> None:
+    request, _ = make_request("r", prompt_ids, greedy(1))
+    with pytest.raises(InvalidRequest, match=match):
+        Engine(FakeSession(vocab_size=50)).prepare(request)
+
+
+class NanSession(FakeSession):
+    """Returns NaN for the rows whose prompt began with `poison`."""
+
+    poison = 13
+
+    def _logits_at(self, batch: Batch, row: int, position: int) -> NDArray[np.float32]:
+        logits = super()._logits_at(batch, row, position)
+        if self.cache[batch.first_slot + row, 0] == self.poison:
+            logits[5] = np.nan
+        return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_end_that_request_alone(temperature: float) -> None:
+    params = replace(greedy(4), temperature=temperature, seed=1)
+    engine = Engine(NanSession(vocab_size=VOCAB))
+    bad, good = add(engine, "bad", [13], params), add(engine, "good", [1], params)
+    while engine.has_work:
+        engine.step()
+    assert bad.reason is FinishReason.ERROR
+    assert "nan" in (bad.events[-1].error or "")
+    assert good.events == alone([1], params)
+
+
+class BrokenText:
+    """A text stream that fails on its second token."""
+
+    def __init__(self) -> None:
+        self.num_pushed = 0
+
+    def push(self, token_id: int) -> TextPiece:
+        self.num_pushed += 1
+        if self.num_pushed == 2:
+            raise ValueError("no such word")
+        return TextPiece("x", False)
+
+    def finish(self) -> str:
+        return ""
+
+
+def test_a_text_error_ends_that_request_alone() -> None:
+    engine = Engine(FakeSession(vocab_size=VOCAB))
+    request, bad = make_request("bad", [2], greedy(5))
+    request.text = BrokenText()
+    engine.add(engine.prepare(request))
+    good = add(engine, "good", [1], greedy(5))
+    while engine.has_work:
+        engine.step()
+    assert [e.finish_reason for e in bad.events] == [None, FinishReason.ERROR]
+    assert bad.events[-1].error == "ValueError: no such word"
+    assert good.events == alone([1], greedy(5))
+
+
+class Observer:
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self.ttfts: list[float] = []
+        self.ends: list[tuple[FinishReason, int, int, bool]] = []
+
+    def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
+        assert 0 <= model_s <= step_s
+        self.steps.append((num_decode, num_prefill_tokens))
+
+    def on_first_token(self, *, ttft_s: float) -> None:
+        self.ttfts.append(ttft_s)
+
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None
+    ) -> None:
+        self.ends.append((reason, num_prompt, num_generated, tpot_s is None))
+
+
+def test_the_observer_hears_steps_first_tokens_and_ends() -> None:
+    observer = Observer()
+    engine = Engine(FakeSession(), prefill_chunk=8, observer=observer)
+    add(engine, "a", [1] * 12, greedy(3))
+    add(engine, "b", [2], greedy(1))
+    while engine.has_work:
+        engine.step()
+    assert observer.steps == [(0, 8), (0, 5), (1, 0), (1, 0)]
+    assert len(observer.ttfts) == 2 and min(observer.ttfts) >= 0
+    assert observer.ends == [(FinishReason.LENGTH, 1, 1, True), (FinishReason.LENGTH, 12, 3, False)]
