@@ -1,6 +1,6 @@
 """`headrace serve` with the fake model instead of an artifact: the real command, process and signals.
 
-    python -m tests.fake_server --num-slots 4 --step-s 0.01 --port 0
+python -m tests.fake_server --num-slots 4 --step-s 0.01 --port 0
 """
 
 import argparse
