@@ -31,7 +31,7 @@ def fake_text_model(
     has_template: bool = True,
     observer: EngineObserver | None = None,
 ) -> TextModel:
-    """A model that answers with random bytes, the same for the same prompt; every run takes `step_s` seconds."""
+    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds."""
 
     def run(batch: Batch) -> None:
         if step_s:

@@ -30,7 +30,7 @@ class ServerProcess:
         (os.killpg if is_group else os.kill)(self.process.pid, number)
 
     def wait(self) -> tuple[int, str, str]:
-        """Exit code and the rest of both outputs; the pipes only end when no process is left that holds them."""
+        """Exit code and the rest of both outputs; the pipes end when no process holds them any more."""
         out, err = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, out, err
 

@@ -1,10 +1,11 @@
-"""A real server process and the official client: both calls, sync and async, many at once, and clients that leave."""
+"""A real server process and the official client: both calls, sync and async, and clients that leave."""
 
 import asyncio
 import json
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import httpx
@@ -59,7 +60,9 @@ def test_chat_streamed_and_whole(client: openai.OpenAI) -> None:
 
 def test_completion_streamed_and_whole(client: openai.OpenAI) -> None:
     whole = client.completions.create(model=NAME, prompt="once", max_tokens=20, temperature=0, logprobs=1)
-    chunks = list(client.completions.create(model=NAME, prompt="once", max_tokens=20, temperature=0, stream=True))
+    chunks = list(
+        client.completions.create(model=NAME, prompt="once", max_tokens=20, temperature=0, stream=True)
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
@@ -79,7 +82,9 @@ def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
 def test_32_streams_at_once_get_what_each_gets_alone(server: ServerProcess, client: openai.OpenAI) -> None:
     prompts = [f"prompt number {number}" for number in range(32)]
     alone = [
-        client.completions.create(model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5).choices[0].text
+        client.completions.create(model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5)
+        .choices[0]
+        .text
         for prompt in prompts
     ]
 
@@ -96,7 +101,9 @@ def test_32_streams_at_once_get_what_each_gets_alone(server: ServerProcess, clie
 
     async def all_at_once() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-            return await asyncio.gather(*(one(client, p, is_stream=i % 4 != 0) for i, p in enumerate(prompts)))
+            return await asyncio.gather(
+                *(one(client, p, is_stream=i % 4 != 0) for i, p in enumerate(prompts))
+            )
 
     assert asyncio.run(all_at_once()) == alone
 
@@ -118,6 +125,17 @@ def slow_server() -> Iterator[ServerProcess]:
         yield process
 
 
+@contextmanager
+def hung_up(connections: Iterable[socket.socket]) -> Iterator[list[socket.socket]]:
+    """Connections that are closed in the end, whatever the server has still to say."""
+    opened = list(connections)
+    try:
+        yield opened
+    finally:
+        for connection in opened:
+            connection.close()
+
+
 def num_live(server: ServerProcess) -> float:
     return server.metric("headrace_requests_running") + server.metric("headrace_requests_waiting")
 
@@ -125,31 +143,26 @@ def num_live(server: ServerProcess) -> float:
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_slots_of_clients_that_hang_up_are_freed(slow_server: ServerProcess, *, is_stream: bool) -> None:
     """Two that run, of which the streaming one has read something, and two that wait."""
-    connections = [send(slow_server, stream=is_stream) for _ in range(4)]
-    eventually(lambda: num_live(slow_server) == 4, "four requests in the engine")
-    if is_stream:
-        readable, _, _ = select.select(connections, [], [], 20)
-        assert b"200 OK" in readable[0].recv(100)
-    for connection in connections:
-        connection.close()
+    with hung_up(send(slow_server, stream=is_stream) for _ in range(4)) as connections:
+        eventually(lambda: num_live(slow_server) == 4, "four requests in the engine")
+        if is_stream:
+            readable, _, _ = select.select(connections, [], [], 20)
+            assert b"200 OK" in readable[0].recv(100)
     eventually(lambda: num_live(slow_server) == 0, "all four cancelled")
     assert httpx.get(f"{slow_server.url}/readyz").status_code == 200
 
 
 def test_a_full_queue_is_refused_at_once(slow_server: ServerProcess) -> None:
-    connections = [send(slow_server) for _ in range(5)]
-    eventually(lambda: num_live(slow_server) == 5, "the queue is full")
     body = {"model": NAME, "prompt": "once"}
-    for _ in range(3):
-        response = httpx.post(f"{slow_server.url}/v1/completions", json=body)
-        assert response.status_code == 429 and int(response.headers["Retry-After"]) >= 1
-    for connection in connections:
-        connection.close()
+    with hung_up(send(slow_server) for _ in range(5)):
+        eventually(lambda: num_live(slow_server) == 5, "the queue is full")
+        for _ in range(3):
+            response = httpx.post(f"{slow_server.url}/v1/completions", json=body)
+            assert response.status_code == 429 and int(response.headers["Retry-After"]) >= 1
     eventually(lambda: num_live(slow_server) == 0, "all cancelled")
 
 
 def test_one_of_many_choices_is_never_left_behind(slow_server: ServerProcess) -> None:
-    connection = send(slow_server, n=5, stream=True)
-    eventually(lambda: num_live(slow_server) == 5, "five choices in the engine")
-    connection.close()
+    with hung_up([send(slow_server, n=3, stream=True)]):
+        eventually(lambda: num_live(slow_server) == 3, "three choices in the engine")
     eventually(lambda: num_live(slow_server) == 0, "all cancelled")
