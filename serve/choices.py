@@ -12,7 +12,7 @@ from typing import NamedTuple
 from runtime.core import FinishReason, SamplingParams, TokenEvent
 from runtime.errors import EngineFailed, Unavailable
 from runtime.text_model import Generation, TextModel
-from serve.errors import ClientGone
+from serve.errors import ClientGoneError
 
 CLIENT_CHECK_S = 0.25
 """How often the socket is looked at: bounds how long a slot stays taken by a client that went away."""
@@ -39,11 +39,11 @@ class Client:
         self._next_look = time.monotonic() + CLIENT_CHECK_S
 
     def check(self) -> None:
-        """Raise ClientGone if the client went away; looks at most every CLIENT_CHECK_S seconds."""
+        """Raise ClientGoneError if the client went away; looks at most every CLIENT_CHECK_S seconds."""
         if self._connection is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + CLIENT_CHECK_S
             if _is_closed(self._connection):
-                raise ClientGone("the client closed the connection")
+                raise ClientGoneError("the client closed the connection")
 
 
 def _is_closed(connection: socket.socket) -> bool:
@@ -71,7 +71,7 @@ class Choices:
     def __iter__(self) -> Iterator[ChoiceEvent]:
         """Events in the order they come, until every choice has ended.
 
-        Raises EngineFailed, Unavailable (the server gave up on the request while it drained) or ClientGone;
+        Raises EngineFailed, Unavailable (the server gave up on the request while it drained) or ClientGoneError;
         in each case, and when the iterator is closed early, the other choices are cancelled.
         """
         try:

@@ -25,7 +25,7 @@ UNAVAILABLE_RETRY_S = 5
 """Seconds a client is told to wait while the server starts or drains: about what a restart takes."""
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client closed its connection before the reply was whole; nobody reads the answer to this."""
 
 
@@ -46,7 +46,7 @@ KINDS: dict[type[BaseException], ErrorKind] = {
     Unavailable: ErrorKind(503, "server_error", "unavailable"),
     EngineFailed: ErrorKind(500, "server_error", "engine_failed"),
     # nginx's number for a client that hung up; it only ever reaches the metrics.
-    ClientGone: ErrorKind(499, "invalid_request_error", "client_gone"),
+    ClientGoneError: ErrorKind(499, "invalid_request_error", "client_gone"),
     Exception: ErrorKind(500, "server_error", "internal_error"),
 }
 
@@ -64,7 +64,7 @@ def error_body(error: Exception) -> dict[str, Any]:
     kind = kind_of(error)
     if isinstance(error, HTTPException):
         message = error.description or error.name
-    elif isinstance(error, HeadraceError | ClientGone):
+    elif isinstance(error, HeadraceError | ClientGoneError):
         message = str(error)
     else:
         log.error("internal error", exc_info=error)

@@ -1,7 +1,7 @@
 """Checks a JSON object against a table with one row per field. Knows nothing of OpenAI or of models.
 
 A row names the field and the check of its value. A check returns the value, perhaps in another shape, or
-raises `Mismatch` with what would be valid; the table's reader adds the field's name and the value found.
+raises `MismatchError` with what would be valid; the table's reader adds the field's name and the value found.
 As in OpenAI's API null counts as absent, and a name without a row is an error.
 """
 
@@ -18,7 +18,7 @@ INT_BOUND = 2**63
 Check = Callable[[Any], Any]
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """A value that is not what its check wants; the message completes "NAME must be ..."."""
 
 
@@ -76,7 +76,7 @@ def check_value(value: Any, check: Check, path: str) -> Any:
     """Run one check; InvalidRequest names the path and the value found."""
     try:
         return check(value)
-    except Mismatch as mismatch:
+    except MismatchError as mismatch:
         raise InvalidRequest(f"{path} must be {mismatch}, got {shown(value)}", param=path) from None
 
 
@@ -94,34 +94,34 @@ def shown(value: Any) -> str:
 
 def boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise Mismatch("true or false")
+        raise MismatchError("true or false")
     return value
 
 
 def integer(value: Any) -> int:
     """An integer of at most 64 bits. Python's true is an int, JSON's is not."""
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= INT_BOUND:
-        raise Mismatch("an integer")
+        raise MismatchError("an integer")
     return value
 
 
 def number(value: Any) -> float:
     """A finite number: 1e999 parses to infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Mismatch("a number")
+        raise MismatchError("a number")
     if (isinstance(value, int) and abs(value) >= INT_BOUND) or not math.isfinite(value):
-        raise Mismatch("a finite number")
+        raise MismatchError("a finite number")
     return value
 
 
 def string(value: Any) -> str:
     """Text that UTF-8 can carry: JSON can smuggle in half of a surrogate pair, which no tokenizer takes."""
     if not isinstance(value, str):
-        raise Mismatch("a string")
+        raise MismatchError("a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise Mismatch("text without lone surrogates") from None
+        raise MismatchError("text without lone surrogates") from None
     return value
 
 
@@ -130,7 +130,7 @@ def between(low: int, high: int) -> Check:
 
     def check(value: Any) -> int:
         if not low <= integer(value) <= high:
-            raise Mismatch(f"at least {low} and at most {high}")
+            raise MismatchError(f"at least {low} and at most {high}")
         return int(value)
 
     return check
@@ -141,7 +141,7 @@ def one_of(*valid: Any) -> Check:
 
     def check(value: Any) -> Any:
         if not any(type(value) is type(item) and value == item for item in valid):
-            raise Mismatch(" or ".join(json.dumps(item) for item in valid))
+            raise MismatchError(" or ".join(json.dumps(item) for item in valid))
         return value
 
     return check
@@ -152,13 +152,13 @@ def list_of(check: Check, what: str, *, max_len: int) -> Check:
 
     def check_list(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            raise Mismatch(f"a list of {what}")
+            raise MismatchError(f"a list of {what}")
         if len(value) > max_len:
-            raise Mismatch(f"a list of at most {max_len} {what}")
+            raise MismatchError(f"a list of at most {max_len} {what}")
         try:
             return tuple(check(item) for item in value)
-        except Mismatch as mismatch:
-            raise Mismatch(f"a list of {what}, each {mismatch}") from None
+        except MismatchError as mismatch:
+            raise MismatchError(f"a list of {what}, each {mismatch}") from None
 
     return check_list
 
@@ -169,7 +169,7 @@ def unsupported(reason: str, *neutral: Any) -> Check:
     def check(value: Any) -> Any:
         if not any(type(value) is type(item) and value == item for item in neutral):
             options = "".join(f" or {json.dumps(item)}" for item in neutral)
-            raise Mismatch(f"absent{options} ({reason})")
+            raise MismatchError(f"absent{options} ({reason})")
         return value
 
     return check

@@ -14,7 +14,7 @@ from runtime.core import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
 from serve.fields import (
     Field,
-    Mismatch,
+    MismatchError,
     between,
     boolean,
     check_value,
@@ -45,7 +45,7 @@ def _stop(value: Any) -> tuple[str, ...]:
         value = [value]
     strings: tuple[str, ...] = list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)
     if not all(strings):
-        raise Mismatch("a string or a list of strings, none of them empty")
+        raise MismatchError("a string or a list of strings, none of them empty")
     return strings
 
 
@@ -59,7 +59,9 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (string(value),)
     if not isinstance(value, list) or not value:
-        raise Mismatch("a string, a list of strings, a list of token ids or a list of such lists; none empty")
+        raise MismatchError(
+            "a string, a list of strings, a list of token ids or a list of such lists; none empty"
+        )
     if isinstance(value[0], int):
         return (_token_ids(value),)
     if isinstance(value[0], list):
@@ -69,25 +71,25 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
 
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
-        raise Mismatch(f"an object of at most {MAX_BIASES} token ids and numbers")
+        raise MismatchError(f"an object of at most {MAX_BIASES} token ids and numbers")
     biases = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise Mismatch(f"an object whose keys are token ids (found the key {shown(key)})")
+            raise MismatchError(f"an object whose keys are token ids (found the key {shown(key)})")
         biases[int(key)] = number(bias)
     return biases
 
 
 def _stream_options(value: Any) -> bool:
     if not isinstance(value, dict):
-        raise Mismatch("an object")
+        raise MismatchError("an object")
     options = read_fields(value, (Field("include_usage", boolean),), "stream_options.")
     return bool(options.get("include_usage", False))
 
 
 def _response_format(value: Any) -> None:
     if not isinstance(value, dict):
-        raise Mismatch("an object")
+        raise MismatchError("an object")
     read_fields(value, (Field("type", one_of("text"), is_required=True),), "response_format.")
 
 
@@ -112,7 +114,7 @@ MESSAGE_FIELDS = (
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
     """Messages with their content as plain text. `developer` is the newer word for `system`."""
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
-        raise Mismatch(f"a list of 1 to {MAX_MESSAGES} messages")
+        raise MismatchError(f"a list of 1 to {MAX_MESSAGES} messages")
     messages: list[dict[str, str]] = []
     for idx, item in enumerate(value):
         path = f"messages[{idx}]"

@@ -14,7 +14,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.choices import Choices, Client, submit
-from serve.errors import ClientGone, error_body
+from serve.errors import ClientGoneError, error_body
 from serve.fields import read_object
 from serve.metrics import ServerMetrics
 from serve.openai_replies import Json, ReplyShape, chunks_of
@@ -80,7 +80,7 @@ def _events(chunks: Iterator[Json], *, include_usage: bool) -> Iterator[bytes]:
             if include_usage or chunk.pop("usage") is None:
                 yield _event(chunk)
         yield b"data: [DONE]\n\n"
-    except ClientGone:
+    except ClientGoneError:
         return
     except Exception as error:
         yield _event(error_body(error))
