@@ -1,4 +1,4 @@
-"""`headrace generate`: stream one answer to the terminal. Text to standard output, figures to standard error."""
+"""`headrace generate`: stream an answer. Text goes to standard output, figures to standard error."""
 
 import argparse
 import os
@@ -107,7 +107,7 @@ def stream(generation: "Generation") -> int:
 
 
 def _max_tokens(asked: int | None, room: int) -> int:
-    """What was asked for, else the default cut to the room; at least 1, so that a full context is told as such."""
+    """What was asked for, else the default cut to the room; at least 1, so that a full context is refused."""
     return asked if asked is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
 
 

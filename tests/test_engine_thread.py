@@ -1,4 +1,4 @@
-"""The text model over a fake session and a byte tokenizer: threads, overload, failure, drain, cancellation."""
+"""The text model on a fake session and a byte tokenizer: threads, overload, failure, drain, cancelling."""
 
 import threading
 from collections.abc import Iterator
