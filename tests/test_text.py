@@ -20,9 +20,10 @@ SCRIPTS = [
     "d\u00e9j\u00e0 vu, na\u00efve, \u0142\u00f3d\u017a",
     "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440",
     "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \uc548\ub155",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
     # A family, a flag and a skin tone: emoji joined by U+200D, by regional letters and by modifiers.
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1eb\U0001f1f7 \U0001f44d\U0001f3fd \u2764\ufe0f",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1eb\U0001f1f7 \U0001f44d\U0001f3fd",
     "\U0001d54f \U00010348 a\u0301 \x00\x7f\t\r\n  two  spaces",
 ]
 
@@ -43,7 +44,7 @@ def test_byte_level_pieces_of_random_ids_add_up_to_the_decoded_whole(ids: list[i
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 292), max_size=40))
 def test_byte_fallback_pieces_of_random_ids_are_the_text_of_their_bytes(ids: list[int]) -> None:
-    """The library replaces a whole run of byte tokens if one is invalid; a stream keeps its good characters."""
+    """The library gives up a whole run of byte tokens if one is bad; a stream keeps good characters."""
     whole = b"".join(BYTE_FALLBACK.token_bytes(i) for i in ids).decode(errors="replace").removeprefix(" ")
     assert "".join(pieces_of(BYTE_FALLBACK, ids)) == whole
     if "\ufffd" not in whole:
