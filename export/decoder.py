@@ -142,7 +142,7 @@ class DecoderGraph:
         return self.g.op("Add", [y, self.g.array(f"{weight.name}.bias", self._cast(bias))], out)
 
     def _norm(self, x: ir.Value, name: str, out: str) -> ir.Value:
-        return self.g.op("SimplifiedLayerNormalization", [x, self._norm_weight(name)], out,
+        return self.g.op("RMSNormalization", [x, self._norm_weight(name)], out,
                          axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1)  # fmt: skip
 
     def _head_norm(self, x: ir.Value, name: str, num_heads: int, out: str) -> ir.Value:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from export.weight_file import Extent, WeightFile, external_value
 
 MICROSOFT = "com.microsoft"
-OPSET = 21
+OPSET = 23  # the first with RMSNormalization
 MICROSOFT_OPSET = 1
-IR_VERSION = 10
+IR_VERSION = 11
 
 
 class GraphBuilder:

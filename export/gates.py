@@ -1,0 +1,65 @@
+"""How far an exported model may be from its reference: one row a precision, each limit with its reason."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A limit on one measured figure; `at_most` False means at least."""
+
+    figure: str
+    limit: float
+    reason: str
+    at_most: bool = True
+
+    def check(self, value: float) -> dict[str, Any]:
+        """The receipt's row: figure, value, limit, reason and whether it passed. NaN never passes."""
+        is_inside = value <= self.limit if self.at_most else value >= self.limit
+        passed = bool(is_inside) and not math.isnan(value)
+        return {**asdict(self), "value": value if math.isfinite(value) else str(value), "passed": passed}
+
+
+_SAME_ROWS = Gate(
+    "batch_logit_error",
+    1e-3,
+    "chunking, batching and raggedness only reorder float32 sums: 1e-5 is usual, 1e-3 leaves room for outlier activations",
+)
+_SAME_ROWS_QUANTIZED = Gate(
+    "batch_logit_error",
+    0.05,
+    "activations are rounded to 8 bits per row: a float32 sum in another order can move one value across a rounding edge",
+)
+_BATCH_TOKENS = Gate(
+    "batch_token_agreement", 1.0, "a prompt gets the same greedy tokens alone and in a batch", at_most=False
+)
+
+GATES: Mapping[str, tuple[Gate, ...]] = {
+    "fp32": (
+        Gate("max_logit_error", 1e-3, "float32 sums in another order; a wrong scale or position costs whole units"),
+        Gate("kl", 1e-6, "follows from the logit error: both distributions are the same to five digits"),
+        Gate("greedy_agreement", 1.0, "equal tokens, but for ties closer than twice the logit error", at_most=False),
+        _SAME_ROWS,
+        _BATCH_TOKENS,
+    ),
+    "fp16": (
+        Gate("kl", 1e-3, "half precision has 11 bits: 5e-4 relative, a few times that after some thirty layers"),
+        Gate("top1_agreement", 0.97, "near ties flip; a broken layer leaves less than half", at_most=False),
+        Gate("perplexity_increase", 0.005, "below what any reader could notice"),
+        Gate("batch_logit_error", 0.1, "sums in another order, rounded to 11 bits"),
+    ),
+    "w8a16": (
+        Gate("kl", 0.02, "8-bit blocks of 32 keep seven bits a weight; five times what SmolLM2-135M shows"),
+        Gate("top1_agreement", 0.93, "near ties flip; SmolLM2-135M keeps 97 %", at_most=False),
+        Gate("perplexity_increase", 0.015, "published 8-bit weight-only results stay below 1 %"),
+        _SAME_ROWS_QUANTIZED,
+    ),
+    "w4a16": (
+        Gate("kl", 0.25, "round-to-nearest in 4 bits costs small models most; above this the answers change in kind"),
+        Gate("top1_agreement", 0.70, "SmolLM2-135M keeps 78 %; models of 1B and more keep 90 %", at_most=False),
+        Gate("perplexity_increase", 0.15, "half of what published 4-bit round-to-nearest costs a 1B model (+34 %)"),
+        _SAME_ROWS_QUANTIZED,
+    ),
+}

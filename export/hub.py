@@ -1,0 +1,71 @@
+"""A model on the Hugging Face hub: downloaded into the library's cache, then read as a directory.
+
+Knows which files a model needs and what the library's errors mean. Nothing downloaded is ever run: only
+safetensors, JSON and Jinja files are asked for, no pickles and no Python.
+"""
+
+from pathlib import Path
+
+from export.safetensors_checkpoint import SafetensorsCheckpoint
+from runtime.errors import InvalidCheckpoint
+
+ALLOW_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+"""What is downloaded. Not `*.safetensors`: some repositories hold every weight twice
+(`consolidated.safetensors`)."""
+
+
+def open_hub_model(repo_id: str, *, revision: str | None = None) -> SafetensorsCheckpoint:
+    """Download `owner/name` at a branch, tag or commit (default: main) and open it.
+
+    What is in the cache already is not downloaded again; with HF_HUB_OFFLINE=1 nothing is. The library shows
+    progress. Raises InvalidCheckpoint with what to do if it does not exist, is gated, or cannot be reached.
+    """
+    source = repo_id if revision is None else f"{repo_id}@{revision}"
+    return SafetensorsCheckpoint(_download(repo_id, revision, source), source=source)
+
+
+def _download(repo_id: str, revision: str | None, source: str) -> Path:
+    import httpx
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(ALLOW_PATTERNS)))
+    except errors.GatedRepoError as error:
+        raise InvalidCheckpoint(
+            f"{source} is gated: accept its terms at {constants.ENDPOINT}/{repo_id} "
+            "and set HF_TOKEN to your access token"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InvalidCheckpoint(
+            f"{source} is neither a local directory nor a model on {constants.ENDPOINT}; check the name, "
+            "and set HF_TOKEN if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InvalidCheckpoint(f"{source}: the model has no such branch, tag or commit") from error
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.RevisionResolutionError,
+        errors.OfflineModeIsEnabled,
+    ) as error:
+        if constants.HF_HUB_OFFLINE:
+            reason = "is not in the hub's cache, and HF_HUB_OFFLINE forbids downloading it; unset that"
+        else:
+            reason = (
+                f"is not in the hub's cache, and {constants.ENDPOINT} cannot be reached; check the network"
+            )
+        raise InvalidCheckpoint(f"{source} {reason}, or give a local model directory") from error
+    except errors.HFValidationError as error:
+        raise InvalidCheckpoint(f"{repo_id!r} is not a valid hub id: {error}") from error
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        summary = " ".join(str(error).split())
+        raise InvalidCheckpoint(
+            f"{source} could not be downloaded from {constants.ENDPOINT}: {summary}"
+        ) from error

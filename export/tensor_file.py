@@ -1,0 +1,60 @@
+"""Reads a byte range of a file as float32, piece by piece.
+
+Knows neither names nor formats: the caller gives the offset and how stored bytes become numbers. Plain reads
+rather than a memory map, because mapped pages count as resident memory until the map goes: reading a model
+through one makes the process look, to a container's memory limit too, as large as the file.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InvalidCheckpoint
+
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+CHUNK_BYTES = 1 << 20
+"""Bytes of the file held at a time. Decoding makes several copies of a chunk; they should fit the cache."""
+
+
+def read_float32(
+    file: Path, *, offset: int, num_bytes: int, shape: tuple[int, ...], block_bytes: int, decode: Decode
+) -> NDArray[np.float32]:
+    """Read `num_bytes` at `offset` and return them decoded, float32 `shape`.
+
+    `decode` gets whole blocks of `block_bytes` (the smallest unit of the stored type: an element, or a block
+    of a quantized type) and returns all their values, in any shape. Peak memory is the result plus a few
+    chunks. Raises InvalidCheckpoint if the file ends early or cannot be read.
+    """
+    result = np.empty(math.prod(shape), dtype=np.float32)
+    chunk_bytes = max(1, CHUNK_BYTES // block_bytes) * block_bytes
+    buffer = np.empty(min(chunk_bytes, num_bytes), dtype=np.uint8)
+    filled = 0
+    try:
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(offset)
+            for start in range(0, num_bytes, chunk_bytes):
+                piece = buffer[: min(chunk_bytes, num_bytes - start)]
+                _fill(piece, handle.readinto, file, offset + start)
+                values = decode(piece).reshape(-1)
+                result[filled : filled + values.size] = values
+                filled += values.size
+    except OSError as error:
+        raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror or error}") from error
+    assert filled == result.size, f"{file}: decoded {filled} values for shape {shape}"
+    return result.reshape(shape)
+
+
+def _fill(piece: NDArray[np.uint8], readinto: Callable[[memoryview], int], file: Path, at: int) -> None:
+    view = piece.data
+    while view:
+        count = readinto(view)
+        if not count:
+            raise InvalidCheckpoint(
+                f"{file} is truncated: it ends at byte {at + piece.size - len(view):,} and "
+                f"{len(view):,} more belong here; download or copy it again"
+            )
+        view = view[count:]

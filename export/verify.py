@@ -1,0 +1,209 @@
+"""Compare an exported model with its reference, and write down what was found: the receipt.
+
+Three things are measured: the graph's logits on text against the numpy reference, its greedy tokens against the
+reference's choice at every step, and the graph against itself in every way the scheduler will call it (whole, in
+chunks, token by token, in a ragged batch). Thresholds are in gates.py. Writes nothing.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import calibration_data
+from export.checkpoint import Checkpoint
+from export.config import ModelConfig
+from export.gates import GATES
+from export.reference import ReferenceStates, run_reference
+from runtime.artifact import Artifact
+from runtime.ort_session import OrtSession
+from runtime.progress import progress_bar
+from runtime.scoring import Distance, score, windows_of
+from runtime.session import Batch, Session
+
+WINDOW = 512
+NUM_WINDOWS = 2
+NUM_GREEDY = 24  # tokens generated for each prompt
+MAX_PROMPT = 32
+BATCH = 8
+NUM_ALONE = 4  # prompts generated alone as well
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Token ids to verify on: windows of text, and prompts to continue."""
+
+    windows: list[list[int]]
+    prompts: list[list[int]]
+    source: str
+
+
+def material_for(artifact: Artifact, config: ModelConfig) -> Material:
+    """The project's texts through the model's tokenizer; random ids where the checkpoint has none."""
+    limit = artifact.manifest.dims.max_len
+    window = min(WINDOW, limit)
+    prompt = max(1, min(MAX_PROMPT, limit - NUM_GREEDY))
+    if "tokenizer.json" in artifact.manifest.files:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(artifact.path / "tokenizer.json"))
+        ids = tokenizer.encode(calibration_data.verification_text()).ids
+        prompts = [tokenizer.encode(text).ids for text in calibration_data.verification_prompts()]
+        source = "built-in text"
+    else:
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, config.vocab_size, NUM_WINDOWS * window).tolist()
+        prompts = [rng.integers(0, config.vocab_size, 3 + row).tolist() for row in range(20)]
+        source = "random ids: the checkpoint has no tokenizer"
+    return Material(windows_of(ids, window)[:NUM_WINDOWS], [ids[:prompt] for ids in prompts], source)
+
+
+def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> dict[str, Any]:
+    """Measure and judge; the receipt as a JSON-able dict with `passed`, `checks` and `figures`."""
+    material = material_for(artifact, config)
+    capacity = min(artifact.manifest.dims.max_len, max(WINDOW, MAX_PROMPT + NUM_GREEDY))
+    session = OrtSession.open(artifact, num_slots=len(material.prompts), capacity=capacity)
+    try:
+        num_greedy = min(NUM_GREEDY, capacity - max(map(len, material.prompts)))
+        with progress_bar("generate", total=num_greedy) as bar:
+            batched = greedy(session, material.prompts, num_greedy, on_token=bar.update)
+        alone = [greedy(session, [prompt], num_greedy)[0] for prompt in material.prompts[:NUM_ALONE]]
+        figures: dict[str, Any] = {
+            "batch_token_agreement": float(np.mean([a == b for a, b in zip(alone, batched, strict=False)])),
+            "batch_logit_error": batch_logit_error(session, material.windows[0]),
+        }
+        continued = [prompt + tokens for prompt, tokens in zip(material.prompts, batched, strict=True)]
+        with progress_bar("reference", total=config.num_layers) as bar:
+            states = run_reference(checkpoint, config, material.windows + continued, on_layer=bar.update)
+        distance = _distance(session, states, material.windows)
+        figures |= _figures(distance)
+        offset = len(material.windows)
+        figures["greedy_agreement"], figures["greedy_prefix"] = _greedy_agreement(
+            states, offset, material.prompts, batched, tie=2 * distance.max_logit_error
+        )
+    finally:
+        session.close()
+    return _receipt(artifact, material, figures, num_greedy)
+
+
+def greedy(
+    session: Session, prompts: Sequence[Sequence[int]], num_tokens: int, *, on_token: Any = lambda: None
+) -> list[list[int]]:
+    """Continue all prompts together, a row each, by their likeliest tokens."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    past, query = np.zeros_like(lengths), lengths
+    out: list[NDArray[np.int64]] = []
+    for _ in range(num_tokens):
+        last = np.arange(len(prompts)) * ids.shape[1] + query - 1
+        ids = session.run(Batch(0, ids, past, query, last)).argmax(-1)[:, None]
+        out.append(ids[:, 0])
+        past, query = past + query, np.ones_like(lengths)
+        on_token()
+    return [[int(token) for token in row] for row in np.stack(out, 1)]
+
+
+def batch_logit_error(session: Session, window: Sequence[int]) -> float:
+    """Largest logit difference between one run over the window's head and the ways a scheduler splits it."""
+    ids = list(window[:64])
+    whole = _run_rows(session, [ids], [0], every=True).copy()
+    errors = []
+    for pieces in ([7, 1, 20, len(ids) - 28], [1] * 12):
+        done = 0
+        for size in (min(piece, len(ids) - sum(pieces[:i])) for i, piece in enumerate(pieces)):
+            if size < 1:
+                break
+            piece = _run_rows(session, [ids[done : done + size]], [done], every=True)
+            errors.append(np.abs(piece - whole[done : done + size]).max())
+            done += size
+    rows = min(BATCH, session.info.num_slots)
+    cuts = [1 + (row * 7) % (len(ids) - 1) for row in range(rows)]
+    heads = _run_rows(session, [ids[:cut] for cut in cuts], [0] * rows)
+    errors += [np.abs(head - whole[cut - 1]).max() for head, cut in zip(heads, cuts, strict=True)]
+    tails = _run_rows(session, [ids[cut:] for cut in cuts], cuts)
+    errors += [np.abs(tail - whole[-1]).max() for tail in tails]
+    return float(np.max(errors))
+
+
+def _run_rows(
+    session: Session, rows: Sequence[Sequence[int]], past: Sequence[int], *, every: bool = False
+) -> NDArray[np.float32]:
+    """One ragged run; logits of each row's last token, or of every token of a single row."""
+    chunk = max(map(len, rows))
+    ids = np.zeros((len(rows), chunk), np.int64)
+    for idx, row in enumerate(rows):
+        ids[idx, : len(row)] = row
+    query = np.array([len(row) for row in rows], np.int32)
+    wanted = np.arange(chunk) if every else np.arange(len(rows)) * chunk + query - 1
+    return session.run(Batch(0, ids, np.array(past, np.int32), query, wanted))
+
+
+def _distance(session: Session, states: ReferenceStates, windows: Sequence[Sequence[int]]) -> Distance:
+    distance = Distance()
+    with progress_bar("compare", total=sum(map(len, windows)), unit="token") as bar:
+        for chunk in score(session, windows):
+            stop = chunk.start + len(chunk.next_ids)
+            distance.add(states.logits(chunk.sequence_idx, chunk.start, stop), chunk.logits, chunk.next_ids)
+            bar.update(len(chunk.next_ids))
+    return distance
+
+
+def _figures(distance: Distance) -> dict[str, float]:
+    return {
+        "max_logit_error": distance.max_logit_error,
+        "kl": distance.kl,
+        "top1_agreement": distance.top1_agreement,
+        "perplexity": distance.candidate.perplexity,
+        "perplexity_reference": distance.reference.perplexity,
+        "perplexity_increase": distance.perplexity_increase,
+    }
+
+
+def _greedy_agreement(
+    states: ReferenceStates,
+    offset: int,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    *,
+    tie: float,
+) -> tuple[float, float]:
+    """Share of prompts whose tokens are the reference's own, and the mean share of tokens before the first difference.
+
+    The reference reads the generated tokens; it would have generated the same ones up to the first where its own
+    likeliest token differs. Where the two lie closer than `tie` either choice counts as its own.
+    """
+    equal, prefixes = 0, []
+    for idx, (prompt, tokens) in enumerate(zip(prompts, generated, strict=True)):
+        start = len(prompt) - 1
+        logits = states.logits(offset + idx, start, start + len(tokens))
+        chosen = logits[np.arange(len(tokens)), tokens]
+        differs = np.flatnonzero(logits.max(-1) - chosen > tie)
+        equal += not len(differs)
+        prefixes.append((differs[0] if len(differs) else len(tokens)) / len(tokens))
+    return equal / len(prompts), float(np.mean(prefixes))
+
+
+def _receipt(artifact: Artifact, material: Material, figures: Mapping[str, Any], num_greedy: int) -> dict[str, Any]:
+    import onnxruntime
+
+    precision = artifact.manifest.precision
+    checks = [gate.check(figures[gate.figure]) for gate in GATES[precision]]
+    return {
+        "passed": all(check["passed"] for check in checks),
+        "precision": precision,
+        "reference": "the checkpoint in float32, computed by export/reference.py (numpy)",
+        "material": {
+            "source": material.source,
+            "windows": [len(window) for window in material.windows],
+            "prompts": len(material.prompts),
+            "greedy_tokens": num_greedy,
+        },
+        "checks": checks,
+        "figures": {name: value if np.isfinite(value) else str(value) for name, value in figures.items()},
+        "runtime": f"onnxruntime {onnxruntime.__version__}, CPU, {platform.machine()}",
+    }
