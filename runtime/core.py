@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from runtime.errors import InvalidRequest
+from runtime.settings import setting
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -35,20 +36,23 @@ class SamplingParams:
     top-k, top-p, min-p. Log-probabilities are those of the model, before any of that.
     """
 
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    logprobs: int | None = None
+    max_tokens: int = setting(16, "most tokens to generate")
+    temperature: float = setting(1.0, "0 is greedy, 2 the wildest")
+    top_k: int = setting(0, "choose among this many likeliest tokens; 0: all")
+    top_p: float = setting(1.0, "choose among the likeliest tokens that reach this probability; 1: all")
+    min_p: float = setting(0.0, "leave out tokens less likely than this times the likeliest")
+    repetition_penalty: float = setting(1.0, "above 1: against repeating prompt and answer")
+    presence_penalty: float = setting(0.0, "subtracted from the logits of tokens already generated")
+    frequency_penalty: float = setting(0.0, "the same, once for each time a token was generated")
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict,
+        metadata={"help": "add VALUE to the logit of token ID; may be repeated", "metavar": "ID=VALUE"},
+    )
+    seed: int | None = setting(None, "makes the choice of tokens repeatable")
+    stop: tuple[str, ...] = setting((), "end before this text; may be repeated", metavar="TEXT")
+    stop_token_ids: frozenset[int] = setting(frozenset(), "end at this token; may be repeated", metavar="ID")
+    ignore_eos: bool = setting(False, "go on after an end-of-text token")
+    logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
     """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
 
     def __post_init__(self) -> None:

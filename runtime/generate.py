@@ -1,4 +1,4 @@
-"""`headrace generate`: stream one answer to the terminal. The text goes to standard output, figures to standard error."""
+"""`headrace generate`: stream an answer. Text goes to standard output, figures to standard error."""
 
 import argparse
 import os
@@ -83,7 +83,7 @@ def encode_prompt(model: "TextModel", prompt: str, *, system: str | None, is_raw
 
 
 def stream(generation: "Generation") -> int:
-    """Write the answer as it comes, then TTFT and speed. Returns the exit status; EngineFailed if it broke."""
+    """Write the answer as it comes, then TTFT and speed. Returns the exit status. Raises EngineFailed."""
     started_s, first_s, num_tokens = time.perf_counter(), None, 0
     try:
         with generation:
@@ -107,7 +107,7 @@ def stream(generation: "Generation") -> int:
 
 
 def _max_tokens(asked: int | None, room: int) -> int:
-    """What was asked for, else the default cut to the room; at least 1, so that a full context is told as such."""
+    """What was asked for, else the default cut to the room; at least 1, so that a full context is refused."""
     return asked if asked is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
 
 

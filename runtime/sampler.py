@@ -105,11 +105,9 @@ def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | N
     Returns the ids of the tokens that are left and their weights, which need not sum to 1. Ids None: all, in
     order.
     """
+    peak = logits[_argmax(logits)]
     ids = _top_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
     kept = logits if ids is None else logits[ids]
-    peak = kept.max()
-    if not np.isfinite(peak):
-        raise BadLogitsError(f"the model returned {peak} as its highest logit")
     # -inf and far tails become 0, on purpose.
     with np.errstate(over="ignore", under="ignore"):
         probs = (kept - peak) / np.float32(max(params.temperature, MIN_TEMPERATURE))
@@ -161,10 +159,8 @@ def _keep(
 
 def _with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
     """Log-softmax of the raw row at the chosen token and at the `num_top` likeliest."""
-    peak = row.max()
-    if not np.isfinite(peak):
-        raise BadLogitsError(f"the model returned {peak} as its highest logit")
-    with np.errstate(under="ignore"):
+    peak = row[_argmax(row)]
+    with np.errstate(over="ignore", under="ignore"):
         log_sum = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
     top: tuple[TokenLogprob, ...] = ()
     if num_top:

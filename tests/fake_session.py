@@ -1,7 +1,8 @@
 """A Session without a model: the slots hold tokens, and the logits are a hash of a slot's valid prefix.
 
-Any mistake with a slot, a past length or a copy changes the tokens that come out, and any breach of the contract
-in `runtime/session.py` raises. Padding and idle rows scribble behind the valid tokens, as a real run may.
+Any mistake with a slot, a past length or a copy changes the tokens that come out, and any breach of the
+contract in `runtime/session.py` raises. Padding and idle rows scribble behind the valid tokens, as a real run
+may.
 """
 
 from collections.abc import Callable

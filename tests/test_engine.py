@@ -207,10 +207,14 @@ def test_short_prompts_share_a_ragged_run_and_odd_ones_do_not() -> None:
 def test_a_session_that_is_not_ragged_prefills_row_by_row_and_decodes_over_prompts_in_between() -> None:
     session = FakeSession(num_slots=3, is_ragged=False)
     engine = Engine(session, prefill_chunk=4)
-    first, long, last = (add(engine, n, [7] * k, greedy(6)) for n, k in (("a", 2), ("b", 30), ("c", 2)))
+    first = add(engine, "first", [7] * 2, greedy(6))
+    add(engine, "short", [7] * 2, greedy(1))
+    last = add(engine, "last", [7] * 2, greedy(6))
+    long = add(engine, "long", [7] * 30, greedy(6))  # takes the slot of `short`, between the other two
     while engine.has_work:
         engine.step()
-    assert any(b.token_ids.shape == (3, 1) for b in session.batches)
+    spans = [b for b in session.batches if b.token_ids.shape == (3, 1)]
+    assert spans and all(0 < b.past_len[1] < 30 for b in spans)
     assert first.token_ids == last.token_ids == [e.token_id for e in alone([7] * 2, greedy(6))]
     assert long.token_ids == [e.token_id for e in alone([7] * 30, greedy(6))]
 

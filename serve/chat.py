@@ -1,0 +1,21 @@
+"""POST /v1/chat/completions: messages in, the assistant's message out."""
+
+from flask import Blueprint, Response, request
+
+from serve.openai_replies import ChatShape
+from serve.openai_requests import read_chat
+from serve.replying import Context, read_json, respond, start
+
+
+def chat_blueprint(context: Context) -> Blueprint:
+    """The route of this module."""
+    blueprint = Blueprint("chat", __name__)
+
+    @blueprint.post("/v1/chat/completions")
+    def chat() -> Response:
+        model = context.model
+        wanted = read_chat(read_json(request), model_name=model.name)
+        choices = start(context, request, wanted, [model.encode_chat(wanted.messages)])
+        return respond(choices, ChatShape(model), wanted)
+
+    return blueprint

@@ -1,0 +1,143 @@
+"""The choices of one HTTP request: submitted all or none, merged, cancelled when the client goes.
+
+Knows the model's `generate` and the client's socket, nothing of JSON. There is one way to generate: a stream
+is what `Choices` yields, and a whole reply is a fold over the same.
+"""
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from runtime.core import FinishReason, SamplingParams, TokenEvent
+from runtime.errors import EngineFailed, Unavailable
+from runtime.text_model import Generation, TextModel
+from serve.errors import ClientGoneError
+
+CLIENT_CHECK_S = 0.25
+"""How often the socket is looked at: bounds how long a slot stays taken by a client that went away."""
+ROTATE_S = 0.05
+"""With several choices: how long to wait for one before trying the next."""
+
+
+class ChoiceEvent(NamedTuple):
+    """A token event and the index of the choice it belongs to."""
+
+    choice_idx: int
+    event: TokenEvent
+
+
+class Client:
+    """The client's end of the connection, as far as gunicorn lets us see it.
+
+    A peek that finds end of file means that the client closed or at least shut down its side; as in other
+    servers either counts as gone. Without a socket (Flask's test client) nobody ever goes.
+    """
+
+    def __init__(self, connection: socket.socket | None) -> None:
+        self._connection = connection
+        self._next_look = time.monotonic() + CLIENT_CHECK_S
+
+    def check(self) -> None:
+        """Raise ClientGoneError if the client went away; looks at most every CLIENT_CHECK_S seconds."""
+        if self._connection is not None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + CLIENT_CHECK_S
+            if _is_closed(self._connection):
+                raise ClientGoneError("the client closed the connection")
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class Choices:
+    """Running generations of one request. Iterate to get their events; `close` cancels what still runs."""
+
+    def __init__(self, generations: Sequence[Generation], num_prompts: int, client: Client) -> None:
+        self._generations = generations
+        self._client = client
+        per_prompt = len(generations) // num_prompts
+        self.num_prompt_tokens = sum(generation.prompt_tokens for generation in generations[::per_prompt])
+        self.num_generated_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._generations)
+
+    def __iter__(self) -> Iterator[ChoiceEvent]:
+        """Events in the order they come, until every choice has ended.
+
+        Raises EngineFailed, Unavailable (the server gave up on the request while it drained) or ClientGoneError;
+        in each case, and when the iterator is closed early, the other choices are cancelled.
+        """
+        try:
+            for item in _merge(self._generations, self._client):
+                event = item.event
+                if event.finish_reason is FinishReason.ERROR:
+                    raise EngineFailed(event.error or "the engine stopped")
+                if event.finish_reason is FinishReason.CANCELLED:
+                    raise Unavailable(event.error or "the server is stopping and did not finish this request")
+                self.num_generated_tokens += event.token_id is not None
+                yield item
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel every choice that still runs. Idempotent."""
+        for generation in self._generations:
+            generation.close()
+
+
+def submit(
+    model: TextModel, prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]], client: Client
+) -> Choices:
+    """Submit one generation per prompt and parameters, in that order; every prompt has as many choices.
+
+    Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.
+    """
+    generations: list[Generation] = []
+    try:
+        for prompt_ids, choices in prompts:
+            for params in choices:
+                generations.append(model.generate(prompt_ids, params))
+    except BaseException:
+        for generation in generations:
+            generation.close()
+        raise
+    return Choices(generations, len(prompts), client)
+
+
+def _merge(generations: Sequence[Generation], client: Client) -> Iterator[ChoiceEvent]:
+    """Events of several generations without a thread for each.
+
+    Every running request gets a token in the same step, so it is enough to block on one that runs and then
+    to collect from the rest; one that yields nothing for ROTATE_S is probably still queued, and the next is
+    tried.
+    """
+    live = dict(enumerate(generations))
+    watched = 0
+    while live:
+        event = live[watched].next_event(CLIENT_CHECK_S if len(live) == 1 else ROTATE_S)
+        client.check()
+        news = [] if event is None else [ChoiceEvent(watched, event)]
+        if news:
+            others = (index for index in live if index != watched)
+            news += [ChoiceEvent(index, event) for index in others for event in _ready(live[index])]
+        for item in news:
+            yield item
+            if item.event.finish_reason is not None:
+                del live[item.choice_idx]
+        if live and (event is None or watched not in live):
+            watched = min((index for index in live if index > watched), default=min(live))
+
+
+def _ready(generation: Generation) -> Iterator[TokenEvent]:
+    """What has already arrived, without waiting."""
+    while (event := generation.next_event(0)) is not None:
+        yield event
+        if event.finish_reason is not None:
+            return

@@ -1,0 +1,175 @@
+"""Checks a JSON object against a table with one row per field. Knows nothing of OpenAI or of models.
+
+A row names the field and the check of its value. A check returns the value, perhaps in another shape, or
+raises `MismatchError` with what would be valid; the table's reader adds the field's name and the value found.
+As in OpenAI's API null counts as absent, and a name without a row is an error.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.errors import InvalidRequest
+
+SHOWN_CHARS = 60
+INT_BOUND = 2**63
+Check = Callable[[Any], Any]
+
+
+class MismatchError(Exception):
+    """A value that is not what its check wants; the message completes "NAME must be ..."."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One row: the field's name in JSON, the check of its value, and whether it may be left out."""
+
+    name: str
+    check: Check
+    is_required: bool = False
+
+
+def read_object(text: bytes) -> dict[str, Any]:
+    """Parse a request body: strict JSON in UTF-8 with an object at the top.
+
+    NaN and Infinity, which Python's parser lets through, are refused. Raises InvalidRequest.
+    """
+    try:
+        value = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(value)}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_fields(raw: Mapping[str, Any], table: Sequence[Field], path: str = "") -> dict[str, Any]:
+    """Check every field of `raw`; return those that are there and not null, as their checks returned them.
+
+    `path` is put before names in messages (`messages[0].`). Raises InvalidRequest.
+    """
+    known = {field.name for field in table}
+    for name in raw:
+        if name not in known:
+            valid = ", ".join(sorted(known))
+            param = path + name[:SHOWN_CHARS]
+            raise InvalidRequest(f"unknown field {path}{shown(name)}; valid fields: {valid}", param=param)
+    values = {}
+    for field in table:
+        value = raw.get(field.name)
+        if value is not None:
+            values[field.name] = check_value(value, field.check, path + field.name)
+        elif field.is_required:
+            raise InvalidRequest(f"{path}{field.name} is required", param=path + field.name)
+    return values
+
+
+def check_value(value: Any, check: Check, path: str) -> Any:
+    """Run one check; InvalidRequest names the path and the value found."""
+    try:
+        return check(value)
+    except MismatchError as mismatch:
+        raise InvalidRequest(f"{path} must be {mismatch}, got {shown(value)}", param=path) from None
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it: scalars as JSON, cut short; containers by kind and size."""
+    if isinstance(value, dict):
+        return f"an object of {len(value)} fields"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, int) and abs(value) >= INT_BOUND:
+        return "an integer beyond 64 bits"
+    text = json.dumps(value[:SHOWN_CHARS] if isinstance(value, str) else value)
+    return text if not isinstance(value, str) or len(value) <= SHOWN_CHARS else f'{text[:-1]}..."'
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise MismatchError("true or false")
+    return value
+
+
+def integer(value: Any) -> int:
+    """An integer of at most 64 bits. Python's true is an int, JSON's is not."""
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= INT_BOUND:
+        raise MismatchError("an integer")
+    return value
+
+
+def number(value: Any) -> float:
+    """A finite number: 1e999 parses to infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MismatchError("a number")
+    if (isinstance(value, int) and abs(value) >= INT_BOUND) or not math.isfinite(value):
+        raise MismatchError("a finite number")
+    return value
+
+
+def string(value: Any) -> str:
+    """Text that UTF-8 can carry: JSON can smuggle in half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(value, str):
+        raise MismatchError("a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise MismatchError("text without lone surrogates") from None
+    return value
+
+
+def between(low: int, high: int) -> Check:
+    """An integer with both bounds included."""
+
+    def check(value: Any) -> int:
+        if not low <= integer(value) <= high:
+            raise MismatchError(f"at least {low} and at most {high}")
+        return int(value)
+
+    return check
+
+
+def one_of(*valid: Any) -> Check:
+    """One of a few JSON values; the type counts, so 1 is not true."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(item) and value == item for item in valid):
+            raise MismatchError(" or ".join(json.dumps(item) for item in valid))
+        return value
+
+    return check
+
+
+def list_of(check: Check, what: str, *, max_len: int) -> Check:
+    """A list whose items all pass `check`, returned as a tuple. `what` names the items in the plural."""
+
+    def check_list(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise MismatchError(f"a list of {what}")
+        if len(value) > max_len:
+            raise MismatchError(f"a list of at most {max_len} {what}")
+        try:
+            return tuple(check(item) for item in value)
+        except MismatchError as mismatch:
+            raise MismatchError(f"a list of {what}, each {mismatch}") from None
+
+    return check_list
+
+
+def unsupported(reason: str, *neutral: Any) -> Check:
+    """A field of OpenAI's that this server cannot honour: only values that ask for nothing pass."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(item) and value == item for item in neutral):
+            options = "".join(f" or {json.dumps(item)}" for item in neutral)
+            raise MismatchError(f"absent{options} ({reason})")
+        return value
+
+    return check

@@ -1,0 +1,237 @@
+"""What a reply looks like: OpenAI's objects, in pieces for a stream and folded into one.
+
+Knows the shapes of https://platform.openai.com/docs/api-reference, nothing of HTTP or of the engine. Both
+calls have a shape class with the same four methods: `opening`, `pieces`, `usage` make the chunks of a stream,
+in this order, and `fold` makes the whole reply out of those very chunks.
+"""
+
+import codecs
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from runtime.core import TokenEvent, TokenLogprob
+from runtime.text_model import TextModel
+from serve.choices import Choices
+
+Json = dict[str, Any]
+
+LEAST_LOGPROB = -9999.0
+"""OpenAI's value for "very unlikely"; JSON has no minus infinity."""
+
+
+class ReplyShape(Protocol):
+    """How one of the two calls answers."""
+
+    def opening(self, num_choices: int) -> Iterator[Json]:
+        """Chunks before the first token."""
+        ...
+
+    def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        """Chunks for one event of one choice; none for a token whose text is still held back."""
+        ...
+
+    def usage(self, choices: Choices) -> Json:
+        """The chunk after the last token; it has no choices."""
+        ...
+
+    def fold(self, chunks: Iterable[Json]) -> Json:
+        """The whole reply. Takes all chunks of a stream, the usage included."""
+        ...
+
+
+def chunks_of(choices: Choices, shape: ReplyShape) -> Iterator[Json]:
+    """Every chunk of a reply. Raises what iterating `choices` raises; closing it cancels the request."""
+    yield from shape.opening(len(choices))
+    for index, event in choices:
+        yield from shape.pieces(index, event)
+    yield shape.usage(choices)
+
+
+class CompletionShape:
+    """Answers of POST /v1/completions. `echo` holds per choice the text that is put before the answer."""
+
+    def __init__(self, model: TextModel, echo: Sequence[str] = ()) -> None:
+        self._head = _head("cmpl", "text_completion", model.name)
+        self._model = model
+        self._echo = echo
+        self._offsets: dict[int, TextOffset] = {}
+
+    def opening(self, num_choices: int) -> Iterator[Json]:
+        for index, text in enumerate(self._echo):
+            self._offsets[index] = TextOffset(len(text))
+            yield self._chunk(index, text, None, None)
+
+    def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        logprobs = None if event.logprob is None else self._logprobs(index, event)
+        if event.text or logprobs or event.finish_reason:
+            yield self._chunk(index, event.text, logprobs, event.finish_reason)
+
+    def usage(self, choices: Choices) -> Json:
+        return {**self._head, "choices": [], "usage": usage(choices)}
+
+    def fold(self, chunks: Iterable[Json]) -> Json:
+        whole: dict[int, Json] = {}
+        counts = None
+        for chunk in chunks:
+            counts = chunk["usage"]
+            for piece in chunk["choices"]:
+                choice = whole.setdefault(piece["index"], piece)
+                if choice is piece:
+                    continue
+                choice["text"] += piece["text"]
+                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
+                choice["finish_reason"] = piece["finish_reason"]
+        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+
+    def _chunk(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "choices": [choice], "usage": None}
+
+    def _logprobs(self, index: int, event: TokenEvent) -> Json:
+        assert event.token_id is not None and event.logprob is not None
+        chosen = TokenLogprob(event.token_id, event.logprob)
+        top: dict[str, float] = {}
+        # Different tokens can read the same; the dictionary has one entry, and the likelier token gets it.
+        for item in (chosen, *event.top_logprobs):
+            text = token_text(self._model, item.token_id, prefix="bytes:")
+            top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
+        offset = self._offsets.setdefault(index, TextOffset(0))
+        return {
+            "tokens": [token_text(self._model, chosen.token_id, prefix="bytes:")],
+            "token_logprobs": [max(chosen.logprob, LEAST_LOGPROB)],
+            "top_logprobs": [top],
+            "text_offset": [offset.advance(self._model.token_bytes(chosen.token_id))],
+        }
+
+
+class ChatShape:
+    """Answers of POST /v1/chat/completions."""
+
+    def __init__(self, model: TextModel) -> None:
+        self._head = _head("chatcmpl", "chat.completion", model.name)
+        self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
+        self._model = model
+
+    def opening(self, num_choices: int) -> Iterator[Json]:
+        for index in range(num_choices):
+            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
+
+    def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        logprobs = None if event.logprob is None else self._logprobs(event)
+        if event.text or logprobs:
+            yield self._chunk(index, {"content": event.text}, logprobs, None)
+        if event.finish_reason is not None:
+            yield self._chunk(index, {}, None, event.finish_reason)
+
+    def usage(self, choices: Choices) -> Json:
+        return {**self._chunk_head, "choices": [], "usage": usage(choices)}
+
+    def fold(self, chunks: Iterable[Json]) -> Json:
+        whole: dict[int, Json] = {}
+        counts = None
+        for chunk in chunks:
+            counts = chunk["usage"]
+            for piece in chunk["choices"]:
+                delta = piece["delta"]
+                empty = {"index": piece["index"], "message": delta, "logprobs": None, "finish_reason": None}
+                choice = whole.setdefault(piece["index"], empty)
+                if choice is empty:
+                    continue
+                choice["message"]["content"] += delta.get("content", "")
+                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
+                choice["finish_reason"] = piece["finish_reason"]
+        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._chunk_head, "choices": [choice], "usage": None}
+
+    def _logprobs(self, event: TokenEvent) -> Json:
+        assert event.token_id is not None and event.logprob is not None
+        entry = self._entry(TokenLogprob(event.token_id, event.logprob))
+        entry["top_logprobs"] = [self._entry(item) for item in event.top_logprobs]
+        return {"content": [entry], "refusal": None}
+
+    def _entry(self, item: TokenLogprob) -> Json:
+        spelled = self._model.token_bytes(item.token_id)
+        return {
+            "token": token_text(self._model, item.token_id),
+            "logprob": max(item.logprob, LEAST_LOGPROB),
+            "bytes": list(spelled) if spelled else None,
+        }
+
+
+class TextOffset:
+    """Where each token begins in the text, in characters."""
+
+    def __init__(self, start: int) -> None:
+        self._num_chars = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def advance(self, token: bytes) -> int:
+        """The offset of this token; the next call's comes after it."""
+        offset = self._num_chars
+        self._num_chars += len(self._decoder.decode(token))
+        return offset
+
+
+def token_text(model: TextModel, token_id: int, *, prefix: str = "") -> str:
+    r"""A token as OpenAI writes it: text, a special token's name, or part of a character as escaped bytes.
+
+    The escape is `\xf0\x9f`, after `prefix`: completions say `bytes:\xf0\x9f`.
+    """
+    spelled = model.token_bytes(token_id)
+    try:
+        return spelled.decode("utf-8") or model.token_text(token_id)
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+def usage(choices: Choices) -> Json:
+    """OpenAI's usage: a prompt counts once however many choices it has."""
+    prompt, generated = choices.num_prompt_tokens, choices.num_generated_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def model_object(name: str, created: int, max_len: int) -> Json:
+    """One entry of GET /v1/models; `max_model_len` is what the field's servers add."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "headrace",
+        "max_model_len": max_len,
+    }
+
+
+def _head(prefix: str, kind: str, model_name: str) -> Json:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model_name,
+        "system_fingerprint": None,
+    }
+
+
+def _joined(left: Json | None, right: Json | None) -> Json | None:
+    """Log-probabilities of two pieces of one choice: the lists of `left` grow by those of `right`."""
+    if left is None or right is None:
+        return left or right
+    for name, values in left.items():
+        if values is not None:
+            values.extend(right[name])
+    return left

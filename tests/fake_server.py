@@ -1,0 +1,59 @@
+"""`headrace serve` with the fake model instead of an artifact: the real command, process and signals.
+
+python -m tests.fake_server --num-slots 4 --step-s 0.01 --port 0
+"""
+
+import argparse
+import sys
+
+from runtime.errors import HeadraceError, InvalidArtifact
+from runtime.session import Batch
+from runtime.settings import EngineSettings, add_flags, from_namespace
+from runtime.text_model import TextModel
+from serve.cli import serve
+from serve.metrics import ServerMetrics
+from serve.settings import ServerSettings
+from tests.fake_text_model import fake_text_model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-slots", type=int, default=4)
+    parser.add_argument("--capacity", type=int, default=256)
+    parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--fail-after", type=int, help="the session raises in this run")
+    parser.add_argument("--fail-load", action="store_true", help="opening the model raises InvalidArtifact")
+    parser.add_argument("--ask")
+    add_flags(parser, ServerSettings)
+    add_flags(parser, EngineSettings)
+    args = parser.parse_args()
+    engine = from_namespace(EngineSettings, args)
+    num_runs = 0
+
+    def on_run(batch: Batch) -> None:
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs == args.fail_after:
+            raise RuntimeError("the session broke, as it was told to")
+
+    def open_model(metrics: ServerMetrics) -> TextModel:
+        if args.fail_load:
+            raise InvalidArtifact("this is not an artifact; export one")
+        return fake_text_model(
+            num_slots=args.num_slots,
+            capacity=args.capacity,
+            max_waiting=engine.max_waiting,
+            step_s=args.step_s,
+            on_run=on_run,
+            observer=metrics,
+        )
+
+    return serve(open_model, from_namespace(ServerSettings, args), engine, question=args.ask)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HeadraceError as error:
+        sys.stderr.write(f"headrace serve: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,51 @@
+"""The real TextModel, engine and byte tokenizer over the fake session: what the server's tests run on."""
+
+import time
+from collections.abc import Callable
+
+from runtime.chat_template import ChatTemplate
+from runtime.core import EngineObserver
+from runtime.session import Batch
+from runtime.settings import EngineSettings
+from runtime.text_model import TextModel
+from tests.byte_tokenizer import EOS, byte_tokenizer
+from tests.fake_session import FakeSession
+
+NAME = "fake"
+VOCAB_SIZE = 258
+"""256 bytes and two special tokens."""
+EOS_ID = 257
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def fake_text_model(
+    *,
+    num_slots: int = 4,
+    capacity: int = 256,
+    max_waiting: int = 64,
+    step_s: float = 0.0,
+    on_run: Callable[[Batch], None] | None = None,
+    has_template: bool = True,
+    observer: EngineObserver | None = None,
+) -> TextModel:
+    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds."""
+
+    def run(batch: Batch) -> None:
+        if step_s:
+            time.sleep(step_s)
+        if on_run is not None:
+            on_run(batch)
+
+    tokenizer = byte_tokenizer()
+    return TextModel(
+        name=NAME,
+        session=FakeSession(num_slots=num_slots, capacity=capacity, vocab_size=VOCAB_SIZE, on_run=run),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(TEMPLATE, {"eos_token": EOS}) if has_template else None,
+        eos_ids=frozenset([EOS_ID]),
+        settings=EngineSettings(max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64),
+        observer=observer,
+    )

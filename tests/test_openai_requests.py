@@ -1,0 +1,284 @@
+"""Request bodies: what is refused and how it is said, and a fuzz of everything else."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.app import create_app
+from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, read_chat, read_completion
+from serve.settings import ServerSettings
+from tests.fake_text_model import NAME, fake_text_model
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETION = {"model": NAME, "prompt": "hi", "max_tokens": 2}
+CONVERSATION = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+MAX_BODY = 50_000
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[FlaskClient]:
+    model = fake_text_model()
+    model.start()
+    yield create_app(model, ServerSettings(max_body=MAX_BODY)).test_client()
+    model.close()
+
+
+def refusal(client: FlaskClient, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    text = body if isinstance(body, str | bytes) else json.dumps(body)
+    response = client.post(path, data=text, content_type="application/json")
+    assert response.status_code == status, response.text
+    error = response.get_json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"] and error["type"] == "invalid_request_error"
+    return dict(error)
+
+
+# Fields common to both calls: name, value, and words the message must have.
+BAD_FIELDS = [
+    ("temperature", "hot", "a number"),
+    ("temperature", True, "a number"),
+    ("temperature", 2.5, "2.5"),
+    ("temperature", 10**400, "finite"),
+    ("top_p", 0, "greater than 0"),
+    ("top_k", 1.5, "an integer"),
+    ("top_k", -1, "at least 0"),
+    ("min_p", [1], "a list of 1"),
+    ("seed", True, "an integer"),
+    ("seed", 2**63, "an integer"),
+    ("n", 0, "at least 1"),
+    ("n", 17, "at most 16"),
+    ("n", False, "an integer"),
+    ("max_tokens", 0, "at least 1"),
+    ("max_tokens", "10", '"10"'),
+    ("stream", 1, "true or false"),
+    ("stream", "true", "true or false"),
+    ("stop", "", "none of them empty"),
+    ("stop", ["a"] * 17, "at most 16"),
+    ("stop", [1], "a string"),
+    ("stop", "\ud800", "surrogates"),
+    ("stop_token_ids", ["1"], "an integer"),
+    ("stop_token_ids", [258], "258"),
+    ("stop_token_ids", 5, "a list"),
+    ("ignore_eos", 0, "true or false"),
+    ("logit_bias", [1], "an object"),
+    ("logit_bias", {"x": 1}, '"x"'),
+    ("logit_bias", {"-1": 1}, '"-1"'),
+    ("logit_bias", {"1": "a"}, "a number"),
+    ("logit_bias", {"1": 101}, "101"),
+    ("logit_bias", {"100000": 1}, "100000"),
+    ("stream_options", {"include_usage": True}, "stream to be true"),
+    ("stream_options", {"other": True}, "other"),
+    ("stream_options", True, "an object"),
+    ("user", 5, "a string"),
+    ("model", 5, "a string"),
+    ("no_such_field", 1, "unknown field"),
+    ("guided_json", {}, "unknown field"),
+]
+BAD_COMPLETION_FIELDS = [
+    ("prompt", "", "empty"),
+    ("prompt", [], "none empty"),
+    ("prompt", [""], "empty"),
+    ("prompt", [[]], "empty"),
+    ("prompt", [1, "a"], "an integer"),
+    ("prompt", ["a", 1], "a string"),
+    ("prompt", [True], "an integer"),
+    ("prompt", [-1], "-1"),
+    ("prompt", [258], "258"),
+    ("prompt", [1.5], "a string"),
+    ("prompt", {"text": "a"}, "an object"),
+    ("prompt", "half \udc00", "surrogates"),
+    ("logprobs", True, "an integer"),
+    ("logprobs", 21, "at most 20"),
+    ("best_of", 2, "equal n (1)"),
+    ("suffix", "end", "not supported"),
+    ("messages", [], "unknown field"),
+]
+BAD_CHAT_FIELDS = [
+    ("messages", [], "1 to"),
+    ("messages", "hi", "a list"),
+    ("messages", ["hi"], "messages[0] must be an object"),
+    ("messages", [{"content": "hi"}], "messages[0].role is required"),
+    ("messages", [{"role": "user"}], "messages[0].content is required"),
+    ("messages", [{"role": "user", "content": 5}], "messages[0].content must be a string"),
+    ("messages", [{"role": "tool", "content": "5"}], "messages[0].role"),
+    ("messages", [{"role": "user", "content": "\ud83d"}], "surrogates"),
+    ("messages", [{"role": "user", "content": []}], "empty list"),
+    ("messages", [{"role": "user", "content": ["hi"]}], "content[0] must be an object"),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
+    ("messages", [{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}], '"text"'),
+    ("messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "tools are not supported"),
+    ("logprobs", 1, "true or false"),
+    ("top_logprobs", 3, "logprobs to be true"),
+    ("max_completion_tokens", 3, "differ"),
+    ("response_format", {"type": "json_object"}, '"text"'),
+    ("response_format", {}, "type is required"),
+    ("tools", [{"type": "function"}], "tools are not supported"),
+    ("tool_choice", "required", "tools are not supported"),
+    ("modalities", ["text", "audio"], "text only"),
+    ("store", True, "nothing is stored"),
+    ("prompt", "hi", "unknown field"),
+]
+CASES = [
+    *((COMPLETIONS, COMPLETION, *row) for row in (*BAD_FIELDS, *BAD_COMPLETION_FIELDS)),
+    *((CHAT, CONVERSATION, *row) for row in (*BAD_FIELDS, *BAD_CHAT_FIELDS)),
+]
+
+
+@pytest.mark.parametrize(("path", "good", "name", "value", "words"), CASES)
+def test_bad_field(
+    client: FlaskClient, path: str, good: dict[str, Any], name: str, value: Any, words: str
+) -> None:
+    error = refusal(client, path, {**good, name: value})
+    assert words in error["message"]
+    assert error["param"].startswith(name)
+
+
+@pytest.mark.parametrize(("path", "good"), [(COMPLETIONS, COMPLETION), (CHAT, CONVERSATION)])
+def test_required_fields(client: FlaskClient, path: str, good: dict[str, Any]) -> None:
+    for name in good.keys() - {"max_tokens"}:
+        for without in ({k: v for k, v in good.items() if k != name}, {**good, name: None}):
+            error = refusal(client, path, without)
+            assert error["message"] == f"{name} is required" and error["param"] == name
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ("null", "must be a JSON object"),
+        ('{"model": NaN}', "NaN"),
+        ('{"temperature": -Infinity}', "Infinity"),
+        (b'{"model": "\xff"}', "not valid JSON"),
+        ('{"model": "fake", "prompt": ' + "[" * 20_000 + "]" * 20_000 + "}", "nested too deeply"),
+        ('{"model": "fake", "prompt": ' + "[" * 500 + "]" * 500 + "}", "prompt must be"),
+        ('{"seed": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"model": "fake", "prompt": "a", "temperature": 1e999}', "finite"),
+    ],
+)
+def test_bad_json(client: FlaskClient, body: str | bytes, words: str) -> None:
+    assert words in refusal(client, COMPLETIONS, body)["message"]
+
+
+def test_wrong_model(client: FlaskClient) -> None:
+    for path, good in ((COMPLETIONS, COMPLETION), (CHAT, CONVERSATION)):
+        error = refusal(client, path, {**good, "model": "gpt-9"}, 404)
+        assert error["code"] == "model_not_found" and "gpt-9" in error["message"] and NAME in error["message"]
+
+
+def test_wrong_method_path_type_and_size(client: FlaskClient) -> None:
+    answers = [
+        (client.get(COMPLETIONS), 405),
+        (client.post("/v1/embeddings", json={}), 404),
+        (client.post(CHAT, data="{}", content_type="text/plain"), 415),
+        (client.post(CHAT, data=b" " * (MAX_BODY + 1), content_type="application/json"), 413),
+    ]
+    for response, status in answers:
+        assert response.status_code == status
+        assert response.get_json()["error"]["type"] == "invalid_request_error"
+    assert "POST" in answers[0][0].headers["Allow"]
+
+
+def test_null_is_absent(client: FlaskClient) -> None:
+    for path, good, table in (
+        (COMPLETIONS, COMPLETION, COMPLETION_FIELDS),
+        (CHAT, CONVERSATION, CHAT_FIELDS),
+    ):
+        nulls = {field.name: None for field in table}
+        response = client.post(path, json={**nulls, **good})
+        assert response.status_code == 200, response.text
+
+
+def test_neutral_values_of_unsupported_fields_pass() -> None:
+    read_chat(
+        {
+            **CONVERSATION,
+            "tools": [],
+            "tool_choice": "none",
+            "response_format": {"type": "text"},
+            "modalities": ["text"],
+            "store": False,
+            "service_tier": "auto",
+            "max_completion_tokens": 2,
+        },
+        model_name=NAME,
+    )
+    wanted = read_completion({**COMPLETION, "suffix": "", "best_of": 3, "n": 3}, model_name=NAME)
+    assert wanted.n == 3
+
+
+def test_every_sampling_field_arrives() -> None:
+    sampling = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": -0.4,
+        "logit_bias": {"5": 2},
+        "seed": 9,
+        "stop": "x",
+        "stop_token_ids": [3, 4],
+        "ignore_eos": True,
+    }
+    for wanted in (
+        read_completion({**COMPLETION, **sampling, "logprobs": 4}, model_name=NAME),
+        read_chat({**CONVERSATION, **sampling, "logprobs": True, "top_logprobs": 4}, model_name=NAME),
+    ):
+        params = wanted.for_choice(0, prompt_len=3, max_len=100)
+        arrived = {name: getattr(params, name) for name in sampling}
+        expected = sampling | {"logit_bias": {5: 2}, "stop": ("x",), "stop_token_ids": frozenset([3, 4])}
+        assert arrived == expected
+        assert params.logprobs == 4 and params.max_tokens == 2
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 300),
+    st.integers(),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=5),
+    st.sampled_from([NAME, "user", "system", "text", "hello", "\ud800", "1", "auto", 2**64, -(2**63)]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "1", "name"]), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "names"),
+    [
+        (COMPLETIONS, COMPLETION, sorted(field.name for field in COMPLETION_FIELDS)),
+        (CHAT, CONVERSATION, sorted(field.name for field in CHAT_FIELDS)),
+    ],
+)
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_no_body_is_ever_our_fault(
+    client: FlaskClient, path: str, good: dict[str, Any], names: list[str], data: st.DataObject
+) -> None:
+    """A good request with a few fields replaced at random is answered or refused, never a 5xx."""
+    changes = data.draw(st.dictionaries(st.sampled_from([*names, "other"]), VALUES, max_size=3))
+    # Python's dumps writes NaN and Infinity, which the server has to refuse.
+    response = client.post(path, data=json.dumps(good | changes), content_type="application/json")
+    text = response.get_data(as_text=True)
+    assert response.status_code in (200, 400, 404), text
+    if response.status_code != 200:
+        assert response.get_json()["error"]["message"]
+    elif response.mimetype == "text/event-stream":
+        assert text.endswith("data: [DONE]\n\n")
+    else:
+        assert response.get_json()["choices"]
