@@ -24,7 +24,7 @@ EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Under `tokenizer.ggml.`: the end of a text, of a turn and of a message. Each ends generation."""
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
-"""Control tokens that end a turn in these families' chat formats; many files do not list them as eot."""
+"""Tokens that end a turn in these families' chat formats; many files do not list them as eot."""
 
 _KNOWN_KEYS = frozenset(
     {
@@ -141,7 +141,7 @@ def architecture(metadata: Mapping[str, Any], where: str) -> str:
 
 
 def eos_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Every id that ends generation: those the file lists, then control tokens known to end a turn."""
+    """Every id that ends generation: those the file lists, then tokens known to end a turn."""
     listed = [metadata.get(f"tokenizer.ggml.{key}") for key in EOS_KEYS]
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     named = [tokens.index(token) for token in TURN_ENDS if token in tokens]
