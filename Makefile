@@ -1,0 +1,63 @@
+# Headrace. `make` lists the targets. Everything is installed into .venv by this file and setup.cfg.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+MODEL ?= smollm2-135m-instruct
+PRECISION ?= w8a16
+MAX_LEN ?=
+NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
+OUT ?= artifacts/$(NAME)-$(PRECISION)
+ARTIFACT ?= $(OUT)
+PORT ?= 8000
+
+EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN))
+
+.PHONY: help run test lint bench export serve setup clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo 'variables: MODEL PRECISION OUT MAX_LEN ARTIFACT PORT PYTHON'
+
+run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
+	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
+	@exec $(BIN)/headrace serve '$(OUT)' --port $(PORT) --ask 'What is the capital of France?'
+
+test: $(VENV)/.tested  ## set up what the tests need and run them
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested  ## ruff and mypy, as CI runs them
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --diff --quiet . || (echo 'run: $(BIN)/ruff format .'; exit 1)
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## speed and memory of an artifact: make bench ARTIFACT=...
+	@$(BIN)/headrace bench '$(ARTIFACT)'
+
+export: $(VENV)/.installed  ## write an artifact: make export MODEL=... PRECISION=... OUT=... MAX_LEN=...
+	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS)
+
+serve: $(VENV)/.installed  ## serve an artifact: make serve ARTIFACT=... PORT=...
+	@exec $(BIN)/headrace serve '$(ARTIFACT)' --port $(PORT)
+
+setup: $(VENV)/.installed  ## create the virtual environment and install
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || (echo 'Headrace needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11'; exit 2)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || (echo 'no venv module: install python3-venv'; exit 2)
+	@echo 'installing into $(VENV) ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	@echo 'installing what the tests need ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,oracle]'
+	@touch $@
+
+clean:  ## remove the virtual environment and caches; artifacts stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
