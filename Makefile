@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 MODEL ?= smollm2-135m-instruct
-PRECISION ?= w8a16
+PRECISION ?= fp32
 MAX_LEN ?=
 NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
 OUT ?= artifacts/$(NAME)-$(PRECISION)

@@ -34,7 +34,7 @@ class ExportOptions:
 
     model: str
     out: Path
-    precision: str = "w8a16"
+    precision: str = "fp32"
     max_len: int | None = None
     revision: str | None = None
     force: bool = False

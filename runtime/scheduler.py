@@ -70,9 +70,9 @@ class Scheduler:
             yield run
         budget = self._prefill_chunk
         pending = list(self._prefilling)
-        while pending and budget > 0:
+        while pending and self._piece(pending[0]) <= budget:
             rows = self._share_run(pending, budget)
-            run = self._plan_prefill(rows, budget)
+            run = self._plan_prefill(rows)
             budget -= run.batch.token_ids.size
             pending = [s for s in pending if s not in rows]
             yield run
@@ -162,7 +162,7 @@ class Scheduler:
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
         """The first pending sequence, and neighbours that fit in its run with little padding, by slot."""
         rows = [pending[0]]
-        if not self._is_ragged or self._left(pending[0]) > budget:
+        if not self._is_ragged:
             return rows
         by_slot = {s.slot: s for s in pending}
         assert pending[0].slot is not None
@@ -174,8 +174,8 @@ class Scheduler:
         return sorted(rows, key=lambda s: s.slot or 0)
 
     def _fits(self, rows: list[Sequence], budget: int) -> bool:
-        """Whether the rest of these prompts may go in one run."""
-        lens = [self._left(s) for s in rows]
+        """Whether the next pieces of these prompts may go in one run."""
+        lens = [self._piece(s) for s in rows]
         padded, width = len(rows) * max(lens), max(lens)
         ends = [self.slots.past_len[s.slot] + width for s in rows]
         return padded <= budget and sum(lens) >= MIN_FILL * padded and bool(max(ends) <= self.slots.capacity)
@@ -184,8 +184,13 @@ class Scheduler:
         """Prompt tokens not yet in the cache."""
         return sequence.num_prompt - int(self.slots.past_len[sequence.slot])
 
-    def _plan_prefill(self, rows: list[Sequence], budget: int) -> Run:
-        lens = [min(self._left(s), budget) for s in rows]
+    def _piece(self, sequence: Sequence) -> int:
+        """Tokens of its next chunk. A prompt is cut at multiples of `prefill_chunk` whatever else runs: float sums
+        depend on where the cuts are, and a request gets the same tokens alone and in a batch."""
+        return min(self._left(sequence), self._prefill_chunk)
+
+    def _plan_prefill(self, rows: list[Sequence]) -> Run:
+        lens = [self._piece(s) for s in rows]
         width = max(lens)
         first_slot = rows[0].slot
         assert first_slot is not None
