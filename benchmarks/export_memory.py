@@ -1,0 +1,104 @@
+"""Peak memory of an export against the file it writes, on a random checkpoint of a given size.
+
+usage: python benchmarks/export_memory.py [--gigabytes 2.2] [--precision fp32,fp16,w8a16,w4a16]
+
+Writes a Llama-shaped bf16 checkpoint, runs `headrace export` on it as a process of its own and reads that process's
+high-water mark from the operating system. Prints a table, then one JSON line. The bound is 1.3 times the written file
+plus 500 MB. Needs free disk for about four times the size asked for.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+HIDDEN, INNER, VOCAB, HEADS, KV_HEADS = 2048, 5632, 32_000, 32, 4
+BYTES_PER_LAYER = 2 * (HIDDEN * HIDDEN * 2 + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS + 3 * HIDDEN * INNER)
+
+
+def write_random(directory: Path, gigabytes: float) -> int:
+    """A sharded checkpoint of about this size, one file a layer; returns its bytes."""
+    num_layers = max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / BYTES_PER_LAYER))
+    rng = np.random.default_rng(0)
+    index: dict[str, str] = {}
+
+    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {
+            name: (rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)).astype(
+                ml_dtypes.bfloat16
+            )
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, directory / file)
+        index.update(dict.fromkeys(shapes, file))
+
+    head = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    save("model-head.safetensors", head)
+    for layer in range(num_layers):
+        p = f"model.layers.{layer}"
+        kv = HIDDEN * KV_HEADS // HEADS
+        matrices = {"q": (HIDDEN, HIDDEN), "k": (kv, HIDDEN), "v": (kv, HIDDEN), "o": (HIDDEN, HIDDEN)}
+        shapes: dict[str, tuple[int, ...]] = {f"{p}.self_attn.{n}_proj.weight": shape for n, shape in matrices.items()}
+        shapes |= {f"{p}.mlp.{n}_proj.weight": (INNER, HIDDEN) for n in ("gate", "up")}
+        shapes[f"{p}.mlp.down_proj.weight"] = (HIDDEN, INNER)
+        shapes |= {f"{p}.{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
+        save(f"model-{layer:03}.safetensors", shapes)
+    config = {
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
+        "num_hidden_layers": num_layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 2,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def measure(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
+    """Export in a child process; its peak resident memory and what it wrote, in bytes."""
+    # A grandchild's peak counts towards this process's children, so each export gets a parent of its own.
+    code = (
+        "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
+        "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-m", "headrace", "export", str(checkpoint), "--precision", precision, "--out", str(out), "--force"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    code_text, peak_kb = done.stdout.split()
+    if code_text != "0":
+        raise SystemExit(done.stderr[-2000:])
+    written = sum(file.stat().st_size for file in out.iterdir())
+    peak = int(peak_kb) * 1024
+    bound = 1.3 * written + 500e6
+    return {"precision": precision, "written": written, "peak": peak, "bound": bound, "share_of_bound": peak / bound}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.2)
+    parser.add_argument("--precision", default="fp32,fp16,w8a16,w4a16")
+    args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / "checkpoint"
+        checkpoint.mkdir()
+        size = write_random(checkpoint, args.gigabytes)
+        print(f"checkpoint: {size / 1e9:.2f} GB in bf16")
+        print(f"{'precision':12}{'written MB':>12}{'peak MB':>10}{'bound MB':>10}{'share':>8}")
+        rows = []
+        for precision in args.precision.split(","):
+            row = measure(checkpoint, Path(scratch) / precision, precision)
+            print(f"{precision:12}{row['written'] / 1e6:12,.0f}{row['peak'] / 1e6:10,.0f}{row['bound'] / 1e6:10,.0f}"
+                  f"{row['share_of_bound']:8.0%}", flush=True)  # fmt: skip
+            rows.append(row)
+    print(json.dumps({"benchmark": "export_memory", "checkpoint_bytes": size, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
