@@ -71,7 +71,7 @@ class Choices:
     def __iter__(self) -> Iterator[ChoiceEvent]:
         """Events in the order they come, until every choice has ended.
 
-        Raises EngineFailed, Unavailable (the server gave up on the request while it drained) or ClientGoneError;
+        Raises EngineFailed, ClientGoneError or Unavailable (the server gave up on the request as it drained);
         in each case, and when the iterator is closed early, the other choices are cancelled.
         """
         try:

@@ -15,7 +15,7 @@ class ServerSettings:
     drain_timeout: float = setting(30.0, "seconds running requests get to finish after SIGTERM or SIGINT")
     max_body: int = setting(4 * 2**20, "largest request body in bytes", parse=parse_bytes, metavar="SIZE")
     max_choices: int = setting(32, "most choices (prompts times n) in a request, at most --max-waiting")
-    access_log: bool = setting(False, "write a line per request to standard error")
+    access_log: bool = setting(False, "write a line per request to standard output")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

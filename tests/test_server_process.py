@@ -171,6 +171,22 @@ def test_ask_prints_question_answer_and_speed() -> None:
     assert "> why?" in out and f"{server.url}/v1]" in out and "the first after" in out
 
 
+def test_access_log() -> None:
+    with running_server("--access-log") as server:
+        httpx.get(f"{server.url}/v1/models")
+        server.signal(signal.SIGTERM)
+        code, out, err = server.wait()
+    assert (code, err) == (0, "") and '"GET /v1/models HTTP/1.1" 200' in out
+
+
+def test_serving_what_is_not_an_artifact(tmp_path: Path) -> None:
+    """The real command, all the way to the real loader in the worker."""
+    command = [sys.executable, "headrace.py", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_help_is_instant() -> None:
     """That is: it imports nothing heavy."""
     program = (
