@@ -32,15 +32,19 @@ def write_random(directory: Path, gigabytes: float) -> int:
 
     def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
         tensors = {
-            name: (rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)).astype(
-                ml_dtypes.bfloat16
-            )
+            name: (
+                rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)
+            ).astype(ml_dtypes.bfloat16)
             for name, shape in shapes.items()
         }
         save_file(tensors, directory / file)
         index.update(dict.fromkeys(shapes, file))
 
-    head = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    head = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "lm_head.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     save("model-head.safetensors", head)
     for layer in range(num_layers):
         p = f"model.layers.{layer}"
@@ -68,7 +72,18 @@ def measure(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
         "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
         "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    command = [sys.executable, "-m", "headrace", "export", str(checkpoint), "--precision", precision, "--out", str(out), "--force"]
+    command = [
+        sys.executable,
+        "-m",
+        "headrace",
+        "export",
+        str(checkpoint),
+        "--precision",
+        precision,
+        "--out",
+        str(out),
+        "--force",
+    ]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     code_text, peak_kb = done.stdout.split()
     if code_text != "0":
@@ -76,7 +91,13 @@ def measure(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
     written = sum(file.stat().st_size for file in out.iterdir())
     peak = int(peak_kb) * 1024
     bound = 1.3 * written + 500e6
-    return {"precision": precision, "written": written, "peak": peak, "bound": bound, "share_of_bound": peak / bound}
+    return {
+        "precision": precision,
+        "written": written,
+        "peak": peak,
+        "bound": bound,
+        "share_of_bound": peak / bound,
+    }
 
 
 def main() -> None:

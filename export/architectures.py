@@ -63,7 +63,8 @@ _SHARED_FIELDS = frozenset(
 _IRRELEVANT_FIELDS = frozenset(
     {
         "attention_dropout", "auto_map", "dtype", "initializer_range", "is_local", "keys_to_ignore_at_inference",
-        "local_files_only", "name_or_path", "pad_token_id", "torch_dtype", "transformers_version", "transformers.js_config",
+        "local_files_only", "name_or_path", "pad_token_id", "torch_dtype", "transformers_version",
+        "transformers.js_config",
         "unk_token_id", "use_cache", "chunk_size_feed_forward", "output_attentions", "output_hidden_states",
         "return_dict", "problem_type", "id2label", "label2id", "unsloth_version", "unsloth_fixed", "use_mrope",
         "is_llama_config", "rope_interleaved",
@@ -92,7 +93,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     arch = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if arch is None:
-        raise UnsupportedModel(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
+        raise UnsupportedModel(
+            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
     _refuse_unknown(raw, arch)
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
@@ -166,7 +169,9 @@ def _rope(raw: Mapping[str, Any], max_len: int) -> RopeConfig:
     factor = float(scaling.get("factor") or 1.0)
     original = int(scaling.get("original_max_position_embeddings") or max_len)
     if theta <= 0 or factor <= 0 or original <= 0:
-        raise InvalidCheckpoint(f"config.json: rope theta {theta}, factor {factor}, original length {original} must be positive")
+        raise InvalidCheckpoint(
+            f"config.json: rope theta {theta}, factor {factor}, original length {original} must be positive"
+        )
     return RopeConfig(
         theta=theta,
         kind=kind,

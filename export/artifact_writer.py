@@ -40,7 +40,8 @@ def staged(target: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(target.parent).free
             raise HeadraceError(
-                f"the disk is full: {target.parent} had {free / 1e6:,.0f} MB free when writing failed; nothing was changed"
+                f"the disk is full: {target.parent} had {free / 1e6:,.0f} MB left when writing failed; "
+                "nothing was changed"
             ) from error
         raise
     finally:
@@ -74,7 +75,9 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise InvalidSetting(f"{target} is a file; name another --out")
     if any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise InvalidSetting(f"{target} holds something that is not an artifact; name another --out, or empty it yourself")
+        raise InvalidSetting(
+            f"{target} holds something that is not an artifact; name another --out, or empty it yourself"
+        )
 
 
 def _remove_stale(target: Path) -> None:

@@ -28,7 +28,8 @@ def check_divisible(name: str, size: int, block_size: int) -> None:
     """UnsupportedModel unless whole blocks fill the row."""
     if size % block_size:
         raise UnsupportedModel(
-            f"{name} has rows of {size}, not a multiple of the quantization block {block_size}; use PRECISION=fp32 or fp16"
+            f"{name} has rows of {size}, not a multiple of the quantization block {block_size}; "
+            "use PRECISION=fp32 or fp16"
         )
 
 
@@ -76,7 +77,7 @@ def _pack(values: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
         return small
     if small.shape[-1] % 2:
         small = np.concatenate([small, np.zeros((*small.shape[:-1], 1), np.uint8)], -1)
-    return small[..., 0::2] | (small[..., 1::2] << 4)
+    return np.asarray(small[..., 0::2] | (small[..., 1::2] << 4), np.uint8)
 
 
 def dequantize_rows(rows: QuantizedRows, *, bits: int) -> NDArray[np.float32]:

@@ -33,7 +33,13 @@ class DecoderGraph:
     def __init__(
         self, g: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
     ) -> None:
-        self.g, self.checkpoint, self.config, self.precision, self.max_len = g, checkpoint, config, precision, max_len
+        self.g, self.checkpoint, self.config, self.precision, self.max_len = (
+            g,
+            checkpoint,
+            config,
+            precision,
+            max_len,
+        )
 
     def build(self) -> None:
         """Embed, run the layers, norm, pick the wanted rows, project to the vocabulary."""
@@ -82,9 +88,7 @@ class DecoderGraph:
         """One block: hidden is already normed; returns the next block's normed hidden and the residual stream."""
         prefix, last = f"model.layers.{layer}", layer + 1 == self.config.num_layers
         attended = self._attention(layer, hidden)
-        hidden, residual = self._add_norm(
-            residual, attended, f"{prefix}.post_attention_layernorm", f"mlp_in.{layer}"
-        )
+        hidden, residual = self._add_norm(residual, attended, f"{prefix}.post_attention_layernorm", f"mlp_in.{layer}")
         out = self._mlp(layer, hidden)
         next_norm = "model.norm" if last else f"model.layers.{layer + 1}.input_layernorm"
         return self._add_norm(residual, out, next_norm, f"hidden.{layer + 1}")
@@ -104,7 +108,17 @@ class DecoderGraph:
         optional: list[ir.Value | None] = [None] * 7  # position_ids, bias, sink, k_scale, v_scale, q_norm, k_norm
         out, key, value = g.ops(
             "GroupQueryAttention",
-            [*query, past["k"], past["v"], self.last_idx, self.capacity, self.cos, self.sin, *optional, self.query_len],
+            [
+                *query,
+                past["k"],
+                past["v"],
+                self.last_idx,
+                self.capacity,
+                self.cos,
+                self.sin,
+                *optional,
+                self.query_len,
+            ],
             [f"attn.{layer}", f"present.{layer}.k", f"present.{layer}.v"],
             domain=MICROSOFT,
             num_heads=c.num_heads,
@@ -119,7 +133,9 @@ class DecoderGraph:
         """down(silu(gate(x)) * up(x)); QuickGelu with alpha 1 is SiLU in one kernel."""
         c, g, prefix = self.config, self.g, f"model.layers.{layer}.mlp"
         both = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        gate_up = self._linear(both, "gate_up", hidden, 2 * c.intermediate_size, c.hidden_size, c.mlp_bias, f"gu.{layer}")
+        gate_up = self._linear(
+            both, "gate_up", hidden, 2 * c.intermediate_size, c.hidden_size, c.mlp_bias, f"gu.{layer}"
+        )
         gate, up = g.ops("Split", [gate_up], [f"gate.{layer}", f"up.{layer}"], axis=-1, num_outputs=2)
         if self.precision.compute == ir.DataType.FLOAT:
             activated = g.op("QuickGelu", [gate], f"silu.{layer}", domain=MICROSOFT, alpha=1.0)

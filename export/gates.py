@@ -26,8 +26,8 @@ _BATCH = Gate("batch_logit_error", 1e-3, "a row's products do not depend on its 
 _BATCH_ROUNDED = Gate(
     "batch_logit_error",
     3.0,
-    "a single row may take another kernel; where a sum then rounds an 8-bit activation the other way, an outlier channel"
-    " carries it to the logits. A row that reads its neighbour's cache is off by ten and more",
+    "a single row may take another kernel; where a sum then rounds an 8-bit activation the other way, an outlier"
+    " channel carries it to the logits. A row that reads its neighbour's cache is off by ten and more",
 )
 _BATCH_TOKENS = Gate(
     "batch_token_agreement", 1.0, "a prompt gets the same greedy tokens alone and in a batch", at_most=False
@@ -36,14 +36,27 @@ _CHUNKS = Gate("chunk_logit_error", 1e-3, "chunks and single tokens only reorder
 
 
 def _chunks_rounded(limit: float) -> Gate:
-    return Gate("chunk_kl", limit, "a reordered sum can round an 8-bit activation the other way: no more than quantization itself costs")
+    return Gate(
+        "chunk_kl",
+        limit,
+        "a reordered sum can round an 8-bit activation the other way: no more than quantization itself costs",
+    )
 
 
 GATES: Mapping[str, tuple[Gate, ...]] = {
     "fp32": (
-        Gate("max_logit_error", 1e-3, "float32 sums in another order; a wrong scale or position costs whole units"),
+        Gate(
+            "max_logit_error",
+            1e-3,
+            "float32 sums in another order; a wrong scale or position costs whole units",
+        ),
         Gate("kl", 1e-6, "follows from the logit error: both distributions are the same to five digits"),
-        Gate("greedy_agreement", 1.0, "equal tokens, but for ties closer than twice the logit error", at_most=False),
+        Gate(
+            "greedy_agreement",
+            1.0,
+            "equal tokens, but for ties closer than twice the logit error",
+            at_most=False,
+        ),
         _BATCH,
         _CHUNKS,
         _BATCH_TOKENS,
@@ -63,9 +76,17 @@ GATES: Mapping[str, tuple[Gate, ...]] = {
         _chunks_rounded(0.02),
     ),
     "w4a16": (
-        Gate("kl", 0.25, "round-to-nearest in 4 bits costs small models most; above this the answers change in kind"),
+        Gate(
+            "kl",
+            0.25,
+            "round-to-nearest in 4 bits costs small models most; above this the answers change in kind",
+        ),
         Gate("top1_agreement", 0.70, "SmolLM2-135M keeps 78 %; models of 1B and more keep 90 %", at_most=False),
-        Gate("perplexity_increase", 0.15, "half of what published 4-bit round-to-nearest costs a 1B model (+34 %)"),
+        Gate(
+            "perplexity_increase",
+            0.15,
+            "half of what published 4-bit round-to-nearest costs a 1B model (+34 %)",
+        ),
         _BATCH_ROUNDED,
         _chunks_rounded(0.25),
     ),

@@ -67,9 +67,7 @@ class GgufCheckpoint:
         shapes = {name: place.shape for name, place in stored.items()}
         self._config = model_config(self._metadata, shapes, rope_freqs, file.name)
         self._is_permuted = arch == "llama"
-        self._places = {
-            _hugging_face_name(name, file): place for name, place in stored.items() if name != ROPE_FREQS
-        }
+        self._places = {_hugging_face_name(name, file): place for name, place in stored.items() if name != ROPE_FREQS}
         self._tensors = MappingProxyType(
             {
                 name: TensorInfo(place.shape, gguf.GGMLQuantizationType(place.type_id).name)
@@ -92,9 +90,7 @@ class GgufCheckpoint:
     def load(self, name: str) -> NDArray[np.float32]:
         place = self._places.get(name)
         if place is None:
-            raise InvalidCheckpoint(
-                f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others"
-            )
+            raise InvalidCheckpoint(f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others")
         values = self._read(place)
         rotated = _ROTATED.search(name) if self._is_permuted else None
         if rotated is None:

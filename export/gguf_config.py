@@ -95,9 +95,7 @@ def model_config(
     if "token_embd.weight" not in shapes:
         raise InvalidCheckpoint(f"{where} has no tensor token_embd.weight: not a whole language model")
     if f"{arch}.attention.layer_norm_rms_epsilon" not in metadata:
-        raise InvalidCheckpoint(
-            f"{where} has no {arch}.attention.layer_norm_rms_epsilon; convert the model again"
-        )
+        raise InvalidCheckpoint(f"{where} has no {arch}.attention.layer_norm_rms_epsilon; convert the model again")
     eos = eos_ids(metadata)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch]],
@@ -107,9 +105,7 @@ def model_config(
         "intermediate_size": _integer(metadata, f"{arch}.feed_forward_length", where),
         "num_hidden_layers": _integer(metadata, f"{arch}.block_count", where),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": _integer(
-            metadata, f"{arch}.attention.head_count_kv", where, default=num_heads
-        ),
+        "num_key_value_heads": _integer(metadata, f"{arch}.attention.head_count_kv", where, default=num_heads),
         "head_dim": head_dim,
         "vocab_size": shapes["token_embd.weight"][0],
         "max_position_embeddings": _integer(metadata, f"{arch}.context_length", where),
@@ -164,13 +160,9 @@ def _integer(metadata: Mapping[str, Any], key: str, where: str, default: int | N
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
     if isinstance(value, list):
-        raise UnsupportedModel(
-            f"{where}: {key} differs between layers ({value}); only equal layers are supported"
-        )
+        raise UnsupportedModel(f"{where}: {key} differs between layers ({value}); only equal layers are supported")
     if not isinstance(value, int) or value < 1:
-        raise InvalidCheckpoint(
-            f"{where}: {key} must be a positive integer, got {value!r}; convert the model again"
-        )
+        raise InvalidCheckpoint(f"{where}: {key} must be a positive integer, got {value!r}; convert the model again")
     return value
 
 
@@ -180,16 +172,12 @@ def _biases(shapes: Mapping[str, tuple[int, ...]], arch: str, where: str) -> dic
         return {}
     has_qkv, has_o = "blk.0.attn_q.bias" in shapes, "blk.0.attn_output.bias" in shapes
     if has_qkv != has_o:
-        raise UnsupportedModel(
-            f"{where}: attn_q and attn_output must both have a bias, or neither, in a {arch} model"
-        )
+        raise UnsupportedModel(f"{where}: attn_q and attn_output must both have a bias, or neither, in a {arch} model")
     mlp = {"mlp_bias": "blk.0.ffn_gate.bias" in shapes} if arch == "llama" else {}
     return {"attention_bias": has_qkv} | mlp
 
 
-def _rope(
-    metadata: Mapping[str, Any], arch: str, rope_freqs: NDArray[np.float32] | None, where: str
-) -> dict[str, Any]:
+def _rope(metadata: Mapping[str, Any], arch: str, rope_freqs: NDArray[np.float32] | None, where: str) -> dict[str, Any]:
     """rope_parameters. Scaling comes from metadata (linear, yarn) or from a tensor of divisors (llama3)."""
     prefix = f"{arch}.rope.scaling."
     kind = metadata.get(f"{prefix}type", "none")
@@ -199,14 +187,10 @@ def _rope(
         kind = "linear"  # llama.cpp's own default when only a factor is given
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModel(
-            f"{where}: {prefix}type {kind!r} is not supported; supported: none, linear, yarn"
-        )
+        raise UnsupportedModel(f"{where}: {prefix}type {kind!r} is not supported; supported: none, linear, yarn")
     if kind != "none":
         if factor <= 0:
-            raise InvalidCheckpoint(
-                f"{where}: {prefix}type is {kind} and {prefix}factor is not a positive number"
-            )
+            raise InvalidCheckpoint(f"{where}: {prefix}type is {kind} and {prefix}factor is not a positive number")
         rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         original = metadata.get(f"{prefix}original_context_length")
@@ -219,9 +203,7 @@ def _rope(
     if rope_freqs is None or np.all(rope_freqs == 1):
         return rope
     if kind != "none":
-        raise UnsupportedModel(
-            f"{where}: rope_freqs.weight together with {prefix}type {kind!r} is not supported"
-        )
+        raise UnsupportedModel(f"{where}: rope_freqs.weight together with {prefix}type {kind!r} is not supported")
     return rope | _llama3_scaling(rope_freqs, theta, where)
 
 

@@ -111,9 +111,7 @@ class _Cursor:
 
 def _read(cursor: _Cursor) -> GgufHeader:
     if cursor.size < len(MAGIC) or cursor.bytes(len(MAGIC)) != MAGIC:
-        raise InvalidCheckpoint(
-            f"{cursor.file} is not a GGUF file: it does not begin with {MAGIC.decode()!r}"
-        )
+        raise InvalidCheckpoint(f"{cursor.file} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
     version = cursor.number("I")
     if version not in VERSIONS:
         is_swapped = version & 0xFFFF == 0
@@ -154,17 +152,11 @@ def _place(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, off
     try:
         kind = gguf.GGMLQuantizationType(type_id)
     except ValueError as error:
-        raise UnsupportedModel(
-            f"{cursor.file}: tensor {name} has the unknown type number {type_id}"
-        ) from error
+        raise UnsupportedModel(f"{cursor.file}: tensor {name} has the unknown type number {type_id}") from error
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % block_size:
-        raise cursor.corrupt(
-            f"tensor {name} has shape {list(shape)}, and {kind.name} comes in rows of {block_size}"
-        )
+        raise cursor.corrupt(f"tensor {name} has shape {list(shape)}, and {kind.name} comes in rows of {block_size}")
     num_bytes = math.prod(shape) // block_size * block_bytes
     if offset + num_bytes > cursor.size:
-        raise cursor.corrupt(
-            f"tensor {name} ends at byte {offset + num_bytes:,}, and the file has {cursor.size:,}"
-        )
+        raise cursor.corrupt(f"tensor {name} ends at byte {offset + num_bytes:,}, and the file has {cursor.size:,}")
     return GgufTensor(shape, type_id, offset, num_bytes)

@@ -96,9 +96,7 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
         has_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         tokenizer, adds_bos = _sentencepiece(vocabulary, metadata, where, has_prefix=has_prefix), True
     else:
-        raise UnsupportedModel(
-            f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama"
-        )
+        raise UnsupportedModel(f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
     _add_whole_tokens(tokenizer, vocabulary)
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos))
     adds_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
@@ -106,9 +104,7 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
         f"{name}_token": _token_of(metadata, key, vocabulary.tokens, where)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
-    _add_template(
-        tokenizer, named["bos_token"] if adds_bos else None, named["eos_token"] if adds_eos else None
-    )
+    _add_template(tokenizer, named["bos_token"] if adds_bos else None, named["eos_token"] if adds_eos else None)
     eos = eos_ids(metadata)
     generation = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -140,9 +136,7 @@ def _vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
         raise InvalidCheckpoint(f"{where} has no tokenizer.ggml.tokens; convert the model with its tokenizer")
     if len(set(tokens)) != len(tokens):
         twice = next(token for position, token in enumerate(tokens) if tokens.index(token) != position)
-        raise InvalidCheckpoint(
-            f"{where}: token {twice!r} is in tokenizer.ggml.tokens twice; convert the model again"
-        )
+        raise InvalidCheckpoint(f"{where}: token {twice!r} is in tokenizer.ggml.tokens twice; convert the model again")
     for name, values in (("token_type", types), ("scores", scores)):
         if values and len(values) != len(tokens):
             raise InvalidCheckpoint(
@@ -207,9 +201,7 @@ def _sentencepiece(
         )
     )
     spaces = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if has_prefix else spaces
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if has_prefix else spaces
     steps: list[decoders.Decoder] = [
         decoders.Replace("\u2581", " "),
         decoders.ByteFallback(),
@@ -238,9 +230,7 @@ def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tupl
     return merges
 
 
-def _bpe(
-    model: Any, vocabulary: _Vocabulary, merges: list[tuple[str, str]], where: str, **options: Any
-) -> Any:
+def _bpe(model: Any, vocabulary: _Vocabulary, merges: list[tuple[str, str]], where: str, **options: Any) -> Any:
     """Build the library's BPE model; a merge of tokens that are not in the vocabulary is its only error."""
     vocab = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
     try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from export.block_quant import QuantizedRows, check_divisible, quantize_rows
 from export.graph_builder import MICROSOFT, GraphBuilder
 from export.precision import Blocks, Precision
+from export.weight_file import Extent
 
 # Rows quantized at once: bounds the temporaries of a 150,000-row embedding to a few dozen MB.
 _ROWS_AT_ONCE = 4096
@@ -31,8 +32,9 @@ class Weight(NamedTuple):
 
 
 class QuantizedWeight(NamedTuple):
-    """The initializers of a block-quantized matrix."""
+    """The initializers of a block-quantized matrix, and where its values lie."""
 
+    extent: Extent
     values: ir.Value
     scales: ir.Value
     zero_points: ir.Value | None
@@ -57,11 +59,7 @@ def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, precision: Precisi
     stored = _write_blocks(g, weight, blocks)
     # GatherBlockQuantized wants the same bytes as a matrix: a second name for the same extent.
     rows, row_bytes = weight.shape[0], weight.shape[1] * blocks.bits // 8
-    tensor = stored.values.const_value
-    assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None and tensor.length is not None
-    from export.weight_file import Extent
-
-    flat = g.weight(f"{weight.name}.rows", Extent(tensor.offset, tensor.length), ir.DataType.UINT8, (rows, row_bytes))
+    flat = g.weight(f"{weight.name}.rows", stored.extent, ir.DataType.UINT8, (rows, row_bytes))
     inputs = [flat, ids, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
     x = g.op(
         "GatherBlockQuantized",
@@ -105,13 +103,14 @@ def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedW
 
     num_blocks = k // blocks.block_size
     shape = (n, num_blocks, blocks.block_size * blocks.bits // 8)
-    stored = g.weight(f"{weight.name}.q{blocks.bits}", g.write(values()), ir.DataType.UINT8, shape)
+    extent = g.write(values())
+    stored = g.weight(f"{weight.name}.q{blocks.bits}", extent, ir.DataType.UINT8, shape)
     scales = g.array(f"{weight.name}.scales", np.concatenate([rows.scales for rows in rest]))
     zero_points = None
     if not blocks.symmetric:
         packed = np.concatenate([rows.zero_points for rows in rest if rows.zero_points is not None])
         zero_points = g.array(f"{weight.name}.zero_points", packed)
-    return QuantizedWeight(stored, scales, zero_points)
+    return QuantizedWeight(extent, stored, scales, zero_points)
 
 
 def _blocked_matmul(

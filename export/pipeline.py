@@ -96,8 +96,10 @@ def _max_len(wanted: int | None, config: ModelConfig) -> int:
     longest = max(trained, stretched)
     if wanted is None:
         return min(longest, DEFAULT_MAX_LEN)
-    if not 2 <= wanted <= longest:  # noqa: PLR2004  one token of prompt, one of answer
-        raise InvalidSetting(f"--max-len {wanted} is outside 2 to {longest:,}, the longest sequence the model was made for")
+    if not 2 <= wanted <= longest:
+        raise InvalidSetting(
+            f"--max-len {wanted} is outside 2 to {longest:,}, the longest sequence the model was made for"
+        )
     return wanted
 
 
@@ -138,9 +140,13 @@ def _eos_ids(generation: Mapping[str, Any], config: ModelConfig) -> tuple[int, .
 
 
 def _failure(receipt: Mapping[str, Any]) -> str:
-    failed = [check for check in receipt["checks"] if not check["passed"]]
+    failed = [
+        {**check, "bound": "at most" if check["at_most"] else "at least"}
+        for check in receipt["checks"]
+        if not check["passed"]
+    ]
     words = "; ".join(
-        f"{check['figure']} is {check['value']:.4g}, allowed {'at most' if check['at_most'] else 'at least'} {check['limit']:g}"
+        f"{check['figure']} is {check['value']:.4g}, allowed {check['bound']} {check['limit']:g}"
         if isinstance(check["value"], float)
         else f"{check['figure']} is {check['value']}"
         for check in failed

@@ -24,7 +24,8 @@ class Precision:
 
     compute: type of activations, norms, KV cache and unquantized weights
     blocks: of the linear layers; None stores them in `compute`
-    overrides: other blocks for one kind of layer: qkv, o, gate_up, down, embedding (which a tied LM head shares), lm_head
+    overrides: other blocks for one kind of layer: qkv, o, gate_up, down, lm_head, or embedding (which a tied LM head
+        shares)
     """
 
     name: str

@@ -6,6 +6,7 @@ Runs all sequences through one layer before it reads the next, so memory is one 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ def run_reference(
     config: ModelConfig,
     sequences: Sequence[Sequence[int]],
     *,
-    on_layer: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], object] = lambda: None,
 ) -> ReferenceStates:
     """Run the sequences, each alone and causal; `on_layer` is called after each layer."""
     longest = max(map(len, sequences))
@@ -48,12 +49,17 @@ def run_reference(
         on_layer()
     x = _rms_norm(x, checkpoint.load("model.norm.weight"), config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    hidden = [x[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    hidden = [x[start:stop] for start, stop in pairwise(edges)]
     return ReferenceStates(hidden, checkpoint.load(head))
 
 
 def _layer(
-    checkpoint: Checkpoint, config: ModelConfig, layer: int, x: Array, edges: NDArray[np.int64], tables: RopeTables
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    layer: int,
+    x: Array,
+    edges: NDArray[np.int64],
+    tables: RopeTables,
 ) -> Array:
     prefix = f"model.layers.{layer}"
 
@@ -66,21 +72,21 @@ def _layer(
 
     h = norm("input_layernorm", x)
     q, k, v = (
-        linear(f"self_attn.{part}_proj", h, has_bias=config.qkv_bias).reshape(len(x), -1, config.head_dim) for part in "qkv"
+        linear(f"self_attn.{part}_proj", h, has_bias=config.qkv_bias).reshape(len(x), -1, config.head_dim)
+        for part in "qkv"
     )
     if config.qk_norm:
         q, k = norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)
     attended = np.concatenate(
-        [
-            _attention(q[a:b], k[a:b], v[a:b], tables, config.sliding_windows[layer])
-            for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        [_attention(q[a:b], k[a:b], v[a:b], tables, config.sliding_windows[layer]) for a, b in pairwise(edges)]
     )
     x = x + linear("self_attn.o_proj", attended, has_bias=config.o_bias)
     h = norm("post_attention_layernorm", x)
     gate = linear("mlp.gate_proj", h, has_bias=config.mlp_bias)
     gate = gate / (1 + np.exp(-np.clip(gate, -80, None)))  # exp(80) is near float32's end
-    return x + linear("mlp.down_proj", gate * linear("mlp.up_proj", h, has_bias=config.mlp_bias), has_bias=config.mlp_bias)
+    return x + linear(
+        "mlp.down_proj", gate * linear("mlp.up_proj", h, has_bias=config.mlp_bias), has_bias=config.mlp_bias
+    )
 
 
 def _rms_norm(x: Array, weight: Array, epsilon: float) -> Array:

@@ -109,8 +109,7 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InvalidCheckpoint(
-            f"{file.parent} has no {file.name}; "
-            f"a Hugging Face model directory has {CONFIG} and {SINGLE} (or {INDEX})"
+            f"{file.parent} has no {file.name}; a Hugging Face model directory has {CONFIG} and {SINGLE} (or {INDEX})"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"{file} cannot be read: {error}; {AGAIN}") from error
@@ -156,9 +155,7 @@ def _find_tensors(path: Path) -> dict[str, _Place]:
     headers = {shard: _read_header(path / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise InvalidCheckpoint(
-                f"{path / INDEX} says that {shard} holds {name!r}, and it does not; {AGAIN}"
-            )
+            raise InvalidCheckpoint(f"{path / INDEX} says that {shard} holds {name!r}, and it does not; {AGAIN}")
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 

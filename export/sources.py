@@ -21,9 +21,7 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
     path = Path(model).expanduser()
     is_hub_id = model != DEFAULT_MODEL and not path.exists() and _HUB_ID.fullmatch(model) is not None
     if revision is not None and not is_hub_id:
-        raise InvalidSetting(
-            f"revision {revision!r}: only a hub id (owner/name) has revisions, and {model!r} is none"
-        )
+        raise InvalidSetting(f"revision {revision!r}: only a hub id (owner/name) has revisions, and {model!r} is none")
     if model == DEFAULT_MODEL:
         from export.default_model import default_model_file
         from export.gguf_checkpoint import GgufCheckpoint

@@ -6,7 +6,7 @@ chunks, token by token, in a ragged batch). Thresholds are in gates.py. Writes n
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,13 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
     try:
         num_greedy = min(NUM_GREEDY, capacity - max(map(len, material.prompts)))
         with progress_bar("generate", total=num_greedy) as bar:
-            batched = greedy(session, material.prompts, num_greedy, on_token=bar.update)
+            batched = greedy(session, material.prompts, num_greedy, on_token=lambda: bar.update(1))
         alone = [greedy(session, [prompt], num_greedy)[0] for prompt in material.prompts[:NUM_ALONE]]
         figures: dict[str, Any] = dict(self_distance(session, material.windows[0]))
         figures["batch_token_agreement"] = float(np.mean([a == b for a, b in zip(alone, batched, strict=False)]))
         continued = [prompt + tokens for prompt, tokens in zip(material.prompts, batched, strict=True)]
         with progress_bar("reference", total=config.num_layers) as bar:
-            states = run_reference(checkpoint, config, material.windows + continued, on_layer=bar.update)
+            states = run_reference(checkpoint, config, material.windows + continued, on_layer=lambda: bar.update(1))
         distance = _distance(session, states, material.windows)
         figures |= _figures(distance)
         offset = len(material.windows)
@@ -89,7 +89,11 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
 
 
 def greedy(
-    session: Session, prompts: Sequence[Sequence[int]], num_tokens: int, *, on_token: Any = lambda: None
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    on_token: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
     """Continue all prompts together, a row each, by their likeliest tokens."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)

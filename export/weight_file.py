@@ -33,7 +33,9 @@ class WeightFile:
     def __enter__(self) -> "WeightFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     @property
@@ -51,7 +53,5 @@ class WeightFile:
 
 def external_value(name: str, extent: Extent, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
     """An initializer over bytes of weights.bin. Several may name the same bytes with different shapes."""
-    tensor = ir.ExternalTensor(
-        WEIGHTS, extent.offset, extent.length, dtype, shape=ir.Shape(shape), name=name
-    )
+    tensor = ir.ExternalTensor(WEIGHTS, extent.offset, extent.length, dtype, shape=ir.Shape(shape), name=name)
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)

@@ -146,7 +146,9 @@ def open_artifact(path: str | Path, *, allow_failed: bool = False, check_hashes:
     path = Path(path)
     manifest_file = path / MANIFEST
     if not path.is_dir():
-        raise InvalidArtifact(f"{path} is not a directory; `headrace export MODEL --out {path}` writes an artifact there")
+        raise InvalidArtifact(
+            f"{path} is not a directory; `headrace export MODEL --out {path}` writes an artifact there"
+        )
     if not manifest_file.is_file():
         raise InvalidArtifact(f"{path} has no {MANIFEST}: not an artifact, or half of one; export it again")
     manifest = Manifest.from_json(_read_text(manifest_file), str(manifest_file))

@@ -70,9 +70,7 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(
-    path: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> ChatTemplate | None:
+def load_chat_template(path: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
     """chat_template.jinja, or else `chat_template` of tokenizer_config.json; None if the model has none.
 
     That field is a string, or a list of named templates of which `default` is taken.
@@ -87,9 +85,7 @@ def load_chat_template(
     if source is None:
         return None
     if not isinstance(source, str):
-        raise InvalidArtifact(
-            f"chat_template of tokenizer_config.json is a {type(source).__name__}, not a string"
-        )
+        raise InvalidArtifact(f"chat_template of tokenizer_config.json is a {type(source).__name__}, not a string")
     return ChatTemplate(source, special_tokens, where="tokenizer_config.json")
 
 

@@ -167,8 +167,6 @@ class EngineObserver(Protocol):
         """A request got its first token, this many seconds after it was submitted."""
         ...
 
-    def on_finish(
-        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None
-    ) -> None:
+    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
         """A request ended; `tpot_s` is the mean seconds per token after the first, None below two tokens."""
         ...

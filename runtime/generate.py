@@ -27,18 +27,12 @@ _SAMPLING_SKIPPED = ("logprobs",)
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of the verb; sampling and engine flags come from their settings classes."""
-    parser = argparse.ArgumentParser(
-        prog="headrace generate", description="Stream an answer to the terminal."
-    )
+    parser = argparse.ArgumentParser(prog="headrace generate", description="Stream an answer to the terminal.")
     parser.add_argument("artifact", help="directory written by `headrace export`")
     parser.add_argument("-p", "--prompt", required=True, help="the prompt; - reads it from standard input")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    parser.add_argument(
-        "--raw", action="store_true", help="continue the text as it is, without chat template"
-    )
-    parser.add_argument(
-        "--allow-failed", action="store_true", help="use an artifact that failed its accuracy gate"
-    )
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without chat template")
+    parser.add_argument("--allow-failed", action="store_true", help="use an artifact that failed its accuracy gate")
     sampling = parser.add_argument_group("sampling")
     add_flags(sampling, SamplingParams, skip=_SAMPLING_SKIPPED, defaults=_SAMPLING_DEFAULTS)
     add_flags(parser.add_argument_group("engine"), EngineSettings, skip=_ENGINE_SKIPPED)
@@ -49,9 +43,7 @@ def main(argv: list[str]) -> int:
     """Run the verb. 0 when the answer is complete or nobody reads it any more, 130 on Ctrl-C."""
     args = make_parser().parse_args(argv)
     if args.raw and args.system is not None:
-        raise InvalidRequest(
-            "--system is part of a chat and --raw leaves the chat template out; give one of them"
-        )
+        raise InvalidRequest("--system is part of a chat and --raw leaves the chat template out; give one of them")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     settings = from_namespace(EngineSettings, args, max_batch=1)
     # A bad sampling flag is told before the model is loaded; the real limit needs the prompt's length.
@@ -144,9 +136,7 @@ class _PrefillBar:
     def on_first_token(self, *, ttft_s: float) -> None:
         self.close()
 
-    def on_finish(
-        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None
-    ) -> None:
+    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
         self.close()
 
 

@@ -60,9 +60,7 @@ def available_memory(root: Path = Path("/")) -> int:
     try:
         lines = meminfo.read_text().splitlines()
     except OSError as error:
-        raise InvalidSetting(
-            f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory"
-        ) from error
+        raise InvalidSetting(f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory") from error
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     if "MemAvailable" not in fields:
         raise InvalidSetting(f"{meminfo} has no MemAvailable; say how much memory to use with --kv-memory")

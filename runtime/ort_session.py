@@ -32,7 +32,10 @@ class OrtSession:
         self._pool: list[NDArray[Any]] = []
         for layer in range(dims.num_layers):
             for part in "kv":
-                names = (kv.past_name.format(layer=layer, kv=part), kv.present_name.format(layer=layer, kv=part))
+                names = (
+                    kv.past_name.format(layer=layer, kv=part),
+                    kv.present_name.format(layer=layer, kv=part),
+                )
                 self._names.append(names)
                 self._pool.append(np.zeros(shape, np.dtype(kv.dtype)))
         self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
@@ -66,7 +69,9 @@ class OrtSession:
             )
         except Exception as error:  # the library's exceptions share no base but Exception
             first_line = str(error).partition("\n")[0]
-            raise InvalidArtifact(f"ONNX Runtime {onnxruntime.__version__} cannot load {artifact.path}: {first_line}") from error
+            raise InvalidArtifact(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {artifact.path}: {first_line}"
+            ) from error
         return cls(session, artifact, num_slots=num_slots, capacity=capacity)
 
     @property

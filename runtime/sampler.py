@@ -54,10 +54,7 @@ def make_sampler(params: SamplingParams, prompt_ids: Iterable[int]) -> Sampler:
 
 def _has_edits(params: SamplingParams) -> bool:
     return bool(
-        params.logit_bias
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1
+        params.logit_bias or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     )
 
 
@@ -178,9 +175,7 @@ def _top_p(ids: NDArray[np.int64] | None, probs: Row, top_p: float) -> tuple[NDA
     return _keep(ids, probs, candidates[kept])
 
 
-def _keep(
-    ids: NDArray[np.int64] | None, probs: Row, positions: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], Row]:
+def _keep(ids: NDArray[np.int64] | None, probs: Row, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], Row]:
     return (positions if ids is None else ids[positions]), probs[positions]
 
 
@@ -207,11 +202,7 @@ class _Edits:
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
         self._params = params
         # The other two penalties are for generated tokens alone, and would find a count of 0.
-        seen = (
-            np.unique(np.fromiter(prompt_ids, np.int64))
-            if params.repetition_penalty != 1
-            else np.empty(0, np.int64)
-        )
+        seen = np.unique(np.fromiter(prompt_ids, np.int64)) if params.repetition_penalty != 1 else np.empty(0, np.int64)
         self._num_seen = len(seen)
         self._ids = np.zeros(self._num_seen + 64, np.int64)
         self._ids[: self._num_seen] = seen

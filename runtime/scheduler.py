@@ -39,9 +39,7 @@ class Run(NamedTuple):
 class Scheduler:
     """Owns the slots and the queues. `copy_slot(source, target, num_tokens)` is the session's."""
 
-    def __init__(
-        self, info: SessionInfo, copy_slot: Callable[[int, int, int], None], *, prefill_chunk: int
-    ) -> None:
+    def __init__(self, info: SessionInfo, copy_slot: Callable[[int, int, int], None], *, prefill_chunk: int) -> None:
         self.slots = KvSlots(info.num_slots, info.capacity)
         self.waiting: deque[Sequence] = deque()
         self._copy_slot = copy_slot
@@ -152,9 +150,7 @@ class Scheduler:
             # A session that is not ragged runs every row: those that do not decode write one garbage token
             # behind their valid ones, where the next chunk overwrites it.
             query_len = self._is_decoding[:span] if self._is_ragged else np.ones(span, np.int32)
-            batch = Batch(
-                0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64)
-            )
+            batch = Batch(0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64))
             sequences = [s for s in self._decoding[:span] if s is not None]
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
         return self._decode_run

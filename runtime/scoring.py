@@ -90,9 +90,7 @@ class Distance:
     reference: Likelihood = field(default_factory=Likelihood)
     candidate: Likelihood = field(default_factory=Likelihood)
 
-    def add(
-        self, reference: NDArray[np.float32], candidate: NDArray[np.float32], next_ids: NDArray[np.int64]
-    ) -> None:
+    def add(self, reference: NDArray[np.float32], candidate: NDArray[np.float32], next_ids: NDArray[np.int64]) -> None:
         """Compare logits float32 `[r, vocab]` of the same positions."""
         self.num_rows += len(next_ids)
         error = float(np.abs(reference - candidate).max())

@@ -23,9 +23,7 @@ _BYTE_UNITS = {
 }
 
 
-def setting(
-    default: Any, help_text: str, *, parse: Callable[[str], Any] | None = None, metavar: str = ""
-) -> Any:
+def setting(default: Any, help_text: str, *, parse: Callable[[str], Any] | None = None, metavar: str = "") -> Any:
     """A dataclass field that becomes a flag. `parse` reads its text where the type alone does not say how."""
     return field(default=default, metadata={"help": help_text, "parse": parse, "metavar": metavar})
 

@@ -41,9 +41,7 @@ class Tokenizer:
     `config` is tokenizer_config.json as parsed, `special_tokens` its bos_token, eos_token... as text.
     """
 
-    def __init__(
-        self, tokenizer: "HfTokenizer", config: Mapping[str, Any], *, where: str = TOKENIZER
-    ) -> None:
+    def __init__(self, tokenizer: "HfTokenizer", config: Mapping[str, Any], *, where: str = TOKENIZER) -> None:
         self.config = config
         self.special_tokens = _special_tokens(config)
         self._hf = tokenizer

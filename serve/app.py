@@ -21,9 +21,7 @@ from serve.settings import ServerSettings
 BLUEPRINTS = (completions_blueprint, chat_blueprint, models_blueprint, health_blueprint)
 
 
-def create_app(
-    model: TextModel, settings: ServerSettings | None = None, metrics: ServerMetrics | None = None
-) -> Flask:
+def create_app(model: TextModel, settings: ServerSettings | None = None, metrics: ServerMetrics | None = None) -> Flask:
     """Make the application. `metrics` should be the observer that `model` was opened with."""
     settings = settings or ServerSettings()
     context = Context(model, settings, metrics or ServerMetrics(), int(time.time()))
@@ -52,8 +50,6 @@ def _measure(app: Flask, metrics: ServerMetrics) -> None:
 
         @response.call_on_close
         def on_close() -> None:
-            metrics.on_response(
-                route=route, status=response.status_code, request_s=time.monotonic() - arrival
-            )
+            metrics.on_response(route=route, status=response.status_code, request_s=time.monotonic() - arrival)
 
         return response

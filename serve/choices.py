@@ -92,9 +92,7 @@ class Choices:
             generation.close()
 
 
-def submit(
-    model: TextModel, prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]], client: Client
-) -> Choices:
+def submit(model: TextModel, prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]], client: Client) -> Choices:
     """Submit one generation per prompt and parameters, in that order; every prompt has as many choices.
 
     Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.

@@ -18,17 +18,11 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `headrace serve`, those of the settings classes included."""
-    parser = argparse.ArgumentParser(
-        prog="headrace serve", description="Serve an artifact over HTTP, as OpenAI's API."
-    )
+    parser = argparse.ArgumentParser(prog="headrace serve", description="Serve an artifact over HTTP, as OpenAI's API.")
     parser.add_argument("artifact", help="directory that `headrace export` wrote")
     parser.add_argument("--name", help="name clients use for the model, by default the artifact's")
-    parser.add_argument(
-        "--allow-failed", action="store_true", help="serve even if the receipt says the gate failed"
-    )
-    parser.add_argument(
-        "--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer"
-    )
+    parser.add_argument("--allow-failed", action="store_true", help="serve even if the receipt says the gate failed")
+    parser.add_argument("--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer")
     add_flags(parser, ServerSettings)
     add_flags(parser, EngineSettings)
     return parser
@@ -43,9 +37,7 @@ def main(argv: list[str]) -> int:
     def open_model(metrics: "ServerMetrics") -> "TextModel":
         from runtime.text_model import open_text_model
 
-        return open_text_model(
-            args.artifact, engine, name=args.name, allow_failed=args.allow_failed, observer=metrics
-        )
+        return open_text_model(args.artifact, engine, name=args.name, allow_failed=args.allow_failed, observer=metrics)
 
     return serve(open_model, server, engine, question=args.ask)
 

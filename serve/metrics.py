@@ -70,9 +70,7 @@ class ServerMetrics:
             "kv_total_tokens": ("headrace_kv_tokens", "Tokens the KV cache can hold"),
         }
         assert tuple(texts) == EngineStats._fields
-        self._gauges = {
-            field: Gauge(name, text, registry=self.registry) for field, (name, text) in texts.items()
-        }
+        self._gauges = {field: Gauge(name, text, registry=self.registry) for field, (name, text) in texts.items()}
 
     def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
         if num_decode:
@@ -84,9 +82,7 @@ class ServerMetrics:
     def on_first_token(self, *, ttft_s: float) -> None:
         self._ttft_s.observe(ttft_s)
 
-    def on_finish(
-        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None
-    ) -> None:
+    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
         self._finished.labels(reason.value).inc()
         self._prompt.inc(num_prompt)
         self._generated.inc(num_generated)

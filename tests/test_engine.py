@@ -44,9 +44,7 @@ def make_request(
     request_id: str, prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()
 ) -> tuple[Request, Recorder]:
     recorder = Recorder()
-    request = Request(
-        request_id=request_id, prompt_ids=prompt_ids, params=params, eos_ids=eos_ids, sink=recorder
-    )
+    request = Request(request_id=request_id, prompt_ids=prompt_ids, params=params, eos_ids=eos_ids, sink=recorder)
     return request, recorder
 
 
@@ -56,9 +54,7 @@ def add(engine: Engine, request_id: str, prompt_ids: list[int], params: Sampling
     return recorder
 
 
-def alone(
-    prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()
-) -> list[TokenEvent]:
+def alone(prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()) -> list[TokenEvent]:
     """What a request gets with a session to itself, its prompt in one chunk."""
     engine = Engine(FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB), prefill_chunk=CAPACITY)
     request, recorder = make_request("alone", prompt_ids, params, eos_ids)
@@ -353,9 +349,7 @@ class Observer:
     def on_first_token(self, *, ttft_s: float) -> None:
         self.ttfts.append(ttft_s)
 
-    def on_finish(
-        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None
-    ) -> None:
+    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
         self.ends.append((reason, num_prompt, num_generated, tpot_s is None))
 
 

@@ -36,9 +36,7 @@ class Gate:
 
 
 @contextmanager
-def running(
-    session: FakeSession, *, max_waiting: int = 64, template: str | None = None
-) -> Iterator[TextModel]:
+def running(session: FakeSession, *, max_waiting: int = 64, template: str | None = None) -> Iterator[TextModel]:
     tokenizer = byte_tokenizer()
     model = TextModel(
         name="fake",

@@ -73,9 +73,7 @@ def run_in_pieces(session: OrtSession, ids: np.ndarray[Any, Any], sizes: list[in
     for size in sizes:
         row = ids[None, done : done + size].astype(np.int64)
         out.append(
-            session.run(
-                Batch(3, row, np.array([done], np.int32), np.array([size], np.int32), np.arange(size))
-            ).copy()
+            session.run(Batch(3, row, np.array([done], np.int32), np.array([size], np.int32), np.arange(size))).copy()
         )
         done += size
     return np.concatenate(out)
@@ -96,6 +94,10 @@ def run_ragged(session: OrtSession, rows: list[np.ndarray[Any, Any]], past: list
 
 def run_row(session: OrtSession, slot: int, row: np.ndarray[Any, Any], past: int) -> np.ndarray[Any, Any]:
     batch = Batch(
-        slot, row[None].astype(np.int64), np.array([past], np.int32), np.array([len(row)], np.int32), np.array([len(row) - 1])
+        slot,
+        row[None].astype(np.int64),
+        np.array([past], np.int32),
+        np.array([len(row)], np.int32),
+        np.array([len(row) - 1]),
     )
     return session.run(batch).copy()

@@ -43,9 +43,7 @@ def test_biases_of_llama_are_reordered_with_their_rows(tmp_path: Path) -> None:
         np.testing.assert_array_equal(checkpoint.load(key), tensors[key], err_msg=key)
 
 
-@pytest.mark.parametrize(
-    "kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1, Kind.Q5_0], ids=lambda kind: kind.name
-)
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1, Kind.Q5_0], ids=lambda kind: kind.name)
 def test_quantized_types_are_dequantized(
     tmp_path: Path, kind: gguf.GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,9 +183,7 @@ def test_other_divisors_are_refused(tmp_path: Path) -> None:
         ({"split.count": 3}, "one of 3 pieces"),
     ],
 )
-def test_settings_without_a_graph_are_refused_by_name(
-    tmp_path: Path, extra: dict[str, object], reason: str
-) -> None:
+def test_settings_without_a_graph_are_refused_by_name(tmp_path: Path, extra: dict[str, object], reason: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=reason):
         open_tiny(tmp_path, extra=extra)
 

@@ -108,9 +108,7 @@ def hub_server(*, error: tuple[int, str] | None = None) -> Iterator[tuple[str, l
                 headers = {"X-Error-Code": error[1], "X-Error-Message": "no"}
             elif path.startswith(f"/api/models/{REPO}/tree/"):
                 self.send_response(200)
-                tree = [
-                    {"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in FILES.items()
-                ]
+                tree = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in FILES.items()]
                 body = json.dumps(tree).encode()
             elif path.startswith(f"/api/models/{REPO}"):
                 self.send_response(200)

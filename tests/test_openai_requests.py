@@ -130,9 +130,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "good", "name", "value", "words"), CASES)
-def test_bad_field(
-    client: FlaskClient, path: str, good: dict[str, Any], name: str, value: Any, words: str
-) -> None:
+def test_bad_field(client: FlaskClient, path: str, good: dict[str, Any], name: str, value: Any, words: str) -> None:
     error = refusal(client, path, {**good, name: value})
     assert words in error["message"]
     assert error["param"].startswith(name)

@@ -162,9 +162,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
         SafetensorsCheckpoint(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x05", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{]"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x05", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{]"])
 def test_a_corrupt_header_is_refused(tmp_path: Path, content: bytes) -> None:
     write_config(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -83,9 +83,7 @@ def test_tokens_are_drawn_with_their_probabilities(params: SamplingParams, degre
     assert all(counts[i] == 0 for i in range(len(logits)) if i not in weights)
     assert len(weights) - 1 == degrees
     total = sum(weights.values())
-    chi_square = sum(
-        (counts[i] - num_draws * w / total) ** 2 / (num_draws * w / total) for i, w in weights.items()
-    )
+    chi_square = sum((counts[i] - num_draws * w / total) ** 2 / (num_draws * w / total) for i, w in weights.items())
     assert chi_square < CHI_SQUARE_999[degrees]
 
 

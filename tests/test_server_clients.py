@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -60,9 +60,7 @@ def test_chat_streamed_and_whole(client: openai.OpenAI) -> None:
 
 def test_completion_streamed_and_whole(client: openai.OpenAI) -> None:
     whole = client.completions.create(model=NAME, prompt="once", max_tokens=20, temperature=0, logprobs=1)
-    chunks = list(
-        client.completions.create(model=NAME, prompt="once", max_tokens=20, temperature=0, stream=True)
-    )
+    chunks = list(client.completions.create(model=NAME, prompt="once", max_tokens=20, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
@@ -82,17 +80,13 @@ def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
 def test_32_streams_at_once_get_what_each_gets_alone(server: ServerProcess, client: openai.OpenAI) -> None:
     prompts = [f"prompt number {number}" for number in range(32)]
     alone = [
-        client.completions.create(model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5)
-        .choices[0]
-        .text
+        client.completions.create(model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5).choices[0].text
         for prompt in prompts
     ]
 
     async def one(client: openai.AsyncOpenAI, prompt: str, *, is_stream: bool) -> str:
         if not is_stream:
-            whole = await client.completions.create(
-                model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5
-            )
+            whole = await client.completions.create(model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5)
             return whole.choices[0].text
         stream = await client.completions.create(
             model=NAME, prompt=prompt, max_tokens=24, temperature=1, seed=5, stream=True
@@ -101,9 +95,7 @@ def test_32_streams_at_once_get_what_each_gets_alone(server: ServerProcess, clie
 
     async def all_at_once() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-            return await asyncio.gather(
-                *(one(client, p, is_stream=i % 4 != 0) for i, p in enumerate(prompts))
-            )
+            return await asyncio.gather(*(one(client, p, is_stream=i % 4 != 0) for i, p in enumerate(prompts)))
 
     assert asyncio.run(all_at_once()) == alone
 

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from tests.fake_text_model import NAME
@@ -117,14 +117,10 @@ def test_a_port_in_use_is_said_in_one_line() -> None:
         process = spawn("--port", str(port))
         out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2 and out == ""
-    assert (
-        err.startswith(f"headrace serve: cannot listen on 127.0.0.1 port {port}: ") and err.count("\n") == 1
-    )
+    assert err.startswith(f"headrace serve: cannot listen on 127.0.0.1 port {port}: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "flags", [("--port", "70000"), ("--host", "no.such.host.invalid"), ("--max-body", "0")]
-)
+@pytest.mark.parametrize("flags", [("--port", "70000"), ("--host", "no.such.host.invalid"), ("--max-body", "0")])
 def test_a_bad_setting_is_said_in_one_line(flags: tuple[str, str]) -> None:
     process = spawn(*flags)
     _, err = process.communicate(timeout=PATIENCE_S)
@@ -194,9 +190,7 @@ def test_help_is_instant() -> None:
         "heavy = {'flask', 'gunicorn', 'numpy', 'onnxruntime', 'tokenizers', 'jinja2', 'prometheus_client'}; "
         "assert '--drain-timeout' in text and '--max-batch' in text; sys.exit(repr(heavy & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == "set()\n"
 
 

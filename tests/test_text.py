@@ -53,9 +53,7 @@ def test_byte_fallback_pieces_of_random_ids_are_the_text_of_their_bytes(ids: lis
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_text_in_many_scripts_survives_and_no_piece_has_half_a_character(
-    tokenizer: Tokenizer, text: str
-) -> None:
+def test_text_in_many_scripts_survives_and_no_piece_has_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     pieces = pieces_of(tokenizer, ids)
     assert "".join(pieces) == text == tokenizer.decode(ids)
@@ -110,9 +108,7 @@ def test_the_post_processor_and_add_bos_token_decide_about_bos() -> None:
     asked = Tokenizer(hf, CONFIG | {"add_bos_token": True})
     assert asked.encode("a")[0] == 256 and len(asked.encode("a")) == 2
     assert len(asked.encode("a", add_special_tokens=False)) == 1
-    hf.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", 256)]
-    )
+    hf.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 256)])
     for config in (CONFIG, CONFIG | {"add_bos_token": True}):
         assert Tokenizer(hf, config).encode("a")[0] == 256
         assert len(Tokenizer(hf, config).encode("a")) == 2

@@ -42,7 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral-sliding": {"model_type": "mistral", "sliding_window": 24},
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
     "qwen2-yarn": {"model_type": "qwen2", "rope_scaling": YARN, "tie_word_embeddings": True},
-    "qwen2-sliding": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen2-sliding": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
 }
@@ -79,7 +84,10 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     family = config["model_type"]
     has_attention_bias = family == "qwen2" or bool(config.get("attention_bias"))
     has_o_bias = family != "qwen2" and has_attention_bias
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
