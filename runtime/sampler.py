@@ -128,7 +128,8 @@ def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | N
     kept = logits if ids is None else logits[ids]
     # -inf and far tails become 0, on purpose.
     with np.errstate(over="ignore", under="ignore"):
-        probs = (kept - peak) / np.float32(max(params.temperature, MIN_TEMPERATURE))
+        probs = kept - peak
+        probs /= np.float32(max(params.temperature, MIN_TEMPERATURE))
         np.exp(probs, out=probs)
     if params.top_p < 1:
         ids, probs = _top_p(ids, probs, params.top_p)
