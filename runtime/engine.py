@@ -65,9 +65,13 @@ class Engine:
     def fail(self, reason: str) -> None:
         """End every request with ERROR. Trusts only `live`: the step that broke may have left all askew."""
         self._scheduler = self._new_scheduler()
-        while self.live:
-            _, sequence = self.live.popitem()
-            self._send_last(sequence, _failure(reason))
+        ended, event = list(self.live.values()), _failure(reason)
+        self.live.clear()
+        for sequence in ended:
+            sequence.request.sink(event)
+        # Last: if it is the observer that broke, everybody has heard.
+        for sequence in ended:
+            self._tell_end(sequence, FinishReason.ERROR)
 
     @property
     def has_work(self) -> bool:
@@ -128,16 +132,16 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: TokenEvent) -> None:
         """Free what the sequence holds, then send its last event."""
+        assert event.finish_reason is not None
         self._scheduler.remove(sequence)
         del self.live[sequence.request.request_id]
-        self._send_last(sequence, event)
-
-    def _send_last(self, sequence: Sequence, event: TokenEvent) -> None:
-        assert event.finish_reason is not None
         sequence.request.sink(event)
+        self._tell_end(sequence, event.finish_reason)
+
+    def _tell_end(self, sequence: Sequence, reason: FinishReason) -> None:
         if self._observer is not None:
             self._observer.on_finish(
-                reason=event.finish_reason,
+                reason=reason,
                 num_prompt=sequence.num_prompt,
                 num_generated=sequence.num_generated,
                 tpot_s=sequence.tpot_s(time.perf_counter()),

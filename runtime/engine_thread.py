@@ -137,10 +137,16 @@ class EngineThread:
         with self._changed:
             self._is_accepting = False
             self._failure = reason
-            self._empty_inbox()
-            self._engine.fail(reason)
-            self._is_idle = True
-            self._changed.notify_all()
+            for item in self._inbox:
+                if isinstance(item, Sequence):
+                    self._engine.add(item)
+            self._inbox.clear()
+            self._num_inbox = 0
+            try:
+                self._engine.fail(reason)
+            finally:
+                self._is_idle = True
+                self._changed.notify_all()
 
     def _cancel_all(self) -> None:
         waiting = [item.request.request_id for item in self._inbox if isinstance(item, Sequence)]

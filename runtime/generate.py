@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     settings = from_namespace(EngineSettings, args, max_batch=1)
     # A bad sampling flag is told before the model is loaded; the real limit needs the prompt's length.
-    from_namespace(SamplingParams, args, max_tokens=args.max_tokens or 1)
+    from_namespace(SamplingParams, args, max_tokens=1 if args.max_tokens is None else args.max_tokens)
 
     from runtime.text_model import open_text_model
 

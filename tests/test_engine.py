@@ -305,6 +305,30 @@ def test_nan_logits_end_that_request_alone(temperature: float) -> None:
     assert good.events == alone([1], params)
 
 
+class BrokenObserver:
+    """Fails when it hears that a request ended."""
+
+    def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
+        pass
+
+    def on_first_token(self, *, ttft_s: float) -> None:
+        pass
+
+    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+        raise OSError("disk full")
+
+
+def test_every_request_hears_of_a_failure_even_if_the_observer_is_what_failed() -> None:
+    engine = Engine(FakeSession(num_slots=1), observer=BrokenObserver())
+    recorders = [add(engine, name, [1], greedy(3)) for name in ("running", "waiting", "last")]
+    engine.step()
+    with pytest.raises(OSError, match="disk full"):
+        engine.fail("broken")
+    assert [r.events[-1].error for r in recorders] == ["broken"] * 3
+    assert engine.stats().num_running == 0
+    assert not engine.has_work
+
+
 class BrokenText:
     """A text stream that fails on its second token."""
 

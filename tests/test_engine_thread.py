@@ -133,6 +133,23 @@ def test_an_engine_failure_reaches_every_request_and_later_ones_are_refused() ->
         assert model.drain(LONG_WAIT_S)
 
 
+def test_a_cancellation_on_its_way_does_not_save_the_engine_from_failing_cleanly() -> None:
+    gate = Gate()
+
+    def fail(batch: Batch) -> None:
+        gate(batch)
+        raise MemoryError("out of cache")
+
+    with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=fail)) as model:
+        first, second = model.generate([1], greedy(2)), model.generate([2], greedy(2))
+        assert gate.entered.wait(LONG_WAIT_S)
+        late = model.generate([3], greedy(2))
+        first.close()
+        gate.open()
+        assert [list(g)[-1].finish_reason for g in (first, second, late)] == [FinishReason.ERROR] * 3
+        first.close()
+
+
 def test_drain_lets_what_runs_finish() -> None:
     gate = Gate()
     with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=gate)) as model:
