@@ -15,8 +15,8 @@ from export.graph_builder import MICROSOFT, GraphBuilder
 from export.precision import Blocks, Precision
 from export.weight_file import Extent
 
-# Rows quantized at once: bounds the temporaries of a 150,000-row embedding to a few dozen MB.
-_ROWS_AT_ONCE = 4096
+# Weights quantized at once: the search for the best range holds a dozen float32 copies of them, 50 MB.
+_WEIGHTS_AT_ONCE = 1 << 20
 
 # MatMulNBits: int8 products with int32 sums; the activations are rounded per block and row as they come.
 _INT8_PRODUCTS = 4
@@ -91,9 +91,10 @@ def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedW
     rest: list[QuantizedRows] = []
 
     def values() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, n, _ROWS_AT_ONCE):
+        step = max(1, _WEIGHTS_AT_ONCE // k)
+        for start in range(0, n, step):
             rows = quantize_rows(
-                matrix[start : start + _ROWS_AT_ONCE],
+                matrix[start : start + step],
                 bits=blocks.bits,
                 block_size=blocks.block_size,
                 symmetric=blocks.symmetric,

@@ -6,9 +6,10 @@ chunks, token by token, in a ragged batch). Thresholds are in gates.py. Writes n
 """
 
 import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,30 +63,62 @@ def material_for(artifact: Artifact, config: ModelConfig) -> Material:
     return Material(windows_of(ids, window)[:num_windows], [ids[:prompt] for ids in prompts], source)
 
 
+class ScoredPart(NamedTuple):
+    """Which positions some spooled logits belong to."""
+
+    sequence_idx: int
+    start: int
+    next_ids: NDArray[np.int64]
+
+
+class GraphRun(NamedTuple):
+    """What the graph did: figures about itself, the greedy tokens, and which logits were spooled."""
+
+    figures: dict[str, Any]
+    generated: list[list[int]]
+    spooled: list[ScoredPart]
+
+
 def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> dict[str, Any]:
-    """Measure and judge; the receipt as a JSON-able dict with `passed`, `checks` and `figures`."""
+    """Measure and judge; the receipt as a JSON-able dict with `passed`, `checks` and `figures`.
+
+    The graph runs first and is closed before the reference starts, its logits kept in a nameless file: never are
+    the graph's weights and the reference's in memory together.
+    """
     material = material_for(artifact, config)
+    with tempfile.TemporaryFile(dir=artifact.path) as spool:
+        run = _run_graph(artifact, material, spool)
+        continued = [prompt + tokens for prompt, tokens in zip(material.prompts, run.generated, strict=True)]
+        with progress_bar("reference", total=config.num_layers) as bar:
+            states = run_reference(checkpoint, config, material.windows + continued, on_layer=lambda: bar.update(1))
+        spool.seek(0)
+        distance = _distance(spool, run.spooled, states, artifact.manifest.dims.vocab_size)
+    agreement, prefix = _greedy_agreement(
+        states, len(material.windows), material.prompts, run.generated, tie=2 * distance.max_logit_error
+    )
+    figures = run.figures | _figures(distance) | {"greedy_agreement": agreement, "greedy_prefix": prefix}
+    return _receipt(artifact, material, figures, len(run.generated[0]))
+
+
+def _run_graph(artifact: Artifact, material: Material, spool: IO[bytes]) -> GraphRun:
     capacity = min(artifact.manifest.dims.max_len, max(WINDOW, MAX_PROMPT + NUM_GREEDY))
-    session = OrtSession.open(artifact, num_slots=len(material.prompts), capacity=capacity)
+    session = OrtSession.open(artifact, num_slots=len(material.prompts), capacity=capacity, saves_memory=True)
     try:
         num_greedy = min(NUM_GREEDY, capacity - max(map(len, material.prompts)))
         with progress_bar("generate", total=num_greedy) as bar:
             batched = greedy(session, material.prompts, num_greedy, on_token=lambda: bar.update(1))
         alone = [greedy(session, [prompt], num_greedy)[0] for prompt in material.prompts[:NUM_ALONE]]
-        figures: dict[str, Any] = dict(self_distance(session, material.windows[0]))
+        figures = dict(self_distance(session, material.windows[0]))
         figures["batch_token_agreement"] = float(np.mean([a == b for a, b in zip(alone, batched, strict=False)]))
-        continued = [prompt + tokens for prompt, tokens in zip(material.prompts, batched, strict=True)]
-        with progress_bar("reference", total=config.num_layers) as bar:
-            states = run_reference(checkpoint, config, material.windows + continued, on_layer=lambda: bar.update(1))
-        distance = _distance(session, states, material.windows)
-        figures |= _figures(distance)
-        offset = len(material.windows)
-        figures["greedy_agreement"], figures["greedy_prefix"] = _greedy_agreement(
-            states, offset, material.prompts, batched, tie=2 * distance.max_logit_error
-        )
+        spooled = []
+        with progress_bar("score", total=sum(map(len, material.windows)), unit="token") as bar:
+            for chunk in score(session, material.windows):
+                spool.write(np.ascontiguousarray(chunk.logits).data)
+                spooled.append(ScoredPart(chunk.sequence_idx, chunk.start, chunk.next_ids))
+                bar.update(len(chunk.next_ids))
     finally:
         session.close()
-    return _receipt(artifact, material, figures, num_greedy)
+    return GraphRun(figures, batched, spooled)
 
 
 def greedy(
@@ -157,13 +190,15 @@ def _run_rows(
     return session.run(Batch(0, ids, np.array(past, np.int32), query, wanted))
 
 
-def _distance(session: Session, states: ReferenceStates, windows: Sequence[Sequence[int]]) -> Distance:
+def _distance(spool: IO[bytes], spooled: Sequence[ScoredPart], states: ReferenceStates, vocab_size: int) -> Distance:
     distance = Distance()
-    with progress_bar("compare", total=sum(map(len, windows)), unit="token") as bar:
-        for chunk in score(session, windows):
-            stop = chunk.start + len(chunk.next_ids)
-            distance.add(states.logits(chunk.sequence_idx, chunk.start, stop), chunk.logits, chunk.next_ids)
-            bar.update(len(chunk.next_ids))
+    with progress_bar("compare", total=sum(len(part.next_ids) for part in spooled), unit="token") as bar:
+        for part in spooled:
+            rows = len(part.next_ids)
+            raw = spool.read(rows * vocab_size * 4)
+            logits = np.frombuffer(raw, np.float32).reshape(rows, vocab_size)
+            distance.add(states.logits(part.sequence_idx, part.start, part.start + rows), logits, part.next_ids)
+            bar.update(rows)
     return distance
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
-from runtime.errors import InvalidArtifact
+from runtime.errors import InvalidArtifact, InvalidSetting
 from runtime.session import Batch, SessionInfo
 
 # A binding holds two OrtValues a layer (about 0.4 ms to make for 30 layers). Decode needs one a batch size,
@@ -51,21 +51,39 @@ class OrtSession:
         )
 
     @classmethod
-    def open(cls, artifact: Artifact, *, num_slots: int, capacity: int, threads: int | None = None) -> "OrtSession":
-        """Load the graph; InvalidArtifact if ONNX Runtime refuses it. `threads` None: one a physical core."""
+    def open(
+        cls,
+        artifact: Artifact,
+        *,
+        num_slots: int,
+        capacity: int,
+        threads: int | None = None,
+        saves_memory: bool = False,
+    ) -> "OrtSession":
+        """Load the graph; InvalidArtifact if ONNX Runtime refuses it.
+
+        threads: None is one a physical core
+        saves_memory: keep half-precision weights as they are, and widen them for this CPU at every run instead of
+            once at load; slower, and half the memory
+        """
         import onnxruntime
 
         if not 1 <= capacity <= artifact.manifest.dims.max_len:
-            raise InvalidArtifact(
+            raise InvalidSetting(
                 f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
                 f"{artifact.manifest.dims.max_len:,} (export it again with a larger --max-len)"
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
+        if saves_memory:  # level "all" widens half-precision weights while loading, and so does constant folding
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         try:
             session = onnxruntime.InferenceSession(
-                str(artifact.model_file("ort")), options, providers=["CPUExecutionProvider"]
+                str(artifact.model_file("ort")),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if saves_memory else None,
             )
         except Exception as error:  # the library's exceptions share no base but Exception
             first_line = str(error).partition("\n")[0]
