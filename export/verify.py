@@ -29,7 +29,7 @@ WINDOW = 512
 NUM_WINDOWS = 2  # to measure a perplexity change; parity in float32 shows in one
 NUM_GREEDY = 24  # tokens generated for each prompt
 MAX_PROMPT = 32
-BATCH = 8
+BATCH = 8  # slots; more would cost more memory than a small model's weights
 NUM_ALONE = 2  # prompts generated alone as well
 
 
@@ -102,11 +102,14 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
 
 def _run_graph(artifact: Artifact, material: Material, spool: IO[bytes]) -> GraphRun:
     capacity = min(artifact.manifest.dims.max_len, max(WINDOW, MAX_PROMPT + NUM_GREEDY))
-    session = OrtSession.open(artifact, num_slots=len(material.prompts), capacity=capacity, saves_memory=True)
+    session = OrtSession.open(artifact, num_slots=BATCH, capacity=capacity, saves_memory=True)
     try:
         num_greedy = min(NUM_GREEDY, capacity - max(map(len, material.prompts)))
-        with progress_bar("generate", total=num_greedy) as bar:
-            batched = greedy(session, material.prompts, num_greedy, on_token=lambda: bar.update(1))
+        batched: list[list[int]] = []
+        with progress_bar("generate", total=num_greedy * -(-len(material.prompts) // BATCH)) as bar:
+            for start in range(0, len(material.prompts), BATCH):
+                batch = material.prompts[start : start + BATCH]
+                batched += greedy(session, batch, num_greedy, on_token=lambda: bar.update(1))
         alone = [greedy(session, [prompt], num_greedy)[0] for prompt in material.prompts[:NUM_ALONE]]
         figures = dict(self_distance(session, material.windows[0]))
         figures["batch_token_agreement"] = float(np.mean([a == b for a, b in zip(alone, batched, strict=False)]))

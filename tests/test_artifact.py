@@ -1,4 +1,4 @@
-"""An artifact is loaded whole and unchanged, or not at all; an export publishes whole, or leaves things as they were."""
+"""An artifact is loaded whole and unchanged, or not at all; an export publishes whole, or changes nothing."""
 
 import errno
 import json
@@ -16,6 +16,7 @@ import pytest
 import export.pipeline
 from export.artifact_writer import staged
 from export.pipeline import ExportOptions, export_model
+from export.verify import verify
 from runtime.artifact import MANIFEST, RECEIPT, WEIGHTS, open_artifact
 from runtime.errors import GateFailed, HeadraceError, InvalidArtifact, InvalidSetting
 from runtime.ort_session import OrtSession
@@ -89,7 +90,7 @@ def test_a_failed_receipt_needs_a_flag(tmp_path: Path, monkeypatch: pytest.Monke
         (data * wrong).tofile(file)
         return real_verify(checkpoint, config, draft)
 
-    real_verify = export.pipeline.verify
+    real_verify = verify
     monkeypatch.setattr(export.pipeline, "verify", spoiled)
     with pytest.raises(GateFailed, match=r"max_logit_error is .*--force"):
         export_model(ExportOptions(model=str(source), out=out))

@@ -25,7 +25,7 @@ def test_error_is_within_half_a_step_of_the_block(seed: int, scheme: tuple[int, 
         assert np.all((error**2).sum(-1) <= full * 1.0001 + 1e-12)
 
 
-def quantize_without_shrinking(weight: np.ndarray, bits: int, block_size: int) -> np.ndarray:  # type: ignore[type-arg]
+def quantize_without_shrinking(weight: np.ndarray, bits: int, block_size: int) -> np.ndarray:
     """Squared error of each block under the plain asymmetric scheme, written out a block at a time."""
     top = 2**bits - 1
     out = np.zeros((len(weight), weight.shape[1] // block_size))
