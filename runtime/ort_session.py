@@ -76,8 +76,12 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
-        if saves_memory:  # level "all" widens half-precision weights while loading, and so does constant folding
+        if saves_memory:
+            # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
+            # time, just before its use, each is freed after it, where the default order widens all of them first.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         try:
             session = onnxruntime.InferenceSession(
                 str(artifact.model_file("ort")),
