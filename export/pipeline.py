@@ -125,6 +125,7 @@ def _manifest(
         ),
         kv=KvContract(dtype=precision.numpy_dtype.name),
         dialects={"ort": ORT_MODEL},
+        is_tied=config.tie_word_embeddings,
         eos_ids=_eos_ids(generation, config),
         bos_id=config.bos_id,
         files={file.name: file_entry(file) for file in sorted(staging.iterdir())},

@@ -93,9 +93,9 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
             states = run_reference(checkpoint, config, material.windows + continued, on_layer=lambda: bar.update(1))
         spool.seek(0)
         distance = _distance(spool, run.spooled, states, artifact.manifest.dims.vocab_size)
-    agreement, prefix = _greedy_agreement(
-        states, len(material.windows), material.prompts, run.generated, tie=2 * distance.max_logit_error
-    )
+    # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
+    tie = 2 * distance.max_logit_error if artifact.manifest.precision == "fp32" else 0.0
+    agreement, prefix = _greedy_agreement(states, len(material.windows), material.prompts, run.generated, tie=tie)
     figures = run.figures | _figures(distance) | {"greedy_agreement": agreement, "greedy_prefix": prefix}
     return _receipt(artifact, material, figures, len(run.generated[0]))
 

@@ -75,6 +75,8 @@ class Manifest:
     kv: KvContract
     dialects: Mapping[str, str]
     """Dialect (`ort`, later `trt`) to the file that holds its graph."""
+    is_tied: bool
+    """Whether embedding and LM head are one matrix, stored once."""
     eos_ids: tuple[int, ...]
     bos_id: int | None
     files: Mapping[str, FileEntry]

@@ -12,7 +12,7 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress_bar(what: str, *, total: int, unit: str = "it") -> Iterator[Progress]:
+def progress_bar(what: str, *, total: int | None, unit: str = "it") -> Iterator[Progress]:
     """A bar that appears after one second and leaves no line behind if it never did."""
     from tqdm import tqdm
 

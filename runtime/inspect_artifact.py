@@ -1,0 +1,95 @@
+"""`headrace inspect`: what an artifact is, read from its manifest and receipt alone; loads no model."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from runtime.artifact import Artifact, open_artifact
+from runtime.kv_budget import format_bytes, kv_bytes_per_token
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headrace inspect", description="Show the dimensions, precision, files and receipt of an artifact."
+    )
+    parser.add_argument("artifact", help="directory written by `headrace export`")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print the artifact for people, or as one JSON line. Artifacts that failed their gate are shown as well."""
+    args = _parser().parse_args(argv)
+    artifact = open_artifact(args.artifact, allow_failed=True)
+    text = json.dumps(as_json(artifact)) if args.json else "\n".join(as_lines(artifact))
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def num_parameters(artifact: Artifact) -> int:
+    """Weights of the matrices, from the dimensions; a tied embedding counts once. Norms and biases are left out."""
+    dims = artifact.manifest.dims
+    attention = dims.hidden_size * dims.head_dim * 2 * (dims.num_heads + dims.num_kv_heads)
+    mlp = 3 * dims.hidden_size * dims.intermediate_size
+    heads = 1 if artifact.manifest.is_tied else 2
+    return dims.num_layers * (attention + mlp) + heads * dims.vocab_size * dims.hidden_size
+
+
+def bytes_per_token(artifact: Artifact) -> int:
+    """Bytes of KV cache a token takes."""
+    dims = artifact.manifest.dims
+    return kv_bytes_per_token(
+        num_layers=dims.num_layers,
+        num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        dtype=artifact.manifest.kv.dtype,
+    )
+
+
+def as_json(artifact: Artifact) -> dict[str, Any]:
+    """Manifest, receipt and what follows from them."""
+    return {
+        "path": str(artifact.path),
+        "passed": artifact.passed,
+        "parameters": num_parameters(artifact),
+        "kv_bytes_per_token": bytes_per_token(artifact),
+        "manifest": asdict(artifact.manifest),
+        "receipt": dict(artifact.receipt),
+    }
+
+
+def as_lines(artifact: Artifact) -> Iterator[str]:
+    """The same for people."""
+    manifest, dims, receipt = artifact.manifest, artifact.manifest.dims, artifact.receipt
+    per_token = bytes_per_token(artifact)
+    yield f"{manifest.name}  ({artifact.path})"
+    rows = {
+        "source": manifest.source,
+        "precision": manifest.precision,
+        "family": dims.model_type,
+        "parameters": f"{num_parameters(artifact) / 1e6:,.1f} million",
+        "layers": f"{dims.num_layers} of {dims.hidden_size} (MLP {dims.intermediate_size})",
+        "attention": f"{dims.num_heads} heads of {dims.head_dim}, {dims.num_kv_heads} for keys and values",
+        "vocabulary": f"{dims.vocab_size:,}, ends at {', '.join(map(str, manifest.eos_ids)) or 'nothing'}",
+        "longest": f"{dims.max_len:,} tokens",
+        "KV cache": f"{format_bytes(per_token)} a token, {format_bytes(per_token * dims.max_len)} a full slot, "
+        f"{manifest.kv.dtype}",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    yield from (f"  {name:12}{value}" for name, value in rows.items())
+    yield "files"
+    for name, entry in manifest.files.items():
+        yield f"  {name:28}{format_bytes(entry.size):>10}  sha256 {entry.sha256[:12]}"
+    yield f"receipt: {'passed' if artifact.passed else 'FAILED'}, against {receipt.get('reference', 'nothing')}"
+    for check in receipt.get("checks", []):
+        bound = "at most" if check["at_most"] else "at least"
+        value = check["value"] if isinstance(check["value"], str) else f"{check['value']:.4g}"
+        mark = "ok" if check["passed"] else "FAILED"
+        yield f"  {check['figure']:24}{value:>10}  {bound} {check['limit']:<8g}{mark:8}{check['reason']}"
+    named = {check["figure"] for check in receipt.get("checks", [])}
+    for figure, value in receipt.get("figures", {}).items():
+        if figure not in named:
+            yield f"  {figure:24}{value if isinstance(value, str) else f'{value:.4g}':>10}"
