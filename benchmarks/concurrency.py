@@ -1,6 +1,6 @@
 """What batching is worth: 32 requests together against one after another, and HTTP against the engine alone.
 
-usage: python benchmarks/concurrency.py ARTIFACT [ARTIFACT ...] [--requests 32] [--prompt 32] [--new-tokens 128] [--repeat 3]
+usage: python benchmarks/concurrency.py ARTIFACT [ARTIFACT ...] [--requests 32] [--prompt 32] [--new-tokens 128]
 
 Greedy, random prompts, end of text ignored, so that both ways generate the same tokens. The HTTP side is a real
 `headrace serve` on a free loopback port with streamed completions; it is stopped by its process id. Prints a table,
