@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
 
 STREAM_FOREVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 from runtime.generate import stream
 from tests.fake_session import FakeSession
 from tests.test_engine_thread import VOCAB, greedy, running
