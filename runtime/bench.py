@@ -1,25 +1,29 @@
 """`headrace bench`: how fast an artifact is on this machine, and how near to what the machine could do.
 
-Prefill and decode are measured on the session alone, latencies and overhead on the whole engine. Random token ids: the
-work does not depend on them. A table for people, then one JSON line.
+Prefill and decode are measured on the session alone, in turn (A B A B), so that a slow minute of the machine falls on
+all of them; latencies and overhead on the whole engine, greedy. Made-up token ids: the work does not depend on them. A
+table for people, then one JSON line.
 """
 
 import argparse
 import json
+import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runtime.core import FinishReason, SamplingParams
-from runtime.errors import InvalidSetting
+from runtime.errors import EngineFailed, InvalidArtifact, InvalidSetting
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.ort_session import OrtSession
     from runtime.roofline import Machine
+    from runtime.text_model import TextModel
 
 CONTEXT = 128  # tokens in each row's cache when decoding is measured
 ENGINE_PROMPT = 32
@@ -62,9 +66,16 @@ def main(argv: list[str]) -> int:
 
 
 def _check(args: argparse.Namespace, artifact: "Artifact") -> None:
-    for name in ("new_tokens", "repeat"):
-        if getattr(args, name) < 1:
-            raise InvalidSetting(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    # The first token of a request comes from its prefill: decoding, and TPOT, begin with the second.
+    for name, least in (("new_tokens", 2), ("repeat", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InvalidSetting(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if "tokenizer.json" not in artifact.manifest.files:
+        raise InvalidArtifact(
+            f"{artifact.path} has no tokenizer.json, without which the engine cannot run; "
+            "export a checkpoint that has a tokenizer"
+        )
     longest = artifact.manifest.dims.max_len
     needed = max(*args.prompt, min(CONTEXT, longest // 2) + args.new_tokens, ENGINE_PROMPT + args.new_tokens)
     if needed > longest:
@@ -75,45 +86,70 @@ def _check(args: argparse.Namespace, artifact: "Artifact") -> None:
 
 def measure(artifact: "Artifact", args: argparse.Namespace) -> dict[str, Any]:
     """All figures as a JSON-able dict; speeds in tokens a second, times in milliseconds, sizes in bytes."""
+    import numpy
+    import onnxruntime
+
     from runtime.ort_session import OrtSession
     from runtime.progress import progress_bar
     from runtime.roofline import describe_machine
 
-    machine = describe_machine()
+    machine = describe_machine(args.threads)
     context = min(CONTEXT, artifact.manifest.dims.max_len // 2)
     capacity = max(*args.prompt, context + args.new_tokens)
-    session = OrtSession.open(artifact, num_slots=max(args.batch), capacity=capacity, threads=args.threads)
-    with progress_bar("bench", total=args.repeat * (len(args.prompt) + len(args.batch) + 1)) as bar:
-
-        def median(run: Callable[[], float]) -> float:
-            seconds = []
-            for _ in range(args.repeat):
-                seconds.append(run())
-                bar.update(1)
-            return statistics.median(seconds)
-
-        prefill(session, min(args.prompt))  # the first run allocates
-        prefills = [
-            {"tokens": length, "tokens_per_s": length / median(lambda length=length: prefill(session, length))}  # type: ignore[misc]
-            for length in args.prompt
-        ]
-        decodes = []
-        for batch in args.batch:
-            step_s = median(lambda batch=batch: decode(session, batch, context, args.new_tokens))  # type: ignore[misc]
-            decodes.append(_decode_row(artifact, machine, batch, context + args.new_tokens // 2, step_s))
+    num_runs = len(args.prompt) + len(args.batch)
+    with progress_bar("bench", total=(args.repeat + 1) * (num_runs + 1)) as bar:
+        session = OrtSession.open(artifact, num_slots=max(args.batch), capacity=capacity, threads=args.threads)
+        runs: list[Callable[[], float]] = [partial(prefill, session, length) for length in args.prompt]
+        runs += [partial(decode, session, batch, context, args.new_tokens) for batch in args.batch]
+        fill_cache(session, context)
+        seconds = interleaved(runs, args.repeat, lambda: bar.update(1))
         session.close()
         engine = measure_engine(artifact, args, lambda: bar.update(1))
+    prefill_s, decode_s = seconds[: len(args.prompt)], seconds[len(args.prompt) :]
     return {
         "benchmark": "headrace bench",
         "artifact": artifact.manifest.name,
         "precision": artifact.manifest.precision,
         "machine": machine._asdict(),
-        "versions": dict(artifact.manifest.versions),
-        "prefill": prefills,
-        "decode": decodes,
+        "versions": {
+            "python": platform.python_version(),
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": numpy.__version__,
+        },
+        "exported_with": dict(artifact.manifest.versions),
+        "threads": args.threads or machine.cores,
+        "prefill": [
+            {"tokens": length, "tokens_per_s": length / run_s}
+            for length, run_s in zip(args.prompt, prefill_s, strict=True)
+        ],
+        "decode": [
+            _decode_row(artifact, machine, batch, context + args.new_tokens // 2, step_s)
+            for batch, step_s in zip(args.batch, decode_s, strict=True)
+        ],
         "engine": engine,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def interleaved(
+    runs: Sequence[Callable[[], float]], repeat: int, on_run: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Medians of what the runs return, each run `repeat` times in turn: A B A B. A first round warms up."""
+    results: list[list[float]] = [[] for _ in runs]
+    for turn in range(repeat + 1):
+        for run, kept in zip(runs, results, strict=True):
+            value = run()
+            if turn:
+                kept.append(value)
+            on_run()
+    return [statistics.median(kept) for kept in results]
+
+
+def fill_cache(session: "OrtSession", context: int) -> None:
+    """Put `context` real tokens into every slot. Memory never written may all be one page of zeros, quick to read."""
+    prefill(session, context)
+    for slot in range(1, session.info.num_slots):
+        session.copy_slot(0, slot, context)
 
 
 def prefill(session: "OrtSession", length: int) -> float:
@@ -130,7 +166,10 @@ def prefill(session: "OrtSession", length: int) -> float:
 
 
 def decode(session: "OrtSession", batch: int, context: int, num_tokens: int) -> float:
-    """Mean seconds of a decode step of `batch` rows, `num_tokens` steps from `context` cached tokens on."""
+    """Mean seconds of a greedy decode step of `batch` rows, `num_tokens` steps from `context` cached tokens on.
+
+    Choosing the token counts: a step without it generates nothing. The slots are filled (`fill_cache`) before.
+    """
     import numpy as np
 
     from runtime.session import Batch
@@ -139,7 +178,8 @@ def decode(session: "OrtSession", batch: int, context: int, num_tokens: int) -> 
     past, ones, wanted = np.full(batch, context, np.int32), np.ones(batch, np.int32), np.arange(batch)
     started_s = time.perf_counter()
     for _ in range(num_tokens):
-        session.run(Batch(0, ids, past, ones, wanted))
+        logits = session.run(Batch(0, ids, past, ones, wanted))
+        ids[:, 0] = logits.argmax(-1)
         past += 1
     return (time.perf_counter() - started_s) / num_tokens
 
@@ -167,6 +207,11 @@ class StepTimes:
         self.tpot_s: list[float] = []
         self.steps: list[tuple[int, float, float]] = []
 
+    def clear(self) -> None:
+        """Forget what was heard."""
+        for kept in (self.ttft_s, self.tpot_s, self.steps):
+            kept.clear()
+
     def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
         if not num_prefill_tokens:
             self.steps.append((num_decode, step_s, model_s))
@@ -178,10 +223,10 @@ class StepTimes:
         if tpot_s is not None:
             self.tpot_s.append(tpot_s)
 
-    def overhead_share(self, batch: int) -> float:
-        """Share of the time of full decode steps spent outside the session."""
+    def overhead_share(self, batch: int) -> float | None:
+        """Share of the time of decode steps of `batch` rows spent outside the session; None if there was none."""
         full = [(step_s, model_s) for num, step_s, model_s in self.steps if num == batch]
-        return 1 - sum(model_s for _, model_s in full) / sum(step_s for step_s, _ in full) if full else 0.0
+        return 1 - sum(model_s for _, model_s in full) / sum(step_s for step_s, _ in full) if full else None
 
 
 def measure_engine(artifact: "Artifact", args: argparse.Namespace, on_run: Callable[[], object]) -> dict[str, Any]:
@@ -193,27 +238,39 @@ def measure_engine(artifact: "Artifact", args: argparse.Namespace, on_run: Calla
     settings = EngineSettings(max_batch=batch, max_waiting=batch, max_len=capacity, threads=args.threads)
     times = StepTimes()
     model = open_text_model(artifact.path, settings, allow_failed=args.allow_failed, observer=times)
+    num_slots = model.stats().num_slots
+    if num_slots < batch:
+        model.close()
+        raise InvalidSetting(f"only {num_slots} of the {batch} slots of --batch fit in memory: ask for {num_slots}")
     model.start()
-    params = SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
     seconds = []
-    for _ in range(args.repeat):
-        started_s = time.perf_counter()
-        running = [model.generate(_prompt(row, model.vocab_size), params) for row in range(batch)]
-        for generation in running:
-            if (last := list(generation)[-1]).finish_reason is not FinishReason.LENGTH:
-                raise InvalidSetting(f"the engine ended a request with {last.finish_reason}: {last.error}")
-        seconds.append(time.perf_counter() - started_s)
-        on_run()
-    model.close()
+    try:
+        for turn in range(args.repeat + 1):
+            started_s = time.perf_counter()
+            _generate_all(model, batch, args.new_tokens)
+            seconds.append(time.perf_counter() - started_s)
+            if not turn:  # the first turn warms up
+                times.clear()
+                seconds.clear()
+            on_run()
+    finally:
+        model.close()
     return {
         "batch": batch,
         "prompt_tokens": ENGINE_PROMPT,
         "new_tokens": args.new_tokens,
         "tokens_per_s": batch * args.new_tokens / statistics.median(seconds),
         "ttft_ms": statistics.median(times.ttft_s) * 1e3,
-        "tpot_ms": statistics.median(times.tpot_s) * 1e3 if times.tpot_s else None,
+        "tpot_ms": statistics.median(times.tpot_s) * 1e3,
         "overhead_share": times.overhead_share(batch),
     }
+
+
+def _generate_all(model: "TextModel", batch: int, num_tokens: int) -> None:
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    for generation in [model.generate(_prompt(row, model.vocab_size), params) for row in range(batch)]:
+        if (last := list(generation)[-1]).finish_reason is not FinishReason.LENGTH:
+            raise EngineFailed(f"the engine ended a request with {last.finish_reason}: {last.error}")
 
 
 def _prompt(row: int, vocab_size: int) -> Sequence[int]:
@@ -228,18 +285,20 @@ def _table(result: dict[str, Any]) -> str:
         f" {machine['instruction_sets']}), reads {machine['read_gb_s']:.1f} GB/s,"
         f" multiplies {machine['gemm_gflop_s']:.0f} GFLOP/s in float32",
         "",
-        f"{'':16}{'tokens/s':>10}{'step ms':>10}{'bandwidth':>11}{'float32 peak':>14}",
+        f"{'':16}{'tokens/s':>10}{'step ms':>10}{'bandwidth':>11}{'float32 peak':>14}  nearer",
     ]
     lines += [f"prefill {row['tokens']:<8}{row['tokens_per_s']:10,.0f}" for row in result["prefill"]]
     lines += [
         f"decode x{row['batch']:<8}{row['tokens_per_s']:10,.1f}{row['step_ms']:10.1f}"
         f"{row['bandwidth_share']:11.0%}{row['compute_share']:14.0%}"
+        f"  {'bandwidth' if row['bandwidth_share'] > row['compute_share'] else 'compute'}"
         for row in result["decode"]
     ]
-    tpot = "-" if engine["tpot_ms"] is None else f"{engine['tpot_ms']:.1f} ms"
+    overhead = engine["overhead_share"]
     lines += [
-        f"engine x{engine['batch']:<8}{engine['tokens_per_s']:10,.1f}   TTFT {engine['ttft_ms']:.0f} ms, TPOT {tpot},"
-        f" {engine['overhead_share']:.1%} of a step outside the model",
+        f"engine x{engine['batch']:<8}{engine['tokens_per_s']:10,.1f}   TTFT {engine['ttft_ms']:.0f} ms,"
+        f" TPOT {engine['tpot_ms']:.1f} ms, "
+        + ("no step with all rows" if overhead is None else f"{overhead:.1%} of a step outside the model"),
         f"peak memory {result['peak_rss_bytes'] / 1e6:,.0f} MB",
         "",
     ]

@@ -1,8 +1,8 @@
 """What a machine could do, measured, and what a decode step must do, counted: the two halves of a roofline.
 
-Bandwidth is bytes over seconds of reading a buffer far larger than the caches, with as many threads as the model has
-cores (numpy's reductions release the interpreter lock). The arithmetic peak is a float32 matrix product of numpy's
-BLAS. Knows nothing of sessions.
+Bandwidth is bytes over seconds of reading a buffer far larger than the caches, with as many threads as the model
+uses (numpy's reductions release the interpreter lock). The arithmetic peak is a float32 matrix product of numpy's
+BLAS, which takes every core: with fewer threads the model's share of it reads low. Knows nothing of sessions.
 """
 
 import os
@@ -33,8 +33,8 @@ class Machine(NamedTuple):
     gemm_gflop_s: float
 
 
-def describe_machine() -> Machine:
-    """Name the processor and measure its two peaks; takes about two seconds."""
+def describe_machine(threads: int | None = None) -> Machine:
+    """Name the processor and measure its two peaks, reading with so many threads; takes about two seconds."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}
@@ -43,21 +43,21 @@ def describe_machine() -> Machine:
         cpu=named.get("model name") or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         instruction_sets=" ".join(name for name in _INSTRUCTION_SETS if name in flags),
-        read_gb_s=read_bandwidth() / 1e9,
+        read_gb_s=read_bandwidth(threads) / 1e9,
         gemm_gflop_s=gemm_peak() / 1e9,
     )
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that all cores read together, the best of a few passes."""
-    cores = len(os.sched_getaffinity(0))
-    parts = np.array_split(np.ones(BUFFER_BYTES // 8, np.int64), cores)
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes a second that so many threads (None: one a core) read together, the best of a few passes."""
+    num_threads = threads or len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(BUFFER_BYTES // 8, np.int64), num_threads)
 
     def read(part: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
         return int(np.bitwise_or.reduce(part))
 
     best = float("inf")
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         for _ in range(REPEATS):
             started_s = time.perf_counter()
             list(pool.map(read, parts))
