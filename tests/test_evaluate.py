@@ -94,7 +94,7 @@ def test_an_artifact_is_no_distance_from_itself_and_some_from_another(
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (None, [], "is not a file"),
+        (None, [], "cannot be read: No such file"),
         (b"", [], "fewer than two tokens"),
         (b"x", [], "fewer than two tokens"),
         (b"good line\nbad \xff byte", [], "byte 0xff at offset 14"),
@@ -123,11 +123,11 @@ def test_what_cannot_be_compared_is_refused(
     exported: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = exported("fp32").parent / "text.txt"
-    for changes, message in (({"vocab_size": 400}, "400 and 320"), ({}, "no tokenizer.json")):
-        source = write_checkpoint(tmp_path / message / "checkpoint", config_of("llama", **changes))
+    for changes, message in (({"vocab_size": 400}, "has 400 tokens"), ({}, "no tokenizer.json")):
+        source = write_checkpoint(tmp_path / str(len(changes)) / "checkpoint", config_of("llama", **changes))
         if changes:
             byte_level_tokenizer(source)
-        other = export_model(ExportOptions(model=str(source), out=tmp_path / message / "artifact")).path
+        other = export_model(ExportOptions(model=str(source), out=tmp_path / str(len(changes)) / "artifact")).path
         assert main(["eval", str(other), "--against", str(exported("fp32")), "--text", str(text)]) == 2
         assert message in capsys.readouterr().err
 
