@@ -1,6 +1,7 @@
 """A UTF-8 text file in pieces of bounded size, cut where a tokenizer would cut as well. Knows no tokenizer.
 
-A piece ends after a line end that is followed by a non-space, else before a space that follows a non-space. The
+A piece ends after a lone line end between two non-spaces, else before a space that follows a non-space. (After an
+empty line will not do: GPT-2 splits two line ends before a word, and joins them at the end of a text.) The
 pre-tokenizers of byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) never join text over either place, so the pieces'
 token ids are those of the whole text. SentencePiece writes its space before every piece: one token a piece more.
 """
@@ -16,7 +17,7 @@ from runtime.errors import InvalidSetting
 # Tokenizing takes some hundred bytes of memory a byte of text.
 PIECE_BYTES = 1 << 18
 
-_CUTS = (re.compile(r".*\n(?=\S)", re.DOTALL), re.compile(r".*\S(?= )", re.DOTALL))
+_CUTS = (re.compile(r".*\S\n(?=\S)", re.DOTALL), re.compile(r".*\S(?= )", re.DOTALL))
 
 
 def check_readable(file: Path) -> None:
