@@ -15,7 +15,9 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PROSE = "He said: ten.\n\n  - boats, 2024\r\n\n\tNeuf \u00e0 voiles\nand  one.\n \nIt's so\n" * 12
+PROSE = (
+    "He said: ten.\n\nNone left.\n\n  - boats, 2024\r\n\n\tNeuf \u00e0 voiles\nand  one.\n \nIt's so\n" * 12
+)  # an empty line before a word, before spaces, before a tab
 
 
 @pytest.fixture(scope="module", params=[GPT2, LLAMA3], ids=["gpt2", "llama3"])
