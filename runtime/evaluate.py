@@ -1,8 +1,9 @@
 """`headrace eval`: perplexity of an artifact on any text, and its distance from another artifact.
 
 Text is cut into non-overlapping windows, each read from an empty cache, so every token but a window's first is
-predicted from what precedes it in the window. A long text is read and tokenized line by line in pieces of about a
-megabyte, cut at line ends, and logits are compared a chunk at a time: memory does not grow with the text.
+predicted from what precedes it in the window. No special tokens are added. The text is read in pieces and logits are
+compared a chunk at a time: memory does not grow with the text. It is read twice, first to count its tokens, so that a
+bad byte at its end is told before hours of scoring, not after.
 """
 
 import argparse
@@ -10,18 +11,22 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import InvalidSetting
+from runtime.errors import InvalidArtifact, InvalidSetting
+from runtime.settings import check_at_least
+from runtime.text_file import check_readable, pieces_of
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.ort_session import OrtSession
+    from runtime.progress import Progress
     from runtime.scoring import Distance, Likelihood
+    from runtime.tokenizer import Tokenizer
 
-PIECE_BYTES = 1 << 20
 DEFAULT_WINDOW = 512
 
 
@@ -50,12 +55,22 @@ def main(argv: list[str]) -> int:
     artifact = open_artifact(args.artifact, allow_failed=args.allow_failed)
     against = open_artifact(args.against, allow_failed=args.allow_failed) if args.against else None
     _check(args, artifact, against)
-    windows = _windows(args.text, artifact, args.window, args.limit)
-    result = evaluate(artifact, windows, against=against, window=args.window, threads=args.threads)
-    if not result["tokens"]:
-        raise InvalidSetting(f"{args.text} has fewer than two tokens: nothing to predict; give a longer text")
-    result = {"artifact": str(artifact.path), "text": str(args.text), "window": args.window, **result}
-    sys.stdout.write(json.dumps(result) + "\n" if args.json else _table(result))
+    from runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_directory(artifact.path)
+    num_ids = count_ids(args.text, tokenizer, limit=args.limit, vocab_size=artifact.manifest.dims.vocab_size)
+    if num_ids < 2:
+        raise InvalidSetting(f"--text {args.text} has fewer than two tokens: nothing to predict; give a longer text")
+    figures = evaluate(
+        artifact,
+        windows_of_file(args.text, tokenizer, window=args.window, limit=args.limit),
+        against=against,
+        window=args.window,
+        threads=args.threads,
+        num_tokens=num_ids - -(-num_ids // args.window),
+    )
+    result = {"artifact": str(artifact.path), "text": str(args.text), "window": args.window, **figures}
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if args.json else _table(result))
     return 0
 
 
@@ -66,44 +81,50 @@ def evaluate(
     against: "Artifact | None" = None,
     window: int = DEFAULT_WINDOW,
     threads: int | None = None,
+    num_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Figures of one artifact on windows of token ids, of two if `against` is the reference; a JSON-able dict.
 
     Perplexity is exp of the mean negative log-likelihood in nats per predicted token; KL(against || artifact) is in
-    nats per token.
+    nats per token. `window` is the longest of the windows; `num_tokens`, what will be predicted, is for the progress
+    bar alone.
     """
     from runtime.ort_session import OrtSession
-
-    session = OrtSession.open(artifact, num_slots=1, capacity=window, threads=threads)
-    if against is None:
-        return _likelihood_figures(_likelihood(session, windows))
-    reference = OrtSession.open(against, num_slots=1, capacity=window, threads=threads)
-    return _distance_figures(_distance(session, reference, windows), against)
-
-
-def _likelihood(session: "OrtSession", windows: Iterator[list[int]]) -> "Likelihood":
     from runtime.progress import progress_bar
+
+    with ExitStack() as stack:
+        sessions = []
+        for one in (artifact, against):
+            if one is not None:
+                sessions.append(OrtSession.open(one, num_slots=1, capacity=window, threads=threads))
+                stack.callback(sessions[-1].close)
+        bar = stack.enter_context(progress_bar("eval", total=num_tokens, unit="token"))
+        if against is None:
+            return _likelihood_figures(_likelihood(sessions[0], windows, bar))
+        return _distance_figures(_distance(sessions[0], sessions[1], windows, bar), against)
+
+
+def _likelihood(session: "OrtSession", windows: Iterator[list[int]], bar: "Progress") -> "Likelihood":
     from runtime.scoring import Likelihood, log_softmax, score
 
     likelihood = Likelihood()
-    with progress_bar("eval", total=None, unit="token") as bar:
-        for window in windows:
-            for chunk in score(session, [window]):
-                likelihood.add(log_softmax(chunk.logits), chunk.next_ids)
-                bar.update(len(chunk.next_ids))
+    for window in windows:
+        for chunk in score(session, [window]):
+            likelihood.add(log_softmax(chunk.logits), chunk.next_ids)
+            bar.update(len(chunk.next_ids))
     return likelihood
 
 
-def _distance(session: "OrtSession", reference: "OrtSession", windows: Iterator[list[int]]) -> "Distance":
-    from runtime.progress import progress_bar
+def _distance(
+    session: "OrtSession", reference: "OrtSession", windows: Iterator[list[int]], bar: "Progress"
+) -> "Distance":
     from runtime.scoring import Distance, score
 
     distance = Distance()
-    with progress_bar("eval", total=None, unit="token") as bar:
-        for window in windows:
-            for ours, theirs in zip(score(session, [window]), score(reference, [window]), strict=True):
-                distance.add(theirs.logits, ours.logits, ours.next_ids)
-                bar.update(len(ours.next_ids))
+    for window in windows:
+        for ours, theirs in zip(score(session, [window]), score(reference, [window]), strict=True):
+            distance.add(theirs.logits, ours.logits, ours.next_ids)
+            bar.update(len(ours.next_ids))
     return distance
 
 
@@ -112,8 +133,6 @@ def _likelihood_figures(likelihood: "Likelihood") -> dict[str, Any]:
 
 
 def _distance_figures(distance: "Distance", against: "Artifact") -> dict[str, Any]:
-    if not distance.num_rows:
-        return {"tokens": 0}
     return {
         "tokens": distance.num_rows,
         "perplexity": _finite(distance.candidate.perplexity),
@@ -132,58 +151,87 @@ def _finite(value: float) -> float | str:
 
 
 def _check(args: argparse.Namespace, artifact: "Artifact", against: "Artifact | None") -> None:
-    from runtime.artifact import sha256_of
-
-    longest = min(one.manifest.dims.max_len for one in (artifact, against) if one is not None)
+    artifacts = [artifact] if against is None else [artifact, against]
+    shortest = min(artifacts, key=lambda one: one.manifest.dims.max_len)
+    longest = shortest.manifest.dims.max_len
     args.window = min(DEFAULT_WINDOW, longest) if args.window is None else args.window
     if not 2 <= args.window <= longest:
-        raise InvalidSetting(f"--window {args.window} is outside 2 to {longest:,}, the longest sequence of the model")
+        raise InvalidSetting(
+            f"--window {args.window} is outside 2 to {longest:,}, the longest sequence {shortest.path} was exported for"
+        )
     if args.limit is not None and args.limit < 2:
         raise InvalidSetting(f"--limit {args.limit} leaves nothing to predict; give at least 2 tokens")
-    if not args.text.is_file():
-        raise InvalidSetting(f"--text {args.text} is not a file")
-    for one in (artifact, against):
-        if one is not None and "tokenizer.json" not in one.manifest.files:
-            raise InvalidSetting(f"{one.path} has no tokenizer.json, so no text can be scored with it")
-    if against is None:
-        return
-    sizes = [one.manifest.dims.vocab_size for one in (artifact, against)]
-    if sizes[0] != sizes[1]:
-        raise InvalidSetting(f"the artifacts have vocabularies of {sizes[0]:,} and {sizes[1]:,}: not comparable")
-    if sha256_of(artifact.path / "tokenizer.json") != sha256_of(against.path / "tokenizer.json"):
-        raise InvalidSetting("the artifacts have different tokenizers: their token ids mean different text")
+    check_at_least("threads", args.threads, 1)
+    check_readable(args.text)
+    for one in artifacts:
+        if "tokenizer.json" not in one.manifest.files:
+            raise InvalidSetting(
+                f"{one.path} has no tokenizer.json, so no text can be scored with it; export a checkpoint that has one"
+            )
+    if against is not None:
+        _check_comparable(artifact, against)
 
 
-def _windows(text: Path, artifact: "Artifact", window: int, limit: int | None) -> Iterator[list[int]]:
+def _check_comparable(artifact: "Artifact", against: "Artifact") -> None:
+    ours, theirs = artifact.manifest, against.manifest
+    if ours.dims.vocab_size != theirs.dims.vocab_size:
+        raise InvalidSetting(
+            f"{artifact.path} has {ours.dims.vocab_size:,} tokens in its vocabulary and {against.path} has "
+            f"{theirs.dims.vocab_size:,}: not comparable; give two exports of one model"
+        )
+    if ours.files["tokenizer.json"].sha256 != theirs.files["tokenizer.json"].sha256:
+        raise InvalidSetting(
+            f"{artifact.path} and {against.path} have different tokenizers: a token id means different text in each; "
+            "give two exports of one model"
+        )
+
+
+def count_ids(text: Path, tokenizer: "Tokenizer", *, limit: int | None, vocab_size: int) -> int:
+    """Tokens of a file, at most `limit`. Raises InvalidSetting; InvalidArtifact for an id the model does not have."""
+    from runtime.progress import progress_bar
+
+    num_ids = 0
+    with progress_bar("read", total=text.stat().st_size, unit="B") as bar:
+        for piece in pieces_of(text):
+            ids = tokenizer.encode(piece, add_special_tokens=False)
+            if max(ids, default=0) >= vocab_size:
+                raise InvalidArtifact(
+                    f"the tokenizer gives the id {max(ids)}, the model's vocabulary ends at {vocab_size - 1:,}; "
+                    "export the model again with the tokenizer that belongs to it"
+                )
+            num_ids += len(ids)
+            if limit is not None and num_ids >= limit:
+                return limit
+            bar.update(len(piece.encode()))
+    return num_ids
+
+
+def windows_of_file(text: Path, tokenizer: "Tokenizer", *, window: int, limit: int | None) -> Iterator[list[int]]:
     """Windows of token ids of a file; only the very last may be shorter, and one of a single token is dropped."""
-    from runtime.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_directory(artifact.path)
-    ids: Iterator[int] = (
-        token for piece in _pieces(text) for token in tokenizer.encode(piece, add_special_tokens=False)
-    )
-    if limit is not None:
-        ids = islice(ids, limit)
+    pieces = (tokenizer.encode(piece, add_special_tokens=False) for piece in pieces_of(text))
+    ids = islice(chain.from_iterable(pieces), limit)
     while len(part := list(islice(ids, window))) > 1:
         yield part
 
 
-def _pieces(text: Path) -> Iterator[str]:
-    """The file's text in pieces that end at a line end. InvalidSetting names the first byte that is not UTF-8."""
-    offset = 0
-    with text.open("rb") as file:
-        while raw := b"".join(file.readlines(PIECE_BYTES)):
-            try:
-                yield raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = raw[error.start]
-                raise InvalidSetting(
-                    f"--text {text} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start:,}; "
-                    "convert it first"
-                ) from error
-            offset += len(raw)
-
-
 def _table(result: dict[str, Any]) -> str:
-    rows = [(name, value if isinstance(value, str | int) else f"{value:.6g}") for name, value in result.items()]
-    return "".join(f"{name:22}{value}\n" for name, value in rows)
+    """The result for people: percentages, units and which way a distance runs."""
+    rows = {
+        "artifact": result["artifact"],
+        "text": f"{result['text']}, {result['tokens']:,} tokens predicted in windows of {result['window']:,}",
+        "perplexity": _shown(result["perplexity"], ".4f"),
+    }
+    if "against" in result:
+        rows |= {
+            "against": result["against"],
+            "its perplexity": _shown(result["perplexity_against"], ".4f"),
+            "perplexity change": _shown(result["perplexity_increase"], "+.3%"),
+            "KL(against || this)": _shown(result["kl"], ".4g") + " nats a token",
+            "top-1 agreement": _shown(result["top1_agreement"], ".2%"),
+            "max logit error": _shown(result["max_logit_error"], ".4g"),
+        }
+    return "".join(f"{name:21}{value}\n" for name, value in rows.items())
+
+
+def _shown(value: float | str, spec: str) -> str:
+    return value if isinstance(value, str) else format(value, spec)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
     """Print the artifact for people, or as one JSON line. Artifacts that failed their gate are shown as well."""
     args = _parser().parse_args(argv)
     artifact = open_artifact(args.artifact, allow_failed=True)
-    text = json.dumps(as_json(artifact)) if args.json else "\n".join(as_lines(artifact))
+    text = json.dumps(as_json(artifact), allow_nan=False) if args.json else "\n".join(as_lines(artifact))
     sys.stdout.write(text + "\n")
     return 0
 
@@ -56,9 +57,19 @@ def as_json(artifact: Artifact) -> dict[str, Any]:
         "passed": artifact.passed,
         "parameters": num_parameters(artifact),
         "kv_bytes_per_token": bytes_per_token(artifact),
+        "kv_bytes_per_slot": bytes_per_token(artifact) * artifact.manifest.dims.max_len,
         "manifest": asdict(artifact.manifest),
-        "receipt": dict(artifact.receipt),
+        "receipt": _finite(dict(artifact.receipt)),
     }
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinity as text: Python's reader takes them, JSON does not know them."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_lines(artifact: Artifact) -> Iterator[str]:

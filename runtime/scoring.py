@@ -72,11 +72,11 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean nll); infinite where the mean overflows, NaN before the first token."""
+        """exp(mean nll); infinite where the mean overflows, NaN before the first token and after a NaN."""
         if not self.num_tokens:
             return math.nan
         mean = self.nll / self.num_tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        return math.inf if mean >= 700 else math.exp(mean)
 
 
 @dataclass(slots=True)

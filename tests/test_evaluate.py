@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.architectures import parse_config
@@ -94,7 +95,7 @@ def test_an_artifact_is_no_distance_from_itself_and_some_from_another(
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (None, [], "is not a file"),
+        (None, [], "cannot be read: No such file"),
         (b"", [], "fewer than two tokens"),
         (b"x", [], "fewer than two tokens"),
         (b"good line\nbad \xff byte", [], "byte 0xff at offset 14"),
@@ -123,11 +124,11 @@ def test_what_cannot_be_compared_is_refused(
     exported: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = exported("fp32").parent / "text.txt"
-    for changes, message in (({"vocab_size": 400}, "400 and 320"), ({}, "no tokenizer.json")):
-        source = write_checkpoint(tmp_path / message / "checkpoint", config_of("llama", **changes))
+    for changes, message in (({"vocab_size": 400}, "has 400 tokens"), ({}, "no tokenizer.json")):
+        source = write_checkpoint(tmp_path / str(len(changes)) / "checkpoint", config_of("llama", **changes))
         if changes:
             byte_level_tokenizer(source)
-        other = export_model(ExportOptions(model=str(source), out=tmp_path / message / "artifact")).path
+        other = export_model(ExportOptions(model=str(source), out=tmp_path / str(len(changes)) / "artifact")).path
         assert main(["eval", str(other), "--against", str(exported("fp32")), "--text", str(text)]) == 2
         assert message in capsys.readouterr().err
 
@@ -156,3 +157,32 @@ def test_inspect_shows_every_file_and_check(
     assert shown["manifest"]["precision"] == "w8a16"
     assert main(["inspect", str(artifact.path.parent)]) == 2
     assert "no manifest.json" in capsys.readouterr().err
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_a_model_of_nan_is_shown_as_failed_and_stays_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_checkpoint(tmp_path / "checkpoint", config_of("llama"))
+    byte_level_tokenizer(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    artifact = str(export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", force=True)).path)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    assert main(["eval", artifact, "--text", str(text)]) == 2
+    assert "--allow-failed" in capsys.readouterr().err
+    common = ["eval", artifact, "--against", artifact, "--text", str(text), "--allow-failed"]
+    assert main([*common, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out, parse_constant=refuse_constant)
+    assert (figures["perplexity"], figures["kl"], figures["max_logit_error"]) == ("nan", "nan", "nan")
+    assert main(common) == 0
+    assert "KL(against || this)  nan nats a token" in capsys.readouterr().out
+    assert main(["inspect", artifact]) == 0
+    assert "FAILED" in capsys.readouterr().out
+    assert main(["inspect", artifact, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse_constant)
+    assert shown["passed"] is False
+    assert shown["kv_bytes_per_slot"] == 256 * shown["kv_bytes_per_token"]
