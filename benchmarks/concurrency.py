@@ -2,171 +2,212 @@
 
 usage: python benchmarks/concurrency.py ARTIFACT [ARTIFACT ...] [--requests 32] [--prompt 32] [--new-tokens 128]
 
-Greedy, made-up prompts, end of text ignored, so that both ways generate the same tokens. All four ways take turns, so
-that a slow minute of the machine falls on each; ratios are medians over the turns, of which the first round (engine and
-HTTP together) only warms up. Client and server share the cores, so HTTP's share pays for both. The HTTP side is a real
-`headrace serve` on a free loopback port with streamed completions; it is stopped by its process id. Prints a table,
-then one JSON line.
+Greedy, random prompts, end of text ignored, so that every way generates the same number of tokens; what comes over HTTP
+is counted. The HTTP side is a real `headrace serve` on a free loopback port with streamed completions, stopped by its
+process id; the clients are threads of plain http.client, which cost little of the cores they share with the server.
+Each round measures each way in turn; medians over the rounds, ratios of runs of the same round. About five minutes an
+artifact. Prints a table, then one JSON line.
 """
 
 import argparse
 import http.client
 import json
+import select
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-from runtime.bench import StepTimes
+from runtime.artifact import open_artifact
+from runtime.bench_runs import EngineRun, opened, random_ids, run_requests
 from runtime.core import SamplingParams
+from runtime.errors import HeadraceError
+from runtime.progress import progress_bar
 from runtime.roofline import describe_machine
-from runtime.settings import EngineSettings
-from runtime.text_model import TextModel, open_text_model
 
-STOP_TIMEOUT_S = 60  # draining takes up to 30
+START_S = 300
+"""Longest wait for the server; hashing and loading a large artifact from a slow disk takes minutes."""
+STOP_S = 60
+REQUEST_S = 1800
+
+TOGETHER_OVER_ALONE = 0.25
+HTTP_SHARE = 0.9
+OVERHEAD = 0.08
 
 
-def prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
-    return [[(7 + 13 * row + 31 * idx) % vocab_size for idx in range(args.prompt)] for row in range(args.requests)]
+class Address(NamedTuple):
+    """Where a server listens, and the name of its model."""
 
-
-def run_engine(model: TextModel, args: argparse.Namespace, *, together: bool) -> float:
-    """Seconds for all requests through the engine."""
-    params = SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
-    started_s = time.perf_counter()
-    if together:
-        for generation in [model.generate(ids, params) for ids in prompts(args, model.vocab_size)]:
-            assert len(list(generation)) == args.new_tokens
-    else:
-        for ids in prompts(args, model.vocab_size):
-            assert len(list(model.generate(ids, params))) == args.new_tokens
-    return time.perf_counter() - started_s
+    host: str
+    port: int
+    model: str
 
 
 @contextmanager
-def served(artifact: str, args: argparse.Namespace) -> Any:
-    """A server of its own; yields host, port and model name."""
-    settings = ["--max-len", str(args.prompt + args.new_tokens), "--max-batch", str(args.requests)]
-    command = [sys.executable, "-m", "headrace", "serve", artifact, "--port", "0", *settings]
+def served(artifact: str, args: argparse.Namespace) -> Iterator[Address]:
+    """A server of its own, ready. HeadraceError if it does not start."""
+    command = [sys.executable, "-m", "headrace", "serve", artifact, "--port", "0"]
+    command += ["--max-len", str(args.prompt + args.new_tokens), "--max-batch", str(args.requests)]
+    command += ["--max-waiting", str(args.requests), *(["--allow-failed"] if args.allow_failed else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        is_told, _, _ = select.select([process.stdout], [], [], START_S)
+        line = process.stdout.readline() if is_told else ""
         if "http://" not in line:
-            raise SystemExit(f"the server did not start (exit {process.wait(STOP_TIMEOUT_S)}): {line!r}")
-        host, port = line.split("http://")[1].split()[0].split(":")
-        yield host, int(port), line.split()[3]
+            raise HeadraceError(f"`{' '.join(command)}` did not start; run it to see why")
+        host, _, port = line.split("http://")[1].split()[0].rpartition(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=STOP_S)
+        connection.request("GET", "/v1/models")
+        model = json.loads(connection.getresponse().read())["data"][0]["id"]
+        connection.close()
+        yield Address(host, int(port), model)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def stream(address: tuple[str, int, str], ids: list[int], num_tokens: int) -> None:
-    """One streamed completion; every token must arrive, by the server's own count."""
-    host, port, name = address
-    connection = http.client.HTTPConnection(host, port, timeout=600)
+def stream(address: Address, prompt_ids: list[int], num_tokens: int) -> None:
+    """One streamed completion, read to its end. HeadraceError unless it has so many tokens."""
     body = {
-        "model": name,
-        "prompt": ids,
+        "model": address.model,
+        "prompt": prompt_ids,
         "max_tokens": num_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=REQUEST_S)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    data = connection.getresponse().read()
+    events = connection.getresponse().read().split(b"\n\n")
     connection.close()
-    events = data.decode().strip().split("\n\n")
-    assert len(events) > 1 and events[-1] == "data: [DONE]", data[-300:]
-    usage = json.loads(events[-2].removeprefix("data: "))["usage"]
-    assert usage["completion_tokens"] == num_tokens, usage
+    if len(events) < 3 or events[-2] != b"data: [DONE]":
+        raise HeadraceError(f"the server broke off: {events[-1][-200:]!r}")
+    usage = json.loads(events[-3].removeprefix(b"data: ")).get("usage") or {}
+    if usage.get("completion_tokens") != num_tokens:
+        raise HeadraceError(f"asked for {num_tokens} tokens, the server counts {usage.get('completion_tokens')}")
 
 
-def run_http(address: tuple[str, int, str], args: argparse.Namespace, ids: list[list[int]], *, together: bool) -> float:
+def run_http(address: Address, args: argparse.Namespace, prompts: list[list[int]], *, together: bool) -> float:
     """Seconds for all requests as HTTP streams."""
     started_s = time.perf_counter()
     with ThreadPoolExecutor(args.requests if together else 1) as pool:
-        list(pool.map(lambda one: stream(address, one, args.new_tokens), ids))
+        list(pool.map(lambda ids: stream(address, ids, args.new_tokens), prompts))
     return time.perf_counter() - started_s
 
 
 def measure(artifact: str, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one artifact; engine and HTTP in turn."""
-    times = StepTimes()
-    settings = EngineSettings(max_batch=args.requests, max_waiting=args.requests, max_len=args.prompt + args.new_tokens)
-    model = open_text_model(artifact, settings, allow_failed=True, observer=times)
-    model.start()
-    run_engine(model, args, together=True)
-    times.steps.clear()
-    seconds: dict[str, list[float]] = {"engine": [], "http": [], "alone": [], "http_alone": []}
-    ids = prompts(args, model.vocab_size)
-    with served(artifact, args) as address:
-        run_http(address, args, ids, together=True)
+    params = SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
+    capacity = args.prompt + args.new_tokens
+    engine: dict[bool, list[EngineRun]] = {True: [], False: []}
+    over_http: dict[bool, list[float]] = {True: [], False: []}
+    with (
+        opened(open_artifact(artifact, allow_failed=args.allow_failed), batch=args.requests, capacity=capacity) as (
+            _,
+            model,
+            times,
+        ),
+        served(artifact, args) as address,
+        progress_bar("concurrency", total=2 + 2 * args.repeat + 2 * args.repeat_alone, unit="run") as bar,
+    ):
+        prompts = random_ids(args.requests, args.prompt, model.vocab_size).tolist()
+
+        def run_engine(*, together: bool) -> EngineRun:
+            run = run_requests(model, times, batch=args.requests, prompt=args.prompt, params=params, together=together)
+            bar.update(1)
+            return run
+
+        def http_seconds(*, together: bool) -> float:
+            seconds = run_http(address, args, prompts, together=together)
+            bar.update(1)
+            return seconds
+
+        run_engine(together=True)  # the first run allocates
+        http_seconds(together=True)
         for turn in range(args.repeat):
-            seconds["engine"].append(run_engine(model, args, together=True))
-            seconds["http"].append(run_http(address, args, ids, together=True))
-            if turn < args.repeat_alone:
-                seconds["alone"].append(run_engine(model, args, together=False))
-                seconds["http_alone"].append(run_http(address, args, ids, together=False))
-    model.close()
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    total = args.requests * args.new_tokens
-    return {
-        "artifact": artifact,
-        "engine_tokens_per_s": total / median["engine"],
-        "http_tokens_per_s": total / median["http"],
-        "together_over_alone": ratio(seconds["engine"], seconds["alone"]),
-        "http_together_over_alone": ratio(seconds["http"], seconds["http_alone"]),
-        "http_share": ratio(seconds["engine"], seconds["http"]),
-        "seconds": seconds,
-        "overhead_share": times.overhead_share(args.requests),
+            for together in (True, False) if turn < args.repeat_alone else (True,):
+                engine[together].append(run_engine(together=together))
+                over_http[together].append(http_seconds(together=together))
+    return _figures(artifact, args, {key: [run.seconds for run in runs] for key, runs in engine.items()}, over_http) | {
+        "overhead_share": statistics.median(
+            run.overhead_share for run in engine[True] if run.overhead_share is not None
+        )
     }
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios turn by turn, over the turns that have both."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=False))
+def _median_or_none(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
-def main() -> None:
+def _figures(
+    artifact: str, args: argparse.Namespace, engine: dict[bool, list[float]], over_http: dict[bool, list[float]]
+) -> dict[str, Any]:
+    def ratio(above: list[float], below: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=False))
+
+    total = args.requests * args.new_tokens
+    return {
+        "artifact": artifact,
+        "engine_tokens_per_s": total / statistics.median(engine[True]),
+        "http_tokens_per_s": total / statistics.median(over_http[True]),
+        "together_over_alone": ratio(engine[True], engine[False]),
+        "http_together_over_alone": ratio(over_http[True], over_http[False]),
+        "http_share": ratio(engine[True], over_http[True]),
+        "engine_s": engine[True],
+        "http_s": over_http[True],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", nargs="+")
+    parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument(
-        "--repeat-alone", type=int, default=5, help="turns that also run one after another, minutes each"
-    )
+    parser.add_argument("--repeat-alone", type=int, default=1, help="rounds that also run one after another: minutes")
+    parser.add_argument("--allow-failed", action="store_true")
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     args = parser.parse_args()
-    for name in ("requests", "prompt", "new_tokens", "repeat", "repeat_alone"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if min(args.requests, args.prompt, args.new_tokens - 1, args.repeat_alone) < 1 or args.repeat < args.repeat_alone:
+        parser.error("every number must be at least 1, --new-tokens 2, and --repeat no less than --repeat-alone")
     print(f"{'':34}{'engine':>8}{'HTTP':>8}{'HTTP/engine':>13}{'together/alone':>16}{'over HTTP':>11}{'overhead':>10}")
     rows = []
     for artifact in args.artifacts:
         row = measure(artifact, args)
         rows.append(row)
-        share = row["overhead_share"]
-        overhead = "-" if share is None else f"{share:.1%}"
+        overhead = "-" if row["overhead_share"] is None else f"{row['overhead_share']:.1%}"
         print(
             f"{artifact[-32:]:34}{row['engine_tokens_per_s']:8,.0f}{row['http_tokens_per_s']:8,.0f}"
             f"{row['http_share']:13.0%}{row['together_over_alone']:16.2f}{row['http_together_over_alone']:11.2f}"
             f"{overhead:>10}",
             flush=True,
         )
+    targets = f"{f'>= {HTTP_SHARE:.0%}':>13}{f'<= {TOGETHER_OVER_ALONE}':>16}{'':11}{f'<= {OVERHEAD:.0%}':>10}"
+    print(f"{'target':34}{'tok/s':>8}{'tok/s':>8}{targets}")
+    settings = {name: value for name, value in vars(args).items() if name != "artifacts"}
     machine = describe_machine()._asdict()
-    print(json.dumps({"benchmark": "concurrency", **vars(args), "machine": machine, "rows": rows}))
+    print(json.dumps({"benchmark": "concurrency", "machine": machine, "settings": settings, "rows": rows}))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HeadraceError as error:
+        sys.exit(f"concurrency: {error}")

@@ -1,7 +1,8 @@
 """The peer's side of versus_genai.py, run by the peer's own Python: JSON lines in, JSON lines out.
 
 genai_worker.py save GGUF OUT    save a GGUF file as a Hugging Face directory, in float32 (transformers)
-genai_worker.py MODEL            {"batch": b, "prompt": p, "new_tokens": n} -> {"prefill_s": s, "step_s": s}
+genai_worker.py MODEL            says {"version": v} when the model is loaded, then answers
+                                 {"batch": b, "prompt": p, "new_tokens": n} -> {"prefill_s": s, "step_s": s}
 """
 
 import json
@@ -52,6 +53,7 @@ def main() -> None:
     import onnxruntime_genai as og
 
     model = og.Model(sys.argv[1])
+    print(json.dumps({"version": og.__version__}), flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(model, **json.loads(line))), flush=True)
 

@@ -3,81 +3,82 @@
 usage: python benchmarks/versus_genai.py [--precision int8,int4] [--repeat 5] [--cache DIR] [--peer-python PYTHON]
 
 The peer lives in a virtual environment of its own (made in --cache on first use; about 1.5 GB with torch, which its
-model builder needs), runs as a process of its own, and works only while it is asked. Both sides greedy, choosing each
-token included, the same prompt lengths, all threads. Prints a table of medians and ratios, then one JSON line.
+model builder needs), runs as a process of its own, and works only while it is asked. Both sides are greedy and run the
+same prompt lengths on the threads they choose by default; ours is the session and the choice of a token, without the
+engine around it, as the peer has none. Three minutes once everything is there. Prints a table of medians and ratios,
+then one JSON line.
 """
 
 import argparse
 import json
-import select
-import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from export.default_model import cache_dir, default_model_file
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import open_artifact
-from runtime.bench import decode, fill_cache, prefill
-from runtime.errors import InvalidArtifact
+from runtime.bench_runs import decode, prefill
+from runtime.errors import HeadraceError, InvalidArtifact
 from runtime.ort_session import OrtSession
+from runtime.progress import progress_bar
 from runtime.roofline import describe_machine
 
 PEER_PACKAGES = ("onnxruntime-genai==0.18.*", "torch==2.13.0", "transformers>=5,<6", "accelerate", "gguf", "onnx-ir")
 OURS = {"int8": "w8a16", "int4": "w4a16"}
 WORKER = Path(__file__).with_name("genai_worker.py")
-SETUP_TIMEOUT_S = 1800  # a slow download of torch
-MEASURE_TIMEOUT_S = 300  # the longest single run takes some tens of seconds on two cores
-# name, batch, prompt tokens, decode steps, the ratio asked for
-CASES = (("prefill 512", 1, 512, 1, 1.8), ("decode x32", 32, 128, 16, 1.5), ("decode x1", 1, 128, 32, 1.1))
+NUM_SLOTS, CAPACITY = 32, 1024
+
+
+class Case(NamedTuple):
+    """What both sides do, and the ratio asked for. Without decode steps it is the prefill that counts."""
+
+    name: str
+    batch: int
+    prompt: int
+    steps: int
+    wanted: float
+
+
+CASES = (Case("prefill 512", 1, 512, 0, 1.8), Case("decode x32", 32, 128, 16, 1.5), Case("decode x1", 1, 128, 96, 1.1))
+
+
+def run(what: str, *command: str | Path) -> None:
+    """Run a step of the preparation; HeadraceError with the end of what it said if it fails."""
+    sys.stderr.write(f"versus_genai: {what} ...\n")
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HeadraceError(f"{what} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
 
 
 def peer_python(cache: Path) -> Path:
-    """The peer's interpreter, its environment made if it is missing."""
-    home = cache / "genai-venv"
-    python, complete = home / "bin" / "python", home / "complete"
-    if not complete.exists():
-        print("setting up the peer's environment: 1.5 GB, some minutes", file=sys.stderr, flush=True)
-        run([sys.executable, "-m", "venv", "--clear", str(home)])
-        run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES])
-        complete.touch()
+    """The peer's interpreter, its environment made if it is missing or was left half made."""
+    venv = cache / "genai-venv"
+    python, mark = venv / "bin" / "python", venv / "complete"
+    if not mark.exists():
+        run("making the peer's virtual environment", sys.executable, "-m", "venv", "--clear", venv)
+        run("installing the peer (1.5 GB)", python, "-m", "pip", "install", "--quiet", *PEER_PACKAGES)
+        mark.touch()
     return python
 
 
-def run(command: list[str]) -> None:
-    """Run a step of the set-up; if it fails or hangs, end with the last lines it wrote."""
-    try:
-        subprocess.run(command, check=True, timeout=SETUP_TIMEOUT_S, capture_output=True, text=True)
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{' '.join(command)} failed with {error.returncode}:\n{error.stderr[-2000:]}") from error
-    except subprocess.TimeoutExpired as error:
-        raise SystemExit(f"{' '.join(command)} took more than {SETUP_TIMEOUT_S} s") from error
-
-
 def peer_model(python: Path, cache: Path, precision: str) -> Path:
-    """The peer's export of the default model."""
+    """The peer's export of the default model. What was interrupted is begun again: the last step renames."""
     source, out = cache / "genai-source", cache / f"genai-{precision}"
     if not source.exists():
-        with half_made(source) as part:
-            run([str(python), str(WORKER), "save", str(default_model_file()), str(part)])
+        partial = source.with_name(f"{source.name}.partial")
+        run("saving the default model for the peer", python, WORKER, "save", default_model_file(), partial)
+        partial.rename(source)
     if not out.exists():
-        builder = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-p", precision]
-        with half_made(out) as part:
-            run([*builder, "-e", "cpu", "-o", str(part), "-c", str(cache / "builder")])
+        partial = out.with_name(f"{out.name}.partial")
+        builder = (python, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", partial)
+        run(f"the peer's {precision} export", *builder, "-p", precision, "-e", "cpu", "-c", cache / "builder")
+        partial.rename(out)
     return out
-
-
-@contextmanager
-def half_made(directory: Path) -> Iterator[Path]:
-    """Another name to write to; it becomes `directory` when the block ends well."""
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    yield part
-    part.rename(directory)
 
 
 def our_model(cache: Path, precision: str) -> Path:
@@ -93,83 +94,106 @@ def our_model(cache: Path, precision: str) -> Path:
 class Peer:
     """The peer's process; asked one thing at a time."""
 
-    def __init__(self, python: Path, model: Path) -> None:
-        self._process = subprocess.Popen(
-            [str(python), str(WORKER), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self.version: str = self._answer()["version"]
 
-    def measure(self, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"batch": batch, "prompt": prompt, "new_tokens": new_tokens}) + "\n")
+    def measure(self, case: Case) -> float:
+        """Seconds of the prefill, or of a decode step. HeadraceError if the process has ended."""
+        question = {"batch": case.batch, "prompt": case.prompt, "new_tokens": max(1, case.steps)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], MEASURE_TIMEOUT_S)[0]:
-            raise SystemExit(f"the peer did not answer within {MEASURE_TIMEOUT_S} s (batch {batch}, prompt {prompt})")
+        return float(self._answer()["step_s" if case.steps else "prefill_s"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"the peer ended with {self._process.wait()} (batch {batch}, prompt {prompt})")
-        answer: dict[str, float] = json.loads(line)
+            raise HeadraceError(f"the peer ended with exit code {self._process.wait()}; it says why above")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def __enter__(self) -> "Peer":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        # It holds nothing worth saving, and may be in the middle of a long run.
-        self._process.kill()
-        self._process.wait()
+@contextmanager
+def running_peer(python: Path, model: Path) -> Iterator[Peer]:
+    """The peer with its model loaded; ended by closing its input, killed if that does not end it."""
+    process = subprocess.Popen(
+        [str(python), str(WORKER), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield Peer(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def compare(ours: OrtSession, peer: Peer, repeat: int) -> list[dict[str, Any]]:
-    """One row a case: tokens a second of both sides, medians of runs taken in turn, and their ratio."""
-    fill_cache(ours, max(prompt for name, _, prompt, *_ in CASES if name.startswith("decode")))
+def measure_ours(session: OrtSession, case: Case) -> float:
+    """Seconds of the prefill, or of a decode step."""
+    return decode(session, case.batch, case.prompt, case.steps) if case.steps else prefill(session, case.prompt)
+
+
+def compare(session: OrtSession, peer: Peer, repeat: int) -> list[dict[str, Any]]:
+    """One row a case: tokens a second of both sides, medians of runs taken in turn, and the median of their ratios."""
+    for slot in range(NUM_SLOTS):  # decoding is to read a cache that was written
+        prefill(session, max(case.prompt for case in CASES if case.steps), slot=slot)
     rows = []
-    for name, batch, prompt, steps, wanted in CASES:
-        pairs = []
-        for turn in range(repeat + 1):  # the first pair warms up
-            if name.startswith("prefill"):
-                pair = (prefill(ours, prompt), peer.measure(batch, prompt, steps)["prefill_s"])
-            else:
-                pair = (decode(ours, batch, prompt, steps), peer.measure(batch, prompt, steps)["step_s"])
-            if turn:
-                pairs.append(pair)
-        tokens = prompt if name.startswith("prefill") else batch
-        ours_s, peer_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-        ratio = statistics.median(theirs / our for our, theirs in pairs)
-        rows.append({"case": name, "ours": tokens / ours_s, "peer": tokens / peer_s, "ratio": ratio, "wanted": wanted})
+    with progress_bar("in turn", total=len(CASES) * (repeat + 1), unit="pair") as bar:
+        for case in CASES:
+            pairs = []
+            for _ in range(repeat + 1):
+                pairs.append((measure_ours(session, case), peer.measure(case)))
+                bar.update(1)
+            pairs = pairs[1:]  # the first warms up
+            tokens = case.batch if case.steps else case.prompt
+            ours_s, peer_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+            ratios = sorted(theirs / our for our, theirs in pairs)
+            rows.append({
+                "case": case.name, "ours": tokens / ours_s, "peer": tokens / peer_s, "ratio": statistics.median(ratios),
+                "lowest_ratio": ratios[0], "highest_ratio": ratios[-1], "wanted": case.wanted,
+            })  # fmt: skip
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="int8,int4")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--cache", type=Path, default=cache_dir() / "benchmarks")
-    parser.add_argument("--peer-python", type=Path)
+    parser.add_argument("--precision", default="int8,int4", help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=5, help="pairs of runs of each case; default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=cache_dir() / "benchmarks", help="default: %(default)s")
+    parser.add_argument("--peer-python", type=Path, help="an interpreter that has the peer and its builder installed")
     args = parser.parse_args()
     precisions = args.precision.split(",")
-    if unknown := [name for name in precisions if name not in OURS]:
-        parser.error(f"--precision {unknown[0]!r} is not one of {', '.join(OURS)}")
-    if args.repeat < 1:
-        parser.error(f"--repeat {args.repeat} must be at least 1")
+    if args.repeat < 1 or not set(precisions) <= set(OURS):
+        parser.error(f"--repeat must be at least 1 and --precision among {', '.join(OURS)}")
     args.cache.mkdir(parents=True, exist_ok=True)
     python = args.peer_python or peer_python(args.cache)
-    results = {}
-    print(f"{'':22}{'headrace':>10}{'genai':>10}{'ratio':>8}{'wanted':>8}   tokens/s")
+    results, version = {}, ""
+    print(f"{'':22}{'headrace':>10}{'genai':>10}{'ratio':>8}{'(range)':>14}{'wanted':>8}   tokens/s")
     for precision in precisions:
         theirs, mine = peer_model(python, args.cache, precision), our_model(args.cache, precision)
-        session = OrtSession.open(open_artifact(mine), num_slots=32, capacity=1024)
-        with Peer(python, theirs) as peer:
-            results[precision] = compare(session, peer, args.repeat)
+        session = OrtSession.open(open_artifact(mine), num_slots=NUM_SLOTS, capacity=CAPACITY)
+        with running_peer(python, theirs) as peer:
+            results[precision], version = compare(session, peer, args.repeat), peer.version
         session.close()
         for row in results[precision]:
+            spread = f"({row['lowest_ratio']:.2f}-{row['highest_ratio']:.2f})"
             print(
-                f"{precision:6}{row['case']:16}{row['ours']:10,.1f}{row['peer']:10,.1f}"
-                f"{row['ratio']:8.2f}{row['wanted']:8.1f}",
+                f"{precision:6}{row['case']:16}{row['ours']:10,.1f}{row['peer']:10,.1f}{row['ratio']:8.2f}{spread:>14}"
+                f"{row['wanted']:8.1f}",
                 flush=True,
             )
     machine = describe_machine()._asdict()
-    print(json.dumps({"benchmark": "versus_genai", "repeat": args.repeat, "machine": machine, "results": results}))
+    head = {"benchmark": "versus_genai", "peer": f"onnxruntime-genai {version}", "repeat": args.repeat}
+    print(json.dumps({**head, "machine": machine, "results": results}))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HeadraceError as error:
+        sys.exit(f"versus_genai: {error}")

@@ -17,6 +17,9 @@ OPSET = 23  # the first with RMSNormalization
 MICROSOFT_OPSET = 1
 IR_VERSION = 11
 
+# Inputs of which a run reads the rows it asks for, not the whole: embeddings and rotary tables.
+_GATHERED = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "GroupQueryAttention": (7, 8)}
+
 
 class GraphBuilder:
     """Collects the nodes, initializers, inputs and outputs of one graph."""
@@ -95,6 +98,18 @@ class GraphBuilder:
     def array(self, name: str, array: NDArray[Any]) -> ir.Value:
         """Write an array to weights.bin and name it."""
         return self.weight(name, self.write([array]), ir.DataType.from_numpy(array.dtype), array.shape)
+
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights.bin that every run reads whole, those with two names counted once."""
+        extents = {
+            (value.const_value.offset, value.const_value.length)
+            for node in self._nodes
+            for idx, value in enumerate(node.inputs)
+            if value is not None
+            and isinstance(value.const_value, ir.ExternalTensor)
+            and idx not in _GATHERED.get(node.op_type, ())
+        }
+        return sum(length or 0 for _, length in extents)
 
     def model(self, name: str, producer_version: str) -> ir.Model:
         """The finished model."""

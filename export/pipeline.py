@@ -51,9 +51,9 @@ def export_model(options: ExportOptions) -> Artifact:
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
-        _write_graph(staging, checkpoint, config, precision, max_len)
+        step_weight_bytes = _write_graph(staging, checkpoint, config, precision, max_len)
         write_texts(staging, checkpoint.text_files())
-        draft = _manifest(staging, checkpoint, config, precision, max_len)
+        draft = _manifest(staging, checkpoint, config, precision, max_len, step_weight_bytes)
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
@@ -63,9 +63,8 @@ def export_model(options: ExportOptions) -> Artifact:
     return Artifact(options.out, manifest, receipt)
 
 
-def _write_graph(
-    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
-) -> None:
+def _write_graph(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int) -> int:
+    """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
     num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors)
@@ -74,6 +73,7 @@ def _write_graph(
         DecoderGraph(graph, _Counting(checkpoint, bar), config, precision, max_len).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
+    return graph.step_weight_bytes()
 
 
 class _Counting:
@@ -104,7 +104,12 @@ def _max_len(wanted: int | None, config: ModelConfig) -> int:
 
 
 def _manifest(
-    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
+    staging: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision,
+    max_len: int,
+    step_weight_bytes: int,
 ) -> Manifest:
     generation = json.loads(checkpoint.text_files().get("generation_config.json", "{}"))
     return Manifest(
@@ -130,6 +135,7 @@ def _manifest(
         bos_id=config.bos_id,
         files={file.name: file_entry(file) for file in sorted(staging.iterdir())},
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
+        step_weight_bytes=step_weight_bytes,
     )
 
 

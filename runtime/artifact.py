@@ -81,6 +81,8 @@ class Manifest:
     bos_id: int | None
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
+    step_weight_bytes: int | None = None
+    """Bytes of weights that every run reads whole; None in artifacts written before it was counted."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
