@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs requests on a session in steps; they join and leave between two steps."""
 
-    def __init__(self, session: Session, *, prefill_chunk: int = 512, observer: EngineObserver | None = None) -> None:
+    def __init__(self, session: Session, *, prefill_chunk: int = 128, observer: EngineObserver | None = None) -> None:
         self.info = session.info
         self.live: dict[str, Sequence] = {}
         self._session = session

@@ -42,7 +42,7 @@ class EngineSettings:
 
     max_batch: int = setting(32, "most requests decoded together")
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
-    prefill_chunk: int = setting(512, "most prompt tokens run between two decode steps")
+    prefill_chunk: int = setting(128, "most prompt tokens run between two decode steps")
     threads: int | None = setting(None, "threads of the model, by default one per core")
     kv_memory: int | None = setting(
         None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
