@@ -21,6 +21,13 @@ def verification_text(name: str = "prose") -> str:
     return _read(EVALUATION_TEXTS[name])
 
 
+def evaluation_texts() -> dict[str, str]:
+    """Every held-out text by name, the prompts as one of them."""
+    return {name: _read(file) for name, file in EVALUATION_TEXTS.items()} | {
+        "prompts": "\n".join(verification_prompts())
+    }
+
+
 def verification_prompts() -> list[str]:
     """Twenty short prompts for greedy generation."""
     return [json.loads(line)["prompt"] for line in _read("prompts.jsonl").splitlines()]

@@ -1,6 +1,6 @@
 """Records to token ids as the model itself would read them: its own chat template and its own tokenizer.
 
-A record is `{"messages": [{"role", "content"}...]}` or `{"text": ...}`. Knows nothing about files or samples.
+Knows nothing about files or samples.
 """
 
 import hashlib
@@ -8,11 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from export.calibration_files import Record
 from runtime.chat_template import TEMPLATE_FILE, ChatTemplate
-from runtime.errors import InvalidCheckpoint, InvalidRequest
+from runtime.errors import InvalidCheckpoint, InvalidRequest, InvalidSetting
 from runtime.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+
+# Stands for the words of a message when the text before them is wanted; no template changes it.
+_MARK = "headrace0calibration"
 
 
 class RecordEncoder:
@@ -37,23 +41,35 @@ class RecordEncoder:
             "chat_template_sha256": None if source is None else hashlib.sha256(source.encode()).hexdigest(),
         }
 
-    def encode(self, record: Mapping[str, Any]) -> list[int]:
-        """Token ids of one record. InvalidRequest if the template takes its messages in no form."""
-        if "messages" not in record:
-            return self.tokenizer.encode(record["text"])
+    def encode(self, record: Record) -> list[int]:
+        """Token ids of one record. InvalidSetting, with its place, if the model's template does not take it."""
+        value = record.value
+        if "messages" not in value:
+            return self.tokenizer.encode(value["text"])
         if self._template is None:
-            return self.tokenizer.encode("\n\n".join(str(message["content"]) for message in record["messages"]))
-        return self.tokenizer.encode(self._render(record["messages"]), add_special_tokens=False)
+            return self.tokenizer.encode("\n\n".join(str(message["content"]) for message in value["messages"]))
+        try:
+            text = self._render(value["messages"])
+        except InvalidRequest as error:
+            raise InvalidSetting(f"--calib {record.where}: {error}; mend or remove the record") from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def chat_start(self, question: str | None = None) -> list[int]:
-        """The tokens a conversation begins with; after `question`, up to where the assistant is to speak.
+    def starts(self, max_len: int) -> list[list[int]]:
+        """Ids that the model's own text can begin with: an opened conversation, if there is a template, and a text.
 
-        Without a template: what the tokenizer puts before a text, which can be nothing.
+        The conversation stops where the user's first words would stand, so that the model writes both sides. A text
+        begins with the beginning-of-text token, or after an end-of-text token, or with a line end if there is neither.
         """
-        if self._template is None or question is None:
-            return self.tokenizer.encode("")
-        messages = [{"role": "user", "content": question}]
-        return self.tokenizer.encode(self._template.render(messages), add_special_tokens=False)
+        opened = [] if self._template is None else [self._opened_conversation()]
+        special = self.tokenizer.special_tokens
+        begin = special.get("bos_token") or special.get("eos_token") or "\n"
+        text = self.tokenizer.encode("") or self.tokenizer.encode(begin, add_special_tokens=False)
+        return [start for start in (*opened, text) if 0 < len(start) <= max_len]
+
+    def _opened_conversation(self) -> list[int]:
+        assert self._template is not None
+        before, mark, _ = self._template.render([{"role": "user", "content": _MARK}]).partition(_MARK)
+        return self.tokenizer.encode(before, add_special_tokens=False) if mark else []
 
     def _render(self, messages: Messages) -> str:
         """Some templates refuse a system role; it then opens the first user message, as their authors advise."""

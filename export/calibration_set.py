@@ -1,28 +1,51 @@
 """What a model is calibrated on: token ids from one of several sources, and where they came from.
 
     built-in         this project's own texts (calibration_data/), through the model's chat template
-    self             text the model itself writes
+    self             text the model itself writes, from nothing but the beginning of a conversation or of a text
     PATH             .jsonl, .txt or .parquet
-    owner/name       a dataset on the Hugging Face hub
+    owner/name       a dataset on the Hugging Face hub, see dataset_hub.py
 
-The same source, tokenizer and seed give the same ids on every machine. Knows nothing about statistics or graphs.
+The same source, tokenizer and seed give the same ids on every machine (`self`: on machines that compute alike).
+Knows nothing about statistics or graphs.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import calibration_data
 from export.calibration_encoder import RecordEncoder
+from export.calibration_files import FLAG, Record, read_records
 from export.calibration_packing import interleave, pack
+from export.text_overlap import RUN_WORDS, overlaps
+from export.text_sampling import Sample
 from runtime.errors import InvalidSetting
 
 BUILT_IN = "built-in"
+SELF = "self"
+DEFAULT_NUM_SAMPLES = 128
+DEFAULT_LENGTH = 512
+
+MIN_LENGTH = 16
+"""Shorter sequences are nearly all first tokens, which are no picture of what a model computes."""
+
+MIN_TOKENS = 2_048
+"""Fewer tokens leave channels that fire seldom without a range: refused, unless less than twice that was asked for."""
+
+# Text is read until it should give twice the tokens wanted: English has some 4 characters a token, most others fewer.
+_CHARS_PER_TOKEN = 8
+# One record may fill a sequence but not a whole set.
+_PIECE_SEQUENCES = 2
+
+Generate = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
+"""(starts, length, seed) -> each start continued at temperature 1 to `length` ids, the start included."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +60,61 @@ class CalibrationSet:
         return sum(map(len, self.sequences))
 
 
+class _Source(NamedTuple):
+    """Records in the order in which they are used, and what the provenance says about them."""
+
+    records: Sequence[Record]
+    account: dict[str, Any]
+
+
 def load_calibration_set(
     source: str,
     texts: Mapping[str, str],
     *,
-    num_samples: int = 128,
-    length: int = 512,
+    num_samples: int = DEFAULT_NUM_SAMPLES,
+    length: int = DEFAULT_LENGTH,
     seed: int = 0,
+    max_len: int | None = None,
+    generate: Generate | None = None,
 ) -> CalibrationSet:
     """At most `num_samples` sequences of at most `length` tokens from `source`, chosen by `seed`.
 
-    `texts` is `Checkpoint.text_files()`. InvalidCheckpoint if they hold no tokenizer, InvalidSetting for a source
-    that cannot be used.
+    `texts` is `Checkpoint.text_files()`, `max_len` the model's longest sequence, `generate` what `self` samples with.
+    Memory does not grow with the size of a file. A file that shares runs of words with the evaluation texts is used,
+    with a warning on standard error. InvalidCheckpoint if `texts` hold no tokenizer; InvalidSetting for a source that
+    does not exist, cannot be read or has too little text, and for sizes that do not fit the model.
     """
+    _check_sizes(num_samples, length, max_len)
     encoder = RecordEncoder(texts)
-    if source != BUILT_IN:
-        raise InvalidSetting(f"--calib {source!r} is not a source of calibration text; use {BUILT_IN}")
-    records, digest = _built_in(seed)
-    sequences = pack(map(encoder.encode, records), num_samples=num_samples, length=length)
+    if source == SELF:
+        sequences, account = _sampled_from_itself(encoder, num_samples, length, seed, generate)
+        used = [encoder.tokenizer.decode(ids) for ids in sequences]
+    else:
+        found = _built_in(seed) if source == BUILT_IN else _from_files(source, num_samples, length, seed)
+        sequences = pack(map(encoder.encode, found.records), num_samples=num_samples, length=length)
+        account, used = found.account, [_text_of(record) for record in found.records]
+    num_tokens = sum(map(len, sequences))
+    if num_tokens < min(MIN_TOKENS, num_samples * length // 2):
+        raise InvalidSetting(
+            f"{FLAG} {source} gives {num_tokens:,} tokens, too few to calibrate on; give at least {MIN_TOKENS:,}, "
+            f"better {num_samples * length:,}, or use {FLAG} {BUILT_IN}"
+        )
     provenance = {
         "source": source,
-        "sha256": digest,
+        **account,
         "num_sequences": len(sequences),
-        "num_tokens": sum(map(len, sequences)),
+        "num_tokens": num_tokens,
         "num_samples": num_samples,
         "length": length,
         "seed": seed,
         "sequences_sha256": sequences_digest(sequences),
         **encoder.hashes,
+        "evaluation_overlap": _checked_overlap(source, used),
     }
     return CalibrationSet(sequences, provenance)
 
 
-def sequences_digest(sequences: list[list[int]]) -> str:
+def sequences_digest(sequences: Iterable[Sequence[int]]) -> str:
     """A hash of the ids and of where each sequence ends."""
     digest = hashlib.sha256()
     for ids in sequences:
@@ -77,7 +122,84 @@ def sequences_digest(sequences: list[list[int]]) -> str:
     return digest.hexdigest()
 
 
-def _built_in(seed: int) -> tuple[list[dict[str, Any]], str]:
-    groups = [calibration_data.calibration_records(group) for group in calibration_data.CALIBRATION_GROUPS]
+def _check_sizes(num_samples: int, length: int, max_len: int | None) -> None:
+    if num_samples < 1:
+        raise InvalidSetting(f"{FLAG}-samples must be at least 1, got {num_samples}")
+    if length < MIN_LENGTH:
+        raise InvalidSetting(f"{FLAG}-length must be at least {MIN_LENGTH} tokens, got {length}")
+    if max_len is not None and length > max_len:
+        raise InvalidSetting(
+            f"{FLAG}-length {length:,} is longer than the model's longest sequence, {max_len:,} tokens; "
+            f"give at most {max_len:,}"
+        )
+
+
+def _built_in(seed: int) -> _Source:
+    groups = {group: calibration_data.calibration_records(group) for group in calibration_data.CALIBRATION_GROUPS}
     digest = hashlib.sha256(json.dumps(groups, ensure_ascii=False).encode()).hexdigest()
-    return interleave(groups, Random(seed)), digest  # noqa: S311  # not for secrets
+    values = interleave(groups.values(), Random(seed))  # noqa: S311  # not for secrets
+    account = {
+        "sha256": digest,
+        "num_records": len(values),
+        "groups": {name: len(all_) for name, all_ in groups.items()},
+    }
+    return _Source([Record(value, "built-in") for value in values], account)
+
+
+def _from_files(source: str, num_samples: int, length: int, seed: int) -> _Source:
+    from export.dataset_hub import fetch_dataset, is_dataset_id
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        files, names, more = [path], [path.name], {}
+    elif not path.exists() and is_dataset_id(source):
+        fetched = fetch_dataset(source)
+        files, names, more = fetched.files, fetched.names, {"commit": fetched.commit}
+    else:
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise InvalidSetting(
+            f"{FLAG} {source} {what}; give {BUILT_IN}, {SELF}, a .jsonl, .txt or .parquet file, "
+            "or a dataset of the hub like owner/name"
+        )
+    rng = Random(seed)  # noqa: S311  # not for secrets
+    sample = Sample(budget_chars=num_samples * length * _CHARS_PER_TOKEN, rng=rng)
+    for file in files:
+        sample.add(read_records(file, piece_chars=_PIECE_SEQUENCES * length * _CHARS_PER_TOKEN))
+    hashes = {name: _sha256(file) for name, file in zip(names, files, strict=True)}
+    records = sample.records()
+    account = {"files": hashes, **more, "num_records": sample.num_seen, "num_sampled": len(records)}
+    return _Source(records, account)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sampled_from_itself(
+    encoder: RecordEncoder, num_samples: int, length: int, seed: int, generate: Generate | None
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Half of the sequences begin as a conversation, half as a text (after LLM-QAT, arXiv:2305.17888)."""
+    if generate is None:
+        raise InvalidSetting(f"{FLAG} {SELF} needs the model to write text, which this step cannot; use {BUILT_IN}")
+    starts = encoder.starts(length // 2)
+    chosen = [starts[number % len(starts)] for number in range(num_samples)]
+    return generate(chosen, length, seed), {"num_records": num_samples, "starts": len(starts), "temperature": 1.0}
+
+
+def _text_of(record: Record) -> str:
+    if "text" in record.value:
+        return str(record.value["text"])
+    return "\n".join(message["content"] for message in record.value["messages"])
+
+
+def _checked_overlap(source: str, texts: Iterable[str]) -> dict[str, dict[str, int]]:
+    """How much of the evaluation texts the calibration text holds, with a warning if it is anything."""
+    found = overlaps(texts, calibration_data.evaluation_texts())
+    for name, overlap in found.items():
+        if overlap.num_shared:
+            sys.stderr.write(
+                f"warning: {source} holds {overlap.num_shared:,} of the {overlap.num_runs:,} runs of {RUN_WORDS} words "
+                f"of the evaluation text {name!r} ({overlap.share:.1%}): figures on that text will look too good\n"
+            )
+    return {name: {"shared": overlap.num_shared, "runs": overlap.num_runs} for name, overlap in found.items()}

@@ -4,10 +4,12 @@ Knows which files a model needs and what the library's errors mean. Nothing down
 safetensors, JSON and Jinja files are asked for, no pickles and no Python.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from export.safetensors_checkpoint import SafetensorsCheckpoint
-from runtime.errors import InvalidCheckpoint
+from runtime.errors import HeadraceError, InvalidCheckpoint
 
 ALLOW_PATTERNS = (
     "config.json",
@@ -33,22 +35,33 @@ def open_hub_model(repo_id: str, *, revision: str | None = None) -> SafetensorsC
 
 
 def _download(repo_id: str, revision: str | None, source: str) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    try:
+    with hub_errors(source, repo_id, kind="model", error_class=InvalidCheckpoint):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(ALLOW_PATTERNS)))
+
+
+@contextmanager
+def hub_errors(source: str, repo_id: str, *, kind: str, error_class: type[HeadraceError]) -> Iterator[None]:
+    """Turn what the library raises into one line that says what to do. `kind`: model or dataset."""
+    from huggingface_hub import constants, errors
+
+    page = constants.ENDPOINT if kind == "model" else f"{constants.ENDPOINT}/{kind}s"
+    try:
+        yield
+    except HeadraceError:
+        raise
     except errors.GatedRepoError as error:
-        raise InvalidCheckpoint(
-            f"{source} is gated: accept its terms at {constants.ENDPOINT}/{repo_id} "
-            "and set HF_TOKEN to your access token"
+        raise error_class(
+            f"{source} is gated: accept its terms at {page}/{repo_id} and set HF_TOKEN to your access token"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise InvalidCheckpoint(
-            f"{source} is neither a local directory nor a model on {constants.ENDPOINT}; check the name, "
+        raise error_class(
+            f"{source} is neither a local directory nor a {kind} on {constants.ENDPOINT}; check the name, "
             "and set HF_TOKEN if it is private"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise InvalidCheckpoint(f"{source}: the model has no such branch, tag or commit") from error
+        raise error_class(f"{source}: the {kind} has no such branch, tag or commit") from error
     except (
         errors.LocalEntryNotFoundError,
         errors.RevisionResolutionError,
@@ -58,9 +71,12 @@ def _download(repo_id: str, revision: str | None, source: str) -> Path:
             reason = "is not in the hub's cache, and HF_HUB_OFFLINE forbids downloading it; unset that"
         else:
             reason = f"is not in the hub's cache, and {constants.ENDPOINT} cannot be reached; check the network"
-        raise InvalidCheckpoint(f"{source} {reason}, or give a local model directory") from error
+        raise error_class(f"{source} {reason}, or give a local {_LOCAL[kind]}") from error
     except errors.HFValidationError as error:
-        raise InvalidCheckpoint(f"{repo_id!r} is not a valid hub id: {error}") from error
+        raise error_class(f"{repo_id!r} is not a valid hub id: {error}") from error
     except Exception as error:  # the transport below the library raises its own kinds, which change with its version
         summary = " ".join(str(error).split())
-        raise InvalidCheckpoint(f"{source} could not be downloaded from {constants.ENDPOINT}: {summary}") from error
+        raise error_class(f"{source} could not be downloaded from {constants.ENDPOINT}: {summary}") from error
+
+
+_LOCAL = {"model": "model directory", "dataset": "file"}

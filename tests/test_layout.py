@@ -27,6 +27,7 @@ HEAVY = {
     "gguf": {"export"},
     "safetensors": {"export"},
     "huggingface_hub": {"export"},
+    "pyarrow": {"export"},
     "flask": {"serve"},
     "gunicorn": {"serve"},
     "prometheus_client": {"serve"},
