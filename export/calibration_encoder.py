@@ -32,8 +32,7 @@ class RecordEncoder:
             library = HfTokenizer.from_str(texts[TOKENIZER])
         except Exception as error:  # the library raises plain Exception
             raise InvalidCheckpoint(f"{TOKENIZER} of the checkpoint cannot be loaded: {error}") from error
-        config = json.loads(texts.get(TOKENIZER_CONFIG) or "{}")
-        self.tokenizer = Tokenizer(library, config)
+        self.tokenizer = Tokenizer(library, _parsed_config(texts.get(TOKENIZER_CONFIG) or "{}"))
         source = texts.get(TEMPLATE_FILE)
         self._template = None if source is None else ChatTemplate(source, self.tokenizer.special_tokens)
         self.hashes = {
@@ -82,3 +81,13 @@ class RecordEncoder:
         system, first, *rest = messages
         merged = {**first, "content": f"{system['content']}\n\n{first['content']}"}
         return self._template.render([merged, *rest], add_generation_prompt=False)
+
+
+def _parsed_config(text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise InvalidCheckpoint(f"{TOKENIZER_CONFIG} of the checkpoint is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidCheckpoint(f"{TOKENIZER_CONFIG} of the checkpoint is not a JSON object")
+    return config

@@ -176,7 +176,7 @@ def _bounded(record: Record, piece_chars: int) -> Iterator[Record]:
     while start < len(text):
         end = start + piece_chars
         # Between words if there is a space in the last half, so that no token is cut in two.
-        if end < len(text) and (space := text.rfind(" ", start + piece_chars // 2, end)) > 0:
+        if end < len(text) and (space := text.rfind(" ", start + piece_chars // 2, end + 1)) > 0:
             end = space
         piece = text[start:end]
         if piece.strip():

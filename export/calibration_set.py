@@ -33,6 +33,9 @@ SELF = "self"
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_LENGTH = 512
 
+CALIBRATED = ("w8a8", "auto")
+"""The precisions that look at calibration text."""
+
 MIN_LENGTH = 16
 """Shorter sequences are nearly all first tokens, which are no picture of what a model computes."""
 
@@ -43,6 +46,30 @@ MIN_TOKENS = 2_048
 _CHARS_PER_TOKEN = 8
 # One record may fill a sequence but not a whole set.
 _PIECE_SEQUENCES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """What the user said about calibration: the source, and how many sequences of how many tokens."""
+
+    source: str = BUILT_IN
+    num_samples: int = DEFAULT_NUM_SAMPLES
+    length: int = DEFAULT_LENGTH
+
+
+def calibration_options(
+    precision: str, source: str | None, num_samples: int | None, length: int | None
+) -> CalibrationOptions:
+    """From the command line, None where a flag was not given. InvalidSetting for a flag that would change nothing."""
+    given = {"source": source, "num_samples": num_samples, "length": length}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and precision not in CALIBRATED:
+        raise InvalidSetting(
+            f"{FLAG} and its kin have no effect on {precision}, which is not calibrated; leave them out, or choose "
+            f"--precision {' or '.join(CALIBRATED)}"
+        )
+    return CalibrationOptions(**given)  # type: ignore[arg-type]  # one dict of two types
+
 
 Generate = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 """(starts, length, seed) -> each start continued at temperature 1 to `length` ids, the start included."""

@@ -17,6 +17,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    calibration = parser.add_argument_group("calibration, for the precisions that need it")
+    calibration.add_argument(
+        "--calib",
+        metavar="SOURCE",
+        help="built-in, self, a .jsonl/.txt/.parquet file, or a dataset id; default: built-in",
+    )
+    calibration.add_argument("--calib-samples", type=int, metavar="N", help="sequences; default: 128")
+    calibration.add_argument("--calib-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
     parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
     parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
     return parser
@@ -29,6 +37,7 @@ def main(argv: list[str]) -> int:
     if args.if_missing and _is_good(out):
         sys.stdout.write(f"{out} is there already\n")
         return 0
+    from export.calibration_set import calibration_options
     from export.pipeline import ExportOptions, export_model
 
     options = ExportOptions(
@@ -38,6 +47,7 @@ def main(argv: list[str]) -> int:
         max_len=args.max_len,
         revision=args.revision,
         force=args.force,
+        calib=calibration_options(args.precision, args.calib, args.calib_samples, args.calib_length),
     )
     artifact = export_model(options)
     for check in artifact.receipt["checks"]:

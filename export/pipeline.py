@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from export.architectures import parse_config
 from export.artifact_writer import file_entry, staged, write_json, write_manifest, write_texts
+from export.calibration_set import CalibrationOptions
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
@@ -30,7 +31,11 @@ _VERSIONED = ("headrace", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to export and where to. `max_len` None: the model's own length, at most DEFAULT_MAX_LEN tokens."""
+    """What to export and where to.
+
+    max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
+    calib: read by calibrated precisions only
+    """
 
     model: str
     out: Path
@@ -38,6 +43,7 @@ class ExportOptions:
     max_len: int | None = None
     revision: str | None = None
     force: bool = False
+    calib: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
 def export_model(options: ExportOptions) -> Artifact:
@@ -51,9 +57,7 @@ def export_model(options: ExportOptions) -> Artifact:
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
-        step_weight_bytes = _write_graph(staging, checkpoint, config, precision, max_len)
-        write_texts(staging, checkpoint.text_files())
-        draft = _manifest(staging, checkpoint, config, precision, max_len, step_weight_bytes)
+        draft = write_unverified(staging, checkpoint, config, precision, max_len).manifest
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
@@ -61,6 +65,15 @@ def export_model(options: ExportOptions) -> Artifact:
         manifest = replace(draft, files={**draft.files, RECEIPT: file_entry(staging / RECEIPT)})
         write_manifest(staging, manifest)
     return Artifact(options.out, manifest, receipt)
+
+
+def write_unverified(
+    directory: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
+) -> Artifact:
+    """Graph, weights and texts in an empty directory, and the manifest of a session that runs them; no receipt."""
+    step_weight_bytes = _write_graph(directory, checkpoint, config, precision, max_len)
+    write_texts(directory, checkpoint.text_files())
+    return Artifact(directory, _manifest(directory, checkpoint, config, precision, max_len, step_weight_bytes), {})
 
 
 def _write_graph(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int) -> int:
