@@ -187,7 +187,7 @@ def test_packing_keeps_records_whole_and_in_bounds(records: list[list[int]], num
 def test_interleaving_keeps_every_item_and_any_beginning_balanced(sizes: list[int], seed: int) -> None:
     groups = [[(group, item) for item in range(size)] for group, size in enumerate(sizes)]
     mixed = interleave(groups, Random(seed))
-    assert sorted(mixed) == sorted(sum(groups, []))
+    assert sorted(mixed) == sorted(item for group in groups for item in group)
     for end in range(1, len(mixed) + 1):
         for group, size in enumerate(sizes):
             share = sum(item[0] == group for item in mixed[:end])
