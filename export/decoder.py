@@ -12,19 +12,17 @@ Attention is com.microsoft.GroupQueryAttention with its rotary embedding, packed
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.graph_builder import MICROSOFT, GraphBuilder
-from export.linear import Weight, embedding, linear, tied_lm_head
+from export.layer_weights import LayerWeights
+from export.linear import embedding, linear, tied_lm_head
 from export.precision import Precision
 from export.rope import rope_tables
-from runtime.errors import InvalidCheckpoint
 
 
 class DecoderGraph:
@@ -33,19 +31,14 @@ class DecoderGraph:
     def __init__(
         self, g: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
     ) -> None:
-        self.g, self.checkpoint, self.config, self.precision, self.max_len = (
-            g,
-            checkpoint,
-            config,
-            precision,
-            max_len,
-        )
+        self.g, self.config, self.precision, self.max_len = g, config, precision, max_len
+        self.weights = LayerWeights(checkpoint, precision.numpy_dtype)
 
     def build(self) -> None:
         """Embed, run the layers, norm, pick the wanted rows, project to the vocabulary."""
         c, g = self.config, self.g
         self._declare_inputs()
-        embed = self._weight(["model.embed_tokens.weight"], "embedding", c.vocab_size, c.hidden_size)
+        embed = self.weights.matrix(["model.embed_tokens.weight"], "embedding", c.vocab_size, c.hidden_size)
         residual, shared = embedding(g, self.ids, embed, self.precision, "embed")
         hidden = self._norm(residual, "model.layers.0.input_layernorm", "hidden.0")
         for layer in range(c.num_layers):
@@ -55,7 +48,7 @@ class DecoderGraph:
         if c.tie_word_embeddings:
             logits = tied_lm_head(g, wanted, embed, shared, self.precision, "logits.raw")
         else:
-            head = self._weight(["lm_head.weight"], "lm_head", c.vocab_size, c.hidden_size)
+            head = self.weights.matrix(["lm_head.weight"], "lm_head", c.vocab_size, c.hidden_size)
             logits = linear(g, wanted, head, self.precision, "logits.raw")
         g.output(g.op("Cast", [logits], "logits", to=ir.DataType.FLOAT), ir.DataType.FLOAT, ["R", c.vocab_size])
         for layer in range(c.num_layers):
@@ -150,12 +143,12 @@ class DecoderGraph:
         self, names: Sequence[str], kind: str, x: ir.Value, n: int, k: int, has_bias: bool, out: str
     ) -> ir.Value:
         """One or more projections of the same input as one matrix product, biases added."""
-        weight = self._weight([f"{name}.weight" for name in names], kind, n, k)
+        weight = self.weights.matrix([f"{name}.weight" for name in names], kind, n, k)
         y = linear(self.g, x, weight, self.precision, f"{out}.product" if has_bias else out)
         if not has_bias:
             return y
-        bias = np.concatenate([self._load(f"{name}.bias", None) for name in names])
-        return self.g.op("Add", [y, self.g.array(f"{weight.name}.bias", self._cast(bias))], out)
+        bias = self.weights.vector(*[f"{name}.bias" for name in names])
+        return self.g.op("Add", [y, self.g.array(f"{weight.name}.bias", bias)], out)
 
     def _norm(self, x: ir.Value, name: str, out: str) -> ir.Value:
         return self.g.op("RMSNormalization", [x, self._norm_weight(name)], out,
@@ -177,27 +170,7 @@ class DecoderGraph:
         return normed, total
 
     def _norm_weight(self, name: str) -> ir.Value:
-        return self.g.array(f"{name}.weight", self._cast(self._load(f"{name}.weight", None)))
-
-    def _weight(self, names: Sequence[str], kind: str, n: int, k: int) -> Weight:
-        def load() -> NDArray[np.float32]:
-            parts = [self._load(name, k) for name in names]
-            matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            if matrix.shape != (n, k):
-                raise InvalidCheckpoint(f"{', '.join(names)}: {matrix.shape} in all, config.json means ({n}, {k})")
-            return matrix
-
-        return Weight(f"{names[0]}+{len(names) - 1}" if len(names) > 1 else names[0], kind, (n, k), load)
-
-    def _load(self, name: str, num_columns: int | None) -> NDArray[np.float32]:
-        array = self.checkpoint.load(name)
-        wanted = 1 if num_columns is None else 2
-        if array.ndim != wanted or (num_columns is not None and array.shape[1] != num_columns):
-            raise InvalidCheckpoint(f"{name} has shape {array.shape}, which does not fit config.json")
-        return array
-
-    def _cast(self, array: NDArray[np.float32]) -> NDArray[Any]:
-        return array.astype(self.precision.numpy_dtype, copy=False)
+        return self.g.array(f"{name}.weight", self.weights.vector(f"{name}.weight"))
 
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_kv_heads, "capacity", self.config.head_dim]

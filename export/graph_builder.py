@@ -3,7 +3,7 @@
 Knows nothing about decoders. Not thread-safe.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,30 @@ from numpy.typing import NDArray
 from export.weight_file import Extent, WeightFile, external_value
 
 MICROSOFT = "com.microsoft"
-OPSET = 23  # the first with RMSNormalization
-MICROSOFT_OPSET = 1
+ORT_OPSETS = {"": 23, MICROSOFT: 1}  # 23 is the first with RMSNormalization
 IR_VERSION = 11
 
 # Inputs of which a run reads the rows it asks for, not the whole: embeddings and rotary tables.
-_GATHERED = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "GroupQueryAttention": (7, 8)}
+_GATHERED = {
+    "Gather": (0,),
+    "GatherBlockQuantized": (0, 2, 3),
+    "GroupQueryAttention": (7, 8),
+    "RotaryEmbedding": (1, 2),
+}
 
 
 class GraphBuilder:
     """Collects the nodes, initializers, inputs and outputs of one graph."""
 
-    def __init__(self, weights: WeightFile, *, on_tensor: Callable[[], None] = lambda: None) -> None:
-        self._weights = weights
+    def __init__(
+        self,
+        weights: WeightFile,
+        *,
+        opsets: Mapping[str, int] = ORT_OPSETS,
+        ir_version: int = IR_VERSION,
+        on_tensor: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._weights, self._opsets, self._ir_version = weights, opsets, ir_version
         self._on_tensor = on_tensor
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
@@ -84,7 +95,7 @@ class GraphBuilder:
         return self.constant("shape_" + "_".join(map(str, dims)).replace("-", "m"), np.array(dims, np.int64))
 
     def write(self, chunks: Iterable[NDArray[Any]]) -> Extent:
-        """Append a tensor to weights.bin."""
+        """Append a tensor to the weight file."""
         extent = self._weights.append(chunks)
         self._on_tensor()
         return extent
@@ -96,20 +107,20 @@ class GraphBuilder:
         return value
 
     def array(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """Write an array to weights.bin and name it."""
+        """Write an array to the weight file and name it."""
         return self.weight(name, self.write([array]), ir.DataType.from_numpy(array.dtype), array.shape)
 
     def step_weight_bytes(self) -> int:
-        """Bytes of weights.bin that every run reads whole, those with two names counted once."""
+        """Bytes of weights that every run reads whole, those with two names counted once."""
         extents = {
-            (value.const_value.offset, value.const_value.length)
+            (str(value.const_value.location), value.const_value.offset, value.const_value.length)
             for node in self._nodes
             for idx, value in enumerate(node.inputs)
             if value is not None
             and isinstance(value.const_value, ir.ExternalTensor)
             and idx not in _GATHERED.get(node.op_type, ())
         }
-        return sum(length or 0 for _, length in extents)
+        return sum(length or 0 for _, _, length in extents)
 
     def model(self, name: str, producer_version: str) -> ir.Model:
         """The finished model."""
@@ -118,7 +129,7 @@ class GraphBuilder:
             self.outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: MICROSOFT_OPSET},
+            opset_imports=dict(self._opsets),
             name=name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="headrace", producer_version=producer_version)
+        return ir.Model(graph, ir_version=self._ir_version, producer_name="headrace", producer_version=producer_version)

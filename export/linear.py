@@ -3,7 +3,7 @@
 The seam for further schemes: a scheme turns (input, weight) into nodes. Nothing here knows decoders.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.block_quant import QuantizedRows, check_divisible, quantize_rows
 from export.graph_builder import MICROSOFT, GraphBuilder
+from export.layer_weights import Weight
 from export.precision import Blocks, Precision
 from export.weight_file import Extent
 
@@ -20,15 +21,6 @@ _WEIGHTS_AT_ONCE = 1 << 20
 
 # MatMulNBits: int8 products with int32 sums; the activations are rounded per block and row as they come.
 _INT8_PRODUCTS = 4
-
-
-class Weight(NamedTuple):
-    """A weight matrix that is read when asked for: float32 `[N, K]`, N outputs of K inputs each."""
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    load: Callable[[], NDArray[np.float32]]
 
 
 class QuantizedWeight(NamedTuple):

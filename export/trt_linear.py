@@ -1,0 +1,115 @@
+"""Linear layers of the `trt` dialects: QuantizeLinear and DequantizeLinear around a MatMul, which TensorRT fuses.
+
+Every scheme is symmetric, its zero point 0 left out. Weights lie as `[K, N]`, the MatMul's own order, so that a wide
+one is byte for byte the `ort` dialect's. Scales have the compute type (the network is strongly typed), and integers
+are rounded with the scale as stored, so a half-precision scale costs no accuracy of its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.block_quant import check_divisible
+from export.graph_builder import GraphBuilder
+from export.layer_weights import Weight
+from export.trt_precision import Scheme, TrtPrecision
+
+ActivationScales = Mapping[str, float]
+"""Layer name, as `Weight.name` without `.weight`, to the static scale of its input: value = scale * int8.
+
+A layer that is not in it keeps int8 weights and wide activations: calibration leaves out what it cannot afford."""
+
+INT4_BLOCK = 64
+"""Inputs that share an int4 scale. TensorRT documents 64 and 128; the smaller loses less."""
+
+
+class TrtLinear:
+    """Adds linear layers to one graph; quantizes an input once however many layers read it."""
+
+    def __init__(self, g: GraphBuilder, precision: TrtPrecision, scales: ActivationScales) -> None:
+        self._g, self._precision, self._scales = g, precision, scales
+        self._quantized: dict[str, ir.Value] = {}
+
+    def __call__(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+        """x `[..., K]` times weight transposed, `[..., N]`."""
+        scheme = self._precision.scheme_of(weight.kind)
+        if scheme is Scheme.WIDE:
+            matrix = self._g.array(weight.name, weight.load().T.astype(self._precision.numpy_dtype))
+        elif scheme is Scheme.INT4_WEIGHTS:
+            matrix = self._int4(weight)
+        else:
+            matrix = self._int8(weight)
+            if scheme is Scheme.INT8:
+                x = self._rounded(x, layer_name(weight))
+        return self._g.op("MatMul", [x, matrix], name)
+
+    def _rounded(self, x: ir.Value, layer: str) -> ir.Value:
+        """x through int8 and back, or x itself where calibration gave no scale."""
+        if layer not in self._scales:
+            return x
+        key = f"{x.name}.int8"
+        if key not in self._quantized:
+            g, zero = self._g, self._g.constant("zero_point", np.array(0, np.int8))
+            scale = g.constant(f"{x.name}.scale", np.array(self._scales[layer], self._precision.numpy_dtype))
+            small = g.op("QuantizeLinear", [x, scale, zero], key)
+            self._quantized[key] = g.op("DequantizeLinear", [small, scale, zero], f"{x.name}.rounded")
+        return self._quantized[key]
+
+    def _int8(self, weight: Weight) -> ir.Value:
+        """One scale an output channel."""
+        matrix = weight.load().T  # [K, N]
+        scales = self._stored_scales(np.abs(matrix).max(0) / 127)
+        values = np.clip(np.rint(matrix / scales.astype(np.float32)), -127, 127).astype(np.int8)
+        inputs = [self._g.array(f"{weight.name}.int8", values), self._g.array(f"{weight.name}.int8.scales", scales)]
+        return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=1)
+
+    def _int4(self, weight: Weight) -> ir.Value:
+        """One scale a block of INT4_BLOCK inputs of one output channel; -7 to 7, so that the sign costs nothing."""
+        check_divisible(weight.name, weight.shape[1], INT4_BLOCK)
+        n, k = weight.shape
+        blocks = weight.load().T.reshape(k // INT4_BLOCK, INT4_BLOCK, n)
+        scales = self._stored_scales(best_int4_scales(blocks))
+        values = np.clip(np.rint(blocks / scales[:, None].astype(np.float32)), -8, 7).reshape(k, n)
+        packed = _pack_int4(values.astype(np.int8))
+        stored = self._g.weight(f"{weight.name}.int4", self._g.write([packed]), ir.DataType.INT4, (k, n))
+        inputs = [stored, self._g.array(f"{weight.name}.int4.scales", scales)]
+        return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=0, block_size=INT4_BLOCK)
+
+    def _stored_scales(self, scales: NDArray[np.float32]) -> NDArray[Any]:
+        """In the compute type, and never 0: a channel of zeros divides by the smallest normal number."""
+        dtype = self._precision.numpy_dtype
+        return np.maximum(scales, np.float32(ml_dtypes.finfo(dtype).tiny)).astype(dtype)
+
+
+def layer_name(weight: Weight) -> str:
+    """The key of `ActivationScales`: the first projection that a (perhaps fused) weight holds."""
+    return weight.name.partition(".weight")[0]
+
+
+# Candidates for the end of a block's range, as shares of its largest magnitude: clipping one value a little often
+# costs less than coarser steps for the others. Beyond 1 lie ranges that use -8 as well.
+_INT4_SHRINK = np.linspace(0.75, 1.0, 11, dtype=np.float32)
+
+
+def best_int4_scales(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales `[blocks, N]` with the least squared error for float32 `[blocks, block, N]`, -8 or +7 at the ends."""
+    top = np.abs(blocks).max(1)
+    best_error, best = np.full(top.shape, np.inf, np.float32), np.zeros_like(top)
+    for shrink in _INT4_SHRINK:
+        for steps in (7, 8):
+            scale = np.maximum(top * shrink / steps, np.float32(1e-30))
+            values = np.clip(np.rint(blocks / scale[:, None]), -8, 7)
+            error = np.square(values * scale[:, None] - blocks).sum(1)
+            is_better = error < best_error
+            best_error, best = np.where(is_better, error, best_error), np.where(is_better, scale, best)
+    return best
+
+
+def _pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Two to a byte in row-major order, the first in the low half, as ONNX stores INT4."""
+    pairs = (values & 15).astype(np.uint8).reshape(-1, 2)
+    return np.asarray(pairs[:, 0] | (pairs[:, 1] << 4), np.uint8)

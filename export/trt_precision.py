@@ -1,0 +1,74 @@
+"""The table of precisions of the `trt` dialects: what each kind of linear layer becomes for TensorRT.
+
+One row a name of `runtime.artifact.PRECISIONS`; the same name means the same width as in the `ort` dialect, in the
+forms TensorRT has kernels for: its networks are strongly typed, and zero points other than 0 are refused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from runtime.errors import InvalidSetting
+
+
+class Scheme(Enum):
+    """How a linear layer is stored and computed; the value is what error messages and receipts call it."""
+
+    WIDE = "compute type"
+    INT8 = "int8, activations too"
+    INT8_WEIGHTS = "int8 weights, one scale an output channel"
+    INT4_WEIGHTS = "int4 weights, one scale a block"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrtPrecision:
+    """How a TensorRT graph computes and stores.
+
+    compute: type of activations, norms, KV cache, embedding and every weight that stays wide
+    scheme: of the linear layers; `overrides` for one kind of them (qkv, o, gate_up, down, lm_head). A tied LM head is
+        the embedding and stays wide: TensorRT would widen the whole table at every gather.
+    """
+
+    name: str
+    compute: ir.DataType
+    scheme: Scheme = Scheme.WIDE
+    overrides: Mapping[str, Scheme] = field(default_factory=dict)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(_NUMPY[self.compute])
+
+    def scheme_of(self, kind: str) -> Scheme:
+        """What a layer kind is stored as."""
+        return self.overrides.get(kind, self.scheme)
+
+
+_NUMPY = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+_HALF = ir.DataType.FLOAT16
+
+TRT_PRECISIONS: Mapping[str, TrtPrecision] = {
+    "fp32": TrtPrecision(name="fp32", compute=ir.DataType.FLOAT),
+    "fp16": TrtPrecision(name="fp16", compute=_HALF),
+    "bf16": TrtPrecision(name="bf16", compute=ir.DataType.BFLOAT16),
+    "w8a16": TrtPrecision(name="w8a16", compute=_HALF, scheme=Scheme.INT8_WEIGHTS),
+    # As in the ort dialect: the LM head and q, k, v cost most for their bytes.
+    "w4a16": TrtPrecision(
+        name="w4a16",
+        compute=_HALF,
+        scheme=Scheme.INT4_WEIGHTS,
+        overrides={"lm_head": Scheme.INT8_WEIGHTS, "qkv": Scheme.INT8_WEIGHTS},
+    ),
+    # The LM head decides the token, and its input has no outliers worth a calibration of its own.
+    "w8a8": TrtPrecision(name="w8a8", compute=_HALF, scheme=Scheme.INT8, overrides={"lm_head": Scheme.WIDE}),
+}
+
+
+def trt_precision_named(name: str) -> TrtPrecision:
+    """Look a precision up; InvalidSetting lists what there is."""
+    if name not in TRT_PRECISIONS:
+        raise InvalidSetting(f"precision {name!r} has no TensorRT graph; choose one of {', '.join(TRT_PRECISIONS)}")
+    return TRT_PRECISIONS[name]
