@@ -5,7 +5,7 @@ half), scales float `[N, K/block]`, zero points uint8 `[N, ceil(K/block*bits/8)]
 without zero points the middle, 2^(bits-1), stands for 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +42,10 @@ def quantize_rows(weight: NDArray[np.float32], *, bits: int, block_size: int, sy
         middle = 1 << (bits - 1)
         scales = np.abs(blocks).max(-1) / (middle - 1)
         values = np.rint(blocks / _no_zero(scales)[..., None]) + middle
-        return QuantizedRows(_pack(values, bits), scales.astype(np.float32), None)
+        return QuantizedRows(pack(values, bits), scales.astype(np.float32), None)
     scales, zeros = _best_range(blocks, top)
     values = np.clip(np.rint(blocks / _no_zero(scales)[..., None]) + zeros[..., None], 0, top)
-    return QuantizedRows(_pack(values, bits), scales, _pack(zeros, bits))
+    return QuantizedRows(pack(values, bits), scales, pack(zeros, bits))
 
 
 def _best_range(blocks: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -70,7 +70,7 @@ def _no_zero(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(scales == 0, np.float32(1), scales)
 
 
-def _pack(values: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+def pack(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """Narrow to uint8; 4-bit values two to a byte along the last axis, the first in the low half."""
     small = values.astype(np.uint8)
     if bits == 8:

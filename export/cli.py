@@ -13,7 +13,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a Hugging Face causal language model as an ONNX artifact with KV-cache inputs, verified.",
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
+    parser.add_argument("--precision", default="fp32", choices=(*PRECISIONS, "imported"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")

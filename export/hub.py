@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from export.safetensors_checkpoint import SafetensorsCheckpoint
+from export.checkpoint import Checkpoint
+from export.quantized_checkpoint import open_directory
 from runtime.errors import HeadraceError, InvalidCheckpoint
 
 ALLOW_PATTERNS = (
@@ -24,14 +25,14 @@ ALLOW_PATTERNS = (
 (`consolidated.safetensors`)."""
 
 
-def open_hub_model(repo_id: str, *, revision: str | None = None) -> SafetensorsCheckpoint:
+def open_hub_model(repo_id: str, *, revision: str | None = None) -> Checkpoint:
     """Download `owner/name` at a branch, tag or commit (default: main) and open it.
 
     What is in the cache already is not downloaded again; with HF_HUB_OFFLINE=1 nothing is. The library shows
     progress. Raises InvalidCheckpoint with what to do if it does not exist, is gated, or cannot be reached.
     """
     source = repo_id if revision is None else f"{repo_id}@{revision}"
-    return SafetensorsCheckpoint(_download(repo_id, revision, source), source=source)
+    return open_directory(_download(repo_id, revision, source), source=source)
 
 
 def _download(repo_id: str, revision: str | None, source: str) -> Path:

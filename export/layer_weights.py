@@ -7,16 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint import Checkpoint
+from export.imported_rows import ImportedRows, stacked
 from runtime.errors import InvalidCheckpoint
 
 
 class Weight(NamedTuple):
-    """A weight matrix that is read when asked for: float32 `[N, K]`, N outputs of K inputs each."""
+    """A weight matrix that is read when asked for: float32 `[N, K]`, N outputs of K inputs each.
+
+    `imported` gives the integers of a checkpoint that is quantized already, None if this matrix is not.
+    """
 
     name: str
     kind: str
     shape: tuple[int, int]
     load: Callable[[], NDArray[np.float32]]
+    imported: Callable[[], ImportedRows | None] = lambda: None
 
 
 class LayerWeights:
@@ -35,7 +40,14 @@ class LayerWeights:
                 raise InvalidCheckpoint(f"{', '.join(names)}: {matrix.shape} in all, config.json means ({n}, {k})")
             return matrix
 
-        return Weight(f"{names[0]}+{len(names) - 1}" if len(names) > 1 else names[0], kind, (n, k), load)
+        def imported() -> ImportedRows | None:
+            read = getattr(self._checkpoint, "imported", None)  # quantized checkpoints have it
+            parts: list[ImportedRows | None] = [read(name) for name in names] if read is not None else []
+            whole = [part for part in parts if part is not None]
+            return stacked(whole) if len(whole) == len(names) else None
+
+        full_name = f"{names[0]}+{len(names) - 1}" if len(names) > 1 else names[0]
+        return Weight(full_name, kind, (n, k), load, imported)
 
     def vector(self, *names: str) -> NDArray[Any]:
         """Norm weights or biases, end to end, in the graph's own type."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.block_quant import QuantizedRows, check_divisible, quantize_rows
 from export.graph_builder import MICROSOFT, GraphBuilder
+from export.imported_rows import ImportedRows
 from export.layer_weights import Weight
 from export.precision import Blocks, Precision
 from export.weight_file import Extent
@@ -34,6 +35,8 @@ class QuantizedWeight(NamedTuple):
 
 def linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, name: str) -> ir.Value:
     """x `[..., K]` times weight transposed, `[..., N]`."""
+    if precision.keeps_imported and (imported := weight.imported()) is not None:
+        return _imported_matmul(g, x, weight, imported, name)
     blocks = precision.blocks_of(weight.kind)
     if blocks is None:
         matrix = weight.load().T.astype(precision.numpy_dtype)
@@ -74,6 +77,18 @@ def tied_lm_head(
     if blocks is None:
         return g.op("Gemm", [x, shared], name, transB=1)
     return _blocked_matmul(g, x, shared, weight.shape, blocks, name)
+
+
+def _imported_matmul(g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str) -> ir.Value:
+    """The checkpoint's own integers; inputs that were quantized out of order are put in that order first."""
+    rows, blocks, order = imported
+    if order is not None:
+        x = g.op("Gather", [x, g.array(f"{weight.name}.input_order", order)], f"{name}.ordered", axis=-1)
+    extent = g.write([rows.values])
+    values = g.weight(f"{weight.name}.q{blocks.bits}", extent, ir.DataType.UINT8, rows.values.shape)
+    scales = g.array(f"{weight.name}.scales", rows.scales)
+    zero_points = None if rows.zero_points is None else g.array(f"{weight.name}.zero_points", rows.zero_points)
+    return _blocked_matmul(g, x, QuantizedWeight(extent, values, scales, zero_points), weight.shape, blocks, name)
 
 
 def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedWeight:

@@ -52,8 +52,8 @@ def export_model(options: ExportOptions) -> Artifact:
     GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
     `force`: then the artifact carries the failed receipt. Other errors are those of reading and writing.
     """
-    precision = precision_named(options.precision)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
+    precision = precision_named(options.precision, stored_bits=getattr(checkpoint, "stored_bits", None))
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:

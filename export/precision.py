@@ -1,7 +1,7 @@
 """The table of precisions: what each kind of weight becomes. One row a precision; a layer kind may stay wider."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,8 @@ class Precision:
     compute: ir.DataType = ir.DataType.FLOAT
     blocks: Blocks | None = None
     overrides: Mapping[str, Blocks] = field(default_factory=dict)
+    keeps_imported: bool = False
+    """Weights that the checkpoint holds as integers stay those integers; blocks and overrides are for the others."""
 
     @property
     def numpy_dtype(self) -> np.dtype[np.floating]:
@@ -56,8 +58,30 @@ EXPORTABLE: Mapping[str, Precision] = {
 }
 
 
-def precision_named(name: str) -> Precision:
-    """Look a precision up; InvalidSetting lists what there is."""
+IMPORTED = "imported"
+"""Asks for what the checkpoint holds: its integers as they are, the rest as floats."""
+
+
+def precision_named(name: str, *, stored_bits: int | None = None) -> Precision:
+    """Look a precision up; `stored_bits` is that of a checkpoint that is quantized already.
+
+    InvalidSetting lists what there is, or says what fits a checkpoint of that many bits.
+    """
+    if name == IMPORTED:
+        if stored_bits is None:
+            raise InvalidSetting(
+                f"precision {IMPORTED} keeps the integers of a checkpoint that is quantized already (GPTQ, AWQ), and "
+                f"this one is not; choose one of {', '.join(EXPORTABLE)}"
+            )
+        return Precision(name=f"w{stored_bits}a16", keeps_imported=True)
     if name not in EXPORTABLE:
         raise InvalidSetting(f"precision {name!r} cannot be exported; choose one of {', '.join(EXPORTABLE)}")
-    return EXPORTABLE[name]
+    precision = EXPORTABLE[name]
+    if stored_bits is None or precision.blocks is None:
+        return precision
+    if precision.blocks.bits != stored_bits:
+        raise InvalidSetting(
+            f"the checkpoint's weights are {stored_bits}-bit integers already, and {name} would round them once more; "
+            f"choose {IMPORTED}, w{stored_bits}a16, or fp32 and fp16, which hold them exactly as well"
+        )
+    return replace(precision, keeps_imported=True)

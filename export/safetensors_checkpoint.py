@@ -47,19 +47,12 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, *, source: str | None = None) -> None:
         """Open `path`; `source` is what the user called it, the directory's name if they gave a path.
 
-        Raises InvalidCheckpoint for files that are missing, truncated or inconsistent, UnsupportedModel for a
-        checkpoint that is quantized already.
+        Raises InvalidCheckpoint for files that are missing, truncated or inconsistent. One that is quantized already
+        is for quantized_checkpoint.py.
         """
         self._path = path
         self._source = source or path.resolve().name
         self._config = read_json_object(path / CONFIG)
-        quantization = self._config.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise UnsupportedModel(
-                f"{path / CONFIG} has quantization_config ({method}): quantized weights are not read; "
-                " give the original fp32, fp16 or bf16 checkpoint, or a GGUF file"
-            )
         self._places = _find_tensors(path)
         self._tensors = MappingProxyType({name: place.info for name, place in self._places.items()})
 
@@ -93,6 +86,17 @@ class SafetensorsCheckpoint:
             block_bytes=stored.itemsize,
             decode=lambda raw: raw.view(stored).astype(np.float32, copy=False),
         )
+
+    def load_words(self, name: str) -> NDArray[np.int32]:
+        """Read one tensor of 32-bit integers, in which quantization tools pack smaller ones."""
+        place = self._places.get(name)
+        if place is None or place.info.dtype != "I32":
+            stored = "is not there" if place is None else f"is stored as {place.info.dtype}"
+            raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; 32-bit integers (I32) are wanted")
+        with place.file.open("rb") as handle:
+            handle.seek(place.offset)
+            words = np.fromfile(handle, "<i4", place.num_bytes // 4)
+        return words.reshape(place.info.shape)
 
     def text_files(self) -> Mapping[str, str]:
         files = {name: read_text(self._path / name) for name in TEXT_FILES if (self._path / name).is_file()}

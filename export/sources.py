@@ -28,9 +28,9 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
 
         return GgufCheckpoint(default_model_file(), source=DEFAULT_MODEL)
     if model and path.is_dir():
-        from export.safetensors_checkpoint import SafetensorsCheckpoint
+        from export.quantized_checkpoint import open_directory
 
-        return SafetensorsCheckpoint(path)
+        return open_directory(path)
     if path.is_file() and path.suffix == ".gguf":
         from export.gguf_checkpoint import GgufCheckpoint
 

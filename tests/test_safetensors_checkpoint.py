@@ -146,13 +146,6 @@ def test_bad_config(tmp_path: Path, content: str | bytes | None, reason: str) ->
         SafetensorsCheckpoint(tmp_path)
 
 
-def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path) -> None:
-    write_single(tmp_path, random_tensors(STORED[0]))
-    write_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UnsupportedModel, match=r"quantization_config \(gptq\)"):
-        SafetensorsCheckpoint(tmp_path)
-
-
 @pytest.mark.parametrize("cut", [1, 40])
 def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
     write_single(tmp_path, random_tensors(STORED[0]))
