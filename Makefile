@@ -11,18 +11,20 @@ MODEL ?= smollm2-135m-instruct
 PRECISION ?= fp32
 MAX_LEN ?=
 CALIB ?=
+OPTIMIZE ?=
 NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
 OUT ?= artifacts/$(NAME)-$(PRECISION)
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
 
-EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(CALIB),--calib '$(CALIB)')
+EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) \
+    $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
 
 .PHONY: help run test lint bench export serve setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'variables: MODEL PRECISION OUT MAX_LEN CALIB ARTIFACT PORT PYTHON'
+	@echo 'variables: MODEL PRECISION OUT MAX_LEN CALIB OPTIMIZE ARTIFACT PORT PYTHON'
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing

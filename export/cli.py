@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from runtime.artifact import PRECISIONS
+from runtime.errors import InvalidSetting
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -13,8 +14,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a Hugging Face causal language model as an ONNX artifact with KV-cache inputs, verified.",
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
-    parser.add_argument("--precision", default="fp32", choices=(*PRECISIONS, "imported"), help="default: %(default)s")
+    choices = (*PRECISIONS, "imported", "auto")
+    parser.add_argument("--precision", default="fp32", choices=choices, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
+    parser.add_argument(
+        "--optimize-for", choices=("latency", "throughput"), help="what --precision auto measures; default: latency"
+    )
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     calibration = parser.add_argument_group("calibration, for the precisions that need it")
@@ -37,8 +42,12 @@ def main(argv: list[str]) -> int:
     if args.if_missing and _is_good(out):
         sys.stdout.write(f"{out} is there already\n")
         return 0
+    if args.optimize_for is not None and args.precision != "auto":
+        raise InvalidSetting(f"--optimize-for is for --precision auto; {args.precision} is chosen already")
     from export.calibration_set import calibration_options
+    from export.choose_precision import export_fastest
     from export.pipeline import ExportOptions, export_model
+    from runtime.choice import choice_lines, read_choice
 
     options = ExportOptions(
         model=args.model,
@@ -49,7 +58,10 @@ def main(argv: list[str]) -> int:
         force=args.force,
         calib=calibration_options(args.precision, args.calib, args.calib_samples, args.calib_length),
     )
-    artifact = export_model(options)
+    is_auto = args.precision == "auto"
+    artifact = export_fastest(options, args.optimize_for or "latency") if is_auto else export_model(options)
+    if (choice := read_choice(artifact)) is not None:
+        sys.stdout.write("\n".join(choice_lines(choice)) + "\n")
     for check in artifact.receipt["checks"]:
         sign = "<=" if check["at_most"] else ">="
         mark = "ok" if check["passed"] else "FAILED"

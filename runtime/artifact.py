@@ -4,6 +4,7 @@
     model.onnx        graph for ONNX Runtime; weights.bin holds its tensors
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
     receipt.json      what the exported model was compared with, and how close it is
+    choice.json       where the precision was chosen by measurement: the table it was chosen from
 
 Reading only; `export/writer.py` writes them. Nothing here loads a model.
 """
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 WEIGHTS = "weights.bin"
 ORT_MODEL = "model.onnx"
+CHOICE = "choice.json"
 PRECISIONS = ("fp32", "fp16", "w8a16", "w4a16", "w8a8")
 
 

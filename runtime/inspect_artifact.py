@@ -1,4 +1,4 @@
-"""`headrace inspect`: what an artifact is, read from its manifest and receipt alone; loads no model."""
+"""`headrace inspect`: what an artifact is, read from its manifest, receipt and choice alone; loads no model."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.artifact import Artifact, open_artifact
+from runtime.choice import choice_lines, read_choice
 from runtime.kv_budget import format_bytes, kv_bytes_per_token
 
 
@@ -60,6 +61,7 @@ def as_json(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_slot": bytes_per_token(artifact) * artifact.manifest.dims.max_len,
         "manifest": asdict(artifact.manifest),
         "receipt": _finite(dict(artifact.receipt)),
+        "choice": read_choice(artifact),
     }
 
 
@@ -104,3 +106,5 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
     for figure, value in receipt.get("figures", {}).items():
         if figure not in named:
             yield f"  {figure:24}{value if isinstance(value, str) else f'{value:.4g}':>10}"
+    if (choice := read_choice(artifact)) is not None:
+        yield from choice_lines(choice)

@@ -118,9 +118,7 @@ def write_quantized(
             continue
         n, k = array.shape
         group_of = (np.arange(k) // (k if packing.group_size == -1 else packing.group_size)).astype(np.int32)
-        if (
-            packing.desc_act
-        ):  # layers of the same width share an order here; real ones share it where they share an input
+        if packing.desc_act:  # one order for each width; real layers share it where they share an input
             group_of = orders.setdefault(k, group_of[rng.permutation(k)])
         parts, weights[name] = packed_layer(module, n, k, packing, rng, group_of)
         tensors |= parts
