@@ -65,9 +65,7 @@ def export_fastest(options: ExportOptions, profile: str, *, measure: Measure = m
     passes. All candidates are on disk beside `options.out` at once, until one is chosen.
     """
     if options.force:
-        raise InvalidSetting(
-            f"--force contradicts --precision {AUTO}, which looks for one that passes; name a precision"
-        )
+        raise InvalidSetting(f"--force contradicts --precision {AUTO}, which wants one that passes; name a precision")
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     names = candidate_precisions(getattr(checkpoint, "stored_bits", None))
     with staged(options.out) as staging:

@@ -18,6 +18,9 @@ from runtime.errors import UnsupportedModel
 # MatMulNBits takes powers of two from 16 to 256. Activations are rounded to 8 bits per block, so not the largest.
 _BLOCK_SIZES = (128, 64, 32, 16)
 
+# Dequantized at once: scales are spread out to a float each, which for a whole matrix would be as large again.
+_ROWS_AT_ONCE = 256
+
 
 class Codes(NamedTuple):
     """A quantized matrix as its tool means it: `(values - zeros) * scales`, group by group.
@@ -32,8 +35,12 @@ class Codes(NamedTuple):
 
     def dequantized(self) -> NDArray[np.float32]:
         """float32 `[N, K]`; exact, because a scale has at most 16 significant bits and the difference at most 9."""
-        difference = self.values.astype(np.float32) - self.zeros[:, self.group_of]
-        return np.asarray(difference * self.scales[:, self.group_of])
+        matrix = np.empty(self.values.shape, np.float32)
+        for start in range(0, len(matrix), _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            np.subtract(self.values[some], self.zeros[some][:, self.group_of], out=matrix[some], dtype=np.float32)
+            matrix[some] *= self.scales[some][:, self.group_of]
+        return matrix
 
 
 class ImportedRows(NamedTuple):

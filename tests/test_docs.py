@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from calibration_data import CALIBRATION_GROUPS, calibration_records
 from export.architectures import ARCHITECTURES
 from headrace import VERBS
 from runtime.artifact import PRECISIONS
@@ -68,3 +69,9 @@ def test_every_file_the_readme_names_is_there() -> None:
 
 def test_ci_runs_the_readme_command() -> None:
     assert "make lint test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("group", CALIBRATION_GROUPS)
+def test_the_calibration_table_counts_the_records(group: str) -> None:
+    table = (ROOT / "calibration_data" / "README.md").read_text()
+    assert f"| `calib_{group}.jsonl` | {len(calibration_records(group))} |" in table
