@@ -148,7 +148,7 @@ def _weights(logits: Row, temperature: float) -> Row:
     """exp((logits - highest) / temperature), float32 [N]: the likeliest token has weight 1."""
     # -inf and far tails become 0, on purpose.
     with np.errstate(over="ignore", under="ignore"):
-        weights = logits - logits[_argmax(logits)]
+        weights: Row = logits - logits[_argmax(logits)]
         weights *= np.float32(1 / max(temperature, MIN_TEMPERATURE))
         np.exp(weights, out=weights)
     return weights
