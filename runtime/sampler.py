@@ -94,6 +94,13 @@ class _Chain:
         return _with_logprobs(row, token_id, self._params.logprobs)
 
     def _draw(self, logits: Row) -> int:
+        """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again
+        among the kept. Each kept token ends up with its share of the kept, and most rows are spared the sorting."""
+        if self._params.top_k == 0:
+            weights = _weights(logits, self._params.temperature)
+            token_id = _inverse_cdf(weights, self._rng.random())
+            if _is_kept(weights, token_id, self._params):
+                return token_id
         ids, weights = filtered(logits, self._params)
         position = _inverse_cdf(weights, self._rng.random())
         return position if ids is None else int(ids[position])
@@ -127,14 +134,8 @@ def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | N
     Returns the ids of the tokens that are left and their weights, which need not sum to 1. Ids None: all, in
     order.
     """
-    peak = logits[_argmax(logits)]
     ids = _top_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-    kept = logits if ids is None else logits[ids]
-    # -inf and far tails become 0, on purpose.
-    with np.errstate(over="ignore", under="ignore"):
-        probs = kept - peak
-        probs *= np.float32(1 / max(params.temperature, MIN_TEMPERATURE))
-        np.exp(probs, out=probs)
+    probs = _weights(logits if ids is None else logits[ids], params.temperature)
     if params.top_p < 1:
         ids, probs = _top_p(ids, probs, params.top_p)
     if params.min_p > 0:
@@ -143,9 +144,31 @@ def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | N
     return ids, probs
 
 
+def _weights(logits: Row, temperature: float) -> Row:
+    """exp((logits - highest) / temperature), float32 [N]: the likeliest token has weight 1."""
+    # -inf and far tails become 0, on purpose.
+    with np.errstate(over="ignore", under="ignore"):
+        weights: Row = logits - logits[_argmax(logits)]
+        weights *= np.float32(1 / max(temperature, MIN_TEMPERATURE))
+        np.exp(weights, out=weights)
+    return weights
+
+
+def _is_kept(weights: Row, token_id: int, params: SamplingParams) -> bool:
+    """Whether top-p and min-p keep a token: it is likely enough, and those before it do not reach `top_p` yet."""
+    weight = weights[token_id]
+    if weight < params.min_p:
+        return False
+    if params.top_p == 1:
+        return True
+    lower, higher = weights[:token_id], weights[token_id:]  # the lower id comes first among equals
+    before = np.dot(lower, lower >= weight) + np.dot(higher, higher > weight)
+    return bool(before < params.top_p * weights.sum())
+
+
 def _top_k(logits: Row, k: int) -> NDArray[np.int64]:
     """Ids of the k highest logits, ascending. Partition finds the k-th without sorting."""
-    near = np.flatnonzero(logits > logits.max() + np.log(np.float32(_NEAR)))
+    near = np.flatnonzero(logits > logits[_argmax(logits)] + np.log(np.float32(_NEAR)))
     values = logits[near] if len(near) >= k else logits
     kept = _highest(values, k, np.partition(values, len(values) - k)[len(values) - k])
     return near[kept] if len(near) >= k else kept

@@ -60,7 +60,7 @@ def _is_on_an_edge(logits: NDArray[np.float32], params: SamplingParams) -> bool:
     return is_near_top_p or any(abs(w - params.min_p) < 1e-5 for w in weights[:-1])
 
 
-CHI_SQUARE_999 = {2: 13.82, 5: 20.52, 7: 24.32}
+CHI_SQUARE_999 = {2: 13.82, 4: 18.47, 5: 20.52, 7: 24.32}
 """0.999 quantiles by degrees of freedom: a right sampler fails for one seed in a thousand; ours is fixed."""
 
 
@@ -71,6 +71,8 @@ CHI_SQUARE_999 = {2: 13.82, 5: 20.52, 7: 24.32}
         (SamplingParams(seed=7, temperature=0.6), 7),
         (SamplingParams(seed=7, top_k=3), 2),
         (SamplingParams(seed=7, top_p=0.95), 5),
+        (SamplingParams(seed=7, top_p=0.6), 2),
+        (SamplingParams(seed=7, min_p=0.31), 4),
     ],
 )
 def test_tokens_are_drawn_with_their_probabilities(params: SamplingParams, degrees: int) -> None:
