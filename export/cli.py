@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from runtime.artifact import PRECISIONS
+from runtime.artifact import DIALECT_FILES, PRECISIONS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -14,6 +14,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
+    parser.add_argument(
+        "--dialect",
+        default="ort",
+        help=f"comma-separated graphs to write, of {', '.join(DIALECT_FILES)}; default: %(default)s",
+    )
     parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -38,6 +43,7 @@ def main(argv: list[str]) -> int:
         max_len=args.max_len,
         revision=args.revision,
         force=args.force,
+        dialects=tuple(dict.fromkeys(part.strip() for part in args.dialect.split(","))),
     )
     artifact = export_model(options)
     for check in artifact.receipt["checks"]:

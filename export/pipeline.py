@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,24 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
 from export.graph_builder import GraphBuilder
-from export.precision import Precision, precision_named
-from export.verify import verify
+from export.minmax import minmax_scales
+from export.precision import precision_named
+from export.trt_dialect import write_trt_graph
+from export.trt_linear import ActivationScales
+from export.trt_precision import trt_precision_named
+from export.verify import calibration_windows, verify
 from export.weight_file import WeightFile
-from runtime.artifact import ORT_MODEL, RECEIPT, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims
+from runtime.artifact import (
+    DIALECT_FILES,
+    ORT_MODEL,
+    RECEIPT,
+    SCHEMA_VERSION,
+    TRT_WEIGHTS,
+    Artifact,
+    KvContract,
+    Manifest,
+    ModelDims,
+)
 from runtime.errors import GateFailed, InvalidSetting
 from runtime.progress import progress_bar
 
@@ -38,6 +52,8 @@ class ExportOptions:
     max_len: int | None = None
     revision: str | None = None
     force: bool = False
+    dialects: tuple[str, ...] = ("ort",)
+    """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
 
 
 def export_model(options: ExportOptions) -> Artifact:
@@ -46,14 +62,14 @@ def export_model(options: ExportOptions) -> Artifact:
     GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
     `force`: then the artifact carries the failed receipt. Other errors are those of reading and writing.
     """
-    precision = precision_named(options.precision)
+    check_dialects(options.dialects, options.precision)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
-        step_weight_bytes = _write_graph(staging, checkpoint, config, precision, max_len)
         write_texts(staging, checkpoint.text_files())
-        draft = _manifest(staging, checkpoint, config, precision, max_len, step_weight_bytes)
+        step_weight_bytes = _write_graphs(staging, checkpoint, config, options, max_len)
+        draft = _manifest(staging, checkpoint, config, options, max_len, step_weight_bytes)
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
@@ -63,17 +79,67 @@ def export_model(options: ExportOptions) -> Artifact:
     return Artifact(options.out, manifest, receipt)
 
 
-def _write_graph(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int) -> int:
+def check_dialects(dialects: Sequence[str], precision: str) -> None:
+    """InvalidSetting, before anything is read, for a dialect that is not there or has no such precision."""
+    for dialect in dialects:
+        if dialect not in DIALECT_FILES:
+            raise InvalidSetting(f"dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_FILES)}")
+        if dialect == "ort":
+            precision_named(precision)
+        else:
+            trt_precision_named(precision)
+
+
+def _write_graphs(
+    staging: Path, checkpoint: Checkpoint, config: ModelConfig, options: ExportOptions, max_len: int
+) -> int:
+    """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(options.dialects)
+    others = [dialect for dialect in options.dialects if dialect != "ort"]
+    step_weight_bytes: dict[str, int] = {}
+    with (
+        WeightFile(staging, is_shared=bool(others)) as weights,
+        progress_bar("export", total=num_reads, unit="tensor") as bar,
+    ):
+        counting = _Counting(checkpoint, bar)
+        if "ort" in options.dialects:
+            step_weight_bytes["ort"] = _write_ort_graph(staging, counting, config, options.precision, max_len, weights)
+        if others:
+            scales = _activation_scales(staging, checkpoint, config, options.precision)
+            with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
+                for dialect in others:
+                    step_weight_bytes[dialect] = write_trt_graph(
+                        staging,
+                        dialect,
+                        counting,
+                        config,
+                        options.precision,
+                        max_len=max_len,
+                        weights=rest,
+                        scales=scales,
+                    )
+    return step_weight_bytes[options.dialects[0]]
+
+
+def _write_ort_graph(
+    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: str, max_len: int, weights: WeightFile
+) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors)
-    with WeightFile(staging) as weights, progress_bar("export", total=num_reads, unit="tensor") as bar:
-        graph = GraphBuilder(weights)
-        DecoderGraph(graph, _Counting(checkpoint, bar), config, precision, max_len).build()
+    graph = GraphBuilder(weights)
+    DecoderGraph(graph, checkpoint, config, precision_named(precision), max_len).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
+    weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
     return graph.step_weight_bytes()
+
+
+def _activation_scales(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: str) -> ActivationScales:
+    """For int8 activations only: from the built-in text, or random ids where there is no tokenizer."""
+    if precision != "w8a8":
+        return {}
+    return minmax_scales(checkpoint, config, calibration_windows(staging / "tokenizer.json", config))
 
 
 class _Counting:
@@ -107,7 +173,7 @@ def _manifest(
     staging: Path,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    precision: Precision,
+    options: ExportOptions,
     max_len: int,
     step_weight_bytes: int,
 ) -> Manifest:
@@ -116,7 +182,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         name=Path(checkpoint.source).name,
         source=checkpoint.source,
-        precision=precision.name,
+        precision=options.precision,
         dims=ModelDims(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
@@ -128,8 +194,9 @@ def _manifest(
             vocab_size=config.vocab_size,
             max_len=max_len,
         ),
-        kv=KvContract(dtype=precision.numpy_dtype.name),
-        dialects={"ort": ORT_MODEL},
+        kv=KvContract(dtype=_kv_dtype("ort" if "ort" in options.dialects else "trt", options.precision)),
+        trt_kv=KvContract(dtype=_kv_dtype("trt", options.precision)) if set(options.dialects) - {"ort"} else None,
+        dialects={dialect: DIALECT_FILES[dialect] for dialect in options.dialects},
         is_tied=config.tie_word_embeddings,
         eos_ids=_eos_ids(generation, config),
         bos_id=config.bos_id,
@@ -137,6 +204,11 @@ def _manifest(
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
         step_weight_bytes=step_weight_bytes,
     )
+
+
+def _kv_dtype(dialect: str, precision: str) -> str:
+    row = precision_named(precision) if dialect == "ort" else trt_precision_named(precision)
+    return row.numpy_dtype.name
 
 
 def _eos_ids(generation: Mapping[str, Any], config: ModelConfig) -> tuple[int, ...]:
