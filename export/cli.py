@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     for check in artifact.receipt["checks"]:
         sign = "<=" if check["at_most"] else ">="
         mark = "ok" if check["passed"] else "FAILED"
-        sys.stdout.write(f"  {check['figure']:24}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
+        sys.stdout.write(f"  {check['figure']:32}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
     total = sum(entry.size for entry in artifact.manifest.files.values())
     sys.stdout.write(f"{out}: {artifact.manifest.name}, {artifact.manifest.precision}, {total / 1e6:,.0f} MB\n")
     return 0
