@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from runtime.artifact import PRECISIONS
+from runtime.artifact import DIALECT_FILES, PRECISIONS
 from runtime.errors import InvalidSetting
 
 
@@ -16,6 +16,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
     choices = (*PRECISIONS, "imported", "auto")
     parser.add_argument("--precision", default="fp32", choices=choices, help="default: %(default)s")
+    parser.add_argument(
+        "--dialect",
+        default="ort",
+        help=f"comma-separated graphs to write, of {', '.join(DIALECT_FILES)}; default: %(default)s",
+    )
     parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
     parser.add_argument(
         "--optimize-for", choices=("latency", "throughput"), help="what --precision auto measures; default: latency"
@@ -57,6 +62,7 @@ def main(argv: list[str]) -> int:
         revision=args.revision,
         force=args.force,
         calib=calibration_options(args.precision, args.calib, args.calib_samples, args.calib_length),
+        dialects=tuple(dict.fromkeys(part.strip() for part in args.dialect.split(","))),
     )
     is_auto = args.precision == "auto"
     artifact = export_fastest(options, args.optimize_for or "latency") if is_auto else export_model(options)
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> int:
     for check in artifact.receipt["checks"]:
         sign = "<=" if check["at_most"] else ">="
         mark = "ok" if check["passed"] else "FAILED"
-        sys.stdout.write(f"  {check['figure']:24}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
+        sys.stdout.write(f"  {check['figure']:32}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
     total = sum(entry.size for entry in artifact.manifest.files.values())
     sys.stdout.write(f"{out}: {artifact.manifest.name}, {artifact.manifest.precision}, {total / 1e6:,.0f} MB\n")
     return 0

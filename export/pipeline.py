@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,24 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
 from export.graph_builder import GraphBuilder
+from export.minmax import minmax_scales
 from export.precision import Precision, precision_named
-from export.verify import verify
+from export.trt_dialect import write_trt_graph
+from export.trt_linear import ActivationScales
+from export.trt_precision import trt_precision_named
+from export.verify import calibration_windows, verify
 from export.weight_file import WeightFile
-from runtime.artifact import ORT_MODEL, RECEIPT, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims
+from runtime.artifact import (
+    DIALECT_FILES,
+    ORT_MODEL,
+    RECEIPT,
+    SCHEMA_VERSION,
+    TRT_WEIGHTS,
+    Artifact,
+    KvContract,
+    Manifest,
+    ModelDims,
+)
 from runtime.errors import GateFailed, InvalidSetting
 from runtime.progress import progress_bar
 
@@ -44,6 +58,8 @@ class ExportOptions:
     revision: str | None = None
     force: bool = False
     calib: CalibrationOptions = field(default_factory=CalibrationOptions)
+    dialects: tuple[str, ...] = ("ort",)
+    """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
 
 
 def export_model(options: ExportOptions) -> Artifact:
@@ -52,12 +68,16 @@ def export_model(options: ExportOptions) -> Artifact:
     GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
     `force`: then the artifact carries the failed receipt. Other errors are those of reading and writing.
     """
+    check_dialects(options.dialects, options.precision)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
-    precision = precision_named(options.precision, stored_bits=getattr(checkpoint, "stored_bits", None))
+    stored_bits = getattr(checkpoint, "stored_bits", None)
+    precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
-        draft = write_unverified(staging, checkpoint, config, precision, max_len).manifest
+        draft = write_unverified(
+            staging, checkpoint, config, precision, max_len, dialects=options.dialects, name=options.precision
+        ).manifest
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
@@ -68,25 +88,93 @@ def export_model(options: ExportOptions) -> Artifact:
 
 
 def write_unverified(
-    directory: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
+    directory: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision | None,
+    max_len: int,
+    *,
+    dialects: Sequence[str] = ("ort",),
+    name: str = "",
 ) -> Artifact:
-    """Graph, weights and texts in an empty directory, and the manifest of a session that runs them; no receipt."""
-    step_weight_bytes = _write_graph(directory, checkpoint, config, precision, max_len)
+    """Graphs, weights and texts in an empty directory, and the manifest of a session that runs them; no receipt.
+
+    precision: of the `ort` dialect, None without it; then `name` is that of the other dialects' precision
+    """
+    name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
-    return Artifact(directory, _manifest(directory, checkpoint, config, precision, max_len, step_weight_bytes), {})
+    step_weight_bytes = _write_graphs(directory, checkpoint, config, precision, max_len, dialects, name)
+    manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
+    return Artifact(directory, manifest, {})
 
 
-def _write_graph(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int) -> int:
+def check_dialects(dialects: Sequence[str], precision: str) -> None:
+    """InvalidSetting, before anything is read, for a dialect that is not there or has no such precision."""
+    for dialect in dialects:
+        if dialect not in DIALECT_FILES:
+            raise InvalidSetting(f"dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_FILES)}")
+        if dialect != "ort":
+            trt_precision_named(precision)
+        elif precision != "imported":  # which the checkpoint decides
+            precision_named(precision)
+
+
+def _write_graphs(
+    staging: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision | None,
+    max_len: int,
+    dialects: Sequence[str],
+    name: str,
+) -> int:
+    """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(dialects)
+    others = [dialect for dialect in dialects if dialect != "ort"]
+    step_weight_bytes: dict[str, int] = {}
+    with (
+        WeightFile(staging, is_shared=bool(others)) as weights,
+        progress_bar("export", total=num_reads, unit="tensor") as bar,
+    ):
+        counting = _Counting(checkpoint, bar)
+        if precision is not None:
+            step_weight_bytes["ort"] = _write_ort_graph(staging, counting, config, precision, max_len, weights)
+        if others:
+            scales = _activation_scales(staging, checkpoint, config, name)
+            with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
+                for dialect in others:
+                    step_weight_bytes[dialect] = write_trt_graph(
+                        staging,
+                        dialect,
+                        counting,
+                        config,
+                        name,
+                        max_len=max_len,
+                        weights=rest,
+                        scales=scales,
+                    )
+    return step_weight_bytes[dialects[0]]
+
+
+def _write_ort_graph(
+    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int, weights: WeightFile
+) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors)
-    with WeightFile(staging) as weights, progress_bar("export", total=num_reads, unit="tensor") as bar:
-        graph = GraphBuilder(weights)
-        DecoderGraph(graph, _Counting(checkpoint, bar), config, precision, max_len).build()
+    graph = GraphBuilder(weights)
+    DecoderGraph(graph, checkpoint, config, precision, max_len).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
+    weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
     return graph.step_weight_bytes()
+
+
+def _activation_scales(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: str) -> ActivationScales:
+    """For int8 activations only: from the built-in text, or random ids where there is no tokenizer."""
+    if precision != "w8a8":
+        return {}
+    return minmax_scales(checkpoint, config, calibration_windows(staging / "tokenizer.json", config))
 
 
 class _Counting:
@@ -120,8 +208,10 @@ def _manifest(
     staging: Path,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    precision: Precision,
+    precision: Precision | None,
     max_len: int,
+    dialects: Sequence[str],
+    name: str,
     step_weight_bytes: int,
 ) -> Manifest:
     generation = json.loads(checkpoint.text_files().get("generation_config.json", "{}"))
@@ -129,7 +219,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         name=Path(checkpoint.source).name,
         source=checkpoint.source,
-        precision=precision.name,
+        precision=name,
         dims=ModelDims(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
@@ -141,8 +231,9 @@ def _manifest(
             vocab_size=config.vocab_size,
             max_len=max_len,
         ),
-        kv=KvContract(dtype=precision.numpy_dtype.name),
-        dialects={"ort": ORT_MODEL},
+        kv=KvContract(dtype=(precision or trt_precision_named(name)).numpy_dtype.name),
+        trt_kv=KvContract(dtype=trt_precision_named(name).numpy_dtype.name) if set(dialects) - {"ort"} else None,
+        dialects={dialect: DIALECT_FILES[dialect] for dialect in dialects},
         is_tied=config.tie_word_embeddings,
         eos_ids=_eos_ids(generation, config),
         bos_id=config.bos_id,

@@ -36,8 +36,12 @@ def run_reference(
     sequences: Sequence[Sequence[int]],
     *,
     on_layer: Callable[[], object] = lambda: None,
+    on_input: Callable[[str, Array], object] = lambda _name, _inputs: None,
 ) -> ReferenceStates:
-    """Run the sequences, each alone and causal; `on_layer` is called after each layer."""
+    """Run the sequences, each alone and causal; `on_layer` is called after each layer.
+
+    `on_input` sees the float32 `[tokens, K]` that goes into each projection, by its name without `.weight`.
+    """
     longest = max(map(len, sequences))
     tables = rope_tables(config.rope, config.head_dim, longest)
     edges = np.cumsum([0, *map(len, sequences)])
@@ -45,7 +49,7 @@ def run_reference(
     x = embeddings[np.concatenate([np.asarray(ids, np.int64) for ids in sequences])]
     del embeddings
     for layer in range(config.num_layers):
-        x = _layer(checkpoint, config, layer, x, edges, tables)
+        x = _layer(checkpoint, config, layer, x, edges, tables, on_input)
         on_layer()
     x = _rms_norm(x, checkpoint.load("model.norm.weight"), config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -60,10 +64,12 @@ def _layer(
     x: Array,
     edges: NDArray[np.int64],
     tables: RopeTables,
+    on_input: Callable[[str, Array], object],
 ) -> Array:
     prefix = f"model.layers.{layer}"
 
     def linear(name: str, inputs: Array, *, has_bias: bool) -> Array:
+        on_input(f"{prefix}.{name}", inputs)
         out = inputs @ checkpoint.load(f"{prefix}.{name}.weight").T
         return out + checkpoint.load(f"{prefix}.{name}.bias") if has_bias else out
 

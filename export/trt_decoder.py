@@ -11,11 +11,14 @@
              log_sum       float32 [R, 1]    log of the sum of exp(logits): log-probability = logit - log_sum
              present.L.k/v                   the caches' own memory: written in place
 
+The residual stream and the norms are float32 whatever the compute type: TensorRT widens a norm's input in any case,
+and SmolLM2-135M's largest logit error falls from 0.054 to 0.044 in fp16 (0.032 of it is the weights' own rounding).
 A row needs no query length: what padding writes lies behind the valid tokens, and no valid token's mask reaches it.
 Weights that have the `ort` dialect's form are named from its weight file. Which operators a TensorRT release has is
 export/trt_operators.py's business, how a linear layer is quantized export/trt_linear.py's.
 """
 
+import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint import Checkpoint
@@ -47,7 +50,7 @@ class TrtDecoderGraph:
     ) -> None:
         self.g, self.config, self.precision, self.max_len = g, config, precision, max_len
         self.operators, self.linear = operators, linear
-        self.weights = LayerWeights(checkpoint, precision.numpy_dtype)
+        self.weights = LayerWeights(checkpoint, np.dtype(np.float32))
 
     def build(self) -> None:
         """Embed, run the layers, norm, pick the wanted rows, project to the vocabulary, pick the candidates."""
@@ -55,7 +58,7 @@ class TrtDecoderGraph:
         self._declare_inputs()
         embed = self.weights.matrix(["model.embed_tokens.weight"], "embedding", c.vocab_size, c.hidden_size)
         table = g.array(embed.name, embed.load().astype(self.precision.numpy_dtype, copy=False))
-        x = g.op("Gather", [table, self.ids], "embed", axis=0)
+        x = self._widened(g.op("Gather", [table, self.ids], "embed", axis=0))
         presents: list[ir.Value] = []
         for layer in range(c.num_layers):
             x, key, value = self._layer(layer, x)
@@ -106,9 +109,9 @@ class TrtDecoderGraph:
         g, prefix = self.g, f"model.layers.{layer}"
         hidden = self._norm(x, f"{prefix}.input_layernorm", f"attn_in.{layer}")
         attended, key, value = self._attention(layer, hidden)
-        x = g.op("Add", [x, attended], f"residual.{layer}.attn")
+        x = g.op("Add", [x, self._widened(attended)], f"residual.{layer}.attn")
         hidden = self._norm(x, f"{prefix}.post_attention_layernorm", f"mlp_in.{layer}")
-        return g.op("Add", [x, self._mlp(layer, hidden)], f"residual.{layer}"), key, value
+        return g.op("Add", [x, self._widened(self._mlp(layer, hidden))], f"residual.{layer}"), key, value
 
     def _attention(self, layer: int, hidden: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         c, g, prefix = self.config, self.g, f"model.layers.{layer}.self_attn"
@@ -135,7 +138,7 @@ class TrtDecoderGraph:
         g = self.g
         heads = g.op("Reshape", [x, g.shape_constant(0, 0, num_heads, self.config.head_dim)], f"{out}.heads")
         if norm and self.config.qk_norm:
-            heads = self._norm(heads, norm, f"{out}.normed")
+            heads = self._norm(self._widened(heads), norm, f"{out}.normed")
         return g.op("Transpose", [heads], f"{out}.4d", perm=[0, 2, 1, 3])
 
     def _mlp(self, layer: int, hidden: ir.Value) -> ir.Value:
@@ -159,11 +162,23 @@ class TrtDecoderGraph:
         y = self.linear(x, weight, f"{out}.product" if has_bias else out)
         if not has_bias:
             return y
-        bias = self.weights.vector(*[f"{name}.bias" for name in names])
+        bias = self.weights.vector(*[f"{name}.bias" for name in names]).astype(self.precision.numpy_dtype)
         return self.g.op("Add", [y, self.g.array(f"{weight.name}.bias", bias)], out)
 
     def _norm(self, x: ir.Value, name: str, out: str) -> ir.Value:
-        return self.operators.norm(x, self.g.array(f"{name}.weight", self.weights.vector(f"{name}.weight")), out)
+        """RMSNorm of a float32 x, in the compute type."""
+        weight = self.g.array(f"{name}.weight", self.weights.vector(f"{name}.weight"))
+        if self._is_float32:
+            return self.operators.norm(x, weight, out)
+        normed = self.operators.norm(x, weight, f"{out}.float32")
+        return self.g.op("Cast", [normed], out, to=self.precision.compute)
+
+    def _widened(self, x: ir.Value) -> ir.Value:
+        return x if self._is_float32 else self.g.op("Cast", [x], f"{x.name}.float32", to=ir.DataType.FLOAT)
+
+    @property
+    def _is_float32(self) -> bool:
+        return self.precision.compute == ir.DataType.FLOAT
 
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_kv_heads, "capacity", self.config.head_dim]

@@ -8,7 +8,6 @@ are rounded with the scale as stored, so a half-precision scale costs no accurac
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -25,6 +24,10 @@ A layer that is not in it keeps int8 weights and wide activations: calibration l
 
 INT4_BLOCK = 64
 """Inputs that share an int4 scale. TensorRT documents 64 and 128; the smaller loses less."""
+
+
+_SMALLEST = np.float32(np.finfo(np.float16).tiny)
+"""Of the normal half-precision numbers: below it a scale loses digits, and at 0 a channel of zeros divides by it."""
 
 
 class TrtLinear:
@@ -80,9 +83,8 @@ class TrtLinear:
         return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=0, block_size=INT4_BLOCK)
 
     def _stored_scales(self, scales: NDArray[np.float32]) -> NDArray[Any]:
-        """In the compute type, and never 0: a channel of zeros divides by the smallest normal number."""
-        dtype = self._precision.numpy_dtype
-        return np.maximum(scales, np.float32(ml_dtypes.finfo(dtype).tiny)).astype(dtype)
+        """In the compute type, and never 0."""
+        return np.maximum(scales, _SMALLEST).astype(self._precision.numpy_dtype)
 
 
 def layer_name(weight: Weight) -> str:
@@ -106,7 +108,7 @@ def best_int4_scales(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
             error = np.square(values * scale[:, None] - blocks).sum(1)
             is_better = error < best_error
             best_error, best = np.where(is_better, error, best_error), np.where(is_better, scale, best)
-    return best
+    return np.asarray(best, np.float32)
 
 
 def _pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -52,6 +52,32 @@ class Operators(Protocol):
         ...
 
 
+class Masks:
+    """Which slots each new token may see, one mask for each window width there is."""
+
+    def __init__(self, g: GraphBuilder, tables: Tables, past: ir.Value) -> None:
+        self._g = g
+        self._made: dict[int | None, ir.Value] = {}
+        one, nought = g.constant("one", np.array(1, np.int64)), g.constant("nought", np.array(0, np.int64))
+        self.capacity_1d = g.op("Shape", [past], "capacity.1d", start=2, end=3)
+        capacity = g.op("Squeeze", [self.capacity_1d], "capacity")
+        self._slots = g.op("Range", [nought, capacity, one], "slots")  # [C], broadcast over [B, 1, S, C]
+        self._positions = g.op("Unsqueeze", [tables.position_ids, g.shape_constant(1, 3)], "positions.4d")
+
+    def for_window(self, window: int | None) -> ir.Value:
+        """bool `[B, 1, S, C]`: the token itself and those before it, at most `window` of them."""
+        if window not in self._made:
+            g, name = self._g, "mask" if window is None else f"mask.{window}"
+            seen = g.op("LessOrEqual", [self._slots, self._positions], name if window is None else f"{name}.causal")
+            if window is not None:
+                width = g.constant(f"window.{window}", np.array(window, np.int64))
+                edge = g.op("Sub", [self._positions, width], f"{name}.edge")
+                recent = g.op("Greater", [self._slots, edge], f"{name}.recent")
+                seen = g.op("And", [seen, recent], name)
+            self._made[window] = seen
+        return self._made[window]
+
+
 class FusedOperators:
     """Opset 24. The mask is boolean and made here from the positions.
 
@@ -63,28 +89,9 @@ class FusedOperators:
 
     def __init__(self, g: GraphBuilder, config: ModelConfig) -> None:
         self._g, self._config = g, config
-        self._masks: dict[int | None, ir.Value] = {}
 
     def begin(self, tables: Tables, past: ir.Value) -> None:
-        g = self._g
-        self._tables = tables
-        one, nought = g.constant("one", np.array(1, np.int64)), g.constant("nought", np.array(0, np.int64))
-        capacity = g.op("Squeeze", [g.op("Shape", [past], "capacity.1d", start=2, end=3)], "capacity")
-        self._slots = g.op("Range", [nought, capacity, one], "slots")  # [C], broadcast over [B, 1, S, C]
-        self._positions = g.op("Unsqueeze", [tables.position_ids, g.shape_constant(1, 3)], "positions.4d")
-
-    def mask(self, window: int | None) -> ir.Value:
-        """bool `[B, 1, S, C]`: the slots a token may see, itself and those before it, at most `window` of them."""
-        if window not in self._masks:
-            g, name = self._g, "mask" if window is None else f"mask.{window}"
-            seen = g.op("LessOrEqual", [self._slots, self._positions], name if window is None else f"{name}.causal")
-            if window is not None:
-                width = g.constant(f"window.{window}", np.array(window, np.int64))
-                edge = g.op("Sub", [self._positions, width], f"{name}.edge")
-                recent = g.op("Greater", [self._slots, edge], f"{name}.recent")
-                seen = g.op("And", [seen, recent], name)
-            self._masks[window] = seen
-        return self._masks[window]
+        self._tables, self._masks = tables, Masks(self._g, tables, past)
 
     def norm(self, x: ir.Value, weight: ir.Value, out: str) -> ir.Value:
         return self._g.op(
@@ -103,6 +110,6 @@ class FusedOperators:
             kv: g.op("TensorScatter", [past[kv], new, self._tables.write_idx], f"present.{layer}.{kv}", axis=2)
             for kv, new in (("k", key), ("v", value))
         }
-        mask = self.mask(self._config.sliding_windows[layer])
+        mask = self._masks.for_window(self._config.sliding_windows[layer])
         out = g.op("Attention", [query, present["k"], present["v"], mask], f"attn.{layer}")
         return Attended(out, present["k"], present["v"])

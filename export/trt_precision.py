@@ -7,6 +7,7 @@ forms TensorRT has kernels for: its networks are strongly typed, and zero points
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,15 +40,19 @@ class TrtPrecision:
     overrides: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
-    def numpy_dtype(self) -> np.dtype[np.generic]:
-        return np.dtype(_NUMPY[self.compute])
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return _NUMPY[self.compute]
 
     def scheme_of(self, kind: str) -> Scheme:
         """What a layer kind is stored as."""
         return self.overrides.get(kind, self.scheme)
 
 
-_NUMPY = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+_NUMPY: Mapping[ir.DataType, np.dtype[Any]] = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
 _HALF = ir.DataType.FLOAT16
 
 TRT_PRECISIONS: Mapping[str, TrtPrecision] = {

@@ -2,13 +2,16 @@
 
 Three things are measured: the graph's logits on text against the numpy reference, its greedy tokens against the
 reference's choice at every step, and the graph against itself in every way the scheduler will call it (whole, in
-chunks, token by token, in a ragged batch). Thresholds are in gates.py. Writes nothing.
+chunks, token by token, in a ragged batch). Where the artifact has TensorRT dialects, each of their graphs is measured
+in the same way, on ONNX Runtime: the very files that will be compiled; see parity.py. Thresholds are in gates.py.
+Writes nothing.
 """
 
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -17,8 +20,10 @@ from numpy.typing import NDArray
 import calibration_data
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.gates import GATES
+from export.gates import gates_of
+from export.parity import HEAD, figure_name, four_ways, parity_figures, reference_ways, run_rows
 from export.reference import ReferenceStates, run_reference
+from export.widen import runnable
 from runtime.artifact import Artifact
 from runtime.ort_session import OrtSession
 from runtime.progress import progress_bar
@@ -29,6 +34,7 @@ WINDOW = 512
 NUM_WINDOWS = 2  # to measure a perplexity change
 EXACT_WINDOW = 256  # a wrong float32 graph shows in one short window
 NUM_GREEDY = 16  # tokens generated for each prompt
+NUM_GREEDY_COMPARED = 64  # where two dialects must give the same ones
 MAX_PROMPT = 32
 BATCH = 8  # slots; more would cost more memory than a small model's weights
 NUM_ALONE = 2  # prompts generated alone as well
@@ -65,6 +71,16 @@ def material_for(artifact: Artifact, config: ModelConfig) -> Material:
     return Material(windows_of(ids, window)[:num_windows], [ids[:prompt] for ids in prompts], source)
 
 
+def calibration_windows(tokenizer_file: Path, config: ModelConfig) -> list[list[int]]:
+    """Token ids to take activation ranges from: prompts that verification does not score, or random ids."""
+    if not tokenizer_file.is_file():
+        return [np.random.default_rng(1).integers(0, config.vocab_size, min(WINDOW, 128)).tolist()]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    return [tokenizer.encode(text).ids for text in calibration_data.verification_prompts()]
+
+
 class ScoredPart(NamedTuple):
     """Which positions some spooled logits belong to."""
 
@@ -74,11 +90,12 @@ class ScoredPart(NamedTuple):
 
 
 class GraphRun(NamedTuple):
-    """What the graph did: figures about itself, the greedy tokens, and which logits were spooled."""
+    """What the graph did: figures about itself, the greedy tokens, which logits were spooled; logits for parity.py."""
 
     figures: dict[str, Any]
     generated: list[list[int]]
     spooled: list[ScoredPart]
+    ways: Mapping[str, NDArray[np.float32]]
 
 
 def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> dict[str, Any]:
@@ -88,42 +105,71 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
     the graph's weights and the reference's in memory together.
     """
     material = material_for(artifact, config)
+    precision, dialects = artifact.manifest.precision, tuple(artifact.manifest.dialects)
+    runs: dict[str, GraphRun] = {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryFile(dir=artifact.path) as spool:
-        run = _run_graph(artifact, material, spool)
-        continued = [prompt + tokens for prompt, tokens in zip(material.prompts, run.generated, strict=True)]
+        for dialect in dialects:
+            with runnable(artifact, dialect) as what_runs:
+                runs[dialect] = _run_graph(what_runs, dialect, material, spool)
+        continued = [
+            prompt + tokens
+            for run in runs.values()
+            for prompt, tokens in zip(material.prompts, run.generated, strict=False)
+        ]
         with progress_bar("reference", total=config.num_layers) as bar:
             states = run_reference(checkpoint, config, material.windows + continued, on_layer=lambda: bar.update(1))
         spool.seek(0)
-        distance = _distance(spool, run.spooled, states, artifact.manifest.dims.vocab_size)
-    # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
-    tie = 2 * distance.max_logit_error if artifact.manifest.precision == "fp32" else 0.0
-    agreement, prefix = _greedy_agreement(states, len(material.windows), material.prompts, run.generated, tie=tie)
-    figures = run.figures | _figures(distance) | {"greedy_agreement": agreement, "greedy_prefix": prefix}
-    return _receipt(artifact, material, figures, len(run.generated[0]))
+        offset = len(material.windows)
+        for dialect, run in runs.items():
+            distance = _distance(spool, run.spooled, states, artifact.manifest.dims.vocab_size)
+            # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
+            tie = 2 * distance.max_logit_error if precision == "fp32" else 0.0
+            agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
+            offset += len(run.generated)
+            found = run.figures | _figures(distance) | {"greedy_agreement": agreement, "greedy_prefix": prefix}
+            figures |= {figure_name(dialect, name): value for name, value in found.items()}
+    head = states.logits(0, 0, min(HEAD, len(material.windows[0])))
+    expected = runs["ort"].ways if precision == "fp32" and "ort" in runs else reference_ways(head)
+    for dialect, run in runs.items():
+        if dialect != "ort":
+            figures |= parity_figures(dialect, run.ways, expected)
+            if "ort" in runs:
+                equal = [a == b for a, b in zip(run.generated, runs["ort"].generated, strict=False)]
+                figures[figure_name(dialect, "tokens_equal_to_ort")] = float(np.mean(equal))
+    return _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]))
 
 
-def _run_graph(artifact: Artifact, material: Material, spool: IO[bytes]) -> GraphRun:
+def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:
     capacity = min(artifact.manifest.dims.max_len, max(WINDOW, MAX_PROMPT + NUM_GREEDY))
-    session = OrtSession.open(artifact, num_slots=BATCH, capacity=capacity, saves_memory=True)
+    session = OrtSession.open(artifact, num_slots=BATCH, capacity=capacity, saves_memory=True, dialect=dialect)
+    is_exact, is_ort = artifact.manifest.precision == "fp32", dialect == "ort"
+    wanted = NUM_GREEDY_COMPARED if is_exact and len(artifact.manifest.dialects) > 1 else NUM_GREEDY
+    # A quantized graph for TensorRT widens its weights on this CPU at every run: a second or two for 135M of them.
+    prompts = material.prompts if is_exact or is_ort else material.prompts[:BATCH]
     try:
-        num_greedy = min(NUM_GREEDY, capacity - max(map(len, material.prompts)))
+        num_greedy = min(wanted, capacity - max(map(len, prompts)))
         batched: list[list[int]] = []
-        with progress_bar("generate", total=num_greedy * -(-len(material.prompts) // BATCH)) as bar:
-            for start in range(0, len(material.prompts), BATCH):
-                batch = material.prompts[start : start + BATCH]
+        with progress_bar("generate", total=num_greedy * -(-len(prompts) // BATCH)) as bar:
+            for start in range(0, len(prompts), BATCH):
+                batch = prompts[start : start + BATCH]
                 batched += greedy(session, batch, num_greedy, on_token=lambda: bar.update(1))
-        alone = [greedy(session, [prompt], num_greedy)[0] for prompt in material.prompts[:NUM_ALONE]]
-        figures = dict(self_distance(session, material.windows[0]))
-        figures["batch_token_agreement"] = float(np.mean([a == b for a, b in zip(alone, batched, strict=False)]))
+        figures: dict[str, Any] = {}
+        if is_ort:
+            alone = [greedy(session, [prompt], num_greedy)[0] for prompt in prompts[:NUM_ALONE]]
+            figures |= self_distance(session, material.windows[0])
+            figures["batch_token_agreement"] = float(np.mean([a == b for a, b in zip(alone, batched, strict=False)]))
         spooled = []
         with progress_bar("score", total=sum(map(len, material.windows)), unit="token") as bar:
             for chunk in score(session, material.windows):
                 spool.write(np.ascontiguousarray(chunk.logits).data)
                 spooled.append(ScoredPart(chunk.sequence_idx, chunk.start, chunk.next_ids))
                 bar.update(len(chunk.next_ids))
+        has_others = set(artifact.manifest.dialects) != {"ort"}
+        ways = four_ways(session, material.windows[0]) if has_others else {}
     finally:
         session.close()
-    return GraphRun(figures, batched, spooled)
+    return GraphRun(figures, batched, spooled, ways)
 
 
 def greedy(
@@ -156,7 +202,7 @@ def self_distance(session: Session, window: Sequence[int]) -> Mapping[str, float
     chunk_kl, chunk_logit_error: chunks and single tokens against one run; other kernels, so other float sums
     """
     ids = list(window[:64])
-    whole = _run_rows(session, [ids], [0], every=True).copy()
+    whole = run_rows(session, [ids], [0], every=True).copy()
     chunked = Distance()
     for sizes in ([7, 1, 20, len(ids)], [1] * 12):
         done = 0
@@ -164,35 +210,22 @@ def self_distance(session: Session, window: Sequence[int]) -> Mapping[str, float
             piece = ids[done : done + size]
             if len(piece) == 0:
                 break
-            logits = _run_rows(session, [piece], [done], every=True)
+            logits = run_rows(session, [piece], [done], every=True)
             chunked.add(whole[done : done + len(piece)], logits, np.array(piece, np.int64))
             done += len(piece)
     rows = min(BATCH, session.info.num_slots)
     cuts = [1 + (row * 7) % (len(ids) - 1) for row in range(rows)]
-    heads = _run_rows(session, [ids[:cut] for cut in cuts], [0] * rows).copy()
-    nexts = _run_rows(session, [[ids[cut]] for cut in cuts], cuts).copy()
+    heads = run_rows(session, [ids[:cut] for cut in cuts], [0] * rows).copy()
+    nexts = run_rows(session, [[ids[cut]] for cut in cuts], cuts).copy()
     errors = []
     for row, cut in enumerate(cuts):
-        errors.append(np.abs(_run_rows(session, [ids[:cut]], [0])[0] - heads[row]).max())
-        errors.append(np.abs(_run_rows(session, [[ids[cut]]], [cut])[0] - nexts[row]).max())
+        errors.append(np.abs(run_rows(session, [ids[:cut]], [0])[0] - heads[row]).max())
+        errors.append(np.abs(run_rows(session, [[ids[cut]]], [cut])[0] - nexts[row]).max())
     return {
         "batch_logit_error": float(np.max(errors)),
         "chunk_logit_error": chunked.max_logit_error,
         "chunk_kl": chunked.kl,
     }
-
-
-def _run_rows(
-    session: Session, rows: Sequence[Sequence[int]], past: Sequence[int], *, every: bool = False
-) -> NDArray[np.float32]:
-    """One ragged run; logits of each row's last token, or of every token of a single row."""
-    chunk = max(map(len, rows))
-    ids = np.zeros((len(rows), chunk), np.int64)
-    for idx, row in enumerate(rows):
-        ids[idx, : len(row)] = row
-    query = np.array([len(row) for row in rows], np.int32)
-    wanted = np.arange(chunk) if every else np.arange(len(rows)) * chunk + query - 1
-    return session.run(Batch(0, ids, np.array(past, np.int32), query, wanted))
 
 
 def _distance(spool: IO[bytes], spooled: Sequence[ScoredPart], states: ReferenceStates, vocab_size: int) -> Distance:
@@ -232,21 +265,25 @@ def _greedy_agreement(
     likeliest token differs. Where the two lie closer than `tie` either choice counts as its own.
     """
     equal, prefixes = 0, []
-    for idx, (prompt, tokens) in enumerate(zip(prompts, generated, strict=True)):
+    for idx, (prompt, tokens) in enumerate(zip(prompts, generated, strict=False)):
         start = len(prompt) - 1
         logits = states.logits(offset + idx, start, start + len(tokens))
         chosen = logits[np.arange(len(tokens)), tokens]
         differs = np.flatnonzero(logits.max(-1) - chosen > tie)
         equal += not len(differs)
         prefixes.append((differs[0] if len(differs) else len(tokens)) / len(tokens))
-    return equal / len(prompts), float(np.mean(prefixes))
+    return equal / len(generated), float(np.mean(prefixes))
 
 
 def _receipt(artifact: Artifact, material: Material, figures: Mapping[str, Any], num_greedy: int) -> dict[str, Any]:
     import onnxruntime
 
     precision = artifact.manifest.precision
-    checks = [gate.check(figures[gate.figure]) for gate in GATES[precision]]
+    checks = [
+        replace(gate, figure=figure_name(dialect, gate.figure)).check(figures[figure_name(dialect, gate.figure)])
+        for dialect in artifact.manifest.dialects
+        for gate in gates_of(dialect, precision)
+    ]
     return {
         "passed": all(check["passed"] for check in checks),
         "precision": precision,
@@ -256,6 +293,9 @@ def _receipt(artifact: Artifact, material: Material, figures: Mapping[str, Any],
             "windows": [len(window) for window in material.windows],
             "prompts": len(material.prompts),
             "greedy_tokens": num_greedy,
+        },
+        "graphs": {
+            dialect: artifact.manifest.files[file].sha256 for dialect, file in artifact.manifest.dialects.items()
         },
         "checks": checks,
         "figures": {name: value if np.isfinite(value) else str(value) for name, value in figures.items()},

@@ -57,6 +57,10 @@ class WeightFile:
     def num_bytes(self) -> int:
         return self._file.tell()
 
+    def flush(self) -> None:
+        """Make what was appended visible to who opens the file by name."""
+        self._file.flush()
+
     def append(self, chunks: Iterable[NDArray[Any]]) -> Extent:
         """Write arrays one after another as one tensor, starting on a page; or name the same bytes written before."""
         end = self._file.tell()

@@ -2,6 +2,8 @@
 
     manifest.json     this module's `Manifest`: dimensions, KV contract, tensor names, sha256 of every file
     model.onnx        graph for ONNX Runtime; weights.bin holds its tensors
+    model.trt.onnx    graph for TensorRT, model.trt-plain.onnx for releases before 10.15: in weights.bin what they share
+                      with model.onnx, in weights.trt.bin the rest
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
     receipt.json      what the exported model was compared with, and how close it is
     choice.json       where the precision was chosen by measurement: the table it was chosen from
@@ -23,9 +25,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 WEIGHTS = "weights.bin"
+TRT_WEIGHTS = "weights.trt.bin"
 ORT_MODEL = "model.onnx"
 CHOICE = "choice.json"
-PRECISIONS = ("fp32", "fp16", "w8a16", "w4a16", "w8a8")
+DIALECT_FILES = {"ort": ORT_MODEL, "trt": "model.trt.onnx", "trt-plain": "model.trt-plain.onnx"}
+PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w4a16", "w8a8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +80,7 @@ class Manifest:
     dims: ModelDims
     kv: KvContract
     dialects: Mapping[str, str]
-    """Dialect (`ort`, later `trt`) to the file that holds its graph."""
+    """Dialect (`ort`, `trt`, `trt-plain`) to the file that holds its graph; `files` has its hash."""
     is_tied: bool
     """Whether embedding and LM head are one matrix, stored once."""
     eos_ids: tuple[int, ...]
@@ -85,6 +89,12 @@ class Manifest:
     versions: Mapping[str, str]
     step_weight_bytes: int | None = None
     """Bytes of weights that every run reads whole; None in artifacts written before it was counted."""
+    trt_kv: KvContract | None = None
+    """The TensorRT dialects' cache, whose dtype is their compute type; None where there is no such dialect."""
+
+    def kv_of(self, dialect: str) -> KvContract:
+        """How one dialect's cache tensors look."""
+        return self.kv if dialect == "ort" or self.trt_kv is None else self.trt_kv
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -102,10 +112,12 @@ class Manifest:
                 f"{where} has schema version {version!r}, this release reads {SCHEMA_VERSION}; export the model again"
             )
         try:
+            trt_kv = raw.pop("trt_kv", None)
             files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
             manifest = cls(
                 dims=ModelDims(**raw.pop("dims")),
                 kv=KvContract(**raw.pop("kv")),
+                trt_kv=trt_kv and KvContract(**trt_kv),
                 eos_ids=tuple(raw.pop("eos_ids")),
                 files=files,
                 **raw,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from runtime.artifact import Artifact
 from runtime.errors import InvalidArtifact, InvalidSetting
 from runtime.session import Batch, SessionInfo
+from runtime.trt_inputs import ort_inputs, trt_inputs
 
 # A binding holds two OrtValues a layer (about 0.4 ms to make for 30 layers). Decode needs one a batch size,
 # prefill one a slot; the rest are rare shapes.
@@ -21,10 +22,13 @@ _MAX_BINDINGS = 256
 class OrtSession:
     """Implements `runtime.session.Session`. Make it with `OrtSession.open`."""
 
-    def __init__(self, session: Any, artifact: Artifact, *, num_slots: int, capacity: int) -> None:
+    def __init__(
+        self, session: Any, artifact: Artifact, *, num_slots: int, capacity: int, dialect: str = "ort"
+    ) -> None:
         from onnxruntime import OrtValue
 
-        dims, kv = artifact.manifest.dims, artifact.manifest.kv
+        dims, kv = artifact.manifest.dims, artifact.manifest.kv_of(dialect)
+        self._inputs = ort_inputs if dialect == "ort" else trt_inputs
         self._session = session
         self._value = OrtValue.ortvalue_from_numpy
         shape = (num_slots, dims.num_kv_heads, capacity, dims.head_dim)
@@ -59,12 +63,14 @@ class OrtSession:
         capacity: int,
         threads: int | None = None,
         saves_memory: bool = False,
+        dialect: str = "ort",
     ) -> "OrtSession":
         """Load the graph; InvalidArtifact if ONNX Runtime refuses it.
 
         threads: None is one a physical core
         saves_memory: keep half-precision weights as they are, and widen them for this CPU at every run instead of
             once at load; slower, and half the memory
+        dialect: another than `ort` runs too, though slowly: to check what TensorRT will compile
         """
         import onnxruntime
 
@@ -82,9 +88,12 @@ class OrtSession:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        if dialect != "ort":
+            # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             session = onnxruntime.InferenceSession(
-                str(artifact.model_file("ort")),
+                str(artifact.model_file(dialect)),
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=["ConstantFolding"] if saves_memory else None,
@@ -94,7 +103,7 @@ class OrtSession:
             raise InvalidArtifact(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {artifact.path}: {first_line}"
             ) from error
-        return cls(session, artifact, num_slots=num_slots, capacity=capacity)
+        return cls(session, artifact, num_slots=num_slots, capacity=capacity, dialect=dialect)
 
     @property
     def info(self) -> SessionInfo:
@@ -109,10 +118,8 @@ class OrtSession:
             self._logits = np.empty((num_logits, self._info.vocab_size), np.float32)
         logits = self._logits[:num_logits]
         binding = self._binding(num_rows, batch.first_slot)
-        binding.bind_cpu_input("input_ids", batch.token_ids)
-        binding.bind_cpu_input("past_len", batch.past_len)
-        binding.bind_cpu_input("query_len", batch.query_len)
-        binding.bind_cpu_input("logits_idx", batch.logits_idx)
+        for name, array in self._inputs(batch).items():
+            binding.bind_cpu_input(name, array)
         binding.bind_ortvalue_output("logits", self._value(logits))
         self._session.run_with_iobinding(binding)
         return logits

@@ -7,6 +7,7 @@ import pytest
 
 import calibration_data
 from export.default_model import default_model_file
+from export.pipeline import ExportOptions, export_model
 from export.verify import greedy
 from runtime.artifact import Artifact
 from runtime.ort_session import OrtSession
@@ -46,6 +47,14 @@ def session(smollm2: Artifact) -> OrtSession:
 
 
 @pytest.fixture(scope="module")
+def trt_session(tmp_path_factory: pytest.TempPathFactory) -> OrtSession:
+    """The trt dialect, on ONNX Runtime."""
+    out = tmp_path_factory.mktemp("trt") / "smollm2-fp32"
+    options = ExportOptions(model="smollm2-135m-instruct", out=out, max_len=2048, dialects=("trt",))
+    return OrtSession.open(export_model(options), num_slots=20, capacity=512, dialect="trt")
+
+
+@pytest.fixture(scope="module")
 def text_ids(smollm2: Artifact) -> np.ndarray[Any, Any]:
     return np.array(Tokenizer.from_directory(smollm2.path).encode(calibration_data.verification_text())[:256])
 
@@ -68,6 +77,21 @@ def test_ragged_batch_of_eight_equals_transformers(
     for cut, head, tail in zip(cuts, heads, tails, strict=True):
         assert np.abs(head - expected[cut - 1]).max() <= LOGIT_TOLERANCE
         assert np.abs(tail - expected[cut + 8 + cut % 5]).max() <= LOGIT_TOLERANCE
+
+
+def test_the_trt_dialect_equals_transformers(
+    smollm2: Artifact, session: OrtSession, trt_session: OrtSession, oracle: Any, text_ids: np.ndarray[Any, Any]
+) -> None:
+    expected = oracle(text_ids.tolist())
+    for sizes in ([256], [1] * 64, [100, 1, 64, 91]):
+        logits = run_in_pieces(trt_session, text_ids, sizes)
+        assert np.abs(logits - expected[: sum(sizes)]).max() <= LOGIT_TOLERANCE, sizes[:3]
+    cuts = [1, 200, 60, 7, 33, 128, 2, 90]
+    for cut, head in zip(cuts, run_ragged(trt_session, [text_ids[:cut] for cut in cuts], [0] * 8), strict=True):
+        assert np.abs(head - expected[cut - 1]).max() <= LOGIT_TOLERANCE
+    tokenizer = Tokenizer.from_directory(smollm2.path)
+    prompts = [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
+    assert greedy(trt_session, prompts, NUM_TOKENS) == greedy(session, prompts, NUM_TOKENS)
 
 
 def test_greedy_tokens_equal_transformers(smollm2: Artifact, session: OrtSession, oracle: Any) -> None:

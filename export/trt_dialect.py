@@ -1,0 +1,52 @@
+"""Writes the graph of a TensorRT dialect beside the `ort` one, sharing its weights where the bytes are the same.
+
+fp32 and fp16 share everything but half-precision norms; quantized precisions share nothing: ONNX Runtime's blocks are
+unsigned with a zero point and lie along the inputs of a row, TensorRT's are signed, without one, in the MatMul's order.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export.checkpoint import Checkpoint
+from export.config import ModelConfig
+from export.graph_builder import GraphBuilder
+from export.trt_decoder import TrtDecoderGraph
+from export.trt_linear import ActivationScales, TrtLinear
+from export.trt_operators import FusedOperators
+from export.trt_plain import PlainOperators
+from export.trt_precision import trt_precision_named
+from export.weight_file import WeightFile
+from runtime.artifact import DIALECT_FILES
+
+_OPERATORS: Mapping[str, type[FusedOperators] | type[PlainOperators]] = {
+    "trt": FusedOperators,
+    "trt-plain": PlainOperators,
+}
+
+
+def write_trt_graph(
+    directory: Path,
+    dialect: str,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: str,
+    *,
+    max_len: int,
+    weights: WeightFile,
+    scales: ActivationScales,
+) -> int:
+    """Write one graph; the bytes of weights that every run reads."""
+    import onnx
+
+    kind, row = _OPERATORS[dialect], trt_precision_named(precision)
+    g = GraphBuilder(weights, opsets={"": kind.opset}, ir_version=kind.ir_version)
+    operators, linear = kind(g, config), TrtLinear(g, row, scales)
+    TrtDecoderGraph(g, checkpoint, config, row, max_len=max_len, operators=operators, linear=linear).build()
+    file = directory / DIALECT_FILES[dialect]
+    ir.save(g.model(config.model_type, importlib.metadata.version("headrace")), file)
+    weights.flush()
+    onnx.checker.check_model(str(file), full_check=True)
+    return g.step_weight_bytes()
