@@ -35,6 +35,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibration.add_argument("--calib-samples", type=int, metavar="N", help="sequences; default: 128")
     calibration.add_argument("--calib-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
+    calibration.add_argument(
+        "--calibration", type=Path, metavar="PATH", help="use the calibration of this artifact or calibration.json"
+    )
+    calibration.add_argument(
+        "--max-ppl-increase",
+        default="0.5%",
+        metavar="SHARE",
+        help="perplexity increase that int8 layers may add up to before the worst take two passes; default: 0.5%%",
+    )
+    calibration.add_argument(
+        "--keep",
+        default="",
+        metavar="LIST",
+        help="layers that take two int8 passes, like layers.11.down,layers.28.down",
+    )
     parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
     parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
     return parser
@@ -51,6 +66,8 @@ def main(argv: list[str]) -> int:
         raise InvalidSetting(f"--optimize-for is for --precision auto; {args.precision} is chosen already")
     from export.calibration_set import calibration_options
     from export.choose_precision import export_fastest
+    from export.int8_export import QuantizationOptions
+    from export.int8_model import Int8Options
     from export.pipeline import ExportOptions, export_model
     from runtime.choice import choice_lines, read_choice
 
@@ -61,8 +78,15 @@ def main(argv: list[str]) -> int:
         max_len=args.max_len,
         revision=args.revision,
         force=args.force,
-        calib=calibration_options(args.precision, args.calib, args.calib_samples, args.calib_length),
         dialects=tuple(dict.fromkeys(part.strip() for part in args.dialect.split(","))),
+        quantization=QuantizationOptions(
+            calib=calibration_options(args.precision, args.calib, args.calib_samples, args.calib_length),
+            int8=Int8Options(
+                max_ppl_increase=_share(args.max_ppl_increase),
+                keep=tuple(name for name in args.keep.replace(" ", "").split(",") if name),
+            ),
+            calibration=args.calibration,
+        ),
     )
     is_auto = args.precision == "auto"
     artifact = export_fastest(options, args.optimize_for or "latency") if is_auto else export_model(options)
@@ -75,6 +99,17 @@ def main(argv: list[str]) -> int:
     total = sum(entry.size for entry in artifact.manifest.files.values())
     sys.stdout.write(f"{out}: {artifact.manifest.name}, {artifact.manifest.precision}, {total / 1e6:,.0f} MB\n")
     return 0
+
+
+def _share(text: str) -> float:
+    """`0.5%` or `0.005`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise InvalidSetting(f"--max-ppl-increase {text!r} is not a share; give something like 0.5% or 0.005")
+    return value
 
 
 def _is_good(out: Path) -> bool:

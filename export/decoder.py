@@ -19,7 +19,8 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.graph_builder import MICROSOFT, GraphBuilder
-from export.layer_weights import LayerWeights
+from export.int8_linear import Int8Layers, int8_linear, layer_of
+from export.layer_weights import LayerWeights, Weight
 from export.linear import embedding, linear, tied_lm_head
 from export.precision import Precision
 from export.rope import rope_tables
@@ -29,9 +30,16 @@ class DecoderGraph:
     """Builds the `ort` dialect of one checkpoint; weights are read and written layer by layer."""
 
     def __init__(
-        self, g: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int
+        self,
+        g: GraphBuilder,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        precision: Precision,
+        max_len: int,
+        int8_layers: Int8Layers | None = None,
     ) -> None:
         self.g, self.config, self.precision, self.max_len = g, config, precision, max_len
+        self.int8_layers = int8_layers or {}
         self.weights = LayerWeights(checkpoint, precision.numpy_dtype)
 
     def build(self) -> None:
@@ -49,7 +57,7 @@ class DecoderGraph:
             logits = tied_lm_head(g, wanted, embed, shared, self.precision, "logits.raw")
         else:
             head = self.weights.matrix(["lm_head.weight"], "lm_head", c.vocab_size, c.hidden_size)
-            logits = linear(g, wanted, head, self.precision, "logits.raw")
+            logits = self._product(wanted, head, "logits.raw")
         g.output(g.op("Cast", [logits], "logits", to=ir.DataType.FLOAT), ir.DataType.FLOAT, ["R", c.vocab_size])
         for layer in range(c.num_layers):
             for kv in "kv":
@@ -144,11 +152,17 @@ class DecoderGraph:
     ) -> ir.Value:
         """One or more projections of the same input as one matrix product, biases added."""
         weight = self.weights.matrix([f"{name}.weight" for name in names], kind, n, k)
-        y = linear(self.g, x, weight, self.precision, f"{out}.product" if has_bias else out)
+        y = self._product(x, weight, f"{out}.product" if has_bias else out)
         if not has_bias:
             return y
         bias = self.weights.vector(*[f"{name}.bias" for name in names])
         return self.g.op("Add", [y, self.g.array(f"{weight.name}.bias", bias)], out)
+
+    def _product(self, x: ir.Value, weight: Weight, out: str) -> ir.Value:
+        layer = layer_of(weight, self.int8_layers)
+        if layer is not None:
+            return int8_linear(self.g, x, weight, layer, out)
+        return linear(self.g, x, weight, self.precision, out)
 
     def _norm(self, x: ir.Value, name: str, out: str) -> ir.Value:
         return self.g.op("RMSNormalization", [x, self._norm_weight(name)], out,

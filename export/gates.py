@@ -90,6 +90,14 @@ GATES: Mapping[str, tuple[Gate, ...]] = {
         _BATCH_ROUNDED,
         _chunks_rounded(0.25),
     ),
+    "w8a8": (
+        Gate("kl", 0.03, "the perplexity limit's worth of nats, three times over: the text is short"),
+        Gate("top1_agreement", 0.93, "near ties flip; SmolLM2-135M keeps 96 %, wider models more", at_most=False),
+        Gate("perplexity_increase", 0.015, "the promise is 1 %, and 1,000 tokens measure it within half a per cent"),
+        _BATCH,
+        _BATCH_TOKENS,
+        _chunks_rounded(0.03),
+    ),
 }
 
 

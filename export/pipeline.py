@@ -5,19 +5,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import onnx_ir as ir
 
 from export.architectures import parse_config
 from export.artifact_writer import file_entry, staged, write_json, write_manifest, write_texts
-from export.calibration_set import CalibrationOptions
+from export.calibration_file import save_calibration
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
 from export.graph_builder import GraphBuilder
+from export.int8_export import QuantizationOptions, prepare_int8, remove_workdir, workdir_of
+from export.int8_linear import Int8Layers
+from export.int8_model import Int8Model, summary
 from export.minmax import minmax_scales
 from export.precision import Precision, precision_named
+from export.self_samples import artifact_generator
 from export.trt_dialect import write_trt_graph
 from export.trt_linear import ActivationScales
 from export.trt_precision import trt_precision_named
@@ -48,7 +53,7 @@ class ExportOptions:
     """What to export and where to.
 
     max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
-    calib: read by calibrated precisions only
+    quantization: read by calibrated precisions only
     """
 
     model: str
@@ -57,7 +62,7 @@ class ExportOptions:
     max_len: int | None = None
     revision: str | None = None
     force: bool = False
-    calib: CalibrationOptions = field(default_factory=CalibrationOptions)
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     dialects: tuple[str, ...] = ("ort",)
     """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
 
@@ -75,15 +80,21 @@ def export_model(options: ExportOptions) -> Artifact:
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
+        model = None
+        if precision is not None and precision.is_calibrated:
+            model = _int8_model(staging, checkpoint, config, options, max_len)
         draft = write_unverified(
-            staging, checkpoint, config, precision, max_len, dialects=options.dialects, name=options.precision
+            staging, checkpoint, config, precision, max_len, model, dialects=options.dialects, name=options.precision
         ).manifest
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
+        if model is not None:
+            receipt["quantization"] = summary(model)
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
         write_json(staging / RECEIPT, receipt)
         manifest = replace(draft, files={**draft.files, RECEIPT: file_entry(staging / RECEIPT)})
         write_manifest(staging, manifest)
+    remove_workdir(workdir_of(options.out))
     return Artifact(options.out, manifest, receipt)
 
 
@@ -93,6 +104,7 @@ def write_unverified(
     config: ModelConfig,
     precision: Precision | None,
     max_len: int,
+    model: Int8Model | None = None,
     *,
     dialects: Sequence[str] = ("ort",),
     name: str = "",
@@ -100,12 +112,36 @@ def write_unverified(
     """Graphs, weights and texts in an empty directory, and the manifest of a session that runs them; no receipt.
 
     precision: of the `ort` dialect, None without it; then `name` is that of the other dialects' precision
+    model: for calibrated precisions, what is written instead of the checkpoint's own weights
     """
+    if model is not None:
+        checkpoint, config = model.checkpoint, model.config
+        save_calibration(directory, model.calibration)
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
-    step_weight_bytes = _write_graphs(directory, checkpoint, config, precision, max_len, dialects, name)
+    step_weight_bytes = _write_graphs(
+        directory, checkpoint, config, precision, max_len, dialects, name, model.layers if model else {}
+    )
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
     return Artifact(directory, manifest, {})
+
+
+def _int8_model(
+    staging: Path, checkpoint: Checkpoint, config: ModelConfig, options: ExportOptions, max_len: int
+) -> Int8Model:
+    workdir = workdir_of(options.out)
+
+    def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
+        """Sample from an artifact with 8-bit weights: within half a per cent of the model, in half the time."""
+        sampler = staging / "sampler"
+        sampler.mkdir()
+        artifact = write_unverified(sampler, checkpoint, config, precision_named("w8a16"), max_len)
+        try:
+            return artifact_generator(artifact, length=length)(starts, length, seed)
+        finally:
+            rmtree(sampler)
+
+    return prepare_int8(checkpoint, config, options.quantization, workdir, max_len=max_len, generate=generate)
 
 
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
@@ -127,6 +163,7 @@ def _write_graphs(
     max_len: int,
     dialects: Sequence[str],
     name: str,
+    int8_layers: Int8Layers,
 ) -> int:
     """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
     num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(dialects)
@@ -138,7 +175,9 @@ def _write_graphs(
     ):
         counting = _Counting(checkpoint, bar)
         if precision is not None:
-            step_weight_bytes["ort"] = _write_ort_graph(staging, counting, config, precision, max_len, weights)
+            step_weight_bytes["ort"] = _write_ort_graph(
+                staging, counting, config, precision, max_len, weights, int8_layers
+            )
         if others:
             scales = _activation_scales(staging, checkpoint, config, name)
             with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
@@ -157,13 +196,19 @@ def _write_graphs(
 
 
 def _write_ort_graph(
-    staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: Precision, max_len: int, weights: WeightFile
+    staging: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision,
+    max_len: int,
+    weights: WeightFile,
+    int8_layers: Int8Layers,
 ) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
     graph = GraphBuilder(weights)
-    DecoderGraph(graph, checkpoint, config, precision, max_len).build()
+    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
     weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)

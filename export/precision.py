@@ -23,6 +23,7 @@ class Precision:
     """How an artifact computes and stores.
 
     compute: type of activations, norms, KV cache and unquantized weights
+    is_calibrated: linear layers multiply in int8 with static activation ranges, see int8_model.py
     blocks: of the linear layers; None stores them in `compute`
     overrides: other blocks for one kind of layer: qkv, o, gate_up, down, lm_head, or embedding (which a tied LM head
         shares)
@@ -34,6 +35,7 @@ class Precision:
     overrides: Mapping[str, Blocks] = field(default_factory=dict)
     keeps_imported: bool = False
     """Weights that the checkpoint holds as integers stay those integers; blocks and overrides are for the others."""
+    is_calibrated: bool = False
 
     @property
     def numpy_dtype(self) -> np.dtype[np.floating]:
@@ -55,6 +57,7 @@ EXPORTABLE: Mapping[str, Precision] = {
     # token, and a tied embedding shares its bytes. q, k and v are 16 % of SmolLM2-135M's layer weights, and in 4 bits
     # alone raise its perplexity by 7.5 % (gate and up, 50 %: 4.5 %; down, 25 %: 5.0 %; o, 9 %: 0.6 %).
     "w4a16": Precision(name="w4a16", blocks=_INT4, overrides={"embedding": _INT8, "lm_head": _INT8, "qkv": _INT8}),
+    "w8a8": Precision(name="w8a8", blocks=_INT8, is_calibrated=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 Independent of the graph and of ONNX Runtime, and needs no torch; the tests hold it against transformers.
 Runs all sequences through one layer before it reads the next, so memory is one layer's weights and the activations.
+Calibration runs the same layers: it watches what goes into each matrix product, or puts another product in its place.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from export.rope import RopeTables, rope_tables
 
 Array = NDArray[np.float32]
 
+# Rows of a sequence whose attention scores are computed at once: half of the masked scores are never computed.
+_ATTENTION_ROWS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStates:
@@ -28,6 +32,40 @@ class ReferenceStates:
     def logits(self, sequence_idx: int, start: int, stop: int) -> Array:
         """Logits float32 `[stop - start, vocab]` of some positions of one sequence."""
         return np.asarray(self.hidden[sequence_idx][start:stop] @ self.lm_head.T)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder layer's tensors, float32. Projections of the same input are stacked: `[N, K]`, N outputs.
+
+    matrices, biases: by kind: qkv, o, gate_up, down; a kind without biases is not in `biases`
+    head_norms: of q and k, for families that norm each head
+    """
+
+    attention_norm: Array
+    mlp_norm: Array
+    matrices: dict[str, Array]
+    biases: dict[str, Array]
+    head_norms: tuple[Array, Array] | None
+
+    def product(self, kind: str, x: Array) -> Array:
+        """x `[n, K]` times the matrix of that kind, without its bias."""
+        return np.asarray(x @ self.matrices[kind].T)
+
+
+Product = Callable[[str, Array], Array]
+"""(kind, x `[n, K]`) -> `[n, N]`, without bias: stands in for `Block.product`."""
+
+Observe = Callable[[str, Array], object]
+"""("k" or "v", what the KV cache would hold of one sequence: `[n, kv_heads, head_dim]`, k rotated)."""
+
+PROJECTIONS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The checkpoint's names of what each kind of linear layer stacks, below `model.layers.L`."""
 
 
 def run_reference(
@@ -42,61 +80,100 @@ def run_reference(
 
     `on_input` sees the float32 `[tokens, K]` that goes into each projection, by its name without `.weight`.
     """
-    longest = max(map(len, sequences))
-    tables = rope_tables(config.rope, config.head_dim, longest)
+    tables = rope_tables(config.rope, config.head_dim, max(map(len, sequences)))
     edges = np.cumsum([0, *map(len, sequences)])
-    embeddings = checkpoint.load("model.embed_tokens.weight")
-    x = embeddings[np.concatenate([np.asarray(ids, np.int64) for ids in sequences])]
-    del embeddings
+    x = embed(checkpoint, sequences)
     for layer in range(config.num_layers):
-        x = _layer(checkpoint, config, layer, x, edges, tables, on_input)
+        block = load_block(checkpoint, config, layer)
+        product = _watched(block, layer, on_input)
+        x = run_block(block, config, layer, x, edges, tables, product=product)
         on_layer()
-    x = _rms_norm(x, checkpoint.load("model.norm.weight"), config.rms_norm_eps)
+    x = rms_norm(x, checkpoint.load("model.norm.weight"), config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     hidden = [x[start:stop] for start, stop in pairwise(edges)]
     return ReferenceStates(hidden, checkpoint.load(head))
 
 
-def _layer(
-    checkpoint: Checkpoint,
+def embed(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Array:
+    """Embeddings of all sequences end to end, `[tokens, hidden]`."""
+    ids = np.concatenate([np.asarray(ids, np.int64) for ids in sequences])
+    return np.asarray(checkpoint.load("model.embed_tokens.weight")[ids])
+
+
+def load_block(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Block:
+    """Read one layer."""
+    prefix = f"model.layers.{layer}"
+
+    def stacked(names: Sequence[str], suffix: str) -> Array:
+        parts = [checkpoint.load(f"{prefix}.{name}.{suffix}") for name in names]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+    head_norms = None
+    if config.qk_norm:
+        q_norm, k_norm = (checkpoint.load(f"{prefix}.self_attn.{part}_norm.weight") for part in "qk")
+        head_norms = (q_norm, k_norm)
+    return Block(
+        attention_norm=checkpoint.load(f"{prefix}.input_layernorm.weight"),
+        mlp_norm=checkpoint.load(f"{prefix}.post_attention_layernorm.weight"),
+        matrices={kind: stacked(names, "weight") for kind, names in PROJECTIONS.items()},
+        biases={kind: stacked(names, "bias") for kind, names in PROJECTIONS.items() if has_bias[kind]},
+        head_norms=head_norms,
+    )
+
+
+def run_block(
+    block: Block,
     config: ModelConfig,
     layer: int,
     x: Array,
     edges: NDArray[np.int64],
     tables: RopeTables,
-    on_input: Callable[[str, Array], object],
+    *,
+    product: Product | None = None,
+    observe: Observe = lambda kind, array: None,
 ) -> Array:
-    prefix = f"model.layers.{layer}"
+    """One layer over sequences end to end: x `[tokens, hidden]`, cut at `edges`. `product`: instead of the block's."""
+    multiply = product or block.product
 
-    def linear(name: str, inputs: Array, *, has_bias: bool) -> Array:
-        on_input(f"{prefix}.{name}", inputs)
-        out = inputs @ checkpoint.load(f"{prefix}.{name}.weight").T
-        return out + checkpoint.load(f"{prefix}.{name}.bias") if has_bias else out
+    def linear(kind: str, inputs: Array) -> Array:
+        out = multiply(kind, inputs)
+        return out + block.biases[kind] if kind in block.biases else out
 
-    def norm(name: str, inputs: Array) -> Array:
-        return _rms_norm(inputs, checkpoint.load(f"{prefix}.{name}.weight"), config.rms_norm_eps)
-
-    h = norm("input_layernorm", x)
-    q, k, v = (
-        linear(f"self_attn.{part}_proj", h, has_bias=config.qkv_bias).reshape(len(x), -1, config.head_dim)
-        for part in "qkv"
-    )
-    if config.qk_norm:
-        q, k = norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)
-    attended = np.concatenate(
-        [_attention(q[a:b], k[a:b], v[a:b], tables, config.sliding_windows[layer]) for a, b in pairwise(edges)]
-    )
-    x = x + linear("self_attn.o_proj", attended, has_bias=config.o_bias)
-    h = norm("post_attention_layernorm", x)
-    gate = linear("mlp.gate_proj", h, has_bias=config.mlp_bias)
-    gate = gate / (1 + np.exp(-np.clip(gate, -80, None)))  # exp(80) is near float32's end
-    return x + linear(
-        "mlp.down_proj", gate * linear("mlp.up_proj", h, has_bias=config.mlp_bias), has_bias=config.mlp_bias
-    )
+    h = rms_norm(x, block.attention_norm, config.rms_norm_eps)
+    heads = linear("qkv", h).reshape(len(x), -1, config.head_dim)
+    q, k, v = np.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
+    if block.head_norms:
+        q = rms_norm(q, block.head_norms[0], config.rms_norm_eps)
+        k = rms_norm(k, block.head_norms[1], config.rms_norm_eps)
+    attended = np.empty((len(x), config.num_heads * config.head_dim), np.float32)
+    for a, b in pairwise(edges):
+        rotated = _rotate(k[a:b], tables)
+        observe("k", rotated)
+        observe("v", v[a:b])
+        attended[a:b] = _attention(_rotate(q[a:b], tables), rotated, v[a:b], config.sliding_windows[layer])
+    x = x + linear("o", attended)
+    h = rms_norm(x, block.mlp_norm, config.rms_norm_eps)
+    gate, up = np.split(linear("gate_up", h), 2, axis=1)
+    return x + linear("down", _silu(gate) * up)
 
 
-def _rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
+def _watched(block: Block, layer: int, on_input: Callable[[str, Array], object]) -> Product:
+    def product(kind: str, inputs: Array) -> Array:
+        for name in PROJECTIONS[kind]:
+            on_input(f"model.layers.{layer}.{name}", inputs)
+        return block.product(kind, inputs)
+
+    return product
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
+    """Root mean square norm over the last axis (arXiv:1910.07467)."""
     return np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon)) * weight)
+
+
+def _silu(x: Array) -> Array:
+    return np.asarray(x / (1 + np.exp(-np.clip(x, -80, None))))  # exp(80) is near float32's end
 
 
 def _rotate(x: Array, tables: RopeTables) -> Array:
@@ -107,17 +184,23 @@ def _rotate(x: Array, tables: RopeTables) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _attention(q: Array, k: Array, v: Array, tables: RopeTables, window: int | None) -> Array:
+def _attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
     """Causal attention of one sequence; q `[n, heads, d]`, k and v `[n, kv_heads, d]`; returns `[n, heads * d]`."""
     n, heads, dim = q.shape
     group = heads // k.shape[1]
-    q, k = _rotate(q, tables), _rotate(k, tables)
-    distance = np.arange(n)[:, None] - np.arange(n)
-    hidden = (distance < 0) | (distance >= (window or n))
+    q = q / np.sqrt(np.float32(dim))
+    keys = np.repeat(k.transpose(1, 2, 0), group, axis=0)  # [heads, d, n]
+    values = np.repeat(v.transpose(1, 0, 2), group, axis=0)
     out = np.empty((n, heads, dim), np.float32)
-    for head in range(heads):
-        scores = q[:, head] @ k[:, head // group].T / np.sqrt(np.float32(dim))
-        scores[hidden] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = weights @ v[:, head // group] / weights.sum(-1, keepdims=True)
+    for start in range(0, n, _ATTENTION_ROWS):
+        stop = min(start + _ATTENTION_ROWS, n)
+        first = max(0, start - window + 1) if window else 0
+        distance = np.arange(start, stop)[:, None] - np.arange(first, stop)
+        hidden = (distance < 0) | (distance >= (window or n))
+        scores = q[start:stop].transpose(1, 0, 2) @ keys[:, :, first:stop]
+        scores[:, hidden] = -np.inf
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed = scores @ values[:, first:stop] / scores.sum(-1, keepdims=True)
+        out[start:stop] = mixed.transpose(1, 0, 2)
     return out.reshape(n, -1)

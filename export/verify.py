@@ -31,7 +31,8 @@ from runtime.scoring import Distance, score, windows_of
 from runtime.session import Batch, Session
 
 WINDOW = 512
-NUM_WINDOWS = 2  # to measure a perplexity change
+NUM_WINDOWS = 2  # of each text, to measure a perplexity change
+ALL_TEXTS = "all"
 EXACT_WINDOW = 256  # a wrong float32 graph shows in one short window
 NUM_GREEDY = 16  # tokens generated for each prompt
 NUM_GREEDY_COMPARED = 64  # where two dialects must give the same ones
@@ -42,9 +43,10 @@ NUM_ALONE = 2  # prompts generated alone as well
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Token ids to verify on: windows of text, and prompts to continue."""
+    """Token ids to verify on: windows of text, the text each comes from, and prompts to continue."""
 
     windows: list[list[int]]
+    texts: list[str]
     prompts: list[list[int]]
     source: str
 
@@ -52,23 +54,24 @@ class Material:
 def material_for(artifact: Artifact, config: ModelConfig) -> Material:
     """The project's texts through the model's tokenizer; random ids where the checkpoint has none."""
     limit = artifact.manifest.dims.max_len
-    window = min(WINDOW, limit)
+    is_exact = artifact.manifest.precision == "fp32"
+    num_windows, window = (1, min(EXACT_WINDOW, limit)) if is_exact else (NUM_WINDOWS, min(WINDOW, limit))
     prompt = max(1, min(MAX_PROMPT, limit - NUM_GREEDY))
     if "tokenizer.json" in artifact.manifest.files:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(artifact.path / "tokenizer.json"))
-        ids = tokenizer.encode(calibration_data.verification_text()).ids
+        names = list(calibration_data.EVALUATION_TEXTS)[: 1 if is_exact else None]
+        ids = {name: tokenizer.encode(calibration_data.verification_text(name)).ids for name in names}
         prompts = [tokenizer.encode(text).ids for text in calibration_data.verification_prompts()]
         source = "built-in text"
     else:
         rng = np.random.default_rng(0)
-        ids = rng.integers(0, config.vocab_size, NUM_WINDOWS * window).tolist()
+        ids = {"random": rng.integers(0, config.vocab_size, NUM_WINDOWS * window).tolist()}
         prompts = [rng.integers(0, config.vocab_size, 3 + row).tolist() for row in range(20)]
         source = "random ids: the checkpoint has no tokenizer"
-    is_exact = artifact.manifest.precision == "fp32"
-    num_windows, window = (1, min(EXACT_WINDOW, limit)) if is_exact else (NUM_WINDOWS, window)
-    return Material(windows_of(ids, window)[:num_windows], [ids[:prompt] for ids in prompts], source)
+    cut = [(name, part) for name, text in ids.items() for part in windows_of(text, window)[:num_windows]]
+    return Material([part for _, part in cut], [name for name, _ in cut], [ids[:prompt] for ids in prompts], source)
 
 
 def calibration_windows(tokenizer_file: Path, config: ModelConfig) -> list[list[int]]:
@@ -122,12 +125,14 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
         spool.seek(0)
         offset = len(material.windows)
         for dialect, run in runs.items():
-            distance = _distance(spool, run.spooled, states, artifact.manifest.dims.vocab_size)
+            by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
+            distance = by_text[ALL_TEXTS]
             # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
             tie = 2 * distance.max_logit_error if precision == "fp32" else 0.0
             agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
             offset += len(run.generated)
-            found = run.figures | _figures(distance) | {"greedy_agreement": agreement, "greedy_prefix": prefix}
+            found = run.figures | _figures(distance) | _text_figures(by_text)
+            found |= {"greedy_agreement": agreement, "greedy_prefix": prefix}
             figures |= {figure_name(dialect, name): value for name, value in found.items()}
     head = states.logits(0, 0, min(HEAD, len(material.windows[0])))
     expected = runs["ort"].ways if precision == "fp32" and "ort" in runs else reference_ways(head)
@@ -228,16 +233,21 @@ def self_distance(session: Session, window: Sequence[int]) -> Mapping[str, float
     }
 
 
-def _distance(spool: IO[bytes], spooled: Sequence[ScoredPart], states: ReferenceStates, vocab_size: int) -> Distance:
-    distance = Distance()
+def _distances(
+    spool: IO[bytes], spooled: Sequence[ScoredPart], states: ReferenceStates, vocab_size: int, texts: Sequence[str]
+) -> dict[str, Distance]:
+    """How far the spooled logits are from the reference's, for each text and for all together."""
+    found = {name: Distance() for name in (ALL_TEXTS, *texts)}
     with progress_bar("compare", total=sum(len(part.next_ids) for part in spooled), unit="token") as bar:
         for part in spooled:
             rows = len(part.next_ids)
             raw = spool.read(rows * vocab_size * 4)
             logits = np.frombuffer(raw, np.float32).reshape(rows, vocab_size)
-            distance.add(states.logits(part.sequence_idx, part.start, part.start + rows), logits, part.next_ids)
+            reference = states.logits(part.sequence_idx, part.start, part.start + rows)
+            for name in (ALL_TEXTS, texts[part.sequence_idx]):
+                found[name].add(reference, logits, part.next_ids)
             bar.update(rows)
-    return distance
+    return found
 
 
 def _figures(distance: Distance) -> dict[str, float]:
@@ -248,6 +258,19 @@ def _figures(distance: Distance) -> dict[str, float]:
         "perplexity": distance.candidate.perplexity,
         "perplexity_reference": distance.reference.perplexity,
         "perplexity_increase": distance.perplexity_increase,
+    }
+
+
+def _text_figures(by_text: Mapping[str, Distance]) -> dict[str, float]:
+    """The same for each text alone, where there are several."""
+    names = [name for name in by_text if name != ALL_TEXTS]
+    if len(names) == 1:
+        return {}
+    return {
+        f"{figure}.{name}": value
+        for name in names
+        for figure, value in _figures(by_text[name]).items()
+        if figure in ("kl", "top1_agreement", "perplexity_increase")
     }
 
 
@@ -290,6 +313,7 @@ def _receipt(artifact: Artifact, material: Material, figures: Mapping[str, Any],
         "reference": "the checkpoint in float32, computed by export/reference.py (numpy)",
         "material": {
             "source": material.source,
+            "texts": material.texts,
             "windows": [len(window) for window in material.windows],
             "prompts": len(material.prompts),
             "greedy_tokens": num_greedy,

@@ -30,6 +30,8 @@ ORT_MODEL = "model.onnx"
 CHOICE = "choice.json"
 DIALECT_FILES = {"ort": ORT_MODEL, "trt": "model.trt.onnx", "trt-plain": "model.trt-plain.onnx"}
 PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w4a16", "w8a8")
+CALIBRATION = "calibration.json"
+CALIBRATION_ARRAYS = "calibration.npz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@
     |- InvalidCheckpoint             a model directory or file that cannot be read
     |  `- UnsupportedModel           a model type or config field this release has no graph for
     |- GateFailed                    the exported model is not accurate enough
+    |- CalibrationFailed             activations or statistics that cannot be calibrated on
     `- InvalidSetting                a command-line flag or environment variable
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
@@ -66,6 +67,10 @@ class UnsupportedModel(InvalidCheckpoint):
 
 class GateFailed(HeadraceError):
     """The exported model is further from its reference than the gate allows."""
+
+
+class CalibrationFailed(HeadraceError):
+    """The model's activations, or a calibration file, cannot be used to choose ranges."""
 
 
 class InvalidSetting(HeadraceError):

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from runtime.artifact import Artifact, open_artifact
+from runtime.artifact import CALIBRATION, Artifact, open_artifact
 from runtime.choice import choice_lines, read_choice
 from runtime.kv_budget import format_bytes, kv_bytes_per_token
+from runtime.sensitivity_picture import sensitivity_lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +66,19 @@ def as_json(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def quantization_lines(artifact: Artifact) -> Iterator[str]:
+    """Where a calibrated artifact's ranges came from, and what each layer costs, as a picture."""
+    if CALIBRATION not in artifact.manifest.files:
+        return
+    calibration = json.loads((artifact.path / CALIBRATION).read_text(encoding="utf-8"))
+    found, origin = artifact.receipt.get("quantization", {}), calibration["provenance"]
+    two_pass = found.get("two_pass", [])
+    yield f"calibrated on {origin['source']}: {origin.get('num_sequences', '?')} sequences"
+    if "two_pass_share" in found:
+        yield f"  {found['two_pass_share']:.1%} of the multiply-adds in two int8 passes (LM head not counted)"
+    yield from sensitivity_lines(calibration, two_pass)
+
+
 def _finite(value: Any) -> Any:
     """The same with NaN and infinity as text: Python's reader takes them, JSON does not know them."""
     if isinstance(value, dict):
@@ -102,6 +116,7 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
         value = check["value"] if isinstance(check["value"], str) else f"{check['value']:.4g}"
         mark = "ok" if check["passed"] else "FAILED"
         yield f"  {check['figure']:24}{value:>10}  {bound} {check['limit']:<8g}{mark:8}{check['reason']}"
+    yield from quantization_lines(artifact)
     named = {check["figure"] for check in receipt.get("checks", [])}
     for figure, value in receipt.get("figures", {}).items():
         if figure not in named:

@@ -1,0 +1,79 @@
+"""What calibration keeps of the activations: per-channel maxima and a histogram, updated batch by batch.
+
+Its size is that of the model's layers; it does not grow with the number of samples. Knows nothing about graphs or
+integers. A NaN or an infinity is an error at once: a range that holds one would make every other number 0.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import CalibrationFailed
+
+NUM_FOLDS = 4
+"""Maxima are kept apart for every fourth sequence, so that a search can try ranges on text they did not come from."""
+
+# Magnitudes from 2^-20 to 2^20 in steps of 2^(1/4), 19 %: fine enough to see how far an outlier stands out.
+_LOWEST, _BINS_PER_OCTAVE, _NUM_BINS = -20, 4, 160
+# Every so many tokens go into the histogram: logarithms of all would take longer than the products.
+_HISTOGRAM_STRIDE = 16
+
+
+class Site(NamedTuple):
+    """The input of one (perhaps stacked) linear layer: decoder layer and kind; or the k and v of a layer's cache."""
+
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.{self.kind}"
+
+
+@dataclass(slots=True)
+class SiteStatistics:
+    """Of one input with K channels.
+
+    absmax: float32 `[NUM_FOLDS, K]`, largest magnitude a channel; square_sum: float64 `[K]`
+    histogram: int64 `[bins]` of magnitudes, see `percentile`
+    """
+
+    absmax: NDArray[np.float32]
+    square_sum: NDArray[np.float64]
+    num_tokens: int = 0
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_NUM_BINS, np.int64))
+
+    @classmethod
+    def empty(cls, num_channels: int) -> "SiteStatistics":
+        return cls(np.zeros((NUM_FOLDS, num_channels), np.float32), np.zeros(num_channels, np.float64))
+
+    def update(self, x: NDArray[np.float32], fold: int, site: Site) -> None:
+        """Add rows `[n, K]` of one sequence. CalibrationFailed names the site if one is not finite."""
+        highest = np.maximum(x.max(0), -x.min(0))
+        if not np.isfinite(highest).all():
+            raise CalibrationFailed(
+                f"the input of {site} is not finite on the calibration text (channel "
+                f"{int(np.argmin(np.isfinite(highest)))}): the checkpoint is broken, or float32 too narrow for it"
+            )
+        np.maximum(self.absmax[fold % NUM_FOLDS], highest, out=self.absmax[fold % NUM_FOLDS])
+        self.square_sum += np.einsum("nk,nk->k", x, x)
+        self.num_tokens += len(x)
+        some = np.abs(x[::_HISTOGRAM_STRIDE])
+        bins = (np.log2(np.maximum(some, 2.0**_LOWEST)) - _LOWEST) * _BINS_PER_OCTAVE
+        counts = np.bincount(np.minimum(bins.astype(np.int64), _NUM_BINS - 1).ravel(), minlength=_NUM_BINS)
+        self.histogram += counts
+
+    @property
+    def highest(self) -> NDArray[np.float32]:
+        """Largest magnitude a channel over all folds, `[K]`."""
+        return np.asarray(self.absmax.max(0))
+
+    def percentile(self, share: float) -> float:
+        """A magnitude that `share` of the values do not exceed, right within a bin (19 %)."""
+        total = np.cumsum(self.histogram)
+        idx = int(np.searchsorted(total, share * total[-1]))
+        return float(2.0 ** (_LOWEST + (idx + 1) / _BINS_PER_OCTAVE))
+
+
+Statistics = dict[Site, SiteStatistics]

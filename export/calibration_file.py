@@ -1,0 +1,94 @@
+"""calibration.json and calibration.npz: what calibration found, in the artifact and to be used again.
+
+The .npz holds the statistics and the token ids of the sequences that searches run on; the .json says where they came
+from, which ranges were found, and what each layer costs: everything a reader or a plot wants. Another precision or
+target reads both and runs neither the text nor the search again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.activation_stats import Site, Statistics
+from export.artifact_writer import write_json
+from export.int8_search import SiteRanges
+from export.range_search import Range
+from export.search_pass import NUM_SEQUENCES
+from export.sensitivity import LayerCost
+from export.statistics_file import load_arrays, load_statistics, save_arrays, save_statistics
+from runtime.artifact import CALIBRATION, CALIBRATION_ARRAYS
+from runtime.errors import CalibrationFailed
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Statistics, ranges and costs by site; the sequences to search on (their beginnings suffice); their origin."""
+
+    statistics: Statistics
+    ranges: dict[Site, SiteRanges]
+    costs: list[LayerCost]
+    sequences: Sequence[Sequence[int]]
+    provenance: dict[str, Any]
+
+
+def save_calibration(directory: Path, calibration: Calibration) -> None:
+    """Write both files."""
+    costs = {cost.site: cost for cost in calibration.costs}
+    write_json(
+        directory / CALIBRATION,
+        {
+            "version": _VERSION,
+            "provenance": calibration.provenance,
+            "layers": [
+                {
+                    "layer": site.layer,
+                    "kind": site.kind,
+                    "kl": costs[site].kl,
+                    "macs": costs[site].macs,
+                    "highest": float(calibration.statistics[site].highest.max()),
+                    "typical": calibration.statistics[site].percentile(0.5),
+                    "narrow": found.narrow._asdict(),
+                    "wide": found.wide._asdict(),
+                }
+                for site, found in calibration.ranges.items()
+            ],
+        },
+    )
+    save_statistics(directory / CALIBRATION_ARRAYS, calibration.statistics)
+    arrays = load_arrays(directory / CALIBRATION_ARRAYS)
+    for idx, sequence in enumerate(calibration.sequences[:NUM_SEQUENCES]):
+        arrays[f"sequence/{idx}"] = np.asarray(sequence, np.int32)
+    save_arrays(directory / CALIBRATION_ARRAYS, arrays)
+
+
+def load_calibration(path: Path, vocab_size: int) -> Calibration:
+    """Read an artifact's calibration, or that of a calibration.json; CalibrationFailed says what is wrong."""
+    file = path / CALIBRATION if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationFailed(f"{file} cannot be read as a calibration: {error}") from error
+    if not isinstance(raw, dict) or raw.get("version") != _VERSION:
+        raise CalibrationFailed(f"{file} is not a calibration of this release (version {_VERSION}); calibrate again")
+    statistics = load_statistics(file.with_name(CALIBRATION_ARRAYS))
+    arrays = load_arrays(file.with_name(CALIBRATION_ARRAYS))
+    try:
+        ranges = {
+            Site(item["layer"], item["kind"]): SiteRanges(Range(**item["narrow"]), Range(**item["wide"]))
+            for item in raw["layers"]
+        }
+        costs = [LayerCost(Site(item["layer"], item["kind"]), item["kl"], item["macs"]) for item in raw["layers"]]
+        count = sum(name.startswith("sequence/") for name in arrays)
+        sequences = [arrays[f"sequence/{idx}"].tolist() for idx in range(count)]
+        provenance = raw["provenance"]
+    except (KeyError, TypeError) as error:
+        raise CalibrationFailed(f"{file} is damaged: {error!r}; calibrate again") from error
+    if not sequences or max(map(max, sequences)) >= vocab_size:
+        raise CalibrationFailed(f"{file} was made for another vocabulary than this model's {vocab_size:,} tokens")
+    return Calibration(statistics, ranges, costs, sequences, provenance)

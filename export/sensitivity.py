@@ -1,0 +1,178 @@
+"""What each linear layer costs when it alone computes in int8, and which layers therefore get two int8 passes.
+
+The cost is KL(float model || model with that one layer in int8), in nats a token, on calibration text: for a model
+that has learnt the text it is also what the mean negative log-likelihood grows by, so costs add up to a perplexity
+increase: exp(sum) - 1. Weights are rounded to nearest here; the exported ones do a little better.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from export.activation_stats import Site, Statistics
+from export.checkpoint import Checkpoint
+from export.config import ModelConfig
+from export.int8_rounding import rounded_activations, rounded_to_nearest
+from export.int8_search import SiteRanges, weight_names
+from export.range_search import Range
+from export.reference import PROJECTIONS, Array, Block, embed, load_block, rms_norm, run_block
+from export.rope import rope_tables
+from export.smoothing import LM_HEAD, head_site, smoothing_vector
+from runtime.errors import InvalidSetting
+from runtime.progress import progress_bar
+from runtime.scoring import log_softmax
+
+# Beginnings of sequences: enough to rank layers whose costs span three orders of magnitude; beginnings of 64 tokens
+# gave the same sum. The costs of single layers do not add up: the 0.012 nats left over on SmolLM2-135M were measured
+# as 0.006 on held-out text, so the choice errs on the side of two passes.
+_NUM_SEQUENCES, _LENGTH = 2, 192
+
+DEFAULT_MAX_INCREASE = 0.005
+"""Perplexity increase that layers in one int8 pass may add up to: half of what a reader is promised at most (1 %)."""
+
+MAX_WIDE_SHARE = 0.25
+"""Of the linear layers' multiply-adds, the LM head aside: a layer in two passes takes twice the time."""
+
+
+_HEAD_SHARE = 0.1
+"""An LM head that costs less than this share of the budget stays in one pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """A site's cost in nats a token, and its multiply-adds a token."""
+
+    site: Site
+    kl: float
+    macs: int
+
+
+def measure_costs(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    sequences: Sequence[Sequence[int]],
+    statistics: Statistics,
+    ranges: Mapping[Site, SiteRanges],
+) -> list[LayerCost]:
+    """Costs of all sites with their narrow ranges.
+
+    All variants run side by side: at layer l there are the float model and one stream for every site before it, so
+    each layer is read once.
+    """
+    heads = [sequence[:_LENGTH] for sequence in sequences[-_NUM_SEQUENCES:]]
+    edges = np.cumsum([0, *map(len, heads)])
+    tables = rope_tables(config.rope, config.head_dim, _LENGTH)
+    streams = [embed(checkpoint, heads)]
+    sites: list[Site] = []
+    with progress_bar("sensitivity", total=config.num_layers * (config.num_layers + 1) // 2) as bar:
+        for layer in range(config.num_layers):
+            block = load_block(checkpoint, config, layer)
+            exact = streams[0]
+            streams = [run_block(block, config, layer, x, edges, tables) for x in streams]
+            for kind in PROJECTIONS:
+                site = Site(layer, kind)
+                changed = _Changed(block, kind, _int8_product(site, block.matrices[kind], statistics, ranges, config))
+                streams.append(run_block(block, config, layer, exact, edges, tables, product=changed))
+                sites.append(site)
+            bar.update(layer + 1)
+    return _costs(checkpoint, config, streams, sites, statistics, ranges)
+
+
+def choose_wide(costs: Sequence[LayerCost], *, max_increase: float, keep: Collection[str] = ()) -> set[Site]:
+    """Sites for two passes: those of `keep` (as in `layers.11.down`), then the costliest until the rest stays inside
+    ln(1 + max_increase) nats; never more than MAX_WIDE_SHARE of the multiply-adds but for those asked for.
+    """
+    named = {str(cost.site): cost.site for cost in costs}
+    unknown = sorted(set(keep) - set(named))
+    if unknown:
+        raise InvalidSetting(f"--keep: there is no layer {unknown[0]!r}; layers are called like {next(iter(named))}")
+    wide = {named[name] for name in keep}
+    layers = [cost for cost in costs if cost.site.kind != LM_HEAD]
+    budget = MAX_WIDE_SHARE * sum(cost.macs for cost in layers) - sum(c.macs for c in layers if c.site in wide)
+    left = sum(cost.kl for cost in costs if cost.site not in wide)
+    limit = float(np.log1p(max_increase))
+    for cost in costs:  # the head runs once a token that is asked for, never over a prompt: spared first
+        if cost.site.kind == LM_HEAD and left > limit and cost.kl > _HEAD_SHARE * limit:
+            wide.add(cost.site)
+            left -= cost.kl
+    for cost in sorted(layers, key=lambda cost: cost.kl / cost.macs, reverse=True):
+        if left <= limit:
+            break
+        if cost.site not in wide and cost.macs <= budget:
+            wide.add(cost.site)
+            budget, left = budget - cost.macs, left - cost.kl
+    return wide
+
+
+class _Changed:
+    """A block's products, one of them replaced."""
+
+    def __init__(self, block: Block, kind: str, product: "_Int8Product") -> None:
+        self._block, self._kind, self._product = block, kind, product
+
+    def __call__(self, kind: str, x: Array) -> Array:
+        return self._product(x) if kind == self._kind else self._block.product(kind, x)
+
+
+class _Int8Product:
+    """x `[n, K]` as the int8 graph would multiply it."""
+
+    def __init__(self, weight: Array, vector: Array, chosen: Range) -> None:
+        self._weight = rounded_to_nearest(weight * vector).dequantized()
+        self._vector, self._chosen = vector, chosen
+
+    def __call__(self, x: Array) -> Array:
+        return np.asarray(rounded_activations(x / self._vector, self._chosen.scale) @ self._weight.T)
+
+
+def _int8_product(
+    site: Site, weight: Array, statistics: Statistics, ranges: Mapping[Site, SiteRanges], config: ModelConfig
+) -> _Int8Product:
+    chosen = ranges[site].narrow
+    highest = np.asarray(np.abs(weight).max(0))
+    vector = smoothing_vector(statistics[site].highest, highest, chosen.strength, site=site, config=config)
+    return _Int8Product(weight, vector, chosen)
+
+
+def _costs(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    streams: Sequence[Array],
+    sites: Sequence[Site],
+    statistics: Statistics,
+    ranges: Mapping[Site, SiteRanges],
+) -> list[LayerCost]:
+    site = head_site(config)
+    head = checkpoint.load(weight_names(config, site)[0])
+    norm = checkpoint.load("model.norm.weight")
+    exact = rms_norm(streams[0], norm, config.rms_norm_eps)
+    log_p = log_softmax(np.asarray(exact @ head.T))
+    costs = []
+    with progress_bar("compare", total=len(sites) + 1) as bar:
+        for each, x in zip(sites, streams[1:], strict=True):
+            logits = rms_norm(x, norm, config.rms_norm_eps) @ head.T
+            costs.append(LayerCost(each, _kl(log_p, np.asarray(logits)), num_macs(config, each)))
+            bar.update(1)
+        if site in ranges:
+            logits = _int8_product(site, head, statistics, ranges, config)(exact)
+            costs.append(LayerCost(site, _kl(log_p, logits), num_macs(config, site)))
+        bar.update(1)
+    return costs
+
+
+def _kl(log_p: Array, logits: Array) -> float:
+    return float((np.exp(log_p) * (log_p - log_softmax(logits))).sum(dtype=np.float64)) / len(log_p)
+
+
+def num_macs(config: ModelConfig, site: Site) -> int:
+    """Multiply-adds of a site's matrix product a token."""
+    attention, hidden = config.num_heads * config.head_dim, config.hidden_size
+    sizes = {
+        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim) * hidden,
+        "o": attention * hidden,
+        "gate_up": 2 * config.intermediate_size * hidden,
+        "down": config.intermediate_size * hidden,
+        LM_HEAD: config.vocab_size * hidden,
+    }
+    return sizes[site.kind]
