@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(artifact: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere"),
-        (["CHECKPOINT", "--precision", "w2a2"], "w8a16"),
+        (["CHECKPOINT", "--precision", "imported"], "w8a16"),
         (["CHECKPOINT", "--max-len", "257"], "2 to 256"),
         (["CHECKPOINT", "--max-len", "1"], "2 to 256"),
         (["CHECKPOINT", "--out", "/proc/headrace"], "/proc"),
