@@ -64,6 +64,13 @@ class SiteStatistics:
         counts = np.bincount(np.minimum(bins.astype(np.int64), _NUM_BINS - 1).ravel(), minlength=_NUM_BINS)
         self.histogram += counts
 
+    def merge(self, other: "SiteStatistics") -> None:
+        """Add what was gathered apart."""
+        np.maximum(self.absmax, other.absmax, out=self.absmax)
+        self.square_sum += other.square_sum
+        self.num_tokens += other.num_tokens
+        self.histogram += other.histogram
+
     @property
     def highest(self) -> NDArray[np.float32]:
         """Largest magnitude a channel over all folds, `[K]`."""

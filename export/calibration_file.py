@@ -15,8 +15,7 @@ import numpy as np
 
 from export.activation_stats import Site, Statistics
 from export.artifact_writer import write_json
-from export.int8_search import SiteRanges
-from export.range_search import Range
+from export.int8_search import SiteRanges, ranges_from_json, ranges_to_json
 from export.search_pass import NUM_SEQUENCES
 from export.sensitivity import LayerCost
 from export.statistics_file import load_arrays, load_statistics, save_arrays, save_statistics
@@ -47,16 +46,13 @@ def save_calibration(directory: Path, calibration: Calibration) -> None:
             "provenance": calibration.provenance,
             "layers": [
                 {
-                    "layer": site.layer,
-                    "kind": site.kind,
+                    **item,
                     "kl": costs[site].kl,
                     "macs": costs[site].macs,
                     "highest": float(calibration.statistics[site].highest.max()),
                     "typical": calibration.statistics[site].percentile(0.5),
-                    "narrow": found.narrow._asdict(),
-                    "wide": found.wide._asdict(),
                 }
-                for site, found in calibration.ranges.items()
+                for site, item in zip(calibration.ranges, ranges_to_json(calibration.ranges), strict=True)
             ],
         },
     )
@@ -79,10 +75,7 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
     statistics = load_statistics(file.with_name(CALIBRATION_ARRAYS))
     arrays = load_arrays(file.with_name(CALIBRATION_ARRAYS))
     try:
-        ranges = {
-            Site(item["layer"], item["kind"]): SiteRanges(Range(**item["narrow"]), Range(**item["wide"]))
-            for item in raw["layers"]
-        }
+        ranges = ranges_from_json(raw["layers"])
         costs = [LayerCost(Site(item["layer"], item["kind"]), item["kl"], item["macs"]) for item in raw["layers"]]
         count = sum(name.startswith("sequence/") for name in arrays)
         sequences = [arrays[f"sequence/{idx}"].tolist() for idx in range(count)]

@@ -1,7 +1,7 @@
 """Calibrated int8: from a checkpoint and a calibration set to a smoothed checkpoint, rounded weights and scales.
 
-    statistics -> ranges -> what each layer costs -> which layers get two passes -> weights rounded
-    (calibrate)   (search)   (sensitivity)            (choose_wide)                  (round_weights)
+    statistics and ranges -> what each layer costs -> which layers get two passes -> weights rounded
+    (calibrate)               (sensitivity)            (choose_wide)                  (round_weights)
 
 What was found is a `Calibration`, kept in the artifact so that another export need not run the first three again.
 """
@@ -18,7 +18,7 @@ from export.calibration_set import CalibrationSet
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int8_linear import Int8Layer, Int8Layers
-from export.int8_search import RoundedWeights, layer_name, round_weights, search_ranges, smoothing_vectors
+from export.int8_search import RangeSearch, RoundedWeights, layer_name, round_weights, smoothing_vectors
 from export.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
 from export.smoothing import LM_HEAD, SmoothedCheckpoint, smoothed_config
 
@@ -43,8 +43,9 @@ class Int8Model:
 
 def calibrate(checkpoint: Checkpoint, config: ModelConfig, material: CalibrationSet, workdir: Path) -> Calibration:
     """Run the text, search the ranges, measure what each layer costs. CalibrationFailed if something is not finite."""
-    statistics = collect_statistics(checkpoint, config, material.sequences, workdir)
-    ranges = search_ranges(checkpoint, config, material.sequences, statistics)
+    search = RangeSearch(config)
+    statistics = collect_statistics(checkpoint, config, material.sequences, workdir, search)
+    ranges = search.ranges
     costs = measure_costs(checkpoint, config, material.sequences, statistics, ranges)
     return Calibration(statistics, ranges, costs, material.sequences, material.provenance)
 

@@ -1,23 +1,27 @@
 """From statistics to a plan: for every linear layer a smoothing vector and an int8 range, and its weights rounded.
 
-Two passes over a few sequences: one to choose the ranges, one, over the smoothed model, to round the weights against
-the very inputs the int8 product will see. Which layers get two int8 passes is sensitivity.py's choice.
+The ranges are chosen while calibration goes through the layers; a second pass, of a few sequences through the smoothed
+model, rounds the weights against the very inputs the int8 product will see. Which layers get two int8 passes is
+sensitivity.py's choice.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.activation_stats import Site, Statistics
+from export.calibrate import LayerSample
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int8_rounding import Int8Rows, Moments, error_compensated, rounded_activations, rounded_to_nearest
-from export.range_search import Range, search_range
+from export.parallel import in_order
+from export.range_search import Range, Sample, search_range
 from export.reference import PROJECTIONS
-from export.search_pass import SearchPass
+from export.search_pass import LayerInputs, SearchPass
 from export.smoothing import LM_HEAD, SmoothedCheckpoint, smoothing_vector
 from runtime.progress import progress_bar
 
@@ -25,6 +29,9 @@ Array = NDArray[np.float32]
 
 MAX_COMPENSATED = 8192
 """Inputs of a layer beyond which its weights are rounded to nearest: the Gram matrices would take gigabytes."""
+
+# Inputs up to which the layers of a block are rounded side by side; wider ones keep all cores busy by themselves.
+_MAX_SIDE_BY_SIDE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +42,48 @@ class SiteRanges:
     wide: Range
 
 
-def search_ranges(
-    checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]], statistics: Statistics
-) -> dict[Site, SiteRanges]:
-    """Ranges of every linear layer's input, the LM head's included."""
-    found: dict[Site, SiteRanges] = {}
-    search = SearchPass(checkpoint, config, sequences)
-    with progress_bar("search", total=config.num_layers + 1) as bar:
-        for layer in search:
-            for kind, inputs in layer.inputs.items():
-                site = Site(layer.layer, kind)
-                sample = search.sample(inputs, layer.token_weight[kind])
-                absmax, matrix = statistics[site].absmax, layer.matrices[kind]
-                found[site] = SiteRanges(
-                    search_range(site, sample, absmax, matrix, config, is_wide=False),
-                    search_range(site, sample, absmax, matrix, config, is_wide=True),
-                )
-            bar.update(1)
-    return found
+class RangeSearch:
+    """Finds the ranges of every linear layer's input, the LM head's included, while calibration runs (a `Follower`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self.ranges: dict[Site, SiteRanges] = {}
+
+    def follow(self, sample: LayerSample, statistics: Statistics) -> None:
+        """Search one layer's sites, each kind on a core of its own."""
+
+        def search(kind: str) -> SiteRanges:
+            site, matrix = Site(sample.layer, kind), sample.matrices[kind]
+            residual = sample.residual if kind in ("o", "down") else None
+            some, absmax = Sample(sample.inputs[kind], sample.fold, residual), statistics[site].absmax
+            return SiteRanges(
+                search_range(site, some, absmax, matrix, self._config, is_wide=False),
+                search_range(site, some, absmax, matrix, self._config, is_wide=True),
+            )
+
+        for kind, found in zip(sample.inputs, in_order(search, sample.inputs), strict=True):
+            self.ranges[Site(sample.layer, kind)] = found
+
+    def state(self) -> list[Any]:
+        return ranges_to_json(self.ranges)
+
+    def restore(self, state: list[Any]) -> None:
+        self.ranges = ranges_from_json(state)
+
+
+def ranges_to_json(ranges: Mapping[Site, SiteRanges]) -> list[Any]:
+    """One object a site."""
+    return [
+        {"layer": site.layer, "kind": site.kind, "narrow": found.narrow._asdict(), "wide": found.wide._asdict()}
+        for site, found in ranges.items()
+    ]
+
+
+def ranges_from_json(items: Sequence[Any]) -> dict[Site, SiteRanges]:
+    """What `ranges_to_json` returned, more keys or not; KeyError or TypeError if it is damaged."""
+    return {
+        Site(item["layer"], item["kind"]): SiteRanges(Range(**item["narrow"]), Range(**item["wide"])) for item in items
+    }
 
 
 def smoothing_vectors(
@@ -113,14 +144,23 @@ def round_weights(
     search = SearchPass(smoothed, config, sequences)
     with progress_bar("round", total=config.num_layers + 1) as bar:
         for layer in search:
-            for kind, inputs in layer.inputs.items():
-                site = Site(layer.layer, kind)
-                chosen, matrix = ranges[site], layer.matrices[kind]
-                if matrix.shape[1] > MAX_COMPENSATED:
-                    rounded.put(site, rounded_to_nearest(matrix))
-                    continue
-                moments = Moments(matrix.shape[1])
-                seen = rounded_activations(inputs, chosen.scale, chosen.fine_scale)
-                moments.update(inputs, seen, layer.token_weight[kind])
-                rounded.put(site, error_compensated(matrix, moments))
+
+            def rounded_rows(kind: str, layer: LayerInputs = layer) -> Int8Rows:
+                return _rounded(layer.inputs[kind], layer.matrices[kind], layer.token_weight[kind],
+                                ranges[Site(layer.layer, kind)])  # fmt: skip
+
+            is_small = max(matrix.shape[1] for matrix in layer.matrices.values()) <= _MAX_SIDE_BY_SIDE
+            for kind, rows in zip(
+                layer.inputs, (in_order if is_small else map)(rounded_rows, layer.inputs), strict=True
+            ):
+                rounded.put(Site(layer.layer, kind), rows)
             bar.update(1)
+
+
+def _rounded(inputs: Array, matrix: Array, token_weight: Array, chosen: Range) -> Int8Rows:
+    """One site's weights; inputs `[tokens, K]` smoothed, matrix `[N, K]`."""
+    if matrix.shape[1] > MAX_COMPENSATED:
+        return rounded_to_nearest(matrix)
+    moments = Moments(matrix.shape[1])
+    moments.update(inputs, rounded_activations(inputs, chosen.scale, chosen.fine_scale), token_weight)
+    return error_compensated(matrix, moments)

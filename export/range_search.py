@@ -19,7 +19,7 @@ from export.smoothing import smoothing_vector
 
 Array = NDArray[np.float32]
 
-STRENGTHS = (0.6, 0.7, 0.8, 0.9, 1.0)
+STRENGTHS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
 WIDE_STRENGTHS = (0.2, 0.35, 0.5, 0.65)
 """With 16 bits the input needs little smoothing, and its weights stay the flatter for it."""
 
@@ -31,8 +31,8 @@ FINE_STEPS = 254
 # With 16 bits there is room to spare: unseen text may exceed the calibration text by this factor before it saturates.
 WIDE_END = 1.5
 
-# Output rows judged on. The LM head has more rows than all other layers together, and all are of one kind.
-_MAX_OUTPUTS = 4096
+# Output rows judged on: candidates differ alike in all of them, and the LM head has more than all other layers.
+_MAX_OUTPUTS = 1024
 # Every second fold is held out in turn: the others only add the time.
 _HELD_OUT = (0, 1)
 
@@ -51,11 +51,13 @@ class Range(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Some tokens of one layer's input, float32 `[n, K]`; the fold each came from; how much its error matters."""
+    """Some tokens of one layer's input, float32 `[n, K]`; the fold each came from; the mean square `[n]` of the stream
+    that the output is added to (o, down: the norm behind it divides by just that), None to compare with the output.
+    """
 
     x: Array
     fold: NDArray[np.int64]
-    token_weight: Array
+    residual: Array | None
 
 
 def search_range(
@@ -87,6 +89,8 @@ class _Judge:
         self.weight = weight[:: -(-len(weight) // _MAX_OUTPUTS)]
         self.weight_highest = np.abs(weight).max(0)
         self.exact = sample.x @ self.weight.T
+        scale = np.square(self.exact).mean() if sample.residual is None else sample.residual
+        self.token_weight = np.broadcast_to(1 / np.maximum(scale, np.float32(1e-12)), len(sample.x))
         self.errors: dict[tuple[float, float], float] = {}
         self._smoothed: dict[tuple[float, int], tuple[Array, Array, Array]] = {}
 
@@ -116,7 +120,7 @@ class _Judge:
         scale = scale_of(highest, np.ones_like(highest), end)
         out = rounded_activations(x, scale, scale / FINE_STEPS if self.is_wide else None) @ weight.T
         per_token = np.square(out - self.exact[rows]).mean(1)
-        return float((per_token * self.sample.token_weight[rows]).mean())
+        return float((per_token * self.token_weight[rows]).mean())
 
     def _at(self, strength: float, fold: int, rows: NDArray[np.int64]) -> tuple[Array, Array, Array]:
         """Smoothed input, rounded weight and maxima, with ranges from the other folds."""

@@ -155,7 +155,9 @@ def run_block(
     x = x + linear("o", attended)
     h = rms_norm(x, block.mlp_norm, config.rms_norm_eps)
     gate, up = np.split(linear("gate_up", h), 2, axis=1)
-    return x + linear("down", _silu(gate) * up)
+    activated = _silu(gate)
+    activated *= up
+    return x + linear("down", activated)
 
 
 def _watched(block: Block, layer: int, on_input: Callable[[str, Array], object]) -> Product:
@@ -169,11 +171,18 @@ def _watched(block: Block, layer: int, on_input: Callable[[str, Array], object])
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     """Root mean square norm over the last axis (arXiv:1910.07467)."""
-    return np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon)) * weight)
+    square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
+    normed = x / np.sqrt(square + np.float32(epsilon))
+    normed *= weight
+    return np.asarray(normed)
 
 
 def _silu(x: Array) -> Array:
-    return np.asarray(x / (1 + np.exp(-np.clip(x, -80, None))))  # exp(80) is near float32's end
+    """x / (1 + exp(-x)); beyond float32's end exp is infinite, and the quotient 0, as it should be."""
+    with np.errstate(over="ignore"):
+        out = np.exp(-x)
+    out += 1
+    return np.asarray(x / out)
 
 
 def _rotate(x: Array, tables: RopeTables) -> Array:
@@ -185,22 +194,27 @@ def _rotate(x: Array, tables: RopeTables) -> Array:
 
 
 def _attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
-    """Causal attention of one sequence; q `[n, heads, d]`, k and v `[n, kv_heads, d]`; returns `[n, heads * d]`."""
-    n, heads, dim = q.shape
-    group = heads // k.shape[1]
-    q = q / np.sqrt(np.float32(dim))
-    keys = np.repeat(k.transpose(1, 2, 0), group, axis=0)  # [heads, d, n]
-    values = np.repeat(v.transpose(1, 0, 2), group, axis=0)
-    out = np.empty((n, heads, dim), np.float32)
+    """Causal attention of one sequence; q `[n, heads, d]`, k and v `[n, kv_heads, d]`; returns `[n, heads * d]`.
+
+    The query heads that share a key-value head are rows of one product.
+    """
+    n, num_heads, dim = q.shape
+    num_kv, group = k.shape[1], num_heads // k.shape[1]
+    grouped = (q / np.sqrt(np.float32(dim))).reshape(n, num_kv, group, dim).transpose(1, 2, 0, 3)
+    keys, values = np.ascontiguousarray(k.transpose(1, 2, 0)), np.ascontiguousarray(v.transpose(1, 0, 2))
+    out = np.empty((n, num_kv, group, dim), np.float32)
     for start in range(0, n, _ATTENTION_ROWS):
         stop = min(start + _ATTENTION_ROWS, n)
         first = max(0, start - window + 1) if window else 0
-        distance = np.arange(start, stop)[:, None] - np.arange(first, stop)
-        hidden = (distance < 0) | (distance >= (window or n))
-        scores = q[start:stop].transpose(1, 0, 2) @ keys[:, :, first:stop]
-        scores[:, hidden] = -np.inf
+        masked = first if window else start  # without a window, all columns before this are seen by every row
+        distance = np.arange(start, stop)[:, None] - np.arange(masked, stop)
+        mask = np.where((distance < 0) | (distance >= (window or n)), np.float32(-np.inf), np.float32(0))
+        rows = grouped[:, :, start:stop].reshape(num_kv, -1, dim)
+        scores = rows @ keys[:, :, first:stop]
+        scores.reshape(num_kv, group, stop - start, -1)[..., masked - first :] += mask
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)
-        mixed = scores @ values[:, first:stop] / scores.sum(-1, keepdims=True)
-        out[start:stop] = mixed.transpose(1, 0, 2)
+        mixed = scores @ values[:, first:stop]
+        mixed /= scores.sum(-1, keepdims=True)
+        out[start:stop] = mixed.reshape(num_kv, group, -1, dim).transpose(2, 0, 1, 3)
     return out.reshape(n, -1)

@@ -4,24 +4,22 @@ The tokens are few enough for memory (`search_sequences`), so nothing lies on di
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from export.calibrate import CHUNK_BYTES, token_bytes
+from export.calibrate import Chunk, chunks_of, token_bytes
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.range_search import Sample
+from export.parallel import in_order
 from export.reference import PROJECTIONS, Array, Block, embed, load_block, rms_norm, run_block
-from export.rope import rope_tables
+from export.rope import RopeTables, rope_tables
 from export.smoothing import head_site
 
-# Tokens that ranges are judged on, each sequence's first among them: it is where the massive activations are.
-_TOKENS_A_SEQUENCE = 40
-NUM_SEQUENCES = 24
-"""Sequences of a search pass: 12,000 tokens of 512 are eight for each channel of SmolLM2-135M's widest layer."""
+NUM_SEQUENCES = 16
+"""Sequences of a search pass: 8,000 tokens of 512 are five for each channel of SmolLM2-135M's widest layer."""
+
+_MOST_BYTES = 512 << 20
 
 
 class LayerInputs(NamedTuple):
@@ -43,26 +41,15 @@ class SearchPass:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]]) -> None:
         self._checkpoint, self._config = checkpoint, config
         self.sequences = search_sequences(sequences, config)
-        self.edges = np.cumsum([0, *map(len, self.sequences)])
 
     def __iter__(self) -> Iterator[LayerInputs]:
         config = self._config
         tables = rope_tables(config.rope, config.head_dim, max(map(len, self.sequences)))
         x = embed(self._checkpoint, self.sequences)
+        chunks = list(chunks_of(self.sequences, config))
         for layer in range(config.num_layers):
             block = load_block(self._checkpoint, config, layer)
-            inputs: dict[str, Array] = {}
-            means: dict[str, Array] = {}
-
-            def product(kind: str, h: Array, block: Block = block, inputs: dict[str, Array] = inputs,
-                        means: dict[str, Array] = means) -> Array:  # fmt: skip
-                inputs[kind] = h
-                out = block.product(kind, h)
-                means[kind] = np.full(len(h), np.square(out).mean(), np.float32)
-                return out
-
-            x = run_block(block, config, layer, x, self.edges, tables, product=product)
-            means["o"] = means["down"] = np.square(x).mean(1)
+            x, inputs, means = _through(block, config, layer, x, chunks, tables)
             weights = {
                 kind: np.asarray(1 / np.maximum(mean, np.float32(1e-12)), np.float32) for kind, mean in means.items()
             }
@@ -77,20 +64,37 @@ class SearchPass:
         head = self._checkpoint.load(name)
         return LayerInputs(site.layer, {site.kind: h}, {site.kind: head}, {site.kind: np.ones(len(h), np.float32)})
 
-    def sample(self, inputs: Array, token_weight: Array) -> Sample:
-        """Some tokens of one input: each sequence's first, the others spread evenly; fold = the sequence's number."""
-        rows, folds = [], []
-        for idx, (start, stop) in enumerate(pairwise(self.edges)):
-            some = np.unique(np.linspace(start, stop - 1, _TOKENS_A_SEQUENCE).astype(np.int64))
-            rows.append(some)
-            folds.append(np.full(len(some), idx))
-        picked: NDArray[np.int64] = np.concatenate(rows)
-        return Sample(inputs[picked], np.concatenate(folds), token_weight[picked])
+
+def _through(
+    block: Block, config: ModelConfig, layer: int, x: Array, chunks: Sequence[Chunk], tables: RopeTables
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    """All tokens through one layer, chunks side by side: the stream behind it, each product's inputs, and mean squares
+    `[tokens]` of what its error is measured against."""
+    inputs = {kind: np.empty((len(x), block.matrices[kind].shape[1]), np.float32) for kind in PROJECTIONS}
+    squares = {kind: np.empty(len(x), np.float32) for kind in PROJECTIONS}
+    following = np.empty_like(x)
+
+    def run(chunk: Chunk) -> None:
+        rows = slice(chunk.start, chunk.stop)
+
+        def product(kind: str, h: Array) -> Array:
+            inputs[kind][rows] = h
+            out = block.product(kind, h)
+            squares[kind][rows] = np.square(out).mean(1)
+            return out
+
+        following[rows] = run_block(block, config, layer, x[rows], chunk.edges, tables, product=product)
+
+    for _ in in_order(run, chunks):
+        pass
+    residual = np.square(following).mean(1)
+    means = {kind: np.full(len(x), square.mean(), np.float32) for kind, square in squares.items()}
+    return following, inputs, {**means, "o": residual, "down": residual}
 
 
 def search_sequences(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[Sequence[int]]:
-    """The first NUM_SEQUENCES, fewer where the model is so wide that their activations exceed CHUNK_BYTES."""
-    limit = max(1, CHUNK_BYTES * 2 // token_bytes(config))
+    """The first NUM_SEQUENCES, fewer where the model is so wide that their activations exceed _MOST_BYTES."""
+    limit = max(1, _MOST_BYTES // token_bytes(config))
     chosen: list[Sequence[int]] = []
     for sequence in sequences[:NUM_SEQUENCES]:
         if chosen and sum(map(len, chosen)) + len(sequence) > limit:
