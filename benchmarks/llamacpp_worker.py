@@ -32,7 +32,7 @@ def write_float(source: str, out: str) -> None:
     architecture = gguf.Keys.General.ARCHITECTURE
     writer = gguf.GGUFWriter(out, reader.fields[architecture].contents())
     for field in reader.fields.values():
-        if field.name == architecture or field.name.startswith("GGUF."):
+        if field.name in (architecture, gguf.Keys.General.FILE_TYPE) or field.name.startswith("GGUF."):
             continue
         kind = field.types[0]
         sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
