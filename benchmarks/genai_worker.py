@@ -43,7 +43,8 @@ def measure(model: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, f
     prefilled_s = time.perf_counter()
     for _ in range(new_tokens):
         generator.generate_next_token()
-    return {"prefill_s": prefilled_s - started_s, "step_s": (time.perf_counter() - prefilled_s) / new_tokens}
+    step_s = (time.perf_counter() - prefilled_s) / max(1, new_tokens)
+    return {"prefill_s": prefilled_s - started_s, "step_s": step_s}
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def int8_linear(g: GraphBuilder, x: ir.Value, weight: Weight, layer: Int8Layer, 
     values = g.array(f"{weight.name}.int8", np.ascontiguousarray(rows.values.T))
     scales = g.array(f"{weight.name}.int8.scales", rows.scales)
     zero = g.constant("int8.zero", np.array(128, np.uint8))
-    weight_zero = g.constant(f"int8.weight_zero.{weight.shape[0]}", np.zeros(weight.shape[0], np.int8))
+    weight_zero = g.constant(f"{weight.name}.int8.zero", np.zeros(weight.shape[0], np.int8))
 
     scale = g.constant(f"{name}.scale", np.array(layer.scale, np.float32))
     small = g.op("QuantizeLinear", [x, scale, zero], f"{name}.input")

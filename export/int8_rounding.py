@@ -20,6 +20,8 @@ Array = NDArray[np.float32]
 DAMPING = 0.01
 # Columns rounded before the rest of the matrix is brought up to date: GPTQ's lazy batch.
 _COLUMNS_AT_ONCE = 64
+OUTPUTS_AT_ONCE = 8192
+"""Outputs rounded at once: each is rounded for itself, and an LM head has too many to hold their float copies."""
 
 
 class Int8Rows(NamedTuple):
@@ -82,9 +84,14 @@ def error_compensated(weight: Array, moments: Moments) -> Int8Rows:
     factor = np.linalg.inv(np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1])
     crossed = moments.crossed.astype(np.float64)
     crossed[np.diag_indices(len(gram))] += DAMPING * mean
-    # Least squares: the real-valued weights that do best with the rounded input.
-    target = (weight @ crossed @ factor.T @ factor).astype(np.float32)
-    return Int8Rows(_sweep(target, scales, factor.astype(np.float32)), scales)
+    # Least squares: times this, the weights become the real-valued ones that do best with the rounded input.
+    best = (crossed @ factor.T @ factor).astype(np.float32)
+    factor = factor.astype(np.float32)
+    values = np.empty(weight.shape, np.int8)
+    for start in range(0, len(weight), OUTPUTS_AT_ONCE):
+        some = slice(start, start + OUTPUTS_AT_ONCE)
+        values[some] = _sweep(weight[some] @ best, scales[some], factor)
+    return Int8Rows(values, scales)
 
 
 def _sweep(target: Array, scales: Array, factor: Array) -> NDArray[np.int8]:

@@ -24,6 +24,7 @@ from export.range_search import FINE_STEPS
 from export.sensitivity import MAX_WIDE_SHARE, LayerCost, choose_wide
 from export.weight_file import WeightFile
 from runtime.errors import InvalidSetting
+from runtime.ort_session import EXACT_INT8
 
 
 def correlated_inputs(num: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -112,6 +113,7 @@ def test_the_graph_multiplies_as_numpy_does(tmp_path: Path, *, is_wide: bool) ->
         g.output(y, ir.DataType.FLOAT, ["n", 24])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     options = ort.SessionOptions()
+    options.add_session_config_entry(*EXACT_INT8)
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
     session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     found = session.run(None, {"x": x})[0]
@@ -132,7 +134,9 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path: Path) -> None:
         y = int8_linear(g, source, Weight("w.weight", "down", weight.shape, lambda: weight), layer, "y")
         g.output(y, ir.DataType.FLOAT, ["n", 96])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
-    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.add_session_config_entry(*EXACT_INT8)
+    session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     together = session.run(None, {"x": x})[0]
     for count in (1, 3, 32):
         assert np.array_equal(session.run(None, {"x": x[5 : 5 + count]})[0], together[5 : 5 + count])
