@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from export.activation_stats import Site, Statistics
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.int8_rounding import Int8Rows, Moments, error_compensated, rounded_activations, rounded_to_nearest
+from export.error_compensation import MAX_COMPENSATED, Moments
+from export.int8_rounding import Int8Rows, error_compensated, rounded_activations, rounded_to_nearest
 from export.range_search import Range, search_range
 from export.reference import PROJECTIONS
 from export.search_pass import SearchPass
@@ -22,9 +23,6 @@ from export.smoothing import LM_HEAD, SmoothedCheckpoint, smoothing_vector
 from runtime.progress import progress_bar
 
 Array = NDArray[np.float32]
-
-MAX_COMPENSATED = 8192
-"""Inputs of a layer beyond which its weights are rounded to nearest: the Gram matrices would take gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
