@@ -60,9 +60,10 @@ class Moments:
 
     def update(self, exact: Array, rounded: Array, token_weight: Array) -> None:
         """Add rows `[n, K]`; token_weight `[n]` says how much a token's error matters."""
-        weighted = rounded * token_weight[:, None]
-        self.rounded += weighted.T @ rounded
-        self.crossed += exact.T @ weighted
+        root = np.sqrt(token_weight)[:, None]
+        halfway = rounded * root
+        self.rounded += halfway.T @ halfway  # of one array with itself: half the arithmetic
+        self.crossed += exact.T @ (halfway * root)
 
 
 class Problem(NamedTuple):

@@ -14,7 +14,7 @@ from export.calibration_set import CalibrationSet
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int4_rounding import LayerError, Plan, pieces_of, round_layers
-from export.int8_search import layer_name, weight_names
+from export.int8_search import weight_names
 from export.precision import Blocks, Precision
 from export.reference import PROJECTIONS
 from export.rounded_checkpoint import RoundedCheckpoint
@@ -61,6 +61,6 @@ def account_of(model: Int4Model, provenance: dict[str, Any]) -> dict[str, Any]:
     """The receipt's account of what was quantized how; JSON-able."""
     return {
         "method": "GPTQ, each layer against the float model's output for the inputs the layers before it leave",
-        "layer_errors": {layer_name(entry.site): entry.error for entry in model.errors},
+        "layer_errors": {str(entry.site): entry.error for entry in model.errors},
         "calibration": provenance,
     }

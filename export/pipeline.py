@@ -76,6 +76,7 @@ def export_model(options: ExportOptions) -> Artifact:
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     stored_bits = getattr(checkpoint, "stored_bits", None)
     precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
+    _check_quantization(options, precision)
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
@@ -157,6 +158,15 @@ def check_dialects(dialects: Sequence[str], precision: str) -> None:
             trt_precision_named(precision)
         elif precision != "imported":  # which the checkpoint decides
             precision_named(precision)
+
+
+def _check_quantization(options: ExportOptions, precision: Precision | None) -> None:
+    """InvalidSetting for calibration that would change nothing: the checkpoint's layers are integers already."""
+    if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
+        raise InvalidSetting(
+            f"{options.model} is quantized already and {options.precision} keeps its integers: --calib, --calibration "
+            "and their kin have no effect; leave them out"
+        )
 
 
 def _write_graphs(

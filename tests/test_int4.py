@@ -27,6 +27,7 @@ from export.pipeline import ExportOptions, export_model
 from export.precision import Blocks, Precision, precision_named
 from export.weight_file import WeightFile
 from runtime.errors import CalibrationFailed, UnsupportedModel
+from runtime.inspect_artifact import as_lines
 from tests.test_int8 import correlated_inputs
 from tests.tiny_checkpoint import config_of, write_checkpoint
 
@@ -134,6 +135,9 @@ def test_an_export_rounds_on_text_and_does_better_for_it(tmp_path: Path, model: 
     assert all(0 < error < 0.05 for error in account["layer_errors"].values())
     assert account["calibration"]["source"].startswith("random ids")
     assert not workdir_of(tmp_path / "out").exists()
+    (shown,) = [line for line in as_lines(artifact) if "largest output errors" in line]
+    worst = max(account["layer_errors"].items(), key=lambda item: item[1])
+    assert f"errors: {worst[0]} {worst[1]:.2%}" in shown
 
 
 def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
