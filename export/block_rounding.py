@@ -13,7 +13,10 @@ from export.precision import Blocks
 
 Array = NDArray[np.float32]
 
-SHRINKAGE = 0.3
+SHRINKAGE = 0.1
+"""Of correlations between inputs, see problem_of. Less follows the few directions of massive activations better, more
+does where tokens are few: on 1,500 tokens 0.03, 0.1, 0.3 and 0.5 leave SmolLM2-135M's layer 11 (down) with 0.0019,
+0.0026, 0.0051, 0.0099 nats and layer 5 (gate_up) with 0.0013, 0.0011, 0.0011, 0.0011; a rounding has 12,000."""
 
 
 def block_grid(weight: Array, blocks: Blocks, importance: Array | None = None) -> Grid:

@@ -87,21 +87,25 @@ def problem_of(weight: Array, moments: Moments, *, damping: float = DAMPING, shr
     heaviest_first: round the columns with the largest inputs while there are many to make up for them (GPTQ's
         act-order; as the grid is fixed beforehand, no index of groups comes of it)
     """
-    gram, crossed = moments.rounded.astype(np.float64), moments.crossed.astype(np.float64)
-    diagonal = np.diag_indices(len(gram))
-    energy = gram[diagonal]
+    energy = np.diagonal(moments.rounded).astype(np.float64)
     if energy.mean() <= 0:
         return None
-    for matrix in (gram, crossed):
-        kept = matrix[diagonal]
-        np.multiply(matrix, 1 - shrinkage, out=matrix)
-        matrix[diagonal] = kept + damping * energy.mean()
-    order = np.argsort(-energy, kind="stable") if heaviest_first else np.arange(len(gram))
-    gram = gram[np.ix_(order, order)]
+    order = np.argsort(-energy, kind="stable") if heaviest_first else np.arange(len(energy))
+
+    def prepared(sums: Array) -> NDArray[np.float64]:
+        """Damped and shrunk, in the columns' order; one at a time, as each is the largest array of a whole export."""
+        matrix = sums[np.ix_(order, order)].astype(np.float64)
+        kept = np.diagonal(matrix).copy()
+        matrix *= 1 - shrinkage
+        matrix[np.diag_indices(len(matrix))] = kept + damping * energy.mean()
+        return matrix
+
+    aimed = weight[:, order] @ prepared(moments.crossed)
     # gram = U U', U upper, so its inverse is F' F with F = inverse of U, upper too: one factor serves both steps.
-    factor = np.linalg.inv(np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1])
+    upper = np.linalg.cholesky(prepared(moments.rounded)[::-1, ::-1])[::-1, ::-1]
+    factor = np.linalg.inv(upper)
     target = np.empty(weight.shape, np.float32)
-    target[:, order] = weight @ crossed[:, order] @ factor.T @ factor
+    target[:, order] = aimed @ factor.T @ factor
     return Problem(target, factor.astype(np.float32), order)
 
 
