@@ -43,13 +43,19 @@ def quantize_rows(weight: NDArray[np.float32], *, bits: int, block_size: int, sy
         scales = np.abs(blocks).max(-1) / (middle - 1)
         values = np.rint(blocks / _no_zero(scales)[..., None]) + middle
         return QuantizedRows(pack(values, bits), scales.astype(np.float32), None)
-    scales, zeros = _best_range(blocks, top)
+    scales, zeros = best_range(blocks, top)
     values = np.clip(np.rint(blocks / _no_zero(scales)[..., None]) + zeros[..., None], 0, top)
     return QuantizedRows(pack(values, bits), scales, pack(zeros, bits))
 
 
-def _best_range(blocks: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and zero point of each block with the least squared error among the shrunk ranges."""
+def best_range(
+    blocks: NDArray[np.float32], top: int, importance: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scale and zero point of each block with the least squared error among the shrunk ranges.
+
+    blocks: float32 `[..., block]`; importance: what the square of each weight's error counts, broadcast to blocks
+    """
+    counts = np.float32(1) if importance is None else importance
     high = np.maximum(blocks.max(-1), 0)
     low = np.minimum(blocks.min(-1), 0)
     best_error = np.full(high.shape, np.inf, np.float32)
@@ -58,7 +64,7 @@ def _best_range(blocks: NDArray[np.float32], top: int) -> tuple[NDArray[np.float
         scale = _no_zero((high - low) * shrink / top)
         zero = np.clip(np.rint(-low * shrink / scale), 0, top)
         values = np.clip(np.rint(blocks / scale[..., None]) + zero[..., None], 0, top)
-        error = np.square((values - zero[..., None]) * scale[..., None] - blocks).sum(-1)
+        error = (np.square((values - zero[..., None]) * scale[..., None] - blocks) * counts).sum(-1)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale, best_zero = np.where(better, scale, best_scale), np.where(better, zero, best_zero)

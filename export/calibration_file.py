@@ -1,6 +1,6 @@
 """calibration.json and calibration.npz: what calibration found, in the artifact and to be used again.
 
-The .npz holds the statistics and the token ids of the sequences that searches run on; the .json says where they came
+The .npz holds the statistics and the token ids of the sequences; the .json says where they came
 from, which ranges were found, and what each layer costs: everything a reader or a plot wants. Another precision or
 target reads both and runs neither the text nor the search again.
 """
@@ -16,18 +16,20 @@ import numpy as np
 from export.activation_stats import Site, Statistics
 from export.artifact_writer import write_json
 from export.int8_search import SiteRanges, ranges_from_json, ranges_to_json
-from export.search_pass import NUM_SEQUENCES
 from export.sensitivity import LayerCost
 from export.statistics_file import load_arrays, load_statistics, save_arrays, save_statistics
 from runtime.artifact import CALIBRATION, CALIBRATION_ARRAYS
 from runtime.errors import CalibrationFailed
 
-_VERSION = 1
+_VERSION = 2
+
+MAX_KEPT = 128
+"""Sequences kept: all of a run of the default size, 260 kB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Statistics, ranges and costs by site; the sequences to search on (their beginnings suffice); their origin."""
+    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences and their origin."""
 
     statistics: Statistics
     ranges: dict[Site, SiteRanges]
@@ -58,7 +60,7 @@ def save_calibration(directory: Path, calibration: Calibration) -> None:
     )
     save_statistics(directory / CALIBRATION_ARRAYS, calibration.statistics)
     arrays = load_arrays(directory / CALIBRATION_ARRAYS)
-    for idx, sequence in enumerate(calibration.sequences[:NUM_SEQUENCES]):
+    for idx, sequence in enumerate(calibration.sequences[:MAX_KEPT]):
         arrays[f"sequence/{idx}"] = np.asarray(sequence, np.int32)
     save_arrays(directory / CALIBRATION_ARRAYS, arrays)
 

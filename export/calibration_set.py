@@ -33,7 +33,7 @@ SELF = "self"
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_LENGTH = 512
 
-CALIBRATED = ("w8a8", "auto")
+CALIBRATED = ("w8a8", "w4a16", "auto")
 """The precisions that look at calibration text."""
 
 MIN_LENGTH = 16

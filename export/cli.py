@@ -64,9 +64,9 @@ def main(argv: list[str]) -> int:
         return 0
     if args.optimize_for is not None and args.precision != "auto":
         raise InvalidSetting(f"--optimize-for is for --precision auto; {args.precision} is chosen already")
+    from export.calibrated_export import QuantizationOptions
     from export.calibration_set import calibration_options
     from export.choose_precision import export_fastest
-    from export.int8_export import QuantizationOptions
     from export.int8_model import Int8Options
     from export.pipeline import ExportOptions, export_model
     from runtime.choice import choice_lines, read_choice

@@ -17,7 +17,8 @@ from export.activation_stats import Site, Statistics
 from export.calibrate import LayerSample
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.int8_rounding import Int8Rows, Moments, error_compensated, rounded_activations, rounded_to_nearest
+from export.error_compensation import MAX_COMPENSATED, Moments
+from export.int8_rounding import Int8Rows, error_compensated, rounded_activations, rounded_to_nearest
 from export.parallel import in_order
 from export.range_search import Range, Sample, search_range
 from export.reference import PROJECTIONS
@@ -26,9 +27,6 @@ from export.smoothing import LM_HEAD, SmoothedCheckpoint, smoothing_vector
 from runtime.progress import progress_bar
 
 Array = NDArray[np.float32]
-
-MAX_COMPENSATED = 8192
-"""Inputs of a layer beyond which its weights are rounded to nearest: the Gram matrices would take gigabytes."""
 
 # Inputs up to which the layers of a block are rounded side by side; wider ones keep all cores busy by themselves.
 _MAX_SIDE_BY_SIDE = 2048

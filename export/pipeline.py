@@ -12,14 +12,13 @@ import onnx_ir as ir
 
 from export.architectures import parse_config
 from export.artifact_writer import file_entry, staged, write_json, write_manifest, write_texts
+from export.calibrated_export import CalibratedModel, QuantizationOptions, prepare, remove_workdir, workdir_of
 from export.calibration_file import save_calibration
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
 from export.graph_builder import GraphBuilder
-from export.int8_export import QuantizationOptions, prepare_int8, remove_workdir, workdir_of
 from export.int8_linear import Int8Layers
-from export.int8_model import Int8Model, summary
 from export.minmax import minmax_scales
 from export.precision import Precision, precision_named
 from export.self_samples import artifact_generator
@@ -77,18 +76,19 @@ def export_model(options: ExportOptions) -> Artifact:
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     stored_bits = getattr(checkpoint, "stored_bits", None)
     precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
+    _check_quantization(options, precision)
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
         model = None
-        if precision is not None and precision.is_calibrated:
-            model = _int8_model(staging, checkpoint, config, options, max_len)
+        if precision is not None and precision.calibrated is not None:
+            model = _calibrated_model(staging, checkpoint, config, precision, options, max_len)
         draft = write_unverified(
             staging, checkpoint, config, precision, max_len, model, dialects=options.dialects, name=options.precision
         ).manifest
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
         if model is not None:
-            receipt["quantization"] = summary(model)
+            receipt["quantization"] = model.account
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
         write_json(staging / RECEIPT, receipt)
@@ -104,7 +104,7 @@ def write_unverified(
     config: ModelConfig,
     precision: Precision | None,
     max_len: int,
-    model: Int8Model | None = None,
+    model: CalibratedModel | None = None,
     *,
     dialects: Sequence[str] = ("ort",),
     name: str = "",
@@ -115,20 +115,25 @@ def write_unverified(
     model: for calibrated precisions, what is written instead of the checkpoint's own weights
     """
     if model is not None:
-        checkpoint, config = model.checkpoint, model.config
+        checkpoint, config, precision = model.checkpoint, model.config, model.precision
         save_calibration(directory, model.calibration)
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
     step_weight_bytes = _write_graphs(
-        directory, checkpoint, config, precision, max_len, dialects, name, model.layers if model else {}
+        directory, checkpoint, config, precision, max_len, dialects, name, model.int8_layers if model else {}
     )
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
     return Artifact(directory, manifest, {})
 
 
-def _int8_model(
-    staging: Path, checkpoint: Checkpoint, config: ModelConfig, options: ExportOptions, max_len: int
-) -> Int8Model:
+def _calibrated_model(
+    staging: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision,
+    options: ExportOptions,
+    max_len: int,
+) -> CalibratedModel:
     workdir = workdir_of(options.out)
 
     def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
@@ -141,7 +146,7 @@ def _int8_model(
         finally:
             rmtree(sampler)
 
-    return prepare_int8(checkpoint, config, options.quantization, workdir, max_len=max_len, generate=generate)
+    return prepare(checkpoint, config, precision, options.quantization, workdir, max_len=max_len, generate=generate)
 
 
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
@@ -153,6 +158,15 @@ def check_dialects(dialects: Sequence[str], precision: str) -> None:
             trt_precision_named(precision)
         elif precision != "imported":  # which the checkpoint decides
             precision_named(precision)
+
+
+def _check_quantization(options: ExportOptions, precision: Precision | None) -> None:
+    """InvalidSetting for calibration that would change nothing: the checkpoint's layers are integers already."""
+    if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
+        raise InvalidSetting(
+            f"{options.model} is quantized already and {options.precision} keeps its integers: --calib, --calibration "
+            "and their kin have no effect; leave them out"
+        )
 
 
 def _write_graphs(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 import numpy as np
 import onnx_ir as ir
@@ -18,12 +19,19 @@ class Blocks:
     symmetric: bool
 
 
+class Calibrated(Enum):
+    """What a precision uses calibration text for."""
+
+    INT8 = "static ranges: linear layers multiply in int8, see int8_model.py"
+    BLOCKS = "rounding weights together in blocks, see int4_model.py"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
     """How an artifact computes and stores.
 
     compute: type of activations, norms, KV cache and unquantized weights
-    is_calibrated: linear layers multiply in int8 with static activation ranges, see int8_model.py
+    calibrated: which calibrated scheme it is; None needs no text
     blocks: of the linear layers; None stores them in `compute`
     overrides: other blocks for one kind of layer: qkv, o, gate_up, down, lm_head, or embedding (which a tied LM head
         shares)
@@ -35,7 +43,7 @@ class Precision:
     overrides: Mapping[str, Blocks] = field(default_factory=dict)
     keeps_imported: bool = False
     """Weights that the checkpoint holds as integers stay those integers; blocks and overrides are for the others."""
-    is_calibrated: bool = False
+    calibrated: Calibrated | None = None
 
     @property
     def numpy_dtype(self) -> np.dtype[np.floating]:
@@ -56,8 +64,13 @@ EXPORTABLE: Mapping[str, Precision] = {
     # Wider where 4 bits cost most for their bytes. The LM head sees every error of the layers before it and decides the
     # token, and a tied embedding shares its bytes. q, k and v are 16 % of SmolLM2-135M's layer weights, and in 4 bits
     # alone raise its perplexity by 7.5 % (gate and up, 50 %: 4.5 %; down, 25 %: 5.0 %; o, 9 %: 0.6 %).
-    "w4a16": Precision(name="w4a16", blocks=_INT4, overrides={"embedding": _INT8, "lm_head": _INT8, "qkv": _INT8}),
-    "w8a8": Precision(name="w8a8", blocks=_INT8, is_calibrated=True),
+    "w4a16": Precision(
+        name="w4a16",
+        blocks=_INT4,
+        overrides={"embedding": _INT8, "lm_head": _INT8, "qkv": _INT8},
+        calibrated=Calibrated.BLOCKS,
+    ),
+    "w8a8": Precision(name="w8a8", blocks=_INT8, calibrated=Calibrated.INT8),
 }
 
 
@@ -87,4 +100,4 @@ def precision_named(name: str, *, stored_bits: int | None = None) -> Precision:
             f"the checkpoint's weights are {stored_bits}-bit integers already, and {name} would round them once more; "
             f"choose {IMPORTED}, w{stored_bits}a16, or fp32 and fp16, which hold them exactly as well"
         )
-    return replace(precision, keeps_imported=True)
+    return replace(precision, keeps_imported=True, calibrated=None)

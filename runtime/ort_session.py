@@ -20,9 +20,9 @@ _MAX_BINDINGS = 256
 
 
 EXACT_INT8 = ("session.x64quantprecision", "1")
-"""Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16 bits
-and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It costs a
-tenth of a prefill there, and changes nothing on other processors."""
+"""Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16
+bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
+costs a tenth of a prefill there, and changes nothing on other processors."""
 
 
 class OrtSession:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.block_quant import QuantizedRows, dequantize_rows
+from export.calibrated_export import QuantizationOptions
+from export.calibration_set import CalibrationOptions
 from export.checkpoint import open_checkpoint
 from export.imported_rows import Codes, stacked, to_blocks
 from export.pipeline import ExportOptions, export_model
@@ -105,6 +107,16 @@ def test_the_precision_of_the_same_bits_keeps_the_layers_and_rounds_the_rest(tmp
     np.testing.assert_array_equal(layers[down], weights[down])
     head = layers["lm_head.weight"] - weights["lm_head.weight"]
     assert 0 < np.abs(head).max() < 0.02
+
+
+def test_calibration_that_would_change_nothing_is_refused(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "model", CONFIG, PACKINGS["awq"])
+    quantization = QuantizationOptions(calib=CalibrationOptions(num_samples=4))
+    options = ExportOptions(
+        model=str(tmp_path / "model"), out=tmp_path / "out", precision="w4a16", quantization=quantization
+    )
+    with pytest.raises(InvalidSetting, match="quantized already and w4a16 keeps its integers: --calib"):
+        export_model(options)
 
 
 def test_a_layer_left_in_floats_stays_so_and_takes_its_sisters_along(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.activation_stats import Site
+from export.error_compensation import Moments
 from export.graph_builder import GraphBuilder
 from export.int8_linear import Int8Layer, int8_linear
 from export.int8_rounding import (
     Int8Rows,
-    Moments,
     error_compensated,
     rounded_activations,
     rounded_to_nearest,

@@ -1,9 +1,14 @@
-"""The calibrated part of an export: find or make a calibration, and what the decoder graph is then built from."""
+"""The calibrated part of an export: find or make a calibration, and what the decoder graph is then built from.
 
+Which calibrated scheme a precision is, its row in precision.py says; both use the same text and the same files.
+"""
+
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +16,11 @@ from export.calibration_file import Calibration, load_calibration
 from export.calibration_set import SELF, CalibrationOptions, CalibrationSet, Generate, load_calibration_set
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.int8_model import Int8Model, Int8Options, calibrate, int8_model
+from export.int4_model import account_of, block_calibration, int4_model, plan_of
+from export.int8_linear import Int8Layers
+from export.int8_model import Int8Options, calibrate, int8_model, summary
+from export.precision import Calibrated, Precision
+from export.rotation import RotatedCheckpoint, rotated_config
 from runtime.errors import InvalidSetting
 
 
@@ -27,6 +36,21 @@ class QuantizationOptions:
     calibration: Path | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibratedModel:
+    """What the `ort` graph of a calibrated precision is built from.
+
+    precision: how to build it; int8_layers: those that multiply in int8; account: the receipt's, JSON-able
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    precision: Precision
+    int8_layers: Int8Layers
+    calibration: Calibration
+    account: Mapping[str, Any]
+
+
 def workdir_of(out: Path) -> Path:
     """Where the calibration of an export to `out` keeps what is finished, so that an interrupted one can go on."""
     return out.parent / f".{out.name}.calibration"
@@ -38,28 +62,53 @@ def remove_workdir(workdir: Path) -> None:
         rmtree(workdir)
 
 
-def prepare_int8(
+def prepare(
     checkpoint: Checkpoint,
     config: ModelConfig,
+    precision: Precision,
     options: QuantizationOptions,
     workdir: Path,
     *,
     max_len: int,
     generate: Generate,
-) -> Int8Model:
+) -> CalibratedModel:
     """Calibrate, or read a calibration, then choose and round. `generate` samples from the model for `--calib self`."""
+    plan = plan_of(checkpoint, config, precision)  # which may refuse the model: better before the text than after
     if options.calibration is not None:
         found = load_calibration(options.calibration, config.vocab_size)
         _check_fits(found, config, options.calibration)
+        material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
-        found = calibrate(checkpoint, config, _material(checkpoint, config, options.calib, max_len, generate), workdir)
-    return int8_model(checkpoint, config, found, options.int8, workdir)
+        found, material = None, _material(checkpoint, config, options.calib, max_len, generate)
+    if precision.calibrated is Calibrated.BLOCKS:
+        found = found or block_calibration(material)
+        rounded = int4_model(checkpoint, config, plan, found.sequences, workdir)
+        return CalibratedModel(
+            checkpoint=rounded.checkpoint,
+            config=config,
+            precision=replace(precision, keeps_imported=True),
+            int8_layers={},
+            calibration=found,
+            account=account_of(rounded, found.provenance),
+        )
+    rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
+    if found is None or not found.ranges:  # that of a precision that needs none
+        found = calibrate(rotated, config, material, workdir)
+    model = int8_model(rotated, config, found, options.int8, workdir)
+    return CalibratedModel(
+        checkpoint=model.checkpoint,
+        config=model.config,
+        precision=precision,
+        int8_layers=model.layers,
+        calibration=found,
+        account=summary(model),
+    )
 
 
 def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> None:
     sizes = {"qkv": config.hidden_size, "down": config.intermediate_size, "o": config.num_heads * config.head_dim}
     layers = {site.layer for site in calibration.ranges}
-    wrong = layers != set(range(config.num_layers + 1)) or any(
+    wrong = (layers and layers != set(range(config.num_layers + 1))) or any(
         entry.absmax.shape[1] != sizes.get(site.kind, entry.absmax.shape[1])
         for site, entry in calibration.statistics.items()
     )

@@ -1,0 +1,66 @@
+"""Calibrated int4: from a checkpoint and calibration text to a checkpoint whose layers are integers already.
+
+What comes out reads like a checkpoint that a GPTQ tool has quantized, and goes into the graph the same way.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from export.activation_stats import Site
+from export.block_quant import check_divisible
+from export.calibration_file import Calibration
+from export.calibration_set import CalibrationSet
+from export.checkpoint import Checkpoint
+from export.config import ModelConfig
+from export.int4_rounding import LayerError, Plan, pieces_of, round_layers
+from export.int8_search import weight_names
+from export.precision import Blocks, Precision
+from export.reference import PROJECTIONS
+from export.rounded_checkpoint import RoundedCheckpoint
+
+
+class Int4Model(NamedTuple):
+    """The rounded checkpoint, and what rounding cost each layer."""
+
+    checkpoint: RoundedCheckpoint
+    errors: list[LayerError]
+
+
+def block_calibration(material: CalibrationSet) -> Calibration:
+    """What there is to keep of a calibration that needs the text alone."""
+    return Calibration({}, {}, [], material.sequences, material.provenance)
+
+
+def int4_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    plan: Plan,
+    sequences: Sequence[Sequence[int]],
+    workdir: Path,
+) -> Int4Model:
+    """Round every site of the plan."""
+    files, errors = round_layers(checkpoint, config, pieces_of(sequences, config), plan, workdir)
+    return Int4Model(RoundedCheckpoint(checkpoint, files), errors)
+
+
+def plan_of(checkpoint: Checkpoint, config: ModelConfig, precision: Precision) -> Plan:
+    """The blocks of every site stored in 4 bits. UnsupportedModel for rows that blocks do not fill."""
+    plan: dict[Site, Blocks] = {}
+    for layer in range(config.num_layers):
+        for kind in PROJECTIONS:
+            site, blocks = Site(layer, kind), precision.blocks_of(kind)
+            if blocks is not None and blocks.bits == 4:
+                name = weight_names(config, site)[0]
+                check_divisible(name, checkpoint.tensors[name].shape[1], blocks.block_size)
+                plan[site] = blocks
+    return plan
+
+
+def account_of(model: Int4Model, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The receipt's account of what was quantized how; JSON-able."""
+    return {
+        "method": "GPTQ, each layer against the float model's output for the inputs the layers before it leave",
+        "layer_errors": {str(entry.site): entry.error for entry in model.errors},
+        "calibration": provenance,
+    }
