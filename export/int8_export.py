@@ -52,7 +52,9 @@ def prepare_int8(
         found = load_calibration(options.calibration, config.vocab_size)
         _check_fits(found, config, options.calibration)
     else:
-        found = calibrate(checkpoint, config, _material(checkpoint, config, options.calib, max_len, generate), workdir)
+        found = calibrate(
+            checkpoint, config, calibration_material(checkpoint, config, options.calib, max_len, generate), workdir
+        )
     return int8_model(checkpoint, config, found, options.int8, workdir)
 
 
@@ -67,9 +69,10 @@ def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> No
         raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
 
 
-def _material(
+def calibration_material(
     checkpoint: Checkpoint, config: ModelConfig, options: CalibrationOptions, max_len: int, generate: Generate
 ) -> CalibrationSet:
+    """The text that `options` names, or random ids where there is no tokenizer to read text with."""
     texts = checkpoint.text_files()
     if "tokenizer.json" not in texts:
         return _random_material(config, options, max_len)

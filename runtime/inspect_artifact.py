@@ -76,7 +76,8 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
     yield f"calibrated on {origin['source']}: {origin.get('num_sequences', '?')} sequences"
     if "two_pass_share" in found:
         yield f"  {found['two_pass_share']:.1%} of the multiply-adds in two int8 passes (LM head not counted)"
-    yield from sensitivity_lines(calibration, two_pass)
+    if calibration["layers"]:
+        yield from sensitivity_lines(calibration, two_pass)
 
 
 def _finite(value: Any) -> Any:
@@ -103,7 +104,7 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
         "vocabulary": f"{dims.vocab_size:,}, ends at {', '.join(map(str, manifest.eos_ids)) or 'nothing'}",
         "longest": f"{dims.max_len:,} tokens",
         "KV cache": f"{format_bytes(per_token)} a token, {format_bytes(per_token * dims.max_len)} a full slot, "
-        f"{manifest.kv.dtype}",
+        f"{manifest.kv.dtype}{f', scales {manifest.kv.scales}' if manifest.kv.scales else ''}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     yield from (f"  {name:12}{value}" for name, value in rows.items())
