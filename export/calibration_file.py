@@ -29,13 +29,17 @@ MAX_KEPT = 128
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences and their origin."""
+    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences and their origin.
+
+    is_rotated: statistics, ranges and costs are those of the rotated checkpoint (rotation.py)
+    """
 
     statistics: Statistics
     ranges: dict[Site, SiteRanges]
     costs: list[LayerCost]
     sequences: Sequence[Sequence[int]]
     provenance: dict[str, Any]
+    is_rotated: bool = False
 
 
 def save_calibration(directory: Path, calibration: Calibration) -> None:
@@ -45,6 +49,7 @@ def save_calibration(directory: Path, calibration: Calibration) -> None:
         directory / CALIBRATION,
         {
             "version": _VERSION,
+            "is_rotated": calibration.is_rotated,
             "provenance": calibration.provenance,
             "layers": [
                 {
@@ -86,4 +91,4 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
         raise CalibrationFailed(f"{file} is damaged: {error!r}; calibrate again") from error
     if not sequences or max(map(max, sequences)) >= vocab_size:
         raise CalibrationFailed(f"{file} was made for another vocabulary than this model's {vocab_size:,} tokens")
-    return Calibration(statistics, ranges, costs, sequences, provenance)
+    return Calibration(statistics, ranges, costs, sequences, provenance, raw.get("is_rotated") is True)

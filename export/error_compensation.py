@@ -114,7 +114,7 @@ def problem_of(
 
 
 def rounded_codes(target: Array, problem: Problem, grid: Grid) -> NDArray[np.int8]:
-    """Codes of float32 `[N, K]`, made by `problem.target`: column after column, each error spread over those to come."""
+    """Codes of float32 `[N, K]`, made by `problem.target`: column by column, each error spread over the next."""
     order, factor = problem.order, problem.factor
     left = np.ascontiguousarray(target.T[order])  # [K, N]: a column of the weight is a row here
     codes = np.empty(left.shape, np.int8)

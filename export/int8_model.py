@@ -42,12 +42,15 @@ class Int8Model:
 
 
 def calibrate(checkpoint: Checkpoint, config: ModelConfig, material: CalibrationSet, workdir: Path) -> Calibration:
-    """Run the text, search the ranges, measure what each layer costs. CalibrationFailed if something is not finite."""
+    """Run the text, search the ranges, measure what each layer costs. `checkpoint` is rotated already.
+
+    CalibrationFailed if something is not finite.
+    """
     search = RangeSearch(config)
     statistics = collect_statistics(checkpoint, config, material.sequences, workdir, search)
     ranges = search.ranges
     costs = measure_costs(checkpoint, config, material.sequences, statistics, ranges)
-    return Calibration(statistics, ranges, costs, material.sequences, material.provenance)
+    return Calibration(statistics, ranges, costs, material.sequences, material.provenance, is_rotated=True)
 
 
 def int8_model(
