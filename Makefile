@@ -10,21 +10,22 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m-instruct
 PRECISION ?= fp32
 MAX_LEN ?=
+KV ?=
 CALIB ?=
 OPTIMIZE ?=
 NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
-OUT ?= artifacts/$(NAME)-$(PRECISION)
+OUT ?= artifacts/$(NAME)-$(PRECISION)$(if $(KV),-kv-$(KV))
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
 
-EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) \
+EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
     $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
 
 .PHONY: help run test lint bench export serve setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'variables: MODEL PRECISION OUT MAX_LEN CALIB OPTIMIZE ARTIFACT PORT PYTHON'
+	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN CALIB OPTIMIZE ARTIFACT PORT PYTHON'
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
@@ -41,7 +42,7 @@ lint: $(VENV)/.tested  ## ruff and mypy, as CI runs them
 bench: $(VENV)/.installed  ## speed and memory of an artifact: make bench ARTIFACT=...
 	@$(BIN)/headrace bench '$(ARTIFACT)'
 
-export: $(VENV)/.installed  ## write an artifact: make export MODEL=... PRECISION=... OUT=... MAX_LEN=... CALIB=...
+export: $(VENV)/.installed  ## write an artifact: make export MODEL=... PRECISION=... KV=... OUT=... MAX_LEN=... CALIB=...
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS)
 
 serve: $(VENV)/.installed  ## serve an artifact: make serve ARTIFACT=... PORT=...

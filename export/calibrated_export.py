@@ -79,7 +79,7 @@ def prepare(
         _check_fits(found, config, options.calibration)
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
-        found, material = None, _material(checkpoint, config, options.calib, max_len, generate)
+        found, material = None, calibration_material(checkpoint, config, options.calib, max_len, generate)
     if precision.calibrated is Calibrated.BLOCKS:
         found = found or block_calibration(material)
         rounded = int4_model(checkpoint, config, plan, found.sequences, workdir)
@@ -116,9 +116,10 @@ def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> No
         raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
 
 
-def _material(
+def calibration_material(
     checkpoint: Checkpoint, config: ModelConfig, options: CalibrationOptions, max_len: int, generate: Generate
 ) -> CalibrationSet:
+    """The text that `options` names, or random ids where there is no tokenizer to read text with."""
     texts = checkpoint.text_files()
     if "tokenizer.json" not in texts:
         return _random_material(config, options, max_len)

@@ -58,15 +58,20 @@ class CalibrationOptions:
 
 
 def calibration_options(
-    precision: str, source: str | None, num_samples: int | None, length: int | None
+    precision: str, source: str | None, num_samples: int | None, length: int | None, *, for_kv: int | None = None
 ) -> CalibrationOptions:
-    """From the command line, None where a flag was not given. InvalidSetting for a flag that would change nothing."""
+    """From the command line, None where a flag was not given. InvalidSetting for a flag that would change nothing.
+
+    for_kv: sequences to read, unless told, where only an int8 KV cache is calibrated; None without one
+    """
     given = {"source": source, "num_samples": num_samples, "length": length}
     given = {name: value for name, value in given.items() if value is not None}
-    if given and precision not in CALIBRATED:
+    if precision not in CALIBRATED and for_kv is not None:
+        given = {"num_samples": for_kv, **given}
+    elif given and precision not in CALIBRATED:
         raise InvalidSetting(
             f"{FLAG} and its kin have no effect on {precision}, which is not calibrated; leave them out, or choose "
-            f"--precision {' or '.join(CALIBRATED)}"
+            f"--precision {' or '.join(CALIBRATED)}, or --kv int8"
         )
     return CalibrationOptions(**given)  # type: ignore[arg-type]  # one dict of two types
 

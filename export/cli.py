@@ -21,7 +21,15 @@ def _parser() -> argparse.ArgumentParser:
         default="ort",
         help=f"comma-separated graphs to write, of {', '.join(DIALECT_FILES)}; default: %(default)s",
     )
-    parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION")
+    parser.add_argument(
+        "--kv",
+        default="compute",
+        choices=("compute", "int8"),
+        help="type of the KV cache: the precision's own, or int8 with calibrated scales; default: %(default)s",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION, with -kv-int8 behind it"
+    )
     parser.add_argument(
         "--optimize-for", choices=("latency", "throughput"), help="what --precision auto measures; default: latency"
     )
@@ -58,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Export; prints the receipt's figures and where the artifact is."""
     args = _parser().parse_args(argv)
-    out = args.out or Path("artifacts") / f"{Path(args.model).stem.lower()}-{args.precision}"
+    suffix = "-kv-int8" if args.kv == "int8" else ""
+    out = args.out or Path("artifacts") / f"{Path(args.model).stem.lower()}-{args.precision}{suffix}"
     if args.if_missing and _is_good(out):
         sys.stdout.write(f"{out} is there already\n")
         return 0
@@ -68,7 +77,9 @@ def main(argv: list[str]) -> int:
     from export.calibration_set import calibration_options
     from export.choose_precision import export_fastest
     from export.int8_model import Int8Options
+    from export.kv_calibration import INT8, NUM_SEQUENCES
     from export.pipeline import ExportOptions, export_model
+    from runtime.artifact import described
     from runtime.choice import choice_lines, read_choice
 
     options = ExportOptions(
@@ -78,9 +89,16 @@ def main(argv: list[str]) -> int:
         max_len=args.max_len,
         revision=args.revision,
         force=args.force,
+        kv=args.kv,
         dialects=tuple(dict.fromkeys(part.strip() for part in args.dialect.split(","))),
         quantization=QuantizationOptions(
-            calib=calibration_options(args.precision, args.calib, args.calib_samples, args.calib_length),
+            calib=calibration_options(
+                args.precision,
+                args.calib,
+                args.calib_samples,
+                args.calib_length,
+                for_kv=NUM_SEQUENCES if args.kv == INT8 else None,
+            ),
             int8=Int8Options(
                 max_ppl_increase=_share(args.max_ppl_increase),
                 keep=tuple(name for name in args.keep.replace(" ", "").split(",") if name),
@@ -97,7 +115,7 @@ def main(argv: list[str]) -> int:
         mark = "ok" if check["passed"] else "FAILED"
         sys.stdout.write(f"  {check['figure']:32}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
     total = sum(entry.size for entry in artifact.manifest.files.values())
-    sys.stdout.write(f"{out}: {artifact.manifest.name}, {artifact.manifest.precision}, {total / 1e6:,.0f} MB\n")
+    sys.stdout.write(f"{out}: {artifact.manifest.name}, {described(artifact.manifest)}, {total / 1e6:,.0f} MB\n")
     return 0
 
 

@@ -4,11 +4,12 @@
              past_len    int32 [B]      tokens already in the row's cache
              query_len   int32 [B]      new tokens of the row, 0 = idle
              logits_idx  int64 [R]      positions in the flattened [B * S] whose logits are wanted
-             past.L.k/v  [B, kv_heads, capacity, head_dim]
+             past.L.k/v  [B, kv_heads, capacity, head_dim], in the compute type or int8
     outputs  logits      float32 [R, vocab_size]
              present.L.k/v              bind to the memory of past.L.k/v: written in place
 
-Attention is com.microsoft.GroupQueryAttention with its rotary embedding, packed QKV and `query_seqlens`.
+Attention is com.microsoft.GroupQueryAttention with its rotary embedding, packed QKV and `query_seqlens`; attention.py
+and int8_attention.py add it.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from export.attention import Attention, AttentionInputs, FloatAttention
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.graph_builder import MICROSOFT, GraphBuilder
+from export.int8_attention import Int8Attention
 from export.int8_linear import Int8Layers, int8_linear, layer_of
+from export.kv_scales import KvScales
 from export.layer_weights import LayerWeights, Weight
 from export.linear import embedding, linear, tied_lm_head
 from export.precision import Precision
@@ -37,9 +41,12 @@ class DecoderGraph:
         precision: Precision,
         max_len: int,
         int8_layers: Int8Layers | None = None,
+        kv_scales: Sequence[KvScales] | None = None,
     ) -> None:
+        """kv_scales: of an int8 cache, by layer; None is a cache of the compute type."""
         self.g, self.config, self.precision, self.max_len = g, config, precision, max_len
-        self.int8_layers = int8_layers or {}
+        self.int8_layers, self.kv_scales = int8_layers or {}, kv_scales
+        self.kv_dtype = precision.compute if kv_scales is None else ir.DataType.INT8
         self.weights = LayerWeights(checkpoint, precision.numpy_dtype)
 
     def build(self) -> None:
@@ -61,29 +68,32 @@ class DecoderGraph:
         g.output(g.op("Cast", [logits], "logits", to=ir.DataType.FLOAT), ir.DataType.FLOAT, ["R", c.vocab_size])
         for layer in range(c.num_layers):
             for kv in "kv":
-                g.output(self.present[layer][kv], self.precision.compute, self._cache_shape())
+                g.output(self.present[layer][kv], self.kv_dtype, self._cache_shape())
 
     def _declare_inputs(self) -> None:
         g, c = self.g, self.config
         self.ids = g.input("input_ids", ir.DataType.INT64, ["B", "S"])
         past_len = g.input("past_len", ir.DataType.INT32, ["B"])
-        self.query_len = g.input("query_len", ir.DataType.INT32, ["B"])
+        query_len = g.input("query_len", ir.DataType.INT32, ["B"])
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
         self.past = [
-            {kv: g.input(f"past.{layer}.{kv}", self.precision.compute, self._cache_shape()) for kv in "kv"}
+            {kv: g.input(f"past.{layer}.{kv}", self.kv_dtype, self._cache_shape()) for kv in "kv"}
             for layer in range(c.num_layers)
         ]
         self.present: list[dict[str, ir.Value]] = []
         one = g.constant("one", np.array(1, np.int32))
-        total = g.op("Add", [past_len, self.query_len], "total_len")
+        total = g.op("Add", [past_len, query_len], "total_len")
         # The kernel wants length minus one, and at least 0 even for an idle row of an empty slot.
-        self.last_idx = g.op("Sub", [g.op("Max", [total, one], "total_len.min1"), one], "last_idx")
+        last_idx = g.op("Sub", [g.op("Max", [total, one], "total_len.min1"), one], "last_idx")
         shape = g.op("Shape", [self.past[0]["k"]], "capacity.long", start=2, end=3)
-        capacity = g.op("Squeeze", [shape], "capacity.scalar")
-        self.capacity = g.op("Cast", [capacity], "capacity", to=ir.DataType.INT32)
+        capacity = g.op("Cast", [g.op("Squeeze", [shape], "capacity.scalar")], "capacity", to=ir.DataType.INT32)
         tables = rope_tables(c.rope, c.head_dim, self.max_len)
-        self.cos = g.array("rope.cos", tables.cos.astype(self.precision.numpy_dtype, copy=False))
-        self.sin = g.array("rope.sin", tables.sin.astype(self.precision.numpy_dtype, copy=False))
+        cos = g.array("rope.cos", tables.cos.astype(self.precision.numpy_dtype, copy=False))
+        sin = g.array("rope.sin", tables.sin.astype(self.precision.numpy_dtype, copy=False))
+        inputs = AttentionInputs(self.ids, past_len, query_len, last_idx, capacity, cos, sin)
+        self.attention: Attention = (
+            FloatAttention(g, c, inputs) if self.kv_scales is None else Int8Attention(g, c, inputs, self.kv_scales)
+        )
 
     def _layer(self, layer: int, hidden: ir.Value, residual: ir.Value) -> tuple[ir.Value, ir.Value]:
         """One block: hidden is already normed; returns the next block's normed hidden and the residual stream."""
@@ -105,28 +115,7 @@ class DecoderGraph:
             q, k, v = g.ops("Split", [packed, sizes], [f"{part}.{layer}" for part in "qkv"], axis=-1)
             query = [self._head_norm(q, f"{prefix}.q_norm", c.num_heads, f"q_normed.{layer}"),
                      self._head_norm(k, f"{prefix}.k_norm", c.num_kv_heads, f"k_normed.{layer}"), v]  # fmt: skip
-        past = self.past[layer]
-        optional: list[ir.Value | None] = [None] * 7  # position_ids, bias, sink, k_scale, v_scale, q_norm, k_norm
-        out, key, value = g.ops(
-            "GroupQueryAttention",
-            [
-                *query,
-                past["k"],
-                past["v"],
-                self.last_idx,
-                self.capacity,
-                self.cos,
-                self.sin,
-                *optional,
-                self.query_len,
-            ],
-            [f"attn.{layer}", f"present.{layer}.k", f"present.{layer}.v"],
-            domain=MICROSOFT,
-            num_heads=c.num_heads,
-            kv_num_heads=c.num_kv_heads,
-            do_rotary=1,
-            local_window_size=c.sliding_windows[layer] or -1,
-        )
+        out, key, value = self.attention.attend(layer, query, self.past[layer])
         self.present.append({"k": key, "v": value})
         return self._linear([f"{prefix}.o_proj"], "o", out, c.hidden_size, q_size, c.o_bias, f"o.{layer}")
 

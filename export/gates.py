@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -142,6 +142,32 @@ TRT_GATES: Mapping[str, tuple[Gate, ...]] = {
 }
 
 
-def gates_of(dialect: str, precision: str) -> tuple[Gate, ...]:
-    """The limits for one dialect in one precision."""
-    return GATES[precision] if dialect == "ort" else TRT_GATES[precision]
+# What an int8 cache may add. Keys and values keep seven bits of each channel's range, and every layer reads them: about
+# what 8-bit weights in blocks cost, of which SmolLM2-135M shows a tenth.
+_KV_ADDS: Mapping[str, float] = {"kl": 0.005, "perplexity_increase": 0.005, "top1_agreement": -0.02}
+_KV_REASON = "; an int8 KV cache may cost as much as a quarter of what 8-bit weights may"
+
+_KV_OF_FLOATS = (
+    Gate("kl", 0.005, "keys and values keep seven bits of each channel's range; a wrong scale costs whole nats"),
+    Gate("top1_agreement", 0.95, "near ties flip", at_most=False),
+    Gate("perplexity_increase", 0.005, "below what any reader could notice, and half of what int8 weights may"),
+    _BATCH,
+    _BATCH_TOKENS,
+    _chunks_rounded(0.005),
+)
+
+
+def gates_of(dialect: str, precision: str, *, kv_dtype: str = "float32") -> tuple[Gate, ...]:
+    """The limits for one dialect in one precision, with a cache of that type."""
+    if dialect != "ort":
+        return TRT_GATES[precision]
+    if kv_dtype != "int8":
+        return GATES[precision]
+    if precision == "fp32":
+        return _KV_OF_FLOATS
+    return tuple(
+        replace(gate, limit=gate.limit + _KV_ADDS[gate.figure], reason=gate.reason + _KV_REASON)
+        if gate.figure in _KV_ADDS
+        else gate
+        for gate in GATES[precision]
+    )

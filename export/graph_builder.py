@@ -81,6 +81,20 @@ class GraphBuilder:
         self._nodes.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=outputs, name=node_name))
         return outputs
 
+    def branch(self, name: str, types: Sequence[ir.DataType], build: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
+        """What `build` adds, as a branch of an If: it reads any value made before, and gives what `build` returns.
+
+        types: of the outputs. Names are one space with those of the graph around it.
+        """
+        outer, self._nodes = self._nodes, []
+        try:
+            outputs = build()
+            for value, dtype in zip(outputs, types, strict=True):
+                value.type = ir.TensorType(dtype)
+            return ir.Graph([], outputs, nodes=self._nodes, name=name)
+        finally:
+            self._nodes = outer
+
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
         """A small initializer kept in the graph file itself; the same name twice is the same initializer."""
         if name not in self._initializers:

@@ -13,12 +13,16 @@ import onnx_ir as ir
 from export.architectures import parse_config
 from export.artifact_writer import file_entry, staged, write_json, write_manifest, write_texts
 from export.calibrated_export import CalibratedModel, QuantizationOptions, prepare, remove_workdir, workdir_of
-from export.calibration_file import save_calibration
+from export.calibration_file import Calibration, save_calibration
+from export.calibration_set import Generate
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
-from export.graph_builder import GraphBuilder
+from export.graph_builder import ORT_OPSETS, GraphBuilder
+from export.int8_attention import INT8_KV_OPSETS
 from export.int8_linear import Int8Layers
+from export.kv_calibration import COMPUTE, INT8, calibrated_kv, check_kv, scales_of
+from export.kv_scales import PER_CHANNEL, KvScales
 from export.minmax import minmax_scales
 from export.precision import Precision, precision_named
 from export.self_samples import artifact_generator
@@ -52,7 +56,8 @@ class ExportOptions:
     """What to export and where to.
 
     max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
-    quantization: read by calibrated precisions only
+    quantization: read by calibrated precisions and for an int8 cache only
+    kv: type of the KV cache, one of kv_calibration.KV_TYPES
     """
 
     model: str
@@ -62,6 +67,7 @@ class ExportOptions:
     revision: str | None = None
     force: bool = False
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    kv: str = COMPUTE
     dialects: tuple[str, ...] = ("ort",)
     """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
 
@@ -73,6 +79,7 @@ def export_model(options: ExportOptions) -> Artifact:
     `force`: then the artifact carries the failed receipt. Other errors are those of reading and writing.
     """
     check_dialects(options.dialects, options.precision)
+    check_kv(options.kv, options.dialects, options.precision)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     stored_bits = getattr(checkpoint, "stored_bits", None)
     precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
@@ -83,12 +90,33 @@ def export_model(options: ExportOptions) -> Artifact:
         model = None
         if precision is not None and precision.calibrated is not None:
             model = _calibrated_model(staging, checkpoint, config, precision, options, max_len)
+        kv = None
+        if options.kv == INT8:
+            kv = calibrated_kv(
+                checkpoint,
+                config,
+                options.quantization,
+                workdir_of(options.out),
+                own=model.calibration if model is not None else None,
+                max_len=max_len,
+                generate=_generator(staging, checkpoint, config, max_len),
+            )
         draft = write_unverified(
-            staging, checkpoint, config, precision, max_len, model, dialects=options.dialects, name=options.precision
+            staging,
+            checkpoint,
+            config,
+            precision,
+            max_len,
+            model,
+            kv,
+            dialects=options.dialects,
+            name=options.precision,
         ).manifest
         receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
         if model is not None:
             receipt["quantization"] = model.account
+        if kv is not None:
+            receipt["kv_calibration"] = kv.provenance
         if not receipt["passed"] and not options.force:
             raise GateFailed(_failure(receipt))
         write_json(staging / RECEIPT, receipt)
@@ -105,6 +133,7 @@ def write_unverified(
     precision: Precision | None,
     max_len: int,
     model: CalibratedModel | None = None,
+    kv: Calibration | None = None,
     *,
     dialects: Sequence[str] = ("ort",),
     name: str = "",
@@ -113,16 +142,23 @@ def write_unverified(
 
     precision: of the `ort` dialect, None without it; then `name` is that of the other dialects' precision
     model: for calibrated precisions, what is written instead of the checkpoint's own weights
+    kv: statistics of K and V for an int8 cache
     """
     if model is not None:
         checkpoint, config, precision = model.checkpoint, model.config, model.precision
-        save_calibration(directory, model.calibration)
+    calibration = kv if kv is not None or model is None else model.calibration
+    if calibration is not None:
+        save_calibration(directory, calibration)
+    scales = scales_of(kv, checkpoint, config) if kv is not None else None
+    int8_layers = model.int8_layers if model else {}
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
     step_weight_bytes = _write_graphs(
-        directory, checkpoint, config, precision, max_len, dialects, name, model.int8_layers if model else {}
+        directory, checkpoint, config, precision, max_len, dialects, name, int8_layers, scales
     )
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
+    if scales is not None:
+        manifest = replace(manifest, kv=KvContract(dtype="int8", scales=PER_CHANNEL))
     return Artifact(directory, manifest, {})
 
 
@@ -134,7 +170,13 @@ def _calibrated_model(
     options: ExportOptions,
     max_len: int,
 ) -> CalibratedModel:
+    generate = _generator(staging, checkpoint, config, max_len)
     workdir = workdir_of(options.out)
+    return prepare(checkpoint, config, precision, options.quantization, workdir, max_len=max_len, generate=generate)
+
+
+def _generator(staging: Path, checkpoint: Checkpoint, config: ModelConfig, max_len: int) -> Generate:
+    """What `--calib self` samples with."""
 
     def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         """Sample from an artifact with 8-bit weights: within half a per cent of the model, in half the time."""
@@ -146,7 +188,7 @@ def _calibrated_model(
         finally:
             rmtree(sampler)
 
-    return prepare(checkpoint, config, precision, options.quantization, workdir, max_len=max_len, generate=generate)
+    return generate
 
 
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
@@ -162,7 +204,8 @@ def check_dialects(dialects: Sequence[str], precision: str) -> None:
 
 def _check_quantization(options: ExportOptions, precision: Precision | None) -> None:
     """InvalidSetting for calibration that would change nothing: the checkpoint's layers are integers already."""
-    if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
+    is_kept = precision is not None and precision.keeps_imported and options.kv == COMPUTE
+    if is_kept and options.quantization != QuantizationOptions():
         raise InvalidSetting(
             f"{options.model} is quantized already and {options.precision} keeps its integers: --calib, --calibration "
             "and their kin have no effect; leave them out"
@@ -178,6 +221,7 @@ def _write_graphs(
     dialects: Sequence[str],
     name: str,
     int8_layers: Int8Layers,
+    kv_scales: Sequence[KvScales] | None,
 ) -> int:
     """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
     num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(dialects)
@@ -190,7 +234,7 @@ def _write_graphs(
         counting = _Counting(checkpoint, bar)
         if precision is not None:
             step_weight_bytes["ort"] = _write_ort_graph(
-                staging, counting, config, precision, max_len, weights, int8_layers
+                staging, counting, config, precision, max_len, weights, int8_layers, kv_scales
             )
         if others:
             scales = _activation_scales(staging, checkpoint, config, name)
@@ -217,12 +261,13 @@ def _write_ort_graph(
     max_len: int,
     weights: WeightFile,
     int8_layers: Int8Layers,
+    kv_scales: Sequence[KvScales] | None,
 ) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
-    graph = GraphBuilder(weights)
-    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers).build()
+    graph = GraphBuilder(weights, opsets=ORT_OPSETS if kv_scales is None else INT8_KV_OPSETS)
+    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers, kv_scales).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
     weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)

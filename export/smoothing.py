@@ -98,6 +98,11 @@ class SmoothedCheckpoint:
             array = array / (fold.divide if array.ndim == 1 else fold.divide[:, None])
         return array if fold.multiply is None else array * fold.multiply
 
+    def row_divisor(self, name: str) -> Array | None:
+        """What the rows of a tensor were divided by, None if they were not."""
+        fold = self._folds.get(name)
+        return None if fold is None else fold.divide
+
 
 def smoothed_config(config: ModelConfig, vectors: Mapping[Site, Array]) -> ModelConfig:
     """The configuration of the smoothed checkpoint: its LM head is no longer tied if it has a vector."""

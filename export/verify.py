@@ -54,7 +54,7 @@ class Material:
 def material_for(artifact: Artifact, config: ModelConfig) -> Material:
     """The project's texts through the model's tokenizer; random ids where the checkpoint has none."""
     limit = artifact.manifest.dims.max_len
-    is_exact = artifact.manifest.precision == "fp32"
+    is_exact = artifact.manifest.is_exact
     num_windows, window = (1, min(EXACT_WINDOW, limit)) if is_exact else (NUM_WINDOWS, min(WINDOW, limit))
     prompt = max(1, min(MAX_PROMPT, limit - NUM_GREEDY))
     if "tokenizer.json" in artifact.manifest.files:
@@ -108,7 +108,7 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
     the graph's weights and the reference's in memory together.
     """
     material = material_for(artifact, config)
-    precision, dialects = artifact.manifest.precision, tuple(artifact.manifest.dialects)
+    is_exact, dialects = artifact.manifest.is_exact, tuple(artifact.manifest.dialects)
     runs: dict[str, GraphRun] = {}
     figures: dict[str, Any] = {}
     with tempfile.TemporaryFile(dir=artifact.path) as spool:
@@ -128,14 +128,14 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
             by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
             distance = by_text[ALL_TEXTS]
             # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
-            tie = 2 * distance.max_logit_error if precision == "fp32" else 0.0
+            tie = 2 * distance.max_logit_error if is_exact else 0.0
             agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
             offset += len(run.generated)
             found = run.figures | _figures(distance) | _text_figures(by_text)
             found |= {"greedy_agreement": agreement, "greedy_prefix": prefix}
             figures |= {figure_name(dialect, name): value for name, value in found.items()}
     head = states.logits(0, 0, min(HEAD, len(material.windows[0])))
-    expected = runs["ort"].ways if precision == "fp32" and "ort" in runs else reference_ways(head)
+    expected = runs["ort"].ways if is_exact and "ort" in runs else reference_ways(head)
     for dialect, run in runs.items():
         if dialect != "ort":
             figures |= parity_figures(dialect, run.ways, expected)
@@ -148,7 +148,7 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
 def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:
     capacity = min(artifact.manifest.dims.max_len, max(WINDOW, MAX_PROMPT + NUM_GREEDY))
     session = OrtSession.open(artifact, num_slots=BATCH, capacity=capacity, saves_memory=True, dialect=dialect)
-    is_exact, is_ort = artifact.manifest.precision == "fp32", dialect == "ort"
+    is_exact, is_ort = artifact.manifest.is_exact, dialect == "ort"
     wanted = NUM_GREEDY_COMPARED if is_exact and len(artifact.manifest.dialects) > 1 else NUM_GREEDY
     # A quantized graph for TensorRT widens its weights on this CPU at every run: a second or two for 135M of them.
     prompts = material.prompts if is_exact or is_ort else material.prompts[:BATCH]
@@ -305,11 +305,12 @@ def _receipt(artifact: Artifact, material: Material, figures: Mapping[str, Any],
     checks = [
         replace(gate, figure=figure_name(dialect, gate.figure)).check(figures[figure_name(dialect, gate.figure)])
         for dialect in artifact.manifest.dialects
-        for gate in gates_of(dialect, precision)
+        for gate in gates_of(dialect, precision, kv_dtype=artifact.manifest.kv.dtype)
     ]
     return {
         "passed": all(check["passed"] for check in checks),
         "precision": precision,
+        "kv_cache": artifact.manifest.kv.dtype,
         "reference": "the checkpoint in float32, computed by export/reference.py (numpy)",
         "material": {
             "source": material.source,

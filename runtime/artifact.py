@@ -58,6 +58,8 @@ class KvContract:
     """
 
     dtype: str
+    scales: str | None = None
+    """How fine the scales of an int8 cache are: "per channel". The graph holds them; None for floats."""
     layout: str = "B,kv_heads,capacity,head_dim"
     past_name: str = "past.{layer}.{kv}"
     present_name: str = "present.{layer}.{kv}"
@@ -98,6 +100,11 @@ class Manifest:
         """How one dialect's cache tensors look."""
         return self.kv if dialect == "ort" or self.trt_kv is None else self.trt_kv
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the `ort` graph computes and remembers in float32 throughout."""
+        return self.precision == "fp32" and self.kv.dtype == "float32"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
@@ -128,6 +135,11 @@ class Manifest:
             raise InvalidArtifact(f"{where} is malformed: {error}") from error
         _check_types(manifest.dims, where)
         return manifest
+
+
+def described(manifest: Manifest) -> str:
+    """The precision in a word or two: `w8a16`, or `w8a16, int8 KV cache`."""
+    return f"{manifest.precision}, int8 KV cache" if manifest.kv.dtype == "int8" else manifest.precision
 
 
 def _check_types(dims: ModelDims, where: str) -> None:

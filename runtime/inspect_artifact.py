@@ -79,7 +79,8 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
     if errors := found.get("layer_errors"):
         worst = sorted(errors.items(), key=lambda item: -float(item[1]))[:5]
         yield "  largest output errors: " + ", ".join(f"{name} {error:.2%}" for name, error in worst)
-    yield from sensitivity_lines(calibration, two_pass)
+    if calibration["layers"]:
+        yield from sensitivity_lines(calibration, two_pass)
 
 
 def _finite(value: Any) -> Any:
@@ -106,7 +107,7 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
         "vocabulary": f"{dims.vocab_size:,}, ends at {', '.join(map(str, manifest.eos_ids)) or 'nothing'}",
         "longest": f"{dims.max_len:,} tokens",
         "KV cache": f"{format_bytes(per_token)} a token, {format_bytes(per_token * dims.max_len)} a full slot, "
-        f"{manifest.kv.dtype}",
+        f"{manifest.kv.dtype}{f', scales {manifest.kv.scales}' if manifest.kv.scales else ''}",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     yield from (f"  {name:12}{value}" for name, value in rows.items())
