@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.calibration_set import CalibrationOptions
+from export.int8_export import QuantizationOptions
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import open_artifact
 from runtime.core import FinishReason, Request, SamplingParams, TokenEvent
@@ -46,10 +48,12 @@ def submit(engine: Engine, name: str, prompt: list[int], params: SamplingParams)
     return sink
 
 
-@pytest.mark.parametrize("precision", ["fp32", "w8a16"])
-def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "kv"), [("fp32", "compute"), ("w8a16", "compute"), ("fp32", "int8")])
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(tmp_path: Path, precision: str, kv: str) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("qwen3"))
-    export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", precision=precision, force=True))
+    text = QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64))
+    settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": text, "force": True}
+    export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", **settings))
     session = OrtSession.open(open_artifact(tmp_path / "artifact", allow_failed=True), num_slots=5, capacity=128)
     alone = []
     for idx, (prompt, params) in enumerate(requests()):
