@@ -1,7 +1,9 @@
 """`headrace export`: flags in, one artifact out."""
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.artifact import DIALECT_FILES, PRECISIONS
@@ -58,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="layers that take two int8 passes, like layers.11.down,layers.28.down",
     )
+    parser.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="FIGURE=LIMIT",
+        help="another limit for a figure of the receipt, like perplexity_increase=0.005; may be repeated",
+    )
     parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
     parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
     return parser
@@ -89,6 +98,7 @@ def main(argv: list[str]) -> int:
         max_len=args.max_len,
         revision=args.revision,
         force=args.force,
+        limits=_limits(args.gate),
         kv=args.kv,
         dialects=tuple(dict.fromkeys(part.strip() for part in args.dialect.split(","))),
         quantization=QuantizationOptions(
@@ -117,6 +127,20 @@ def main(argv: list[str]) -> int:
     total = sum(entry.size for entry in artifact.manifest.files.values())
     sys.stdout.write(f"{out}: {artifact.manifest.name}, {described(artifact.manifest)}, {total / 1e6:,.0f} MB\n")
     return 0
+
+
+def _limits(texts: Sequence[str]) -> dict[str, float]:
+    """`kl=0.01` each."""
+    limits = {}
+    for text in texts:
+        figure, _, limit = text.partition("=")
+        try:
+            limits[figure] = float(limit)
+        except ValueError:
+            raise InvalidSetting(f"--gate {text!r} is not FIGURE=LIMIT, such as kl=0.01") from None
+        if not math.isfinite(limits[figure]):
+            raise InvalidSetting(f"--gate {text!r}: the limit must be a finite number")
+    return limits
 
 
 def _share(text: str) -> float:

@@ -1,9 +1,11 @@
 """How far an exported model may be from its reference: one row a precision, each limit with its reason."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from runtime.errors import InvalidSetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,29 @@ _KV_OF_FLOATS = (
 )
 
 
-def gates_of(dialect: str, precision: str, *, kv_dtype: str = "float32") -> tuple[Gate, ...]:
-    """The limits for one dialect in one precision, with a cache of that type."""
+def gates_of(
+    dialect: str, precision: str, *, kv_dtype: str = "float32", limits: Mapping[str, float] | None = None
+) -> tuple[Gate, ...]:
+    """The limits for one dialect in one precision, with a cache of that type; `limits`: the user's own, by figure."""
+    gates = _gates_of(dialect, precision, kv_dtype)
+    return tuple(
+        replace(gate, limit=limits[gate.figure], reason=f"asked for with --gate; {gate.limit:g} by default")
+        if limits and gate.figure in limits
+        else gate
+        for gate in gates
+    )
+
+
+def check_limits(limits: Mapping[str, float], dialects: Sequence[str], precision: str, kv_dtype: str) -> None:
+    """InvalidSetting for a limit on a figure that no gate of this export has."""
+    figures = {gate.figure for dialect in dialects for gate in _gates_of(dialect, precision, kv_dtype)}
+    if unknown := sorted(set(limits) - figures):
+        raise InvalidSetting(
+            f"--gate {unknown[0]}: {precision} has no such gate; choose from {', '.join(sorted(figures))}"
+        )
+
+
+def _gates_of(dialect: str, precision: str, kv_dtype: str) -> tuple[Gate, ...]:
     if dialect != "ort":
         return TRT_GATES[precision]
     if kv_dtype != "int8":

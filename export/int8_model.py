@@ -7,11 +7,13 @@ What was found is a `Calibration`, kept in the artifact so that another export n
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from export.activation_stats import Site
 from export.calibrate import collect_statistics
 from export.calibration_file import Calibration
 from export.calibration_set import CalibrationSet
@@ -19,6 +21,7 @@ from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int8_linear import Int8Layer, Int8Layers
 from export.int8_search import RangeSearch, RoundedWeights, layer_name, round_weights, smoothing_vectors
+from export.range_search import Range
 from export.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
 from export.smoothing import LM_HEAD, SmoothedCheckpoint, smoothed_config
 
@@ -38,6 +41,7 @@ class Int8Model:
     checkpoint: SmoothedCheckpoint
     config: ModelConfig
     layers: Int8Layers
+    ranges: Mapping[Site, Range]
     calibration: Calibration
 
 
@@ -67,7 +71,7 @@ def int8_model(
         layer_name(site): Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site))
         for site, chosen in ranges.items()
     }
-    return Int8Model(smoothed, own_config, layers, calibration)
+    return Int8Model(smoothed, own_config, layers, ranges, calibration)
 
 
 def summary(model: Int8Model) -> dict[str, Any]:
@@ -79,6 +83,7 @@ def summary(model: Int8Model) -> dict[str, Any]:
         "two_pass": [str(cost.site) for cost in two_pass],
         "two_pass_share": sum(cost.macs for cost in counted if cost in two_pass) / sum(cost.macs for cost in counted),
         "predicted_perplexity_increase": math.expm1(sum(cost.kl for cost in costs if cost not in two_pass)),
+        "layer_errors": {str(site): chosen.error for site, chosen in model.ranges.items()},
         "share_counts": "multiply-adds a token of all linear layers but the LM head",
         "calibration": model.calibration.provenance,
     }

@@ -25,6 +25,7 @@ from export.calibration_set import Generate
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
+from export.gates import check_limits
 from export.graph_builder import ORT_OPSETS, GraphBuilder
 from export.int8_attention import INT8_KV_OPSETS
 from export.int8_linear import Int8Layers
@@ -84,6 +85,8 @@ class ExportOptions:
     revision: str | None = None
     force: bool = False
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """The user's own gates, by figure."""
     kv: str = COMPUTE
     dialects: tuple[str, ...] = ("ort",)
     """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
@@ -97,6 +100,7 @@ def export_model(options: ExportOptions) -> Artifact:
     """
     check_dialects(options.dialects, options.precision)
     check_kv(options.kv, options.dialects, options.precision)
+    check_limits(options.limits, options.dialects, options.precision, options.kv)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     stored_bits = getattr(checkpoint, "stored_bits", None)
     precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
@@ -119,7 +123,7 @@ def export_model(options: ExportOptions) -> Artifact:
             dialects=options.dialects,
             name=options.precision,
         ).manifest
-        receipt = verify(checkpoint, config, Artifact(staging, draft, {}))
+        receipt = verify(checkpoint, config, Artifact(staging, draft, {}), options.limits)
         if model is not None:
             receipt["quantization"] = model.account
         if kv is not None:

@@ -101,8 +101,12 @@ class GraphRun(NamedTuple):
     ways: Mapping[str, NDArray[np.float32]]
 
 
-def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> dict[str, Any]:
+def verify(
+    checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact, limits: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Measure and judge; the receipt as a JSON-able dict with `passed`, `checks` and `figures`.
+
+    limits: instead of the gates' own, by figure
 
     The graph runs first and is closed before the reference starts, its logits kept in a nameless file: never are
     the graph's weights and the reference's in memory together.
@@ -142,7 +146,7 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
             if "ort" in runs:
                 equal = [a == b for a, b in zip(run.generated, runs["ort"].generated, strict=False)]
                 figures[figure_name(dialect, "tokens_equal_to_ort")] = float(np.mean(equal))
-    return _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]))
+    return _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits)
 
 
 def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:
@@ -298,14 +302,20 @@ def _greedy_agreement(
     return equal / len(generated), float(np.mean(prefixes))
 
 
-def _receipt(artifact: Artifact, material: Material, figures: Mapping[str, Any], num_greedy: int) -> dict[str, Any]:
+def _receipt(
+    artifact: Artifact,
+    material: Material,
+    figures: Mapping[str, Any],
+    num_greedy: int,
+    limits: Mapping[str, float] | None,
+) -> dict[str, Any]:
     import onnxruntime
 
     precision = artifact.manifest.precision
     checks = [
         replace(gate, figure=figure_name(dialect, gate.figure)).check(figures[figure_name(dialect, gate.figure)])
         for dialect in artifact.manifest.dialects
-        for gate in gates_of(dialect, precision, kv_dtype=artifact.manifest.kv.dtype)
+        for gate in gates_of(dialect, precision, kv_dtype=artifact.manifest.kv.dtype, limits=limits)
     ]
     return {
         "passed": all(check["passed"] for check in checks),

@@ -3,6 +3,7 @@
 Knows the tensor names of export/decoder.py's graph through the manifest, and nothing of requests or text.
 """
 
+import os
 from collections import OrderedDict
 from typing import Any
 
@@ -23,6 +24,13 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 """Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16
 bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
 costs a tenth of a prefill there, and changes nothing on other processors."""
+
+
+WHOLE_ROWS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+"""Environment variable that ONNX Runtime reads when it makes attention kernels, its only switch for this: with more
+threads than rows times heads its tiled kernel shares one row's cache out among threads, so that sums are added in
+another order alone than in a batch (1e-5 of a logit). The other kernel never does; one token in 32 rows took 0.7 to 0.9
+of the time, a chunk of 128 the same, for up to 1,000 tokens. Its scores take rows * heads * chunk * capacity floats."""
 
 
 class OrtSession:
@@ -89,6 +97,8 @@ class OrtSession:
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         options.add_session_config_entry(*EXACT_INT8)
+        if (threads or os.cpu_count() or 1) > artifact.manifest.dims.num_heads:
+            os.environ[WHOLE_ROWS] = "1"
         if saves_memory:
             # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
             # time, just before its use, each is freed after it, where the default order widens all of them first.

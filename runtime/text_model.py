@@ -231,5 +231,5 @@ def open_text_model(
         eos_ids=frozenset(manifest.eos_ids),
         settings=settings,
         observer=observer,
-        precision=manifest.precision,
+        precision=manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate"),
     )

@@ -31,7 +31,7 @@ from runtime.artifact import MANIFEST, Artifact, open_artifact
 from runtime.errors import InvalidSetting
 from runtime.inspect_artifact import as_lines, bytes_per_token
 from runtime.kv_budget import plan_slots
-from runtime.ort_session import OrtSession
+from runtime.ort_session import WHOLE_ROWS, OrtSession
 from tests.tiny_checkpoint import config_of, write_checkpoint
 
 CAPACITY = 96
@@ -139,6 +139,21 @@ def test_a_row_gets_the_same_bits_alone_beside_others_and_in_a_copied_slot(tmp_p
         session.copy_slot(0, 3, ends[idx])
         session.copy_slot(3, 0, ends[idx])
         assert np.array_equal(run_rows(session, [[7]], [ends[idx]])[0], thirds[idx])
+
+
+@pytest.mark.parametrize("kv", ["compute", "int8"])
+def test_more_threads_than_heads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
+    monkeypatch.delenv(WHOLE_ROWS, raising=False)
+    # Wide heads and a long past: what the kernel would share out among threads.
+    config = config_of("llama", max_position_embeddings=1024, head_dim=128, num_hidden_layers=1)
+    write_checkpoint(tmp_path / "llama", config)
+    artifact = export_kv(tmp_path, "llama", kv=kv)
+    session = OrtSession.open(artifact, num_slots=6, capacity=1024, threads=16)
+    run_rows(session, [some_ids(1000)], [0])
+    for slot in range(1, 6):
+        session.copy_slot(0, slot, 1000)
+    alone = run_rows(session, [[7]], [1000]).copy()
+    assert np.array_equal(run_rows(session, [[7]] * 6, [1000] * 6), np.repeat(alone, 6, axis=0))
 
 
 def test_where_a_prompt_is_cut_reorders_sums_and_nothing_else(tmp_path: Path) -> None:
