@@ -1,6 +1,22 @@
 """Calibrated int4: from a checkpoint and calibration text to a checkpoint whose layers are integers already.
 
 What comes out reads like a checkpoint that a GPTQ tool has quantized, and goes into the graph the same way.
+
+What was measured on SmolLM2-135M, blocks of 32, perplexity increase and KL in nats, everything else in 8 bits:
+
+                                                        project's two texts     Python's pydoc topics
+                                                        (2,048 tokens)          (4,096 tokens)
+    round to nearest                                    +13.8 %   0.137         +14.2 %   0.145
+    HQQ (0.7-norm; zero points then rounded)            +13.8 %   0.150         +12.3 %   0.167
+    AWQ (strength searched for each layer's input)       +8.6 %   0.092          +8.7 %   0.090
+    GPTQ as here                                         +4.4 %   0.055          +7.4 %   0.065
+    GPTQ, and the last two MLPs in 8 bits                +3.4 %   0.048          +6.1 %   0.056
+
+Scaling as AWQ does before GPTQ raised the output error on unseen text in each kind of layer 7 (o 0.55 to 0.65 of round
+to nearest, gate_up 0.81 to 0.84, down 0.94 to 1.05). Other blocks, output error of round to nearest in five layers
+against 32 with a zero point: 16 gives 0.79 to 0.85 for a quarter more bytes, 64 1.44, 128 1.44 to 1.88, 32 without a
+zero point 1.14 to 1.18. The checkpoint at hand was itself quantized in blocks of 32 with a float minimum; the kernel's
+zero points are whole numbers, so none of these schemes reproduces it.
 """
 
 from collections.abc import Sequence
