@@ -1,6 +1,6 @@
 """Peak memory of an export against the file it writes, on a random checkpoint of a given size.
 
-usage: python benchmarks/export_memory.py [--gigabytes 2.2] [--precision fp32,fp16,w8a16,w4a16]
+usage: python benchmarks/export_memory.py [--gigabytes 2.2] [--precision fp32,fp16,w8a16]
 
 Writes a Llama-shaped bf16 checkpoint, runs `headrace export` on it as a process of its own and reads that process's
 high-water mark from the operating system. Prints a table, then one JSON line. The bound is 1.3 times the written file
@@ -103,7 +103,7 @@ def measure(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.2)
-    parser.add_argument("--precision", default="fp32,fp16,w8a16,w4a16")
+    parser.add_argument("--precision", default="fp32,fp16,w8a16")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as scratch:

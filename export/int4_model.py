@@ -1,6 +1,22 @@
 """Calibrated int4: from a checkpoint and calibration text to a checkpoint whose layers are integers already.
 
 What comes out reads like a checkpoint that a GPTQ tool has quantized, and goes into the graph the same way.
+
+What was measured on SmolLM2-135M, blocks of 32, perplexity increase and KL in nats, everything else in 8 bits:
+
+                                                        project's two texts     Python's pydoc topics
+                                                        (2,048 tokens)          (4,096 tokens)
+    round to nearest                                    +13.8 %   0.137         +14.2 %   0.145
+    HQQ (0.7-norm; zero points then rounded)            +13.8 %   0.150         +12.3 %   0.167
+    AWQ (strength searched for each layer's input)       +8.6 %   0.092          +8.7 %   0.090
+    GPTQ as here                                         +4.4 %   0.055          +7.4 %   0.065
+    GPTQ, and the last two MLPs in 8 bits                +3.4 %   0.048          +6.1 %   0.056
+
+Scaling as AWQ does before GPTQ raised the output error on unseen text in each kind of layer 7 (o 0.55 to 0.65 of round
+to nearest, gate_up 0.81 to 0.84, down 0.94 to 1.05). Other blocks, output error of round to nearest in five layers
+against 32 with a zero point: 16 gives 0.79 to 0.85 for a quarter more bytes, 64 1.44, 128 1.44 to 1.88, 32 without a
+zero point 1.14 to 1.18. The checkpoint at hand was itself quantized in blocks of 32 with a float minimum; the kernel's
+zero points are whole numbers, so none of these schemes reproduces it.
 """
 
 from collections.abc import Sequence
@@ -15,9 +31,14 @@ from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int4_rounding import LayerError, Plan, pieces_of, round_layers
 from export.int8_search import weight_names
-from export.precision import Blocks, Precision
+from export.precision import INT8_BLOCKS, Blocks, Precision
 from export.reference import PROJECTIONS
 from export.rounded_checkpoint import RoundedCheckpoint
+
+_WIDE_SHARE = 1 / 16
+"""Of the layers, the last ones, whose MLP keeps 8 bits: their errors go into the logits with nothing behind them that
+could take them back. In SmolLM2-135M these are 2 of 30; for 2.4 % of the bytes a token reads, KL falls from 0.061 to
+0.053 nats, and the perplexity increase from 6.4 % to 5.2 %, over 6,144 tokens of three texts."""
 
 
 class Int4Model(NamedTuple):
@@ -45,15 +66,19 @@ def int4_model(
 
 
 def plan_of(checkpoint: Checkpoint, config: ModelConfig, precision: Precision) -> Plan:
-    """The blocks of every site stored in 4 bits. UnsupportedModel for rows that blocks do not fill."""
+    """The blocks of every site that the precision stores in 4 bits, 8 where that is too few, see _WIDE_SHARE.
+
+    UnsupportedModel for rows that blocks do not fill.
+    """
     plan: dict[Site, Blocks] = {}
+    first_wide = config.num_layers - max(1, round(config.num_layers * _WIDE_SHARE))
     for layer in range(config.num_layers):
         for kind in PROJECTIONS:
             site, blocks = Site(layer, kind), precision.blocks_of(kind)
             if blocks is not None and blocks.bits == 4:
                 name = weight_names(config, site)[0]
                 check_divisible(name, checkpoint.tensors[name].shape[1], blocks.block_size)
-                plan[site] = blocks
+                plan[site] = INT8_BLOCKS if layer >= first_wide and kind in ("gate_up", "down") else blocks
     return plan
 
 

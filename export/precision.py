@@ -54,23 +54,23 @@ class Precision:
         return self.overrides.get(kind, self.blocks)
 
 
-_INT8 = Blocks(bits=8, block_size=32, symmetric=True)
+INT8_BLOCKS = Blocks(bits=8, block_size=32, symmetric=True)
 _INT4 = Blocks(bits=4, block_size=32, symmetric=False)
 
 EXPORTABLE: Mapping[str, Precision] = {
     "fp32": Precision(name="fp32"),
     "fp16": Precision(name="fp16", compute=ir.DataType.FLOAT16),
-    "w8a16": Precision(name="w8a16", blocks=_INT8),
+    "w8a16": Precision(name="w8a16", blocks=INT8_BLOCKS),
     # Wider where 4 bits cost most for their bytes. The LM head sees every error of the layers before it and decides the
     # token, and a tied embedding shares its bytes. q, k and v are 16 % of SmolLM2-135M's layer weights, and in 4 bits
     # alone raise its perplexity by 7.5 % (gate and up, 50 %: 4.5 %; down, 25 %: 5.0 %; o, 9 %: 0.6 %).
     "w4a16": Precision(
         name="w4a16",
         blocks=_INT4,
-        overrides={"embedding": _INT8, "lm_head": _INT8, "qkv": _INT8},
+        overrides={"embedding": INT8_BLOCKS, "lm_head": INT8_BLOCKS, "qkv": INT8_BLOCKS},
         calibrated=Calibrated.BLOCKS,
     ),
-    "w8a8": Precision(name="w8a8", blocks=_INT8, calibrated=Calibrated.INT8),
+    "w8a8": Precision(name="w8a8", blocks=INT8_BLOCKS, calibrated=Calibrated.INT8),
 }
 
 

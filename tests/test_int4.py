@@ -101,6 +101,14 @@ def test_the_kernel_multiplies_with_what_was_packed(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected[: len(some)], rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_the_last_mlps_keep_eight_bits(model: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    plan = plan_of(checkpoint, parse_config(checkpoint.config), precision_named("w4a16"))
+    wide = {str(site) for site, blocks in plan.items() if blocks.bits == 8}
+    assert wide == {"layers.2.gate_up", "layers.2.down"}
+    assert {site.kind for site in plan} == {"o", "gate_up", "down"}
+
+
 def test_pieces_come_from_all_sequences_and_begin_anywhere() -> None:
     config = parse_config(config_of("llama"))
     sequences = [[number] * 512 for number in range(200)]
