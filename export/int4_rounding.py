@@ -46,7 +46,7 @@ KL 0.038 nats, GPTQ with all tokens alike 0.009, with the first one 10, 100, 1,0
 0.0033, 0.0050. In layers that add little at their first token, more weight there only harms."""
 
 # Activations of all pieces are held at once, those of a layer's four inputs twice.
-_MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 30
 
 _ERROR_STRIDE = 16  # tokens whose output errors are looked at, for the account alone
 
@@ -104,7 +104,7 @@ def pieces_of(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[S
 
     Fewer where the model is so wide that their activations would not fit; see token_bytes.
     """
-    most = max(1, _MOST_BYTES // (token_bytes(config) * PIECE))
+    most = max(1, MOST_BYTES // (token_bytes(config) * PIECE))
     pieces: list[Sequence[int]] = []
     for turn in range(max(-(-len(sequence) // PIECE) for sequence in sequences)):
         for idx, sequence in enumerate(sequences):

@@ -1,10 +1,8 @@
 """How much memory a calibrated export will take at its highest, from the model's dimensions alone.
 
 Each phase is the sum of what its code holds at once; the highest phase is the prediction. The factors were counted on
-the code with tracemalloc and held against the peaks that the operating system saw (benchmarks/calibration_memory.py).
-Neither the number of samples nor that of layers matters beyond the float copies named here: text is streamed.
-
-Knows nothing about files; reads no weights.
+the code with tracemalloc and held against what the operating system saw (benchmarks/calibration_memory.py). The number
+of samples hardly matters: text is streamed, and searches look at some of it. Knows nothing about files; reads no weights.
 """
 
 import sys
@@ -13,28 +11,36 @@ from typing import NamedTuple
 
 from export.calibrate import CHUNK_BYTES, token_bytes
 from export.config import ModelConfig
+from export.error_compensation import MAX_COMPENSATED
+from export.int4_rounding import MOST_BYTES, NUM_PIECES, PIECE
 from export.int8_rounding import OUTPUTS_AT_ONCE
-from export.int8_search import MAX_COMPENSATED
+from export.int8_search import MAX_SIDE_BY_SIDE
+from export.parallel import num_workers
+from export.precision import Calibrated
 from export.range_search import MAX_OUTPUTS
+from export.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.search_pass import NUM_SEQUENCES
-from export.sensitivity import LENGTH, NUM_SEQUENCES as NUM_MEASURED
+from export.sensitivity import LENGTH as MEASURED_LENGTH
+from export.sensitivity import NUM_SEQUENCES as NUM_MEASURED
 from export.verify import BATCH, WINDOW
 from runtime.errors import InvalidSetting
 from runtime.kv_budget import available_memory, format_bytes, kv_bytes_per_token
 
-# The interpreter with its libraries, OpenBLAS's buffers, and what the allocator keeps between phases.
-_PROCESS = 170e6
-# Of `token_bytes`, which calibrate.py keeps on the safe side: what a pass through a layer really held.
-_LIVE_SHARE = 0.75
+# The interpreter with its libraries and what the allocator keeps between phases; a worker's BLAS buffer and arena.
+_PROCESS, _WORKER = 110e6, 55e6
+# Of `token_bytes`, which errs on the safe side: what a pass through a layer was seen to hold.
+_LIVE = 0.75
 
-# Bytes for each weight of a layer, or each pair of channels, while it is worked on.
-_STACKED = 6.0  # float32, and half of it again while projections are stacked
-_JUDGED = 52.0  # ten candidates in float32 and the one being rounded, see range_search.py
-_NEAREST = 12.0  # rounded to nearest, and widened again
-_GRAM = 48.0  # two Gram matrices in float32, five in float64 while one is inverted
-_SWEPT = 14.0  # an output's target, its errors and its integers, beside the factor
-_FACTOR = 32.0
-_RUN = 3.0  # int8 weights mapped from the file, as unsigned integers, and packed for the kernel
+# Bytes for each weight, or each pair of input channels, of what is worked on.
+_LOADED = 8  # float32, and again rotated, smoothed or as magnitudes
+_JUDGED = 52  # ten candidates in float32 and the one being made, see range_search.py
+_NEAREST = 16  # smoothed, divided, rounded and widened again
+_GRAMS = 8  # two Gram matrices
+_INVERTED = 36  # one of them in float64, its factor, the factor's inverse, and the product
+_SOLVED = 8  # what is left of them in float32
+_SWEPT = 17  # an output's target, what is left of it, its errors and its integers
+_SEEN = 14  # an input, rounded in two passes and weighted
+_RUN = 2.5  # int8 weights: mapped from the file, and packed for the kernel
 
 
 class Phase(NamedTuple):
@@ -44,71 +50,103 @@ class Phase(NamedTuple):
     size: int
 
 
-def phases(config: ModelConfig, *, num_samples: int, length: int) -> list[Phase]:
-    """Peak of each phase of a w8a8 export that calibrates on `num_samples` sequences of `length` tokens."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    attention = config.num_heads * config.head_dim
-    matrices = {
-        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim, hidden),
-        "o": (hidden, attention),
-        "gate_up": (2 * config.intermediate_size, hidden),
-        "down": (hidden, config.intermediate_size),
-    }
-    head = vocab * hidden
-    layer = sum(map(prod, matrices.values()))
-    stacked = (_STACKED - 4) * max(map(prod, matrices.values()))
-    live = _LIVE_SHARE * token_bytes(config)
+class _Sizes:
+    """What the phases are made of: weights of each matrix, bytes of a layer and of the tokens that pass it."""
 
-    at_once = min(num_samples * length, max(length, CHUNK_BYTES // token_bytes(config)))
-    statistics = max(4 * head + 4 * at_once * hidden, 4 * layer + stacked + at_once * live)
+    def __init__(self, config: ModelConfig, workers: int) -> None:
+        hidden, inner, attention = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+        self.hidden, self.vocab, self.workers = hidden, config.vocab_size, workers
+        self.matrices = [
+            (attention + 2 * config.num_kv_heads * config.head_dim, hidden),
+            (hidden, attention),
+            (2 * inner, hidden),
+            (hidden, inner),
+        ]
+        self.widest = max(map(prod, self.matrices))
+        self.weights = sum(map(prod, self.matrices))
+        self.layer = 4 * self.weights + _LOADED * self.widest
+        self.head = config.vocab_size * hidden
+        self.inputs = 4 * (2 * hidden + attention + inner)  # of each product, a token
+        self.token = token_bytes(config)
+        self.live = _LIVE * self.token
 
-    searched = min(num_samples, NUM_SEQUENCES) * length
-    searched = min(searched, max(1, 2 * CHUNK_BYTES // token_bytes(config)))
-    inputs = 4 * searched * (3 * hidden + attention + config.intermediate_size)
-    running = 4 * layer + stacked + searched * live
-    judged = max(_JUDGED * min(n, MAX_OUTPUTS) * k for n, k in matrices.values())
-    judged_head = 8 * head + _JUDGED * min(vocab, MAX_OUTPUTS) * hidden
-    search = max(running, 4 * layer + inputs + judged, judged_head)
+    def compensated(self, shape: tuple[int, int], tokens: int) -> float:
+        """Rounding one matrix against its Gram matrices: filling them, inverting one, sweeping the columns."""
+        n, k = shape
+        if k > MAX_COMPENSATED:
+            return _NEAREST * n * k
+        swept = _SOLVED * k * k + _SWEPT * min(n, OUTPUTS_AT_ONCE) * k
+        return _GRAMS * k * k + max(_SEEN * tokens * k, _INVERTED * k * k, swept)
 
-    measured = min(num_samples, NUM_MEASURED) * min(length, LENGTH)
-    streams = 4 * measured * hidden * (1 + len(matrices) * config.num_layers)
-    logits = 4 * measured * vocab
-    layers = 4 * layer + stacked + measured * live + _NEAREST * max(map(prod, matrices.values()))
-    costs = streams + max(layers, 4 * head + 6 * logits, (4 + _NEAREST) * head + logits)
+    def side_by_side(self, sizes: list[float]) -> float:
+        """As many at once as there are workers."""
+        return sum(sorted(sizes)[-self.workers :])
 
-    rounded = max(_compensated(n, k, searched) for n, k in matrices.values())
-    rounded_head = max(8 * head + inputs, 5 * head + _compensated(vocab, hidden, searched))
-    rounding = max(2 * 4 * layer + running, 2 * 4 * layer + inputs + rounded, rounded_head)
 
+def phases(
+    config: ModelConfig, scheme: Calibrated, *, num_samples: int, length: int, workers: int | None = None
+) -> list[Phase]:
+    """Peak of each phase of an export that calibrates on `num_samples` sequences of `length` tokens."""
+    sizes = _Sizes(config, workers or num_workers())
+    found = _int8_phases if scheme is Calibrated.INT8 else _int4_phases
+    overhead = _PROCESS + _WORKER * (sizes.workers if scheme is Calibrated.INT8 else 0)
+    sizes_of = {**found(sizes, config, num_samples, length), "verification": _verification(sizes, config, scheme)}
+    return [Phase(name, int(size + overhead)) for name, size in sizes_of.items()]
+
+
+def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) -> dict[str, float]:
+    chunk = max(length, CHUNK_BYTES // s.token)
+    passing = min(num_samples * length, s.workers * chunk) * s.live + 4 * min(num_samples * length, chunk) * s.hidden
+    judged = [_JUDGED * min(n, MAX_OUTPUTS) * k for n, k in s.matrices]
+    judged_head = _LOADED * s.head + _JUDGED * min(s.vocab, MAX_OUTPUTS) * s.hidden
+    statistics = max(_LOADED * s.head, s.layer + max(passing, s.side_by_side(judged), judged_head))
+
+    measured = min(num_samples, NUM_MEASURED) * min(length, MEASURED_LENGTH)
+    streams = 4 * measured * s.hidden * (1 + len(s.matrices) * config.num_layers)
+    logits = 4 * measured * s.vocab
+    changed = s.side_by_side([_NEAREST * prod(shape) + measured * s.live for shape in s.matrices])
+    heads = 4 * s.head + max((1 + 5 * s.workers) * logits, _NEAREST * s.head * 3 / 4 + logits)
+    costs = streams + max(s.layer + changed, heads)
+
+    tokens = min(num_samples, NUM_SEQUENCES) * length
+    tokens = min(tokens, max(1, MOST_SEARCHED // s.token))
+    kept = tokens * (s.inputs + 8 * s.hidden)
+    each = [s.compensated(shape, tokens) for shape in s.matrices]
+    is_narrow = max(k for _, k in s.matrices) <= MAX_SIDE_BY_SIDE
+    rounded = s.side_by_side(each) if is_narrow else max(each)
+    head = max(_LOADED * s.head, 5 * s.head + s.compensated((s.vocab, s.hidden), tokens))
+    rounding = kept + 4 * s.weights + max(s.layer + min(tokens, s.workers * chunk) * s.live, rounded, head)
+    return {"statistics": statistics, "sensitivity": costs, "rounding": rounding}
+
+
+def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) -> dict[str, float]:
+    tokens = min(NUM_PIECES * PIECE, num_samples * length, max(PIECE, MOST_BYTES // s.token))
+    streams = 8 * tokens * s.hidden
+    rounded = max(s.compensated(shape, tokens) for shape in s.matrices)
+    working = s.layer + tokens * (s.live + s.inputs)
+    return {"rounding": streams + max(4 * s.head, working, s.layer + tokens * 2 * s.inputs + rounded)}
+
+
+def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated) -> float:
+    """The graph runs, then the reference: what the first held is not all given back."""
     cache = BATCH * WINDOW * kv_bytes_per_token(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
     )
-    weights = layer * config.num_layers + 2 * head
-    found = {
-        "statistics": statistics,
-        "search": search,
-        "sensitivity": costs,
-        "rounding": rounding,
-        "verification": max(_RUN * weights + cache, 4 * layer + stacked + 4 * head),
-    }
-    return [Phase(name, int(size + _PROCESS)) for name, size in found.items()]
+    layers = s.weights * config.num_layers * (1 if scheme is Calibrated.INT8 else 0.625)
+    heads = s.head * (1 if config.tie_word_embeddings and scheme is Calibrated.BLOCKS else 2) * 1.125
+    return _RUN * (layers + heads) + cache + 4 * s.weights + 4 * s.head
 
 
-def _compensated(n: int, k: int, num_tokens: int) -> float:
-    """Rounding a layer of k inputs against its Gram matrices: filling them, inverting one, sweeping the columns."""
-    if k > MAX_COMPENSATED:
-        return _NEAREST * n * k
-    return max(8 * k * k + 10 * num_tokens * k, _GRAM * k * k, _FACTOR * k * k + _SWEPT * min(n, OUTPUTS_AT_ONCE) * k)
-
-
-def check_memory(config: ModelConfig, *, num_samples: int, length: int, is_ignored: bool = False) -> None:
+def check_memory(
+    config: ModelConfig, scheme: Calibrated, *, num_samples: int, length: int, is_ignored: bool = False
+) -> None:
     """Say on standard error what the export will take; InvalidSetting, with the numbers, if that is not free."""
-    highest = max(phases(config, num_samples=num_samples, length=length), key=lambda phase: phase.size)
+    highest = max(phases(config, scheme, num_samples=num_samples, length=length), key=lambda phase: phase.size)
     free = available_memory()
     words = f"needs about {format_bytes(highest.size)} of memory ({highest.name}), {format_bytes(free)} are free"
     if highest.size > free and not is_ignored:
         raise InvalidSetting(
-            f"calibration {words}; free some, take another machine and use its result with --calibration, "
-            "or try it all the same with --ignore-memory"
+            f"calibration {words}; free some, calibrate on another machine and take its result with --calibration, "
+            "or try all the same with --ignore-memory"
         )
     sys.stderr.write(f"calibration {words}\n")
