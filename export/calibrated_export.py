@@ -19,6 +19,7 @@ from export.config import ModelConfig
 from export.int4_model import account_of, block_calibration, int4_model, plan_of
 from export.int8_linear import Int8Layers
 from export.int8_model import Int8Options, calibrate, int8_model, summary
+from export.memory_plan import check_memory
 from export.precision import Calibrated, Precision
 from export.rotation import RotatedCheckpoint, rotated_config
 from runtime.errors import InvalidSetting
@@ -29,11 +30,13 @@ class QuantizationOptions:
     """How a calibrated precision is made.
 
     calib: the text; int8: what may be left out; calibration: an artifact or calibration.json to use instead of a run
+    ignore_memory: start although the memory that it will take is not free
     """
 
     calib: CalibrationOptions = field(default_factory=CalibrationOptions)
     int8: Int8Options = field(default_factory=Int8Options)
     calibration: Path | None = None
+    ignore_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +76,16 @@ def prepare(
     generate: Generate,
 ) -> CalibratedModel:
     """Calibrate, or read a calibration, then choose and round. `generate` samples from the model for `--calib self`."""
+    assert precision.calibrated is not None
     plan = plan_of(checkpoint, config, precision)  # which may refuse the model: better before the text than after
+    length = min(options.calib.length, max_len)
+    check_memory(
+        config,
+        precision.calibrated,
+        num_samples=options.calib.num_samples,
+        length=length,
+        is_ignored=options.ignore_memory,
+    )
     if options.calibration is not None:
         found = load_calibration(options.calibration, config.vocab_size)
         _check_fits(found, config, options.calibration)

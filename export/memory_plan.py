@@ -2,10 +2,11 @@
 
 Each phase is the sum of what its code holds at once; the highest phase is the prediction. The factors were counted on
 the code with tracemalloc and held against what the operating system saw (benchmarks/calibration_memory.py). The number
-of samples hardly matters: text is streamed, and searches look at some of it. Knows nothing about files; reads no weights.
+of samples hardly matters: text is streamed, and searches look at some of it. Reads no weights.
 """
 
 import sys
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ class _Sizes:
         swept = _SOLVED * k * k + _SWEPT * min(n, OUTPUTS_AT_ONCE) * k
         return _GRAMS * k * k + max(_SEEN * tokens * k, _INVERTED * k * k, swept)
 
-    def side_by_side(self, sizes: list[float]) -> float:
+    def side_by_side(self, sizes: Sequence[float]) -> float:
         """As many at once as there are workers."""
         return sum(sorted(sizes)[-self.workers :])
 
@@ -129,8 +130,12 @@ def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
 
 def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated) -> float:
     """The graph runs, then the reference: what the first held is not all given back."""
-    cache = BATCH * WINDOW * kv_bytes_per_token(
-        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
+    cache = (
+        BATCH
+        * WINDOW
+        * kv_bytes_per_token(
+            num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
+        )
     )
     layers = s.weights * config.num_layers * (1 if scheme is Calibrated.INT8 else 0.625)
     heads = s.head * (1 if config.tie_word_embeddings and scheme is Calibrated.BLOCKS else 2) * 1.125

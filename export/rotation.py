@@ -69,7 +69,7 @@ class Rotation:
             after //= size
             out = np.matmul(factor.T, out.reshape(-1, before, size, after))
             before *= size
-        return out.reshape(rows.shape)
+        return np.asarray(out.reshape(rows.shape), np.float32)
 
     def apply_to_rows(self, x: Array) -> Array:
         """The transpose of the matrix times x `[n, m]`: rotates what a layer puts out."""
