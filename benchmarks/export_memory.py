@@ -65,31 +65,25 @@ def write_random(directory: Path, gigabytes: float) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
-def measure(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
-    """Export in a child process; its peak resident memory and what it wrote, in bytes."""
+def peak_of_export(model: str, out: Path, flags: list[str]) -> int:
+    """Export in a child process; its peak resident memory in bytes. SystemExit with what it said if it fails."""
     # A grandchild's peak counts towards this process's children, so each export gets a parent of its own.
     code = (
         "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
         "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "headrace",
-        "export",
-        str(checkpoint),
-        "--precision",
-        precision,
-        "--out",
-        str(out),
-        "--force",
-    ]
+    command = [sys.executable, "-m", "headrace", "export", model, "--out", str(out), *flags]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     code_text, peak_kb = done.stdout.split()
     if code_text != "0":
         raise SystemExit(done.stderr[-2000:])
+    return int(peak_kb) * 1024
+
+
+def measure(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
+    """Peak resident memory of an export and what it wrote, in bytes."""
+    peak = peak_of_export(str(checkpoint), out, ["--precision", precision, "--force"])
     written = sum(file.stat().st_size for file in out.iterdir())
-    peak = int(peak_kb) * 1024
     bound = 1.3 * written + 500e6
     return {
         "precision": precision,

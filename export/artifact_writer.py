@@ -14,6 +14,12 @@ from pathlib import Path
 from runtime.artifact import MANIFEST, FileEntry, Manifest, sha256_of
 from runtime.errors import HeadraceError, InvalidSetting
 
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew beyond what is allowed here (see `ulimit -f`)",
+}
+
 _STAGING = ".{name}.partial-{pid}"
 
 
@@ -37,10 +43,10 @@ def staged(target: Path) -> Iterator[Path]:
         _sync(staging)
         _replace(staging, target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             free = shutil.disk_usage(target.parent).free
             raise HeadraceError(
-                f"the disk is full: {target.parent} had {free / 1e6:,.0f} MB left when writing failed; "
+                f"{_FULL[error.errno]}: {target.parent} had {free / 1e6:,.0f} MB left when writing failed; "
                 "nothing was changed"
             ) from error
         raise

@@ -13,12 +13,22 @@ from typing import Any
 import numpy as np
 
 from export.calibration_file import Calibration, load_calibration
-from export.calibration_set import SELF, CalibrationOptions, CalibrationSet, Generate, load_calibration_set
+from export.calibration_files import FLAG
+from export.calibration_set import (
+    BUILT_IN,
+    SELF,
+    CalibrationOptions,
+    CalibrationSet,
+    Generate,
+    check_sizes,
+    load_calibration_set,
+)
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int4_model import account_of, block_calibration, int4_model, plan_of
 from export.int8_linear import Int8Layers
 from export.int8_model import Int8Options, calibrate, int8_model, summary
+from export.memory_plan import check_memory
 from export.precision import Calibrated, Precision
 from export.rotation import RotatedCheckpoint, rotated_config
 from runtime.errors import InvalidSetting
@@ -29,11 +39,13 @@ class QuantizationOptions:
     """How a calibrated precision is made.
 
     calib: the text; int8: what may be left out; calibration: an artifact or calibration.json to use instead of a run
+    ignore_memory: start although the memory that it will take is not free
     """
 
     calib: CalibrationOptions = field(default_factory=CalibrationOptions)
     int8: Int8Options = field(default_factory=Int8Options)
     calibration: Path | None = None
+    ignore_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +85,15 @@ def prepare(
     generate: Generate,
 ) -> CalibratedModel:
     """Calibrate, or read a calibration, then choose and round. `generate` samples from the model for `--calib self`."""
+    assert precision.calibrated is not None
     plan = plan_of(checkpoint, config, precision)  # which may refuse the model: better before the text than after
+    check_memory(
+        config,
+        precision.calibrated,
+        num_samples=options.calib.num_samples,
+        length=options.calib.length_within(max_len),
+        is_ignored=options.ignore_memory,
+    )
     if options.calibration is not None:
         found = load_calibration(options.calibration, config.vocab_size)
         _check_fits(found, config, options.calibration)
@@ -127,7 +147,7 @@ def calibration_material(
         options.source,
         texts,
         num_samples=options.num_samples,
-        length=min(options.length, max_len),
+        length=options.length_within(max_len),
         max_len=max_len,
         generate=generate if options.source == SELF else None,
     )
@@ -135,7 +155,13 @@ def calibration_material(
 
 def _random_material(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:
     """A checkpoint without a tokenizer (tests, experiments) is calibrated, as it is verified, on random ids."""
-    length = min(options.length, max_len)
+    length = options.length_within(max_len)
+    check_sizes(options.num_samples, length, max_len)
+    if options.source != BUILT_IN:
+        raise InvalidSetting(
+            f"{FLAG} {options.source} cannot be read: the checkpoint has no tokenizer.json; put the model's own beside "
+            "its weights"
+        )
     rng = np.random.default_rng(1)
     ids = rng.integers(0, config.vocab_size, (options.num_samples, length)).tolist()
     return CalibrationSet(ids, {"source": "random ids: the checkpoint has no tokenizer", "num_sequences": len(ids)})

@@ -33,7 +33,7 @@ def calibration_set_for(
         options.source,
         checkpoint.text_files(),
         num_samples=options.num_samples,
-        length=options.length,
+        length=options.length_within(max_len),
         max_len=max_len,
         generate=generate,
     )

@@ -50,11 +50,18 @@ _PIECE_SEQUENCES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationOptions:
-    """What the user said about calibration: the source, and how many sequences of how many tokens."""
+    """What the user said about calibration: the source, and how many sequences of how many tokens.
+
+    length: None is DEFAULT_LENGTH, or the model's longest sequence where that is shorter
+    """
 
     source: str = BUILT_IN
     num_samples: int = DEFAULT_NUM_SAMPLES
-    length: int = DEFAULT_LENGTH
+    length: int | None = None
+
+    def length_within(self, max_len: int) -> int:
+        """Tokens of a sequence for a model of this longest one; as it was asked for, whether or not that fits."""
+        return min(DEFAULT_LENGTH, max_len) if self.length is None else self.length
 
 
 def calibration_options(
@@ -116,7 +123,7 @@ def load_calibration_set(
     with a warning on standard error. InvalidCheckpoint if `texts` hold no tokenizer; InvalidSetting for a source that
     does not exist, cannot be read or has too little text, and for sizes that do not fit the model.
     """
-    _check_sizes(num_samples, length, max_len)
+    check_sizes(num_samples, length, max_len)
     encoder = RecordEncoder(texts)
     if source == SELF:
         sequences, account = _sampled_from_itself(encoder, num_samples, length, seed, generate)
@@ -154,7 +161,8 @@ def sequences_digest(sequences: Iterable[Sequence[int]]) -> str:
     return digest.hexdigest()
 
 
-def _check_sizes(num_samples: int, length: int, max_len: int | None) -> None:
+def check_sizes(num_samples: int, length: int, max_len: int | None) -> None:
+    """InvalidSetting for a set that is empty, too short to learn from, or longer than the model."""
     if num_samples < 1:
         raise InvalidSetting(f"{FLAG}-samples must be at least 1, got {num_samples}")
     if length < MIN_LENGTH:

@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="layers that take two int8 passes, like layers.11.down,layers.28.down",
     )
+    calibration.add_argument(
+        "--ignore-memory", action="store_true", help="start although the memory it is predicted to take is not free"
+    )
     parser.add_argument(
         "--gate",
         action="append",
@@ -114,6 +117,7 @@ def main(argv: list[str]) -> int:
                 keep=tuple(name for name in args.keep.replace(" ", "").split(",") if name),
             ),
             calibration=args.calibration,
+            ignore_memory=args.ignore_memory,
         ),
     )
     is_auto = args.precision == "auto"

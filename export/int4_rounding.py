@@ -46,7 +46,7 @@ KL 0.038 nats, GPTQ with all tokens alike 0.009, with the first one 10, 100, 1,0
 0.0033, 0.0050. In layers that add little at their first token, more weight there only harms."""
 
 # Activations of all pieces are held at once, those of a layer's four inputs twice.
-_MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 30
 
 _ERROR_STRIDE = 16  # tokens whose output errors are looked at, for the account alone
 
@@ -104,7 +104,7 @@ def pieces_of(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[S
 
     Fewer where the model is so wide that their activations would not fit; see token_bytes.
     """
-    most = max(1, _MOST_BYTES // (token_bytes(config) * PIECE))
+    most = max(1, MOST_BYTES // (token_bytes(config) * PIECE))
     pieces: list[Sequence[int]] = []
     for turn in range(max(-(-len(sequence) // PIECE) for sequence in sequences)):
         for idx, sequence in enumerate(sequences):
@@ -153,15 +153,14 @@ class _LayerRounder:
         if blocks is None:
             return self._block.product(kind, x)
         if not np.isfinite(x).all():
-            raise CalibrationFailed(
-                f"the input of {site} is not finite on the calibration text: the checkpoint is broken, or float32 "
-                "too narrow for it"
-            )
+            raise _not_finite("input", site)
         rows = self._rounded(kind, x, matrix, blocks)
         self._put(site, rows, blocks)
         out = np.asarray(x @ dequantize_rows(rows, bits=blocks.bits).T)
         expected = self._exact.inputs[kind][::_ERROR_STRIDE] @ matrix.T
         lost = np.square(out[::_ERROR_STRIDE] - expected).sum() / max(np.square(expected).sum(), np.float32(1e-30))
+        if not np.isfinite(lost):  # a weight that is not finite rounds to something that is
+            raise _not_finite("output", site)
         self.errors.append(LayerError(site, float(lost)))
         return out
 
@@ -181,6 +180,13 @@ class _LayerRounder:
         share = self._exact.share[kind]
         special = np.clip(share / max(float(np.median(share)), 1e-12), 1, _MOST_SPECIAL)
         return np.asarray(special / self._behind, np.float32)
+
+
+def _not_finite(what: str, site: Site) -> CalibrationFailed:
+    return CalibrationFailed(
+        f"the {what} of {site} is not finite on the calibration text: the checkpoint is broken, or float32 too narrow "
+        "for it"
+    )
 
 
 class _State:

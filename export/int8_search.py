@@ -29,7 +29,7 @@ from runtime.progress import progress_bar
 Array = NDArray[np.float32]
 
 # Inputs up to which the layers of a block are rounded side by side; wider ones keep all cores busy by themselves.
-_MAX_SIDE_BY_SIDE = 2048
+MAX_SIDE_BY_SIDE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def round_weights(
                 return _rounded(layer.inputs[kind], layer.matrices[kind], layer.token_weight[kind],
                                 ranges[Site(layer.layer, kind)])  # fmt: skip
 
-            is_small = max(matrix.shape[1] for matrix in layer.matrices.values()) <= _MAX_SIDE_BY_SIDE
+            is_small = max(matrix.shape[1] for matrix in layer.matrices.values()) <= MAX_SIDE_BY_SIDE
             for kind, rows in zip(
                 layer.inputs, (in_order if is_small else map)(rounded_rows, layer.inputs), strict=True
             ):

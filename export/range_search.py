@@ -32,7 +32,7 @@ FINE_STEPS = 254
 WIDE_END = 1.5
 
 # Output rows judged on: candidates differ alike in all of them, and the LM head has more than all other layers.
-_MAX_OUTPUTS = 1024
+MAX_OUTPUTS = 1024
 # Every second fold is held out in turn: the others only add the time.
 _HELD_OUT = (0, 1)
 
@@ -86,7 +86,7 @@ class _Judge:
         self, site: Site, sample: Sample, absmax: Array, weight: Array, config: ModelConfig, *, is_wide: bool
     ) -> None:
         self.site, self.sample, self.absmax, self.config, self.is_wide = site, sample, absmax, config, is_wide
-        self.weight = weight[:: -(-len(weight) // _MAX_OUTPUTS)]
+        self.weight = weight[:: -(-len(weight) // MAX_OUTPUTS)]
         self.weight_highest = np.abs(weight).max(0)
         self.exact = sample.x @ self.weight.T
         scale = np.square(self.exact).mean() if sample.residual is None else sample.residual

@@ -35,6 +35,9 @@ _WRITERS = ("o_proj", "down_proj")
 # Kronecker factors up to this size are one small product each; a Hadamard matrix of 4096 is two of 64.
 _LARGEST_FACTOR = 64
 
+# Every factor makes a copy; of an LM head that would be gigabytes.
+_ROWS_AT_ONCE = 4096
+
 
 class Rotation:
     """An orthogonal matrix of n rows as a Kronecker product of small ones, after signs. The same for the same n."""
@@ -52,15 +55,21 @@ class Rotation:
 
     def apply(self, x: Array) -> Array:
         """x `[..., n]` times the matrix."""
-        out = x * self._signs
-        before, after = 1, x.shape[-1]
+        rows = x.reshape(-1, x.shape[-1])
+        out = np.empty(rows.shape, np.float32)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            out[start : start + _ROWS_AT_ONCE] = self._applied(rows[start : start + _ROWS_AT_ONCE])
+        return out.reshape(x.shape)
+
+    def _applied(self, rows: Array) -> Array:
+        out = rows * self._signs
+        before, after = 1, rows.shape[1]
         for factor in self._factors:
             size = len(factor)
             after //= size
-            blocks = out.reshape(-1, before, size, after)
-            out = np.matmul(factor.T, blocks)
+            out = np.matmul(factor.T, out.reshape(-1, before, size, after))
             before *= size
-        return np.ascontiguousarray(out.reshape(x.shape))
+        return np.asarray(out.reshape(rows.shape), np.float32)
 
     def apply_to_rows(self, x: Array) -> Array:
         """The transpose of the matrix times x `[n, m]`: rotates what a layer puts out."""
@@ -96,7 +105,8 @@ class RotatedCheckpoint:
         if name == _EMBEDDING:
             return self._stream.apply(array)
         if name == _HEAD:
-            return self._stream.apply(array * self._checkpoint.load(_FINAL_NORM))
+            array = array * self._checkpoint.load(_FINAL_NORM)  # the name lets the unscaled one go
+            return self._stream.apply(array)
         if name == _FINAL_NORM or name.endswith("layernorm.weight"):
             return np.ones_like(array)
         prefix, _, part = name.removeprefix("model.layers.").partition(".")

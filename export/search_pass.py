@@ -19,7 +19,7 @@ from export.smoothing import head_site
 NUM_SEQUENCES = 16
 """Sequences of a search pass: 8,000 tokens of 512 are five for each channel of SmolLM2-135M's widest layer."""
 
-_MOST_BYTES = 512 << 20
+MOST_BYTES = 512 << 20
 
 
 class LayerInputs(NamedTuple):
@@ -93,8 +93,8 @@ def _through(
 
 
 def search_sequences(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[Sequence[int]]:
-    """The first NUM_SEQUENCES, fewer where the model is so wide that their activations exceed _MOST_BYTES."""
-    limit = max(1, _MOST_BYTES // token_bytes(config))
+    """The first NUM_SEQUENCES, fewer where the model is so wide that their activations exceed MOST_BYTES."""
+    limit = max(1, MOST_BYTES // token_bytes(config))
     chosen: list[Sequence[int]] = []
     for sequence in sequences[:NUM_SEQUENCES]:
         if chosen and sum(map(len, chosen)) + len(sequence) > limit:

@@ -27,7 +27,7 @@ from runtime.scoring import log_softmax
 # Beginnings of sequences: enough to rank layers whose costs span three orders of magnitude; beginnings of 192 tokens
 # gave the same sum. The costs of single layers do not add up: the 0.012 nats left over on SmolLM2-135M were measured
 # as 0.006 on held-out text, so the choice errs on the side of two passes.
-_NUM_SEQUENCES, _LENGTH = 2, 64
+NUM_SEQUENCES, LENGTH = 2, 64
 
 DEFAULT_MAX_INCREASE = 0.005
 """Perplexity increase that layers in one int8 pass may add up to: half of what a reader is promised at most (1 %)."""
@@ -61,9 +61,9 @@ def measure_costs(
     All variants run side by side: at layer l there are the float model and one stream for every site before it, so
     each layer is read once.
     """
-    heads = [sequence[:_LENGTH] for sequence in sequences[-_NUM_SEQUENCES:]]
+    heads = [sequence[:LENGTH] for sequence in sequences[-NUM_SEQUENCES:]]
     edges = np.cumsum([0, *map(len, heads)])
-    tables = rope_tables(config.rope, config.head_dim, _LENGTH)
+    tables = rope_tables(config.rope, config.head_dim, LENGTH)
     streams = [embed(checkpoint, heads)]
     sites: list[Site] = []
     with progress_bar("sensitivity", total=config.num_layers * (config.num_layers + 1) // 2) as bar:
