@@ -19,13 +19,11 @@ from export.config import ModelConfig
 from export.decoder import DecoderGraph
 from export.graph_builder import GraphBuilder
 from export.int8_linear import Int8Layers
-from export.minmax import minmax_scales
-from export.precision import Precision, precision_named
+from export.precision import EXPORTABLE, Calibrated, Precision, precision_named
 from export.self_samples import artifact_generator
 from export.trt_dialect import write_trt_graph
-from export.trt_linear import ActivationScales
 from export.trt_precision import trt_precision_named
-from export.verify import calibration_windows, verify
+from export.verify import verify
 from export.weight_file import WeightFile
 from runtime.artifact import (
     DIALECT_FILES,
@@ -81,8 +79,8 @@ def export_model(options: ExportOptions) -> Artifact:
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
         model = None
-        if precision is not None and precision.calibrated is not None:
-            model = _calibrated_model(staging, checkpoint, config, precision, options, max_len)
+        if (calibrated := _calibrated(options.precision, precision)) is not None:
+            model = _calibrated_model(staging, checkpoint, config, calibrated, options, max_len)
         draft = write_unverified(
             staging, checkpoint, config, precision, max_len, model, dialects=options.dialects, name=options.precision
         ).manifest
@@ -115,7 +113,8 @@ def write_unverified(
     model: for calibrated precisions, what is written instead of the checkpoint's own weights
     """
     if model is not None:
-        checkpoint, config, precision = model.checkpoint, model.config, model.precision
+        checkpoint, config = model.checkpoint, model.config
+        precision = None if precision is None else model.precision
         save_calibration(directory, model.calibration)
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
@@ -124,6 +123,14 @@ def write_unverified(
     )
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
     return Artifact(directory, manifest, {})
+
+
+def _calibrated(name: str, precision: Precision | None) -> Precision | None:
+    """The precision to calibrate for, if it needs that. TensorRT's own graph has int8 ranges, but no calibrated int4."""
+    if precision is not None:
+        return precision if precision.calibrated is not None else None
+    row = EXPORTABLE.get(name)
+    return row if row is not None and row.calibrated is Calibrated.INT8 else None
 
 
 def _calibrated_model(
@@ -193,7 +200,6 @@ def _write_graphs(
                 staging, counting, config, precision, max_len, weights, int8_layers
             )
         if others:
-            scales = _activation_scales(staging, checkpoint, config, name)
             with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
                     step_weight_bytes[dialect] = write_trt_graph(
@@ -204,7 +210,7 @@ def _write_graphs(
                         name,
                         max_len=max_len,
                         weights=rest,
-                        scales=scales,
+                        int8_layers=int8_layers,
                     )
     return step_weight_bytes[dialects[0]]
 
@@ -227,13 +233,6 @@ def _write_ort_graph(
     weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
     return graph.step_weight_bytes()
-
-
-def _activation_scales(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: str) -> ActivationScales:
-    """For int8 activations only: from the built-in text, or random ids where there is no tokenizer."""
-    if precision != "w8a8":
-        return {}
-    return minmax_scales(checkpoint, config, calibration_windows(staging / "tokenizer.json", config))
 
 
 class _Counting:
