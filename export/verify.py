@@ -131,7 +131,10 @@ def verify(checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact) -> d
             if "ort" in runs:
                 equal = [a == b for a, b in zip(run.generated, runs["ort"].generated, strict=False)]
                 figures[figure_name(dialect, "tokens_equal_to_ort")] = float(np.mean(equal))
-    return _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]))
+    receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]))
+    # What runtime/replay.py repeats where the model is to be served.
+    tokens = {dialect: run.generated for dialect, run in runs.items()}
+    return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
 
 
 def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:
