@@ -135,8 +135,20 @@ EventSink = Callable[[TokenEvent], None]
 
 
 @dataclass(slots=True, kw_only=True)
+class Usage:
+    """What a request had of the engine's shortcuts. The engine counts; complete when the last event comes."""
+
+    num_cached: int = 0
+    """Prompt tokens whose K and V came from the prefix cache."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Request:
-    """One sequence to generate. `prompt_ids` is not empty; `eos_ids` end it unless `params.ignore_eos`."""
+    """One sequence to generate. `prompt_ids` is not empty; `eos_ids` end it unless `params.ignore_eos`.
+
+    Prompts share the prefix cache only with prompts of the same `cache_salt`: without it one client could find out by
+    the time to the first token what another has sent.
+    """
 
     request_id: str
     prompt_ids: list[int]
@@ -144,6 +156,8 @@ class Request:
     eos_ids: frozenset[int]
     sink: EventSink
     text: TextStream | None = None
+    cache_salt: str = ""
+    usage: Usage = field(default_factory=Usage)
 
 
 class EngineStats(NamedTuple):
@@ -154,6 +168,7 @@ class EngineStats(NamedTuple):
     num_slots: int
     kv_used_tokens: int
     kv_total_tokens: int
+    prefix_cache_bytes: int
 
 
 class EngineObserver(Protocol):
@@ -167,6 +182,8 @@ class EngineObserver(Protocol):
         """A request got its first token, this many seconds after it was submitted."""
         ...
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         """A request ended; `tpot_s` is the mean seconds per token after the first, None below two tokens."""
         ...

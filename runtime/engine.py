@@ -9,6 +9,7 @@ import time
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.prefix_cache import PrefixCache, block_keys
 from runtime.sampler import Row
 from runtime.scheduler import Run, Scheduler
 from runtime.sequence import Sequence
@@ -18,14 +19,26 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs requests on a session in steps; they join and leave between two steps."""
+    """Runs requests on a session in steps; they join and leave between two steps.
 
-    def __init__(self, session: Session, *, prefill_chunk: int = 128, observer: EngineObserver | None = None) -> None:
+    prefill_chunk: most prompt tokens run between two decode steps
+    prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        prefill_chunk: int = 128,
+        prefix_cache: int = 0,
+        observer: EngineObserver | None = None,
+    ) -> None:
         self.info = session.info
         self.live: dict[str, Sequence] = {}
         self._session = session
         self._observer = observer
         self._prefill_chunk = prefill_chunk
+        self._prefix_cache = prefix_cache
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
@@ -50,7 +63,10 @@ class Engine:
                 "Shorten the prompt or lower max_tokens.",
                 param="prompt",
             )
-        return Sequence(request)
+        sequence = Sequence(request)
+        if self._prefix_cache:
+            sequence.prefix_keys = block_keys(ids, request.cache_salt)
+        return sequence
 
     def add(self, sequence: Sequence) -> None:
         """Queue a prepared sequence; it joins when a slot is free."""
@@ -86,6 +102,7 @@ class Engine:
             num_slots=slots.num_slots,
             kv_used_tokens=slots.used_tokens,
             kv_total_tokens=slots.num_slots * slots.capacity,
+            prefix_cache_bytes=self._scheduler.cache.num_bytes,
         )
 
     def step(self) -> None:
@@ -145,10 +162,12 @@ class Engine:
                 num_prompt=sequence.num_prompt,
                 num_generated=sequence.num_generated,
                 tpot_s=sequence.tpot_s(time.perf_counter()),
+                usage=sequence.request.usage,
             )
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.info, self._session.copy_slot, prefill_chunk=self._prefill_chunk)
+        cache = PrefixCache(self._session, self._prefix_cache)
+        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk)
 
 
 def _failure(reason: str) -> TokenEvent:

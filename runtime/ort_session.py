@@ -4,14 +4,14 @@ Knows the tensor names of export/decoder.py's graph through the manifest, and no
 """
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
 from runtime.errors import InvalidArtifact, InvalidSetting
-from runtime.session import Batch, SessionInfo
+from runtime.session import Batch, KvRows, SessionInfo
 from runtime.trt_inputs import ort_inputs, trt_inputs
 
 # A binding holds two OrtValues a layer (about 0.4 ms to make for 30 layers). Decode needs one a batch size,
@@ -23,6 +23,16 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 """Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16
 bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
 costs a tenth of a prefill there, and changes nothing on other processors."""
+
+
+class HostRows(NamedTuple):
+    """A `KvRows` in plain memory: one array `[kv_heads, positions, ...]` for each of the pool's."""
+
+    arrays: list[NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
 
 
 class OrtSession:
@@ -158,6 +168,16 @@ class OrtSession:
         """Copy the first `num_tokens` positions of every layer's K and V."""
         for pool in self._pool:
             pool[target, :, :num_tokens] = pool[source, :, :num_tokens]
+
+    def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
+        """Copy those positions of every layer's K and V."""
+        return HostRows([pool[slot, :, start:stop].copy() for pool in self._pool])
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        """Copy them back, to another place perhaps."""
+        assert isinstance(rows, HostRows), "rows of another session"
+        for pool, array in zip(self._pool, rows.arrays, strict=True):
+            pool[slot, :, start : start + array.shape[1]] = array
 
     def close(self) -> None:
         """Drop the bindings, the cache and the model."""

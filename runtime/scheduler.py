@@ -4,27 +4,33 @@ Two queues: waiting (first in, first out) and, by slot, those that prefill or de
 
     admit      waiting -> lowest free slots
     compact    decoding rows move down into free slots, so that they stay a tight span
-    plan       one decode run over slots [0, highest decoding + 1), then prefill runs of at most
-    `prefill_chunk` tokens
+    decode     one run over slots [0, highest decoding + 1)
+    reuse      prompts skip the blocks that the prefix cache has
+    prefill    runs of at most `prefill_chunk` tokens in all
 
 so a long prompt never holds up the streams that run, and they never hold up the prompt. Knows nothing about
 sampling, text or threads.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.kv_slots import KvSlots
+from runtime.prefix_cache import BLOCK_LEN, PrefixCache
 from runtime.sequence import Sequence
-from runtime.session import Batch, SessionInfo
+from runtime.session import Batch, Session
 
 MIN_FILL = 0.75
 """Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real
 one, so padding adds at most a third to the work, against one more pass over the weights for each prompt run
 by itself."""
+
+RESTORE_SPEED = 16
+"""Tokens that a step may copy out of the prefix cache for each one it may prefill: copying is more than 16 times as
+fast, so running streams wait no longer for a prompt that is reused than for one that is computed."""
 
 
 class Run(NamedTuple):
@@ -34,15 +40,19 @@ class Run(NamedTuple):
     sequences: list[Sequence]
     num_decode: int = 0
     num_prefill_tokens: int = 0
+    prefilled: tuple[Sequence, ...] = ()
+    """Whose prompts it runs, finished with it or not."""
 
 
 class Scheduler:
-    """Owns the slots and the queues. `copy_slot(source, target, num_tokens)` is the session's."""
+    """Owns the slots and the queues. Of the session it uses only what moves K and V about."""
 
-    def __init__(self, info: SessionInfo, copy_slot: Callable[[int, int, int], None], *, prefill_chunk: int) -> None:
+    def __init__(self, session: Session, cache: PrefixCache, *, prefill_chunk: int) -> None:
+        info = session.info
+        self.cache = cache
         self.slots = KvSlots(info.num_slots, info.capacity)
         self.waiting: deque[Sequence] = deque()
-        self._copy_slot = copy_slot
+        self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
         self._is_ragged = info.is_ragged
         self._prefilling: list[Sequence] = []  # in order of admission
@@ -66,6 +76,7 @@ class Scheduler:
         self._compact()
         if (run := self._plan_decode()) is not None:
             yield run
+        self._reuse()
         budget = self._prefill_chunk
         pending = list(self._prefilling)
         while pending and self._piece(pending[0]) <= budget:
@@ -83,6 +94,8 @@ class Scheduler:
             self.slots.past_len[:span] += self._is_decoding[:span]
             return
         self.slots.past_len[batch.first_slot : batch.first_slot + len(batch.query_len)] += batch.query_len
+        for sequence in run.prefilled:
+            self._keep(sequence)
         for sequence in run.sequences:
             assert sequence.slot is not None
             self._prefilling.remove(sequence)
@@ -173,6 +186,8 @@ class Scheduler:
         """Whether the next pieces of these prompts may go in one run."""
         lens = [self._piece(s) for s in rows]
         padded, width = len(rows) * max(lens), max(lens)
+        if min(lens) == 1 < width:
+            return False  # another kernel, see `_piece`
         ends = [self.slots.past_len[s.slot] + width for s in rows]
         return padded <= budget and sum(lens) >= MIN_FILL * padded and bool(max(ends) <= self.slots.capacity)
 
@@ -181,9 +196,37 @@ class Scheduler:
         return sequence.num_prompt - int(self.slots.past_len[sequence.slot])
 
     def _piece(self, sequence: Sequence) -> int:
-        """Tokens of its next chunk. A prompt is cut at multiples of `prefill_chunk` whatever else runs: float sums
-        depend on where the cuts are, and a request gets the same tokens alone and in a batch."""
-        return min(self._left(sequence), self._prefill_chunk)
+        """Tokens of its next chunk: never a single one of a longer prompt. A run of one token takes another attention
+        kernel than longer ones, among which a token's sums do not depend on where the cuts are; so a request gets the
+        same tokens alone and in a batch, with its beginning computed or out of the cache."""
+        left = self._left(sequence)
+        if left == self._prefill_chunk + 1 > 2:
+            return self._prefill_chunk - 1
+        return min(left, self._prefill_chunk)
+
+    def _reuse(self) -> None:
+        """Fill slots from the prefix cache. Asked again after every chunk: of two prompts that arrive together, the
+        second reuses what the first has computed meanwhile."""
+        num_blocks = self._prefill_chunk * RESTORE_SPEED // BLOCK_LEN + 1
+        for sequence in self._prefilling:
+            slot = sequence.slot
+            assert slot is not None
+            first, offset = divmod(int(self.slots.past_len[slot]), BLOCK_LEN)
+            if offset or first >= len(sequence.prefix_keys):
+                continue
+            num_restored = self.cache.restore(sequence.prefix_keys, slot, first, num_blocks)
+            self.slots.past_len[slot] += num_restored * BLOCK_LEN
+            sequence.request.usage.num_cached += num_restored * BLOCK_LEN
+            sequence.num_kept = first + num_restored
+            num_blocks -= num_restored
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Store the blocks of its prompt that are whole now."""
+        if sequence.prefix_keys:
+            assert sequence.slot is not None
+            stop = min(int(self.slots.past_len[sequence.slot]) // BLOCK_LEN, len(sequence.prefix_keys))
+            self.cache.keep(sequence.prefix_keys, sequence.slot, sequence.num_kept, stop)
+            sequence.num_kept = stop
 
     def _plan_prefill(self, rows: list[Sequence]) -> Run:
         lens = [self._piece(s) for s in rows]
@@ -200,4 +243,4 @@ class Scheduler:
         wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]] or [lens[0] - 1]
         batch = Batch(first_slot, token_ids, past_len, np.array(lens, np.int32), np.array(wanted, np.int64))
         done = [s for s, last in zip(rows, is_last, strict=True) if last]
-        return Run(batch, done, num_prefill_tokens=sum(lens))
+        return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows))

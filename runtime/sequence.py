@@ -12,7 +12,8 @@ from runtime.sampler import Row, make_sampler
 class Sequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
-    `slot` is None while it waits. Times are seconds of `time.perf_counter`.
+    `slot` is None while it waits. `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and
+    `num_kept` counts those that need not be stored again. Times are seconds of `time.perf_counter`.
     """
 
     __slots__ = (
@@ -20,7 +21,9 @@ class Sequence:
         "_stop_ids",
         "first_token_s",
         "num_generated",
+        "num_kept",
         "num_prompt",
+        "prefix_keys",
         "request",
         "slot",
         "submitted_s",
@@ -32,6 +35,8 @@ class Sequence:
         self.slot: int | None = None
         self.num_prompt = len(request.prompt_ids)
         self.num_generated = 0
+        self.prefix_keys: list[bytes] = []
+        self.num_kept = 0
         self.submitted_s = time.perf_counter()
         self.first_token_s: float | None = None
         self._sampler = make_sampler(params, request.prompt_ids)

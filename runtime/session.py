@@ -49,6 +49,13 @@ class SessionInfo:
     kv_bytes_per_token: int
 
 
+class KvRows(Protocol):
+    """K and V of some positions of a slot, copied out. Only the session that made them looks inside."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Session(Protocol):
     """A loaded model with its KV slots. Used by one thread at a time."""
 
@@ -61,6 +68,14 @@ class Session(Protocol):
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` positions of one slot's cache to another slot."""
+        ...
+
+    def read_slot(self, slot: int, start: int, stop: int) -> KvRows:
+        """A copy of positions `start .. stop` of a slot's cache; nothing that runs later changes it."""
+        ...
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        """Put what `read_slot` gave into a slot, bit for bit, from position `start` on."""
         ...
 
     def close(self) -> None:

@@ -47,6 +47,12 @@ class EngineSettings:
     kv_memory: int | None = setting(
         None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
     )
+    prefix_cache: int | None = setting(
+        None,
+        "memory for prompt beginnings that later prompts reuse, by default 10 %% of what is free; 0: none",
+        parse=parse_bytes,
+        metavar="SIZE",
+    )
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
 
     def __post_init__(self) -> None:
@@ -55,6 +61,7 @@ class EngineSettings:
         check_at_least("prefill_chunk", self.prefill_chunk, 1)
         check_at_least("threads", self.threads, 1)
         check_at_least("kv_memory", self.kv_memory, 1)
+        check_at_least("prefix_cache", self.prefix_cache, 0)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
 

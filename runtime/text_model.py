@@ -6,17 +6,18 @@ What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
 import itertools
 import queue
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from runtime.artifact import WEIGHTS, open_artifact
 from runtime.chat_template import ChatTemplate, load_chat_template
-from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, TokenEvent
+from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
-from runtime.kv_budget import default_budget, format_bytes, kv_bytes_per_token, plan_slots
+from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes, kv_bytes_per_token, plan_slots
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.stop_strings import RequestText
@@ -25,13 +26,14 @@ from runtime.tokenizer import Tokenizer
 
 class Generation(Iterator[TokenEvent]):
     """The events of one request, as they come. Iterating blocks; it ends after the event with a
-    `finish_reason`.
+    `finish_reason`, and `usage` is complete then.
 
     One consumer; `close` may be called from any thread.
     """
 
     def __init__(self, thread: EngineThread, request_id: str, num_prompt: int) -> None:
         self.request_id = request_id
+        self.usage = Usage()
         self.prompt_tokens = num_prompt
         self._thread = thread
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
@@ -97,7 +99,12 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
-        engine = Engine(session, prefill_chunk=settings.prefill_chunk, observer=observer)
+        engine = Engine(
+            session,
+            prefill_chunk=settings.prefill_chunk,
+            prefix_cache=settings.prefix_cache or 0,
+            observer=observer,
+        )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
         self._request_numbers = itertools.count()
 
@@ -123,7 +130,12 @@ class TextModel:
         return self._tokenizer.token_text(token_id)
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Generation:
         """Start generating; returns at once.
 
@@ -147,6 +159,8 @@ class TextModel:
             eos_ids=self._eos_ids,
             sink=generation.put,
             text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
+            cache_salt=cache_salt,
+            usage=generation.usage,
         )
         self._thread.submit(request)
         return generation
@@ -211,6 +225,9 @@ def open_text_model(
     capacity = settings.max_len or dims.max_len
     weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
     budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else settings.kv_memory
+    if settings.prefix_cache is None:
+        share = default_budget(weight_bytes=weight_bytes, fraction=PREFIX_CACHE_FRACTION)
+        settings = replace(settings, prefix_cache=share)
     bytes_per_token = kv_bytes_per_token(
         num_layers=dims.num_layers,
         num_kv_heads=dims.num_kv_heads,

@@ -64,6 +64,12 @@ class Choices:
         per_prompt = len(generations) // num_prompts
         self.num_prompt_tokens = sum(generation.prompt_tokens for generation in generations[::per_prompt])
         self.num_generated_tokens = 0
+        self._per_prompt = per_prompt
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache; a prompt counts once, as its first choice met it."""
+        return sum(generation.usage.num_cached for generation in self._generations[:: self._per_prompt])
 
     def __len__(self) -> int:
         return len(self._generations)
@@ -92,7 +98,13 @@ class Choices:
             generation.close()
 
 
-def submit(model: TextModel, prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]], client: Client) -> Choices:
+def submit(
+    model: TextModel,
+    prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]],
+    client: Client,
+    *,
+    cache_salt: str = "",
+) -> Choices:
     """Submit one generation per prompt and parameters, in that order; every prompt has as many choices.
 
     Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.
@@ -101,7 +113,7 @@ def submit(model: TextModel, prompts: Sequence[tuple[list[int], Sequence[Samplin
     try:
         for prompt_ids, choices in prompts:
             for params in choices:
-                generations.append(model.generate(prompt_ids, params))
+                generations.append(model.generate(prompt_ids, params, cache_salt=cache_salt))
     except BaseException:
         for generation in generations:
             generation.close()

@@ -163,6 +163,7 @@ COMMON_FIELDS = (
     Field("stream_options", _stream_options),
     Field("max_tokens", between(1, 2**31)),
     Field("user", string),
+    Field("cache_salt", string),
 )
 COMPLETION_FIELDS = (
     *COMMON_FIELDS,
@@ -203,6 +204,7 @@ class GenerationRequest:
     n: int
     is_stream: bool
     include_usage: bool
+    cache_salt: str
 
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
@@ -284,4 +286,5 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         "n": values.get("n", 1),
         "is_stream": values.get("stream", False),
         "include_usage": values.get("stream_options", False),
+        "cache_salt": values.get("cache_salt", ""),
     }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.session import Batch, SessionInfo
+from runtime.session import Batch, KvRows, SessionInfo
 
 GARBAGE = -7
 """What a run writes behind the valid tokens: no token id, so a row that reads it fails."""
@@ -34,6 +34,7 @@ class FakeSession:
         self.cache = np.full((num_slots, capacity), GARBAGE, np.int64)
         self.batches: list[Batch] = []
         self.copies: list[tuple[int, int, int]] = []
+        self.restored: list[tuple[int, int, int]] = []
         self.is_closed = False
         self._on_run = on_run
 
@@ -68,6 +69,17 @@ class FakeSession:
         self.copies.append((source, target, num_tokens))
         self.cache[target, :num_tokens] = self.cache[source, :num_tokens]
         self.cache[target, num_tokens:] = GARBAGE
+
+    def read_slot(self, slot: int, start: int, stop: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = self.cache[slot, start:stop].copy()
+        assert (rows != GARBAGE).all(), "reads garbage"
+        return rows
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        assert isinstance(rows, np.ndarray)
+        assert (self.cache[slot, :start] != GARBAGE).all(), "leaves a gap"
+        self.restored.append((slot, start, len(rows)))
+        self.cache[slot, start : start + len(rows)] = rows
 
     def close(self) -> None:
         self.is_closed = True

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.core import FinishReason, Request, SamplingParams, TextPiece, TokenEvent
+from runtime.core import FinishReason, Request, SamplingParams, TextPiece, TokenEvent, Usage
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session import Batch
 from tests.fake_session import FakeSession
 
-CAPACITY, VOCAB = 64, 50
+CAPACITY, VOCAB = 160, 50
+HEADS = [[(7 * i + 3 * j) % VOCAB for j in range(100)] for i in range(3)]
+"""Long beginnings that prompts of a trace have in common."""
 
 
 class Recorder:
@@ -83,6 +85,15 @@ def check_slots(engine: Engine) -> None:
             assert slots.past_len[sequence.slot] <= most
 
 
+def check_cache(engine: Engine, max_bytes: int) -> None:
+    """The memory bound holds, and no block is kept without those before it: nobody could find it."""
+    cache = engine._scheduler.cache
+    assert cache.num_bytes == sum(rows.nbytes for rows in cache._blocks.values()) <= max_bytes
+    for sequence in engine.live.values():
+        known = [key in cache._blocks for key in sequence.prefix_keys]
+        assert known == sorted(known, reverse=True)
+
+
 def check_batches(session: FakeSession) -> None:
     """Every row of a decode span belongs to somebody: after compaction no free slot lies inside it."""
     for batch in session.batches:
@@ -106,15 +117,23 @@ def sampling(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    head = draw(st.sampled_from([[], *HEADS]))
+    tail = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40))
+    return head[: draw(st.integers(0, len(head)))] + tail
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     is_ragged=st.booleans(),
+    prefix_cache=st.sampled_from([0, 600, 100_000]),  # bytes: none, two blocks, all
     num_slots=st.integers(1, 5),
     prefill_chunk=st.integers(1, 40),
     arrivals=st.lists(
         st.tuples(
             st.integers(0, 12),  # steps before it arrives
-            st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
+            prompts(),
             sampling(),
             st.one_of(st.none(), st.integers(0, 15)),  # steps until it is cancelled
         ),
@@ -124,12 +143,13 @@ def sampling(draw: st.DrawFn) -> SamplingParams:
 )
 def test_random_traces_give_every_request_what_it_gets_alone(
     is_ragged: bool,
+    prefix_cache: int,
     num_slots: int,
     prefill_chunk: int,
     arrivals: list[tuple[int, list[int], SamplingParams, int | None]],
 ) -> None:
     session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged)
-    engine = Engine(session, prefill_chunk=prefill_chunk)
+    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache)
     recorders: dict[str, Recorder] = {}
     pending = {f"r{i}": item for i, item in enumerate(arrivals)}
     cancel_at: dict[str, int] = {}
@@ -150,6 +170,7 @@ def test_random_traces_give_every_request_what_it_gets_alone(
         if engine.has_work:
             engine.step()
         check_slots(engine)
+        check_cache(engine, prefix_cache)
         step += 1
         assert step < 1000
     check_batches(session)
@@ -314,7 +335,9 @@ class BrokenObserver:
     def on_first_token(self, *, ttft_s: float) -> None:
         pass
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         raise OSError("disk full")
 
 
@@ -373,7 +396,9 @@ class Observer:
     def on_first_token(self, *, ttft_s: float) -> None:
         self.ttfts.append(ttft_s)
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         self.ends.append((reason, num_prompt, num_generated, tpot_s is None))
 
 

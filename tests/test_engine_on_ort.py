@@ -1,6 +1,6 @@
 """The engine on a real graph: every request gets, bit for bit, what it gets alone, whatever runs beside it."""
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from export.calibrated_export import QuantizationOptions
 from export.calibration_set import CalibrationOptions
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import open_artifact
-from runtime.core import FinishReason, Request, SamplingParams, TokenEvent
+from runtime.core import FinishReason, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine import Engine
 from runtime.ort_session import OrtSession
 from tests.tiny_checkpoint import config_of, write_checkpoint
@@ -30,12 +30,42 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
     return out
 
 
+class Cached:
+    """An EngineObserver that counts the prompt tokens that were not computed."""
+
+    num_cached = 0
+
+    def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
+        pass
+
+    def on_first_token(self, *, ttft_s: float) -> None:
+        pass
+
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
+        self.num_cached += usage.num_cached
+
+
 class Collected(list[TokenEvent]):
     """A sink that keeps what it gets."""
 
     def tokens(self) -> list[tuple[int | None, float | None]]:
         assert self[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         return [(event.token_id, event.logprob) for event in self]
+
+
+def alike() -> list[tuple[list[int], SamplingParams]]:
+    """Prompts that share beginnings of 0 to 100 tokens, cut everywhere."""
+    rng = np.random.default_rng(8)
+    head = rng.integers(3, 320, 100).tolist()
+    sampled = SamplingParams(max_tokens=9, temperature=0.8, seed=4, logprobs=1)
+    plain = SamplingParams(max_tokens=9, temperature=0, logprobs=1)
+    lengths = (100, 100, 64, 66, 33, 34, 97, 31, 80, 100)
+    return [
+        (head[:length] + rng.integers(3, 320, idx % 4).tolist(), sampled if idx % 2 else plain)
+        for idx, length in enumerate(lengths)
+    ]
 
 
 def submit(engine: Engine, name: str, prompt: list[int], params: SamplingParams) -> Collected:
@@ -48,27 +78,60 @@ def submit(engine: Engine, name: str, prompt: list[int], params: SamplingParams)
     return sink
 
 
-@pytest.mark.parametrize(("precision", "kv"), [("fp32", "compute"), ("w8a16", "compute"), ("fp32", "int8")])
-def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(tmp_path: Path, precision: str, kv: str) -> None:
-    source = write_checkpoint(tmp_path / "checkpoint", config_of("qwen3"))
+@pytest.fixture(scope="module", params=[("fp32", "compute"), ("w8a16", "compute"), ("fp32", "int8")], ids="-".join)
+def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrtSession]:
+    precision, kv = request.param
+    path = tmp_path_factory.mktemp(precision)
+    source = write_checkpoint(path / "checkpoint", config_of("qwen3"))
     text = QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64))
     settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": text, "force": True}
-    export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", **settings))
-    session = OrtSession.open(open_artifact(tmp_path / "artifact", allow_failed=True), num_slots=5, capacity=128)
-    alone = []
-    for idx, (prompt, params) in enumerate(requests()):
+    export_model(ExportOptions(model=str(source), out=path / "artifact", **settings))
+    session = OrtSession.open(open_artifact(path / "artifact", allow_failed=True), num_slots=5, capacity=128)
+    yield session
+    session.close()
+
+
+Asked = list[tuple[list[int], SamplingParams]]
+Tokens = list[list[tuple[int | None, float | None]]]
+
+
+def alone(session: OrtSession, asked: Asked) -> Tokens:
+    """What each request gets from an engine of its own."""
+    tokens = []
+    for idx, (prompt, params) in enumerate(asked):
         engine = Engine(session, prefill_chunk=CHUNK)
         sink = submit(engine, str(idx), prompt, params)
         while engine.has_work:
             engine.step()
-        alone.append(sink.tokens())
-    together = Engine(session, prefill_chunk=CHUNK)
+        tokens.append(sink.tokens())
+    return tokens
+
+
+def together(engine: Engine, asked: Asked) -> Tokens:
+    """What they get from one engine, three joining at every step."""
     sinks = []
-    for idx, (prompt, params) in enumerate(requests()):
-        sinks.append(submit(together, str(idx), prompt, params))
+    for idx, (prompt, params) in enumerate(asked):
+        sinks.append(submit(engine, str(idx), prompt, params))
         if idx % 3 == 2:
-            together.step()
-    while together.has_work:
-        together.step()
-    for idx, sink in enumerate(sinks):
-        assert sink.tokens() == alone[idx], f"request {idx}"
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    return [sink.tokens() for sink in sinks]
+
+
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(session: OrtSession) -> None:
+    assert together(Engine(session, prefill_chunk=CHUNK), requests()) == alone(session, requests())
+
+
+@pytest.mark.parametrize("prefill_chunk", [5, 16, 33, 128])
+def test_tokens_and_their_probabilities_are_the_same_out_of_the_prefix_cache(
+    session: OrtSession, prefill_chunk: int
+) -> None:
+    observer = Cached()
+    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=10**8, observer=observer)
+    cold = alone(session, alike())
+    assert together(engine, alike()) == cold
+    observer.num_cached = 0
+    assert together(engine, alike()) == cold
+    # Whole blocks of 32, of the first 100 tokens at most, and never a prompt's last token.
+    assert observer.num_cached == sum((min(len(prompt), 100 + 2) - 2) // 32 * 32 for prompt, _ in alike())
