@@ -5,6 +5,7 @@ The engine knows nothing about text except that a request may carry a `TextStrea
 """
 
 import logging
+import math
 import time
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
@@ -22,6 +23,7 @@ class Engine:
     """Runs requests on a session in steps; they join and leave between two steps.
 
     prefill_chunk: most prompt tokens run between two decode steps
+    max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
     prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
     """
 
@@ -31,6 +33,7 @@ class Engine:
         *,
         prefill_chunk: int = 128,
         prefix_cache: int = 0,
+        max_queue_wait_s: float | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
         self.info = session.info
@@ -39,6 +42,8 @@ class Engine:
         self._observer = observer
         self._prefill_chunk = prefill_chunk
         self._prefix_cache = prefix_cache
+        self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
+        self._next_expiry_s = math.inf
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
@@ -65,13 +70,14 @@ class Engine:
             )
         sequence = Sequence(request)
         if self._prefix_cache:
-            sequence.prefix_keys = block_keys(ids, request.cache_salt)
+            sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
         return sequence
 
     def add(self, sequence: Sequence) -> None:
         """Queue a prepared sequence; it joins when a slot is free."""
         self.live[sequence.request.request_id] = sequence
-        self._scheduler.waiting.append(sequence)
+        self._scheduler.add(sequence)
+        self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(sequence))
 
     def cancel(self, request_id: str) -> None:
         """End a request with CANCELLED and free its slot. One that has ended already is ignored."""
@@ -108,6 +114,8 @@ class Engine:
     def step(self) -> None:
         """Give every decoding request a token, and at most one chunk of prompts a prefill."""
         started_s, self._model_s = time.perf_counter(), 0.0
+        if started_s >= self._next_expiry_s:
+            self._expire(started_s)
         num_decode = num_prefill_tokens = 0
         for run in self._scheduler.plan():
             logits = self._run(run)
@@ -155,6 +163,22 @@ class Engine:
         sequence.request.sink(event)
         self._tell_end(sequence, event.finish_reason)
 
+    def _expire(self, now_s: float) -> None:
+        """End the requests whose time is up, and note when to look again."""
+        for sequence in list(self.live.values()):
+            if now_s >= sequence.deadline_s:
+                self._end(sequence, _timed_out(sequence, now_s))
+            elif now_s >= self._expiry_s(sequence):
+                reason = f"no slot was free for {self._max_queue_wait_s:g} s (--max-queue-wait); try again later"
+                self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.QUEUE_TIMEOUT, error=reason))
+        self._next_expiry_s = min(map(self._expiry_s, self.live.values()), default=math.inf)
+
+    def _expiry_s(self, sequence: Sequence) -> float:
+        """When its time is up as things stand: a request in a slot no longer waits."""
+        if sequence.slot is not None:
+            return sequence.deadline_s
+        return min(sequence.deadline_s, sequence.submitted_s + self._max_queue_wait_s)
+
     def _tell_end(self, sequence: Sequence, reason: FinishReason) -> None:
         if self._observer is not None:
             self._observer.on_finish(
@@ -168,6 +192,12 @@ class Engine:
     def _new_scheduler(self) -> Scheduler:
         cache = PrefixCache(self._session, self._prefix_cache)
         return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk)
+
+
+def _timed_out(sequence: Sequence, now_s: float) -> TokenEvent:
+    passed_s = now_s - sequence.submitted_s
+    reason = f"its time was up after {passed_s:.1f} s, with {sequence.num_generated} tokens generated; ask for fewer"
+    return TokenEvent(None, "", finish_reason=FinishReason.TIMEOUT, error=reason)
 
 
 def _failure(reason: str) -> TokenEvent:

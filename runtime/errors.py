@@ -6,6 +6,7 @@
     |  `- ModelNotFound              the request names another model (404)
     |- Overloaded                    the waiting queue is full (429, Retry-After)
     |- Unavailable                   starting, draining or broken (503, Retry-After)
+    |- TimedOut                      the request's own time was up before it was finished (504)
     |- EngineFailed                  the engine died while the request was in it (500)
     |- InvalidArtifact               a directory that is not a whole, intact artifact
     |- InvalidCheckpoint             a model directory or file that cannot be read
@@ -47,6 +48,10 @@ class Overloaded(HeadraceError):
 
 class Unavailable(HeadraceError):
     """The engine is not accepting requests: starting, draining or failed."""
+
+
+class TimedOut(HeadraceError):
+    """The request was not finished within its own time limit."""
 
 
 class EngineFailed(HeadraceError):

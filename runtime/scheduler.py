@@ -1,8 +1,8 @@
 """Which sequences run in the next step, and in which slots.
 
-Two queues: waiting (first in, first out) and, by slot, those that prefill or decode. A step is
+Two queues: waiting and, by slot, those that prefill or decode. A step is
 
-    admit      waiting -> lowest free slots
+    admit      waiting -> lowest free slots, by priority
     compact    decoding rows move down into free slots, so that they stay a tight span
     decode     one run over slots [0, highest decoding + 1)
     reuse      prompts skip the blocks that the prefix cache has
@@ -12,7 +12,7 @@ so a long prompt never holds up the streams that run, and they never hold up the
 sampling, text or threads.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -51,9 +51,10 @@ class Scheduler:
         info = session.info
         self.cache = cache
         self.slots = KvSlots(info.num_slots, info.capacity)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # by priority, then first in, first out
         self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
+        self._is_oldest_turn = False
         self._is_ragged = info.is_ragged
         self._prefilling: list[Sequence] = []  # in order of admission
         self._decoding: list[Sequence | None] = [None] * info.num_slots
@@ -70,6 +71,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting) or self.slots.num_used > 0
 
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those of its priority."""
+        insort(self.waiting, sequence, key=_priority)
+
     def plan(self) -> Iterator[Run]:
         """The runs of one step, each made when the one before has been advanced."""
         self._admit()
@@ -78,7 +83,7 @@ class Scheduler:
             yield run
         self._reuse()
         budget = self._prefill_chunk
-        pending = list(self._prefilling)
+        pending = self._prefill_order()
         while pending and self._piece(pending[0]) <= budget:
             rows = self._share_run(pending, budget)
             run = self._plan_prefill(rows)
@@ -122,7 +127,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and self.slots.num_free:
-            sequence = self.waiting.popleft()
+            sequence = self.waiting.pop(0)
             sequence.slot = self.slots.take()
             self._next_ids[sequence.slot, 0] = 0
             self._prefilling.append(sequence)
@@ -204,6 +209,14 @@ class Scheduler:
             return self._prefill_chunk - 1
         return min(left, self._prefill_chunk)
 
+    def _prefill_order(self) -> list[Sequence]:
+        """Whose prompts come next: by priority, then in turn the oldest and the one with the least left. So a short
+        prompt waits for one chunk of a long one, and a long one makes a chunk every other step, whatever arrives."""
+        self._is_oldest_turn = not self._is_oldest_turn
+        if self._is_oldest_turn:
+            return sorted(self._prefilling, key=_priority)
+        return sorted(self._prefilling, key=lambda s: (_priority(s), self._left(s)))
+
     def _reuse(self) -> None:
         """Fill slots from the prefix cache. Asked again after every chunk: of two prompts that arrive together, the
         second reuses what the first has computed meanwhile."""
@@ -244,3 +257,7 @@ class Scheduler:
         batch = Batch(first_slot, token_ids, past_len, np.array(lens, np.int32), np.array(wanted, np.int64))
         done = [s for s, last in zip(rows, is_last, strict=True) if last]
         return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows))
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.request.options.priority

@@ -3,6 +3,7 @@
 Knows sampling and when a request ends; nothing about slots, batches or other requests.
 """
 
+import math
 import time
 
 from runtime.core import FinishReason, Request, TokenEvent
@@ -19,6 +20,7 @@ class Sequence:
     __slots__ = (
         "_sampler",
         "_stop_ids",
+        "deadline_s",
         "first_token_s",
         "num_generated",
         "num_kept",
@@ -38,6 +40,8 @@ class Sequence:
         self.prefix_keys: list[bytes] = []
         self.num_kept = 0
         self.submitted_s = time.perf_counter()
+        timeout_s = request.options.timeout_s
+        self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
         self.first_token_s: float | None = None
         self._sampler = make_sampler(params, request.prompt_ids)
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)

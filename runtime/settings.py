@@ -42,6 +42,8 @@ class EngineSettings:
 
     max_batch: int = setting(32, "most requests decoded together")
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
+    max_queue_wait: float | None = setting(None, "seconds a request may wait for a slot before it fails")
+    request_timeout: float | None = setting(None, "seconds after which a request fails; a request can ask for less")
     prefill_chunk: int = setting(128, "most prompt tokens run between two decode steps")
     threads: int | None = setting(None, "threads of the model, by default one per core")
     kv_memory: int | None = setting(
@@ -58,6 +60,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         check_at_least("max_batch", self.max_batch, 1)
         check_at_least("max_waiting", self.max_waiting, 0)
+        check_at_least("max_queue_wait", self.max_queue_wait, 0)
+        check_at_least("request_timeout", self.request_timeout, 0)
         check_at_least("prefill_chunk", self.prefill_chunk, 1)
         check_at_least("threads", self.threads, 1)
         check_at_least("kv_memory", self.kv_memory, 1)

@@ -13,7 +13,16 @@ from typing import Any
 
 from runtime.artifact import WEIGHTS, open_artifact
 from runtime.chat_template import ChatTemplate, load_chat_template
-from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, TokenEvent, Usage
+from runtime.core import (
+    DEFAULT_OPTIONS,
+    EngineObserver,
+    EngineStats,
+    Request,
+    RequestOptions,
+    SamplingParams,
+    TokenEvent,
+    Usage,
+)
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
@@ -103,9 +112,11 @@ class TextModel:
             session,
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
+            max_queue_wait_s=settings.max_queue_wait,
             observer=observer,
         )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
+        self._request_timeout = settings.request_timeout
         self._request_numbers = itertools.count()
 
     def encode(self, text: str) -> list[int]:
@@ -135,7 +146,7 @@ class TextModel:
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        cache_salt: str = "",
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Generation:
         """Start generating; returns at once.
 
@@ -159,11 +170,16 @@ class TextModel:
             eos_ids=self._eos_ids,
             sink=generation.put,
             text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
-            cache_salt=cache_salt,
+            options=self._bounded(options),
             usage=generation.usage,
         )
         self._thread.submit(request)
         return generation
+
+    def _bounded(self, options: RequestOptions) -> RequestOptions:
+        """The request's own time limit, or the server's if that is less."""
+        limits = [limit for limit in (options.timeout_s, self._request_timeout) if limit is not None]
+        return replace(options, timeout_s=min(limits, default=None))
 
     def stats(self) -> EngineStats:
         """Queue lengths and cache use at this moment."""

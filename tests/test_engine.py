@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.core import FinishReason, Request, SamplingParams, TextPiece, TokenEvent, Usage
+from runtime.core import (
+    DEFAULT_OPTIONS,
+    FinishReason,
+    Request,
+    RequestOptions,
+    SamplingParams,
+    TextPiece,
+    TokenEvent,
+    Usage,
+)
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session import Batch
@@ -50,8 +59,16 @@ def make_request(
     return request, recorder
 
 
-def add(engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Recorder:
+def add(
+    engine: Engine,
+    request_id: str,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    *,
+    options: RequestOptions = DEFAULT_OPTIONS,
+) -> Recorder:
     request, recorder = make_request(request_id, prompt_ids, params)
+    request.options = options
     engine.add(engine.prepare(request))
     return recorder
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.core import Request, SamplingParams
+from runtime.core import Request, RequestOptions, SamplingParams
 from runtime.engine import Engine
 from runtime.prefix_cache import BLOCK_LEN, PrefixCache, block_keys
 from tests.fake_session import FakeSession
@@ -23,7 +23,7 @@ def ask(engine: Engine, prompt_ids: list[int], *, name: str = "r", salt: str = "
         params=params,
         eos_ids=frozenset(),
         sink=lambda event: None,
-        cache_salt=salt,
+        options=RequestOptions(cache_salt=salt),
     )
     engine.add(engine.prepare(request))
     return request
@@ -146,7 +146,7 @@ def test_the_second_choice_of_a_request_and_its_next_turn_report_what_they_reuse
         prompt = np.arange(70).tolist()
         seen = []
         for salt in ("a", "a", "b"):
-            generation = model.generate(prompt, params, cache_salt=salt)
+            generation = model.generate(prompt, params, options=RequestOptions(cache_salt=salt))
             answer = [event.token_id for event in generation]
             seen.append((generation.usage.num_cached, answer))
         assert [cached for cached, _ in seen] == [0, 64, 0]
