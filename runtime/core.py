@@ -146,6 +146,10 @@ class Usage:
 
     num_cached: int = 0
     """Prompt tokens whose K and V came from the prefix cache."""
+    num_drafted: int = 0
+    """Guessed tokens that were run to see whether they are right."""
+    num_accepted: int = 0
+    """Those of them that were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

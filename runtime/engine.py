@@ -10,11 +10,13 @@ import time
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.ngram import NgramIndex
 from runtime.prefix_cache import PrefixCache, block_keys
 from runtime.sampler import Row
 from runtime.scheduler import Run, Scheduler
 from runtime.sequence import Sequence
 from runtime.session import Session
+from runtime.speculation import Speculator
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class Engine:
     prefill_chunk: most prompt tokens run between two decode steps
     max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
     prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
+    speculator: chooses drafts; None, or a session that is not ragged: one token a row and step
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Engine:
         prefill_chunk: int = 128,
         prefix_cache: int = 0,
         max_queue_wait_s: float | None = None,
+        speculator: Speculator | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
         self.info = session.info
@@ -44,6 +48,7 @@ class Engine:
         self._prefix_cache = prefix_cache
         self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
         self._next_expiry_s = math.inf
+        self._speculator = speculator if session.info.is_ragged else None
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
@@ -71,6 +76,8 @@ class Engine:
         sequence = Sequence(request)
         if self._prefix_cache:
             sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
+        if self._speculator is not None:
+            sequence.ngrams = NgramIndex(ids)
         return sequence
 
     def add(self, sequence: Sequence) -> None:
@@ -120,8 +127,11 @@ class Engine:
         for run in self._scheduler.plan():
             logits = self._run(run)
             self._scheduler.advance(run)
-            for sequence, row in zip(run.sequences, logits, strict=False):
-                self._emit(sequence, row)
+            if run.drafts:
+                self._emit_drafted(run, logits)
+            else:
+                for sequence, row in zip(run.sequences, logits, strict=False):
+                    self._emit(sequence, row)
             num_decode += run.num_decode
             num_prefill_tokens += run.num_prefill_tokens
         if self._observer is not None:
@@ -136,10 +146,28 @@ class Engine:
     def _run(self, run: Run) -> Row:
         started_s = time.perf_counter()
         logits = self._session.run(run.batch)
-        self._model_s += time.perf_counter() - started_s
+        model_s = time.perf_counter() - started_s
+        self._model_s += model_s
+        if self._speculator is not None:
+            self._speculator.cost.hear(run.batch.token_ids.size, model_s)
         return logits
 
-    def _emit(self, sequence: Sequence, row: Row) -> None:
+    def _emit_drafted(self, run: Run, logits: Row) -> None:
+        """Each sequence goes on for as long as it chooses what its draft had."""
+        first = 0
+        for sequence, draft in zip(run.sequences, run.drafts, strict=True):
+            usage = sequence.request.usage
+            usage.num_drafted += len(draft)
+            for idx, row in enumerate(logits[first : first + len(draft) + 1]):
+                token_id = self._emit(sequence, row)
+                if token_id is None or idx == len(draft) or token_id != draft[idx]:
+                    break
+                self._scheduler.accept(sequence)
+                usage.num_accepted += 1
+            first += len(draft) + 1
+
+    def _emit(self, sequence: Sequence, row: Row) -> int | None:
+        """Send a sequence's next event; return its token, None if it ended."""
         is_first = sequence.num_generated == 0
         try:
             event = sequence.next_event(row)
@@ -150,10 +178,11 @@ class Engine:
             self._observer.on_first_token(ttft_s=sequence.first_token_s - sequence.submitted_s)
         if event.finish_reason is not None:
             self._end(sequence, event)
-            return
+            return None
         assert event.token_id is not None
         self._scheduler.set_next(sequence, event.token_id)
         sequence.request.sink(event)
+        return event.token_id
 
     def _end(self, sequence: Sequence, event: TokenEvent) -> None:
         """Free what the sequence holds, then send its last event."""
@@ -191,7 +220,7 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         cache = PrefixCache(self._session, self._prefix_cache)
-        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk)
+        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, speculator=self._speculator)
 
 
 def _timed_out(sequence: Sequence, now_s: float) -> TokenEvent:

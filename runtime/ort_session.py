@@ -3,6 +3,7 @@
 Knows the tensor names of export/decoder.py's graph through the manifest, and nothing of requests or text.
 """
 
+import os
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 """Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16
 bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
 costs a tenth of a prefill there, and changes nothing on other processors."""
+NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
 class HostRows(NamedTuple):
@@ -79,6 +81,7 @@ class OrtSession:
         capacity: int,
         threads: int | None = None,
         saves_memory: bool = False,
+        keeps_single_tokens: bool = False,
         dialect: str = "ort",
     ) -> "OrtSession":
         """Load the graph; InvalidArtifact if ONNX Runtime refuses it.
@@ -86,6 +89,8 @@ class OrtSession:
         threads: None is one a physical core
         saves_memory: keep half-precision weights as they are, and widen them for this CPU at every run instead of
             once at load; slower, and half the memory
+        keeps_single_tokens: a row of one token gets the same logits, bit for bit, beside rows of several tokens as
+            beside others of one. The flash attention of this CPU provider rounds it otherwise; this does without
         dialect: another than `ort` runs too, though slowly: to check what TensorRT will compile
         """
         import onnxruntime
@@ -108,6 +113,8 @@ class OrtSession:
         if dialect != "ort":
             # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if keeps_single_tokens:
+            os.environ[NO_FLASH] = "1"  # there is no option of the session for it
         try:
             session = onnxruntime.InferenceSession(
                 str(artifact.model_file(dialect)),
@@ -120,6 +127,9 @@ class OrtSession:
             raise InvalidArtifact(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {artifact.path}: {first_line}"
             ) from error
+        finally:
+            if keeps_single_tokens:
+                del os.environ[NO_FLASH]
         return cls(session, artifact, num_slots=num_slots, capacity=capacity, dialect=dialect)
 
     @property

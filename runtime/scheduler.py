@@ -4,7 +4,7 @@ Two queues: waiting and, by slot, those that prefill or decode. A step is
 
     admit      waiting -> lowest free slots, by priority
     compact    decoding rows move down into free slots, so that they stay a tight span
-    decode     one run over slots [0, highest decoding + 1)
+    decode     one run over slots [0, highest decoding + 1), with drafts where they pay
     reuse      prompts skip the blocks that the prefix cache has
     prefill    runs of at most `prefill_chunk` tokens in all
 
@@ -22,6 +22,7 @@ from runtime.kv_slots import KvSlots
 from runtime.prefix_cache import BLOCK_LEN, PrefixCache
 from runtime.sequence import Sequence
 from runtime.session import Batch, Session
+from runtime.speculation import Speculator
 
 MIN_FILL = 0.75
 """Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real
@@ -42,13 +43,18 @@ class Run(NamedTuple):
     num_prefill_tokens: int = 0
     prefilled: tuple[Sequence, ...] = ()
     """Whose prompts it runs, finished with it or not."""
+    drafts: tuple[list[int], ...] = ()
+    """Speculation: what follows each sequence's next token; it has one more row of logits for each."""
 
 
 class Scheduler:
     """Owns the slots and the queues. Of the session it uses only what moves K and V about."""
 
-    def __init__(self, session: Session, cache: PrefixCache, *, prefill_chunk: int) -> None:
+    def __init__(
+        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, speculator: Speculator | None = None
+    ) -> None:
         info = session.info
+        self._speculator = speculator
         self.cache = cache
         self.slots = KvSlots(info.num_slots, info.capacity)
         self.waiting: list[Sequence] = []  # by priority, then first in, first out
@@ -107,6 +113,10 @@ class Scheduler:
             self._decoding[sequence.slot] = sequence
             self._is_decoding[sequence.slot] = 1
             self._decode_run = None
+
+    def accept(self, sequence: Sequence) -> None:
+        """Its draft's next token was right, and is in the cache."""
+        self.slots.past_len[sequence.slot] += 1
 
     def set_next(self, sequence: Sequence, token_id: int) -> None:
         """The token that a sequence runs through the model next."""
@@ -171,7 +181,27 @@ class Scheduler:
             batch = Batch(0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64))
             sequences = [s for s in self._decoding[:span] if s is not None]
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
+        if self._decode_run is not None and self._speculator is not None:
+            room = self.slots.capacity - int(self.slots.past_len[:span].max())
+            drafts = self._speculator.draft(self._decode_run.sequences, span, room)
+            if drafts is not None:
+                return self._plan_verify(self._decode_run, drafts)
         return self._decode_run
+
+    def _plan_verify(self, plain: Run, drafts: list[list[int]]) -> Run:
+        """A decode run in which every row takes its draft along, and gives logits for each token of it."""
+        width = 1 + max(map(len, drafts))
+        token_ids = np.zeros((len(plain.batch.past_len), width), np.int64)
+        token_ids[:, 0] = plain.batch.token_ids[:, 0]
+        query_len, wanted = plain.batch.query_len.copy(), list[int]()
+        for sequence, draft in zip(plain.sequences, drafts, strict=True):
+            slot = sequence.slot
+            assert slot is not None
+            token_ids[slot, 1 : 1 + len(draft)] = draft
+            query_len[slot] += len(draft)
+            wanted.extend(range(slot * width, slot * width + len(draft) + 1))
+        batch = Batch(0, token_ids, plain.batch.past_len, query_len, np.array(wanted, np.int64))
+        return plain._replace(batch=batch, drafts=tuple(drafts))
 
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
         """The first pending sequence, and neighbours that fit in its run with little padding, by slot."""

@@ -7,6 +7,7 @@ import math
 import time
 
 from runtime.core import FinishReason, Request, TokenEvent
+from runtime.ngram import NgramIndex
 from runtime.sampler import Row, make_sampler
 
 
@@ -14,7 +15,8 @@ class Sequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
     `slot` is None while it waits. `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and
-    `num_kept` counts those that need not be stored again. Times are seconds of `time.perf_counter`.
+    `num_kept` counts those that need not be stored again. `ngrams` guesses its next tokens, if it may speculate. Times
+    are seconds of `time.perf_counter`.
     """
 
     __slots__ = (
@@ -22,6 +24,7 @@ class Sequence:
         "_stop_ids",
         "deadline_s",
         "first_token_s",
+        "ngrams",
         "num_generated",
         "num_kept",
         "num_prompt",
@@ -39,6 +42,7 @@ class Sequence:
         self.num_generated = 0
         self.prefix_keys: list[bytes] = []
         self.num_kept = 0
+        self.ngrams: NgramIndex | None = None
         self.submitted_s = time.perf_counter()
         timeout_s = request.options.timeout_s
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
@@ -53,6 +57,8 @@ class Sequence:
         """
         choice = self._sampler.sample(row)
         self.num_generated += 1
+        if self.ngrams is not None:
+            self.ngrams.push(choice.token_id)
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter()
         text, reason = self._text_of(choice.token_id)

@@ -55,6 +55,7 @@ class EngineSettings:
         parse=parse_bytes,
         metavar="SIZE",
     )
+    speculate: bool = setting(False, "guess next tokens from the text so far and verify them together, where it pays")
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
 
     def __post_init__(self) -> None:

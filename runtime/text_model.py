@@ -29,6 +29,7 @@ from runtime.errors import InvalidRequest, InvalidSetting
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes, kv_bytes_per_token, plan_slots
 from runtime.session import Session
 from runtime.settings import EngineSettings
+from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
 
@@ -113,6 +114,7 @@ class TextModel:
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
             max_queue_wait_s=settings.max_queue_wait,
+            speculator=Speculator() if settings.speculate else None,
             observer=observer,
         )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
@@ -255,7 +257,13 @@ def open_text_model(
     )
     tokenizer = Tokenizer.from_directory(artifact.path)
     template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
-    session = OrtSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
+    session = OrtSession.open(
+        artifact,
+        num_slots=num_slots,
+        capacity=capacity,
+        threads=settings.threads,
+        keeps_single_tokens=settings.speculate,
+    )
     return TextModel(
         name=name or manifest.name,
         session=session,

@@ -80,6 +80,16 @@ class Choices:
         """Prompt tokens found in the prefix cache; a prompt counts once, as its first choice met it."""
         return sum(generation.usage.num_cached for generation in self._generations[:: self._per_prompt])
 
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Drafted tokens that were right, over all choices."""
+        return sum(generation.usage.num_accepted for generation in self._generations)
+
+    @property
+    def num_rejected_tokens(self) -> int:
+        """Drafted tokens that were wrong."""
+        return sum(generation.usage.num_drafted for generation in self._generations) - self.num_accepted_tokens
+
     def __len__(self) -> int:
         return len(self._generations)
 

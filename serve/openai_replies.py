@@ -200,8 +200,8 @@ def usage(choices: Choices) -> Json:
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": choices.num_accepted_tokens,
+            "rejected_prediction_tokens": choices.num_rejected_tokens,
         },
     }
 

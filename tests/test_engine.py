@@ -21,6 +21,7 @@ from runtime.core import (
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session import Batch
+from runtime.speculation import Speculator
 from tests.fake_session import FakeSession
 
 CAPACITY, VOCAB = 160, 50
@@ -73,9 +74,16 @@ def add(
     return recorder
 
 
-def alone(prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()) -> list[TokenEvent]:
-    """What a request gets with a session to itself, its prompt in one chunk."""
-    engine = Engine(FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB), prefill_chunk=CAPACITY)
+def alone(
+    prompt_ids: list[int],
+    params: SamplingParams,
+    eos_ids: frozenset[int] = frozenset(),
+    *,
+    memory: int | None = None,
+) -> list[TokenEvent]:
+    """What a request gets with a session to itself, its prompt in one chunk, no cache and no drafts."""
+    session = FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB, memory=memory)
+    engine = Engine(session, prefill_chunk=CAPACITY)
     request, recorder = make_request("alone", prompt_ids, params, eos_ids)
     engine.add(engine.prepare(request))
     while engine.has_work:
@@ -122,7 +130,7 @@ def check_batches(session: FakeSession) -> None:
 @st.composite
 def sampling(draw: st.DrawFn) -> SamplingParams:
     return SamplingParams(
-        max_tokens=draw(st.integers(1, 12)),
+        max_tokens=draw(st.integers(1, 25)),
         temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
         top_k=draw(st.sampled_from([0, 5])),
         top_p=draw(st.sampled_from([1.0, 0.8])),
@@ -145,6 +153,8 @@ def prompts(draw: st.DrawFn) -> list[int]:
 @given(
     is_ragged=st.booleans(),
     prefix_cache=st.sampled_from([0, 600, 100_000]),  # bytes: none, two blocks, all
+    min_gain=st.sampled_from([None, 0.0, 1.0]),  # no drafts, every draft, those that pay in a fake session's time
+    memory=st.sampled_from([None, 1, 2]),
     num_slots=st.integers(1, 5),
     prefill_chunk=st.integers(1, 40),
     arrivals=st.lists(
@@ -161,12 +171,15 @@ def prompts(draw: st.DrawFn) -> list[int]:
 def test_random_traces_give_every_request_what_it_gets_alone(
     is_ragged: bool,
     prefix_cache: int,
+    min_gain: float | None,
+    memory: int | None,
     num_slots: int,
     prefill_chunk: int,
     arrivals: list[tuple[int, list[int], SamplingParams, int | None]],
 ) -> None:
-    session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged)
-    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache)
+    session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged, memory=memory)
+    speculator = None if min_gain is None else Speculator(min_gain=min_gain)
+    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache, speculator=speculator)
     recorders: dict[str, Recorder] = {}
     pending = {f"r{i}": item for i, item in enumerate(arrivals)}
     cancel_at: dict[str, int] = {}
@@ -195,7 +208,7 @@ def test_random_traces_give_every_request_what_it_gets_alone(
     assert not engine.live
     for request_id, recorder in recorders.items():
         _, prompt_ids, params, _ = arrivals[int(request_id[1:])]
-        expected = alone(prompt_ids, params, eos_ids)
+        expected = alone(prompt_ids, params, eos_ids, memory=memory)
         assert recorder.is_done
         if recorder.reason is FinishReason.CANCELLED:
             assert recorder.events[:-1] == expected[: len(recorder.events) - 1]
