@@ -10,12 +10,15 @@ Knows neither requests nor models: K/V rows are whatever the session's `read_slo
 """
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
 from runtime.session import KvRows, Session
+
+log = logging.getLogger(__name__)
 
 BLOCK_LEN = 32
 """Tokens of a block: a shared beginning is reused up to the last whole block, so at most 31 tokens of it are computed
@@ -71,7 +74,13 @@ class PrefixCache:
             # Without the block before it this one cannot be found; that one was evicted, or did not fit.
             if idx and keys[idx - 1] not in self._blocks:
                 return
-            rows = self._session.read_slot(slot, idx * BLOCK_LEN, (idx + 1) * BLOCK_LEN)
+            try:
+                rows = self._session.read_slot(slot, idx * BLOCK_LEN, (idx + 1) * BLOCK_LEN)
+            except MemoryError:
+                # Reuse is a convenience: it must not cost a request its life.
+                log.warning("no memory for the prefix cache beyond %d bytes; it grows no further", self.num_bytes)
+                self._max_bytes = self.num_bytes
+                return
             if rows.nbytes > self._max_bytes:
                 return
             self._blocks[keys[idx]] = rows
