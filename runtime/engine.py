@@ -16,7 +16,7 @@ from runtime.sampler import Row
 from runtime.scheduler import Run, Scheduler
 from runtime.sequence import Sequence
 from runtime.session import Session
-from runtime.speculation import Speculator
+from runtime.speculation import MODEL_ODDS, Speculator
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Engine:
         if self._prefix_cache:
             sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
         if self._speculator is not None:
-            sequence.ngrams = NgramIndex(ids)
+            sequence.ngrams, sequence.model_odds = NgramIndex(ids), MODEL_ODDS
         return sequence
 
     def add(self, sequence: Sequence) -> None:
@@ -158,6 +158,7 @@ class Engine:
         for sequence, draft in zip(run.sequences, run.drafts, strict=True):
             usage = sequence.request.usage
             usage.num_drafted += len(draft)
+            num_before = usage.num_accepted
             for idx, row in enumerate(logits[first : first + len(draft) + 1]):
                 token_id = self._emit(sequence, row)
                 if token_id is None or idx == len(draft) or token_id != draft[idx]:
@@ -165,6 +166,8 @@ class Engine:
                 self._scheduler.accept(sequence)
                 usage.num_accepted += 1
             first += len(draft) + 1
+            assert self._speculator is not None
+            self._speculator.hear(sequence, len(draft), usage.num_accepted - num_before)
 
     def _emit(self, sequence: Sequence, row: Row) -> int | None:
         """Send a sequence's next event; return its token, None if it ended."""

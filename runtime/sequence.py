@@ -15,8 +15,8 @@ class Sequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
     `slot` is None while it waits. `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and
-    `num_kept` counts those that need not be stored again. `ngrams` guesses its next tokens, if it may speculate. Times
-    are seconds of `time.perf_counter`.
+    `num_kept` counts those that need not be stored again. `ngrams` guesses its next tokens, if it may speculate, and
+    `model_odds` are those of a draft model's guess. Times are seconds of `time.perf_counter`.
     """
 
     __slots__ = (
@@ -24,6 +24,7 @@ class Sequence:
         "_stop_ids",
         "deadline_s",
         "first_token_s",
+        "model_odds",
         "ngrams",
         "num_generated",
         "num_kept",
@@ -43,6 +44,7 @@ class Sequence:
         self.prefix_keys: list[bytes] = []
         self.num_kept = 0
         self.ngrams: NgramIndex | None = None
+        self.model_odds = 0.0
         self.submitted_s = time.perf_counter()
         timeout_s = request.options.timeout_s
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s

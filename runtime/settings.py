@@ -56,6 +56,11 @@ class EngineSettings:
         metavar="SIZE",
     )
     speculate: bool = setting(False, "guess next tokens from the text so far and verify them together, where it pays")
+    draft: str | None = setting(
+        None,
+        "artifact of a smaller model with the same tokens, to guess as well; implies --speculate",
+        metavar="ARTIFACT",
+    )
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from runtime.artifact import WEIGHTS, open_artifact
+from runtime.artifact import WEIGHTS, Artifact, open_artifact
 from runtime.chat_template import ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
@@ -23,6 +23,7 @@ from runtime.core import (
     TokenEvent,
     Usage,
 )
+from runtime.draft_model import DraftModel
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
@@ -31,7 +32,7 @@ from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import TOKENIZER, Tokenizer
 
 
 class Generation(Iterator[TokenEvent]):
@@ -100,6 +101,7 @@ class TextModel:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
         precision: str = "",
+        draft_session: Session | None = None,
     ) -> None:
         self.name = name
         self.max_len = session.info.capacity
@@ -109,12 +111,13 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
+        self._draft_model = None if draft_session is None else DraftModel(draft_session)
         engine = Engine(
             session,
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
             max_queue_wait_s=settings.max_queue_wait,
-            speculator=Speculator() if settings.speculate else None,
+            speculator=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
             observer=observer,
         )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
@@ -217,6 +220,8 @@ class TextModel:
         """Cancel everything, end the thread and release the model. Idempotent."""
         self._thread.close()
         self._session.close()
+        if self._draft_model is not None:
+            self._draft_model.close()
 
 
 def open_text_model(
@@ -246,12 +251,8 @@ def open_text_model(
     if settings.prefix_cache is None:
         share = default_budget(weight_bytes=weight_bytes, fraction=PREFIX_CACHE_FRACTION)
         settings = replace(settings, prefix_cache=share)
-    bytes_per_token = kv_bytes_per_token(
-        num_layers=dims.num_layers,
-        num_kv_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        dtype=manifest.kv.dtype,
-    )
+    draft = None if settings.draft is None else _open_draft(settings.draft, artifact, capacity)
+    bytes_per_token = sum(_kv_bytes_per_token(item) for item in (artifact, draft) if item is not None)
     num_slots = plan_slots(
         max_batch=settings.max_batch, capacity=capacity, bytes_per_token=bytes_per_token, budget=budget
     )
@@ -262,8 +263,11 @@ def open_text_model(
         num_slots=num_slots,
         capacity=capacity,
         threads=settings.threads,
-        keeps_single_tokens=settings.speculate,
+        keeps_single_tokens=settings.speculate or draft is not None,
     )
+    draft_session = None
+    if draft is not None:
+        draft_session = OrtSession.open(draft, num_slots=num_slots, capacity=capacity, threads=settings.threads)
     return TextModel(
         name=name or manifest.name,
         session=session,
@@ -273,4 +277,29 @@ def open_text_model(
         settings=settings,
         observer=observer,
         precision=manifest.precision,
+        draft_session=draft_session,
     )
+
+
+def _kv_bytes_per_token(artifact: Artifact) -> int:
+    dims = artifact.manifest.dims
+    return kv_bytes_per_token(
+        num_layers=dims.num_layers,
+        num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        dtype=artifact.manifest.kv.dtype,
+    )
+
+
+def _open_draft(path: str, target: Artifact, capacity: int) -> Artifact:
+    """The draft model's artifact. InvalidSetting if it cannot guess for the target."""
+    draft = open_artifact(path)
+    ours, its = target.manifest, draft.manifest
+    if its.dims.vocab_size != ours.dims.vocab_size or its.files[TOKENIZER].sha256 != ours.files[TOKENIZER].sha256:
+        raise InvalidSetting(f"--draft {path}: {its.name} has other tokens than {ours.name}; both need one tokenizer")
+    if its.dims.max_len < capacity:
+        raise InvalidSetting(
+            f"--draft {path}: {its.name} takes {its.dims.max_len:,} tokens and a slot has {capacity:,}; "
+            f"set --max-len {its.dims.max_len}"
+        )
+    return draft

@@ -18,6 +18,7 @@ from runtime.core import (
     TokenEvent,
     Usage,
 )
+from runtime.draft_model import DraftModel
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session import Batch
@@ -155,6 +156,7 @@ def prompts(draw: st.DrawFn) -> list[int]:
     prefix_cache=st.sampled_from([0, 600, 100_000]),  # bytes: none, two blocks, all
     min_gain=st.sampled_from([None, 0.0, 1.0]),  # no drafts, every draft, those that pay in a fake session's time
     memory=st.sampled_from([None, 1, 2]),
+    draft_memory=st.sampled_from([None, 1, 2]),  # of a draft model; None: there is none
     num_slots=st.integers(1, 5),
     prefill_chunk=st.integers(1, 40),
     arrivals=st.lists(
@@ -173,12 +175,17 @@ def test_random_traces_give_every_request_what_it_gets_alone(
     prefix_cache: int,
     min_gain: float | None,
     memory: int | None,
+    draft_memory: int | None,
     num_slots: int,
     prefill_chunk: int,
     arrivals: list[tuple[int, list[int], SamplingParams, int | None]],
 ) -> None:
     session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged, memory=memory)
-    speculator = None if min_gain is None else Speculator(min_gain=min_gain)
+    draft_model = None
+    if draft_memory is not None:
+        draft_session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, memory=draft_memory)
+        draft_model = DraftModel(draft_session, prefill_chunk=20)
+    speculator = None if min_gain is None else Speculator(draft_model, min_gain=min_gain)
     engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache, speculator=speculator)
     recorders: dict[str, Recorder] = {}
     pending = {f"r{i}": item for i, item in enumerate(arrivals)}
@@ -201,6 +208,8 @@ def test_random_traces_give_every_request_what_it_gets_alone(
             engine.step()
         check_slots(engine)
         check_cache(engine, prefix_cache)
+        if speculator is not None:
+            assert speculator._draft_model is draft_model, "it failed"
         step += 1
         assert step < 1000
     check_batches(session)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.core import Request, SamplingParams
+from runtime.draft_model import DraftModel
 from runtime.engine import Engine
 from runtime.ngram import NgramIndex
 from runtime.speculation import MAX_DRAFT, RunCost, Speculator
@@ -261,3 +262,51 @@ def test_greedy_sampled_drafted_cached_and_cancelled_requests_share_batches_and_
     for name in ("cached", "cached, drafted, sampled", "cancelled"):
         assert pairs[name][0].usage.num_cached == 64, name
     assert any((batch.query_len > 0).sum() >= 5 and batch.token_ids.shape[1] > 1 for batch in session.batches)
+
+
+def drafting_engine(session: FakeSession, *, memory: int, min_gain: float = EVERY_DRAFT) -> tuple[Engine, FakeSession]:
+    """An engine whose draft model sees so many tokens back."""
+    info = session.info
+    draft = FakeSession(num_slots=info.num_slots, capacity=info.capacity, vocab_size=VOCAB, memory=memory)
+    speculator = Speculator(DraftModel(draft, prefill_chunk=20), min_gain=min_gain)
+    return Engine(session, prefill_chunk=64, speculator=speculator), draft
+
+
+@pytest.mark.parametrize("draft_memory", [1, 2], ids=["always right", "mostly wrong"])
+def test_a_draft_model_changes_no_token(draft_memory: int) -> None:
+    session = FakeSession(num_slots=4, capacity=160, vocab_size=VOCAB, memory=1)
+    engine, draft = drafting_engine(session, memory=draft_memory)
+    prompts = ([5, 1], [*range(50), *range(49)], [3, 4], [9] * 30, [8])
+    sampled = SamplingParams(max_tokens=40, temperature=0.6, seed=2)
+    pairs = [request_of(engine, str(idx), ids, greedy(40) if idx % 2 else sampled) for idx, ids in enumerate(prompts)]
+    finish(engine)
+    for idx, (_, recorder) in enumerate(pairs):
+        assert recorder.events == alone(prompts[idx], greedy(40) if idx % 2 else sampled, memory=1)
+    assert all(request.usage.num_drafted > 0 for request, _ in pairs)
+    if draft_memory == 1:
+        # It guesses the likeliest token, which is what greedy requests take.
+        greedy_pairs = pairs[1::2]
+        assert all(request.usage.num_accepted > 0.9 * request.usage.num_drafted for request, _ in greedy_pairs)
+        assert len(session.batches) < 40
+    # A prompt of 99 tokens is caught up with in chunks, between steps.
+    assert max(batch.query_len.max() for batch in draft.batches) == 20
+
+
+def test_a_draft_model_that_breaks_is_left_out_and_nobody_is_hurt() -> None:
+    session = FakeSession(num_slots=2, capacity=160, vocab_size=VOCAB, memory=1)
+    engine, draft = drafting_engine(session, memory=1)
+    recorders = [add(engine, str(idx), [idx, 5], greedy(30)) for idx in range(2)]
+    for _ in range(3):
+        engine.step()
+    draft.close()
+    finish(engine)
+    assert [r.events for r in recorders] == [alone([idx, 5], greedy(30), memory=1) for idx in range(2)]
+
+
+def test_a_draft_model_that_does_not_pay_is_hardly_asked() -> None:
+    session = FakeSession(num_slots=1, capacity=700, vocab_size=VOCAB, memory=None)
+    engine, draft = drafting_engine(session, memory=1, min_gain=1.05)
+    recorder = add(engine, "a", [1, 2, 3], greedy(600))
+    finish(engine)
+    assert len(recorder.token_ids) == 600
+    assert len(draft.batches) < 200
