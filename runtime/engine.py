@@ -27,7 +27,7 @@ class Engine:
     prefill_chunk: most prompt tokens run between two decode steps
     max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
     prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
-    speculator: chooses drafts; None, or a session that is not ragged: one token a row and step
+    speculator: chooses drafts; None, or a session that is not ragged or where cuts matter: one token a row and step
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Engine:
         self._prefix_cache = prefix_cache
         self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
         self._next_expiry_s = math.inf
-        self._speculator = speculator if session.info.is_ragged else None
+        self._speculator = speculator if session.info.is_ragged and session.info.is_cut_exact else None
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 

@@ -70,6 +70,7 @@ class OrtSession:
             vocab_size=dims.vocab_size,
             is_ragged=True,
             kv_bytes_per_token=per_token,
+            is_cut_exact=kv.dtype != "int8",
         )
 
     @classmethod

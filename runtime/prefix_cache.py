@@ -53,18 +53,21 @@ class PrefixCache:
         self._max_bytes = max_bytes
         self._blocks: OrderedDict[bytes, KvRows] = OrderedDict()  # the least recently used first
 
-    def restore(self, keys: Sequence[bytes], slot: int, first: int, max_blocks: int) -> int:
-        """Copy known blocks from number `first` on into a slot, at most `max_blocks`; return how many."""
-        num_blocks = 0
-        while num_blocks < max_blocks and first + num_blocks < len(keys):
-            rows = self._blocks.get(keys[first + num_blocks])
-            if rows is None:
-                break
-            self._session.write_slot(slot, (first + num_blocks) * BLOCK_LEN, rows)
-            num_blocks += 1
+    def restore(self, keys: Sequence[bytes], slot: int, first: int, max_blocks: int, multiple: int = 1) -> int:
+        """Copy known blocks from number `first` on into a slot; return how many: at most `max_blocks`, and a multiple
+        of `multiple`."""
+        wanted = keys[first : first + max_blocks]
+        num_blocks = next((count for count, key in enumerate(wanted) if key not in self._blocks), len(wanted))
+        num_blocks -= num_blocks % multiple
+        for idx in range(first, first + num_blocks):
+            self._session.write_slot(slot, idx * BLOCK_LEN, self._blocks[keys[idx]])
         if num_blocks:
             self._touch(keys[: first + num_blocks])
         return num_blocks
+
+    def has(self, keys: Sequence[bytes]) -> bool:
+        """Whether these blocks are there; False for none."""
+        return bool(keys) and all(key in self._blocks for key in keys)
 
     def keep(self, keys: Sequence[bytes], slot: int, first: int, stop: int) -> None:
         """Store the blocks `first .. stop` of a slot that are not there yet."""

@@ -14,6 +14,7 @@ sampling, text or threads.
 
 from bisect import insort
 from collections.abc import Iterator
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,8 @@ class Scheduler:
         self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
         self._is_oldest_turn = False
+        # Where cuts matter, a prompt out of the cache is cut where one that was computed is: at multiples of the chunk.
+        self._restore_multiple = 1 if info.is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._is_ragged = info.is_ragged
         self._prefilling: list[Sequence] = []  # in order of admission
         self._decoding: list[Sequence | None] = [None] * info.num_slots
@@ -87,9 +90,9 @@ class Scheduler:
         self._compact()
         if (run := self._plan_decode()) is not None:
             yield run
-        self._reuse()
+        unfinished = self._reuse()
         budget = self._prefill_chunk
-        pending = self._prefill_order()
+        pending = [sequence for sequence in self._prefill_order() if sequence not in unfinished]
         while pending and self._piece(pending[0]) <= budget:
             rows = self._share_run(pending, budget)
             run = self._plan_prefill(rows)
@@ -247,21 +250,28 @@ class Scheduler:
             return sorted(self._prefilling, key=_priority)
         return sorted(self._prefilling, key=lambda s: (_priority(s), self._left(s)))
 
-    def _reuse(self) -> None:
-        """Fill slots from the prefix cache. Asked again after every chunk: of two prompts that arrive together, the
-        second reuses what the first has computed meanwhile."""
-        num_blocks = self._prefill_chunk * RESTORE_SPEED // BLOCK_LEN + 1
+    def _reuse(self) -> list[Sequence]:
+        """Fill slots from the prefix cache; return who has more to copy in the next step.
+
+        Asked again after every chunk: of two prompts that arrive together, the second reuses what the first has
+        computed meanwhile.
+        """
+        left = max(self._prefill_chunk * RESTORE_SPEED // BLOCK_LEN, self._restore_multiple)
+        unfinished = []
         for sequence in self._prefilling:
-            slot = sequence.slot
+            slot, keys = sequence.slot, sequence.prefix_keys
             assert slot is not None
             first, offset = divmod(int(self.slots.past_len[slot]), BLOCK_LEN)
-            if offset or first >= len(sequence.prefix_keys):
+            if offset or first >= len(keys):
                 continue
-            num_restored = self.cache.restore(sequence.prefix_keys, slot, first, num_blocks)
+            num_restored = self.cache.restore(keys, slot, first, left, self._restore_multiple)
             self.slots.past_len[slot] += num_restored * BLOCK_LEN
             sequence.request.usage.num_cached += num_restored * BLOCK_LEN
-            sequence.num_kept = first + num_restored
-            num_blocks -= num_restored
+            sequence.num_kept = first = first + num_restored
+            left -= num_restored
+            if left < self._restore_multiple and self.cache.has(keys[first : first + self._restore_multiple]):
+                unfinished.append(sequence)
+        return unfinished
 
     def _keep(self, sequence: Sequence) -> None:
         """Store the blocks of its prompt that are whole now."""

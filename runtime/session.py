@@ -47,6 +47,10 @@ class SessionInfo:
     vocab_size: int
     is_ragged: bool
     kv_bytes_per_token: int
+    is_cut_exact: bool = True
+    """Whether K, V and logits of a token are the same, bit for bit, wherever its prompt is cut into runs of two tokens
+    or more. Not with an int8 cache, where a run sees its own tokens in float32 and those before it rounded: there the
+    prefix cache reuses whole chunks only, and nothing is speculated."""
 
 
 class KvRows(Protocol):

@@ -31,10 +31,13 @@ class FakeSession:
         capacity: int = 64,
         vocab_size: int = 50,
         is_ragged: bool = True,
+        is_cut_exact: bool = True,
         memory: int | None = None,
         on_run: Callable[[Batch], None] | None = None,
     ) -> None:
-        self._info = SessionInfo("fake", num_slots, capacity, vocab_size, is_ragged, kv_bytes_per_token=8)
+        self._info = SessionInfo(
+            "fake", num_slots, capacity, vocab_size, is_ragged, kv_bytes_per_token=8, is_cut_exact=is_cut_exact
+        )
         self.cache = np.full((num_slots, capacity), GARBAGE, np.int64)
         self.batches: list[Batch] = []
         self.copies: list[tuple[int, int, int]] = []

@@ -153,3 +153,27 @@ def test_the_second_choice_of_a_request_and_its_next_turn_report_what_they_reuse
         assert seen[0][1] == seen[1][1] == seen[2][1]
     finally:
         model.close()
+
+
+@pytest.mark.parametrize(("prefill_chunk", "num_cached"), [(32, 192), (64, 192), (48, 192), (128, 128), (50, 0)])
+def test_where_cuts_matter_whole_chunks_are_reused(prefill_chunk: int, num_cached: int) -> None:
+    session = FakeSession(capacity=256, is_cut_exact=False)
+    engine = Engine(session, prefix_cache=10**6, prefill_chunk=prefill_chunk)
+    prompt = [i % 50 for i in range(200)]
+    for _ in range(2):
+        request = ask(engine, prompt)
+        run(engine)
+    assert request.usage.num_cached == num_cached
+    assert all(batch.past_len[0] % prefill_chunk == 0 for batch in session.batches)
+
+
+def test_a_long_beginning_is_copied_over_several_steps_and_none_of_it_computed() -> None:
+    engine = Engine(FakeSession(num_slots=2, capacity=700), prefix_cache=10**6, prefill_chunk=8)
+    prompt = [i % 50 for i in range(640)]
+    ask(engine, prompt)
+    assert run(engine) == 640
+    request = ask(engine, prompt)
+    engine.step()
+    assert request.usage.num_cached == 128  # 16 tokens copied for each that may be computed
+    assert run(engine) == 32
+    assert request.usage.num_cached == 608
