@@ -5,13 +5,17 @@ A `Request` goes into the engine; for each token one `TokenEvent` comes out, the
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from runtime.errors import InvalidRequest
 from runtime.settings import setting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -24,6 +28,29 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+
+
+class ConstraintKind(StrEnum):
+    """How a `Constraint` is written."""
+
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    GRAMMAR = "grammar"
+    CHOICE = "list of choices"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """The form that an answer must have, as a request writes it; `runtime/grammar.py` reads it.
+
+    source: a JSON schema as JSON; a regular expression that the whole answer matches; a grammar in Lark's or
+        llama.cpp's (GBNF) notation; a JSON list of strings, one of which is the answer
+    param: the request field it came from, for error messages
+    """
+
+    kind: ConstraintKind
+    source: str
+    param: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +81,8 @@ class SamplingParams:
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
     """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
+    constraint: Constraint | None = None
+    """The form of the answer: tokens that would break it are never chosen."""
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, None)
@@ -100,7 +129,8 @@ class TokenEvent(NamedTuple):
     """One generated token, or the end of a request without one (`token_id` None).
 
     `text` is what became final with this token: it can be empty (half a character, or the possible
-    beginning of a stop string) and never contains a stop string.
+    beginning of a stop string) and never contains a stop string. With an `error`, `error_param` names the field
+    of the request that is to blame, if one is.
     """
 
     token_id: int | None
@@ -109,6 +139,7 @@ class TokenEvent(NamedTuple):
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_param: str | None = None
 
 
 class TextPiece(NamedTuple):
@@ -130,6 +161,39 @@ class TextStream(Protocol):
         ...
 
 
+class TokenGuide(Protocol):
+    """Holds one request to its constraint, token by token. The engine knows grammars only through this.
+
+    Every method may raise InvalidRequest, if the constraint turns out to be too complex; nothing but dropping the
+    guide is allowed after that.
+    """
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        ...
+
+    def prepare(self, draft_ids: Sequence[int] = ()) -> None:
+        """Begin to compute what `allowed` will return, here and after each token of a draft, on another thread.
+
+        Not needed, but it takes the time off the engine's thread: call it before the model runs. The draft may
+        hold tokens that are not allowed; what follows those is not computed.
+        """
+        ...
+
+    def allowed(self) -> "NDArray[np.bool_]":
+        """bool [vocab_size]: the tokens that may come next. End-of-text tokens are among them where it may end."""
+        ...
+
+    def advance(self, token_id: int) -> None:
+        """Take a token, which must be allowed."""
+        ...
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last tokens taken."""
+        ...
+
+
 EventSink = Callable[[TokenEvent], None]
 """Called on the engine's thread, once per event; must not block and must not raise."""
 
@@ -144,6 +208,7 @@ class Request:
     eos_ids: frozenset[int]
     sink: EventSink
     text: TextStream | None = None
+    guide: TokenGuide | None = None
 
 
 class EngineStats(NamedTuple):

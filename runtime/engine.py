@@ -109,6 +109,8 @@ class Engine:
             )
 
     def _run(self, run: Run) -> Row:
+        for sequence in run.sequences:
+            sequence.prepare()
         started_s = time.perf_counter()
         logits = self._session.run(run.batch)
         self._model_s += time.perf_counter() - started_s
@@ -118,6 +120,8 @@ class Engine:
         is_first = sequence.num_generated == 0
         try:
             event = sequence.next_event(row)
+        except InvalidRequest as error:
+            event = _failure(str(error))._replace(error_param=error.param)
         except Exception as error:  # one request's failure must not end its neighbours
             log.exception("request %s failed", sequence.request.request_id)
             event = _failure(f"{type(error).__name__}: {error}")

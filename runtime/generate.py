@@ -20,9 +20,10 @@ DEFAULT_MAX_TOKENS = 512
 
 # One request: nothing to batch, no queue.
 _ENGINE_SKIPPED = ("max_batch", "max_waiting")
-# Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities.
+# Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities,
+# and a grammar is no thing for a flag.
 _SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": None}
-_SAMPLING_SKIPPED = ("logprobs",)
+_SAMPLING_SKIPPED = ("logprobs", "constraint")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,8 +3,8 @@
 `make_sampler` picks the chain once per request; a row's result depends on that row and on the request's own
 random numbers alone, so a request gets the same tokens alone and in a batch.
 
-    row -> [log-probabilities] -> [penalties, bias] -> argmax
-                                                   `-> temperature -> [top-k] -> [top-p] -> [min-p] -> draw
+    row -> [log-probabilities] -> [penalties, bias] -> [constraint] -> argmax
+                                                                    `-> temperature -> [top-k, top-p, min-p] -> draw
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from runtime.core import SamplingParams, TokenLogprob
 
 Row = NDArray[np.float32]
+Allowed = NDArray[np.bool_]
 
 MIN_TEMPERATURE = 1e-5
 """Lower temperatures are taken as this one: below it, fp32 rounding would decide, or overflow."""
@@ -43,8 +44,11 @@ class BadLogitsError(ValueError):
 class Sampler(Protocol):
     """Chooses the tokens of one request, in order."""
 
-    def sample(self, row: Row) -> Choice:
-        """Choose from logits float32 [vocab_size], left unchanged. BadLogitsError if they are not finite."""
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        """Choose from logits float32 [vocab_size], left unchanged. BadLogitsError if they are not finite.
+
+        `allowed` bool [vocab_size] are the tokens to choose from, by default all.
+        """
         ...
 
 
@@ -70,9 +74,14 @@ def _argmax(row: Row) -> int:
     return token_id
 
 
+def _only(row: Row, allowed: Allowed | None) -> Row:
+    """The logits with those of other tokens at minus infinity."""
+    return row if allowed is None else np.where(allowed, row, np.float32(-np.inf))
+
+
 class _Greedy:
-    def sample(self, row: Row) -> Choice:
-        return Choice(_argmax(row))
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        return Choice(_argmax(_only(row, allowed)))
 
 
 class _Chain:
@@ -84,8 +93,8 @@ class _Chain:
         seed = None if params.seed is None else params.seed % 2**64
         self._rng = np.random.Generator(np.random.PCG64(seed))
 
-    def sample(self, row: Row) -> Choice:
-        edited = row if self._edits is None else self._edits.apply(row)
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        edited = _only(row if self._edits is None else self._edits.apply(row), allowed)
         token_id = _argmax(edited) if self._params.is_greedy else self._draw(edited)
         if self._edits is not None:
             self._edits.count(token_id)

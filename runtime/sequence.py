@@ -1,6 +1,6 @@
 """One request while it is being generated: from a row of logits to the next event.
 
-Knows sampling and when a request ends; nothing about slots, batches or other requests.
+Knows sampling, constraints and when a request ends; nothing about slots, batches or other requests.
 """
 
 import time
@@ -37,12 +37,20 @@ class Sequence:
         self._sampler = make_sampler(params, request.prompt_ids)
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
 
+    def prepare(self) -> None:
+        """Called before the model runs for this sequence: what can be done meanwhile is begun."""
+        if self.request.guide is not None:
+            self.request.guide.prepare()
+
     def next_event(self, row: Row) -> TokenEvent:
         """Choose a token from logits float32 [vocab_size] and say what it adds.
 
         Raises what the sampler or the text stream raises; the request cannot go on after that.
         """
-        choice = self._sampler.sample(row)
+        guide = self.request.guide
+        choice = self._sampler.sample(row, None if guide is None else guide.allowed())
+        if guide is not None:
+            guide.advance(choice.token_id)
         self.num_generated += 1
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter()
@@ -58,9 +66,11 @@ class Sequence:
             text, is_stopped = stream.push(token_id)
             if is_stopped:
                 return text, FinishReason.STOP
-        if self.num_generated < self.request.params.max_tokens:
+        is_complete = self.request.guide is not None and self.request.guide.is_stopped
+        if not is_complete and self.num_generated < self.request.params.max_tokens:
             return text, None
-        return text + ("" if stream is None else stream.finish()), FinishReason.LENGTH
+        reason = FinishReason.STOP if is_complete else FinishReason.LENGTH
+        return text + ("" if stream is None else stream.finish()), reason
 
     def tpot_s(self, now_s: float) -> float | None:
         """Mean seconds per token after the first; None below two tokens."""

@@ -16,6 +16,7 @@ from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, T
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import default_budget, format_bytes, kv_bytes_per_token, plan_slots
 from runtime.session import Session
 from runtime.settings import EngineSettings
@@ -99,6 +100,7 @@ class TextModel:
         self._precision = precision
         engine = Engine(session, prefill_chunk=settings.prefill_chunk, observer=observer)
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
+        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
     def encode(self, text: str) -> list[int]:
@@ -128,8 +130,8 @@ class TextModel:
         """Start generating; returns at once.
 
         Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty
-        prompt or a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine
-        does not accept.
+        prompt, a token id outside the vocabulary or a constraint that cannot be used, Overloaded if too many wait,
+        Unavailable if the engine does not accept.
         """
         for token_id in (*params.logit_bias, *params.stop_token_ids):
             if not 0 <= token_id < self.vocab_size:
@@ -147,6 +149,7 @@ class TextModel:
             eos_ids=self._eos_ids,
             sink=generation.put,
             text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
+            guide=None if params.constraint is None else self._grammars.guide(params.constraint),
         )
         self._thread.submit(request)
         return generation
@@ -184,6 +187,7 @@ class TextModel:
     def close(self) -> None:
         """Cancel everything, end the thread and release the model. Idempotent."""
         self._thread.close()
+        self._grammars.close()
         self._session.close()
 
 

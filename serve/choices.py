@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.core import FinishReason, SamplingParams, TokenEvent
-from runtime.errors import EngineFailed, Unavailable
+from runtime.errors import EngineFailed, InvalidRequest, Unavailable
 from runtime.text_model import Generation, TextModel
 from serve.errors import ClientGoneError
 
@@ -71,12 +71,15 @@ class Choices:
     def __iter__(self) -> Iterator[ChoiceEvent]:
         """Events in the order they come, until every choice has ended.
 
-        Raises EngineFailed, ClientGoneError or Unavailable (the server gave up on the request as it drained);
-        in each case, and when the iterator is closed early, the other choices are cancelled.
+        Raises EngineFailed, InvalidRequest (a constraint turned out to be too complex), ClientGoneError or
+        Unavailable (the server gave up on the request as it drained); in each case, and when the iterator is closed
+        early, the other choices are cancelled.
         """
         try:
             for item in _merge(self._generations, self._client):
                 event = item.event
+                if event.finish_reason is FinishReason.ERROR and event.error_param is not None:
+                    raise InvalidRequest(event.error or "", param=event.error_param)
                 if event.finish_reason is FinishReason.ERROR:
                     raise EngineFailed(event.error or "the engine stopped")
                 if event.finish_reason is FinishReason.CANCELLED:

@@ -27,6 +27,7 @@ from serve.fields import (
     string,
     unsupported,
 )
+from serve.output_format import OUTPUT_FIELDS, wanted_form
 
 MAX_N = 16
 MAX_MESSAGES = 4096
@@ -83,12 +84,6 @@ def _stream_options(value: Any) -> bool:
         raise MismatchError("an object")
     options = read_fields(value, (Field("include_usage", boolean),), "stream_options.")
     return bool(options.get("include_usage", False))
-
-
-def _response_format(value: Any) -> None:
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    read_fields(value, (Field("type", one_of("text"), is_required=True),), "response_format.")
 
 
 CONTENT_PART_FIELDS = (
@@ -157,6 +152,7 @@ SAMPLING_FIELDS = (
 )
 SAMPLING_NAMES = frozenset(field.name for field in SAMPLING_FIELDS)
 COMMON_FIELDS = (
+    *OUTPUT_FIELDS,
     Field("model", string, is_required=True),
     Field("n", between(1, MAX_N)),
     Field("stream", boolean),
@@ -180,7 +176,6 @@ CHAT_FIELDS = (
     Field("max_completion_tokens", between(1, 2**31)),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
-    Field("response_format", _response_format),
     Field("modalities", unsupported("text only", ["text"])),
     Field("tools", unsupported(NO_TOOLS, [])),
     Field("tool_choice", unsupported(NO_TOOLS, "none", "auto")),
@@ -279,7 +274,7 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {
         "model": values["model"],
-        "params": SamplingParams(logprobs=logprobs, **sampling),
+        "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling),
         "max_tokens": values.get("max_tokens"),
         "n": values.get("n", 1),
         "is_stream": values.get("stream", False),
