@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest, Overloaded
-from runtime.token_guide import GrammarGuide, Mask, first_line, mask_of
+from runtime.token_guide import GrammarGuide, Mask, brief, mask_of
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,8 +50,16 @@ class _Compiled(NamedTuple):
 class GrammarCompiler:
     """Makes the guides of one model. Every method may be called from any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        compile_timeout_s: float = COMPILE_TIMEOUT_S,
+    ) -> None:
         """`vocab_size` is the model's, which may be padded beyond the tokenizer's."""
+        self._compile_timeout_s = compile_timeout_s
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
@@ -88,7 +96,7 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile_in_time(self, constraint: Constraint) -> _Compiled:
-        if not self._places.acquire(timeout=COMPILE_TIMEOUT_S):
+        if not self._places.acquire(timeout=self._compile_timeout_s):
             raise Overloaded("too many grammars are being compiled; try again later", retry_after=5)
         done: Future[_Compiled] = Future()
 
@@ -103,20 +111,23 @@ class GrammarCompiler:
         # A daemon, not the pool's: a compilation that does not end must hold up neither masks nor the exit.
         threading.Thread(target=work, name="grammar", daemon=True).start()
         try:
-            return done.result(COMPILE_TIMEOUT_S)
+            return done.result(self._compile_timeout_s)
         except NotInTimeError:
-            raise _refused(constraint, f"does not compile in {COMPILE_TIMEOUT_S:g} s; make it simpler") from None
+            raise _refused(constraint, f"does not compile in {self._compile_timeout_s:g} s; make it simpler") from None
 
     def _compile(self, constraint: Constraint) -> _Compiled:
         from llguidance import LLMatcher
 
         check_size(constraint)
-        grammar = _to_llguidance(constraint)
-        matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=_limits())
+        tokens = self._tokens()
+        try:
+            matcher = LLMatcher(tokens, _to_llguidance(constraint), log_level=0, limits=_limits())
+        except Exception as error:  # ValueError of the JSON reader; IndexError, RecursionError... of the GBNF reader
+            raise _refused(constraint, f"cannot be read: {brief(str(error))}") from None
         if not matcher.is_error():
             first = mask_of(matcher, self._vocab_size)
         if matcher.is_error():
-            message = first_line(matcher.get_error())
+            message = brief(matcher.get_error())
             if message.startswith("NoExtension"):
                 message = "no text satisfies it"
             raise _refused(constraint, f"cannot be used: {message}")
@@ -201,7 +212,7 @@ def _multiples(schema: Any) -> Iterator[Decimal]:
 
 
 def _to_llguidance(constraint: Constraint) -> str:
-    """The constraint in llguidance's notation. Raises InvalidRequest for GBNF that cannot be read."""
+    """The constraint in llguidance's notation; anything may be raised by a source that cannot be read."""
     from llguidance import LLMatcher
 
     source = constraint.source
@@ -218,10 +229,7 @@ def _to_llguidance(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_lark(source)
     from llguidance.gbnf_to_lark import any_to_lark
 
-    try:
-        return LLMatcher.grammar_from_lark(any_to_lark(source))
-    except Exception as error:  # it raises Exception, IndexError, RecursionError...
-        raise _refused(constraint, f"cannot be read as GBNF: {first_line(str(error))}") from None
+    return LLMatcher.grammar_from_lark(any_to_lark(source))
 
 
 def _limits() -> "LLParserLimits":

@@ -117,7 +117,7 @@ class GrammarGuide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise self._too_complex(first_line(self._matcher.get_error()))
+            raise self._too_complex(brief(self._matcher.get_error()))
 
     def _too_complex(self, reason: str) -> InvalidRequest:
         return InvalidRequest(
@@ -132,6 +132,8 @@ def mask_of(matcher: "LLMatcher", vocab_size: int) -> Mask:
     return np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
-def first_line(message: str) -> str:
-    """What llguidance says, without the state and the backtrace that may follow, at most 300 characters."""
-    return message.strip().partition("\n")[0][:300]
+def brief(message: str) -> str:
+    """What llguidance says, without quotations, state and backtrace, in one line of at most 400 characters."""
+    lines = message.strip().splitlines() or [""]
+    reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
+    return " ".join([lines[0][:200], *reasons])[:400]

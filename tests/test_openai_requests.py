@@ -78,6 +78,32 @@ BAD_FIELDS = [
     ("model", 5, "a string"),
     ("no_such_field", 1, "unknown field"),
     ("guided_json", {}, "unknown field"),
+    ("response_format", "json_object", "an object"),
+    ("response_format", {}, "type is required"),
+    ("response_format", {"type": "json"}, '"json_schema"'),
+    ("response_format", {"type": "json_schema"}, "json_schema is required"),
+    ("response_format", {"type": "text", "json_schema": {"name": "n", "schema": {}}}, "not text"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "name is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}, "schema is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": []}}, "an object"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}, "type: x"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": 1}}, "true or"),
+    ("structured_outputs", [], "an object"),
+    ("structured_outputs", {}, "exactly one of json"),
+    ("structured_outputs", {"json_object": False}, "exactly one of json"),
+    ("structured_outputs", {"regex": "a", "choice": ["a"]}, "exactly one of json"),
+    ("structured_outputs", {"regex": ""}, "not empty"),
+    ("structured_outputs", {"regex": 5}, "a string"),
+    ("structured_outputs", {"regex": "("}, "invalid regex"),
+    ("structured_outputs", {"regex": "\ud800"}, "surrogates"),
+    ("structured_outputs", {"choice": []}, "at least one"),
+    ("structured_outputs", {"choice": "a"}, "a list"),
+    ("structured_outputs", {"choice": ["a", 1]}, "a string"),
+    ("structured_outputs", {"json": "{"}, "JSON text"),
+    ("structured_outputs", {"json": 5}, "an object"),
+    ("structured_outputs", {"json": {"not": {}}}, "not"),
+    ("structured_outputs", {"grammar": "start: x"}, "x"),
+    ("structured_outputs", {"whitespace_pattern": " "}, "whitespace_pattern"),
 ]
 BAD_COMPLETION_FIELDS = [
     ("prompt", "", "empty"),
@@ -115,8 +141,6 @@ BAD_CHAT_FIELDS = [
     ("logprobs", 1, "true or false"),
     ("top_logprobs", 3, "logprobs to be true"),
     ("max_completion_tokens", 3, "differ"),
-    ("response_format", {"type": "json_object"}, '"text"'),
-    ("response_format", {}, "type is required"),
     ("tools", [{"type": "function"}], "tools are not supported"),
     ("tool_choice", "required", "tools are not supported"),
     ("modalities", ["text", "audio"], "text only"),
@@ -237,6 +261,7 @@ def test_every_sampling_field_arrives() -> None:
         assert params.logprobs == 4 and params.max_tokens == 2
 
 
+KEYS = ["role", "content", "type", "text", "1", "name", "json", "regex", "choice", "grammar", "json_schema", "schema"]
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -245,12 +270,13 @@ SCALARS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=5),
     st.sampled_from([NAME, "user", "system", "text", "hello", "\ud800", "1", "auto", 2**64, -(2**63)]),
+    st.sampled_from(["json_object", "json_schema", "object", "string", "array", "[a-c]+", "start: /a/", "{}"]),
 )
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "1", "name"]), inner, max_size=3),
+        st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     ),
     max_leaves=6,
 )
@@ -280,3 +306,15 @@ def test_no_body_is_ever_our_fault(
         assert text.endswith("data: [DONE]\n\n")
     else:
         assert response.get_json()["choices"]
+
+
+def test_two_forms_exclude_each_other(client: FlaskClient) -> None:
+    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    assert refusal(client, CHAT, {**CONVERSATION, **both})["param"] == "structured_outputs"
+
+
+def test_a_schema_nested_too_deeply_is_refused(client: FlaskClient) -> None:
+    for depth in (200, 400, 900):
+        schema = '{"items":' * depth + "{}" + "}" * depth
+        body = json.dumps({**COMPLETION, "structured_outputs": {"json": {}}}).replace('"json": {}', f'"json": {schema}')
+        refusal(client, COMPLETIONS, body)
