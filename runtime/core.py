@@ -81,8 +81,7 @@ class SamplingParams:
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
     """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
-    constraint: Constraint | None = None
-    """The form of the answer: tokens that would break it are never chosen."""
+    constraint: Constraint | None = field(default=None, metadata={"help": "the form that the answer must have"})
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, None)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 512
 """Long enough for an answer, short enough to bound one that never ends. Cut to what the context leaves."""
 
-# One request: nothing to batch, no queue.
-_ENGINE_SKIPPED = ("max_batch", "max_waiting")
+# One request: nothing to batch, no queue, no tools.
+_ENGINE_SKIPPED = ("max_batch", "max_waiting", "tool_format")
 # Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities,
 # and a grammar is no thing for a flag.
 _SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": None}

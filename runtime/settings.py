@@ -16,6 +16,7 @@ from runtime.errors import InvalidSetting
 
 T = TypeVar("T")
 
+TOOL_FORMAT_NAMES = ("auto", "hermes", "llama3", "json")
 _BYTE_UNITS = {
     "": 1,
     **{unit: 1000**power for power, unit in enumerate("KMGT", start=1)},
@@ -48,6 +49,9 @@ class EngineSettings:
         None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
     )
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
+    tool_format: str = setting(
+        "auto", "how tool calls are written: auto (as the chat template says), hermes, llama3, json"
+    )
 
     def __post_init__(self) -> None:
         check_at_least("max_batch", self.max_batch, 1)
@@ -57,6 +61,10 @@ class EngineSettings:
         check_at_least("kv_memory", self.kv_memory, 1)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
+        if self.tool_format not in TOOL_FORMAT_NAMES:
+            raise InvalidSetting(
+                f"--tool-format must be one of {', '.join(TOOL_FORMAT_NAMES)}, got {self.tool_format!r}"
+            )
 
 
 def check_at_least(name: str, value: float | None, low: float) -> None:

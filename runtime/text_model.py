@@ -22,6 +22,7 @@ from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
+from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format, plain_messages
 
 
 class Generation(Iterator[TokenEvent]):
@@ -98,6 +99,8 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
+        template = None if chat_template is None else chat_template.source
+        self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
         engine = Engine(session, prefill_chunk=settings.prefill_chunk, observer=observer)
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
@@ -107,14 +110,25 @@ class TextModel:
         """Token ids of a prompt, with the special tokens the model expects around it."""
         return self._tokenizer.encode(text)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template.
+
+        Tools, calls and results go through the template if it knows of them, else through messages in plain words.
+        """
         if self._chat_template is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        return self._tokenizer.encode(self._chat_template.render(messages), add_special_tokens=False)
+        if not self._chat_template.knows_tools:
+            messages, tools = plain_messages(messages, tools, self.tool_format), ()
+        text = self._chat_template.render(messages, tools=[tool.as_json() for tool in tools])
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text: possibly a part of a character; empty for a special token."""

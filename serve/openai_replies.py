@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.choices import Choices
+from serve.tool_replies import ToolDeltas, add_delta, close_message
 
 Json = dict[str, Any]
 
@@ -107,23 +108,35 @@ class CompletionShape:
 
 
 class ChatShape:
-    """Answers of POST /v1/chat/completions."""
+    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for."""
 
-    def __init__(self, model: TextModel) -> None:
+    def __init__(self, model: TextModel, tool_names: Sequence[str] = ()) -> None:
         self._head = _head("chatcmpl", "chat.completion", model.name)
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
         self._model = model
+        self._tool_names = tool_names
+        self._tools: dict[int, ToolDeltas] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
         for index in range(num_choices):
+            if self._tool_names:
+                self._tools[index] = ToolDeltas(self._model.tool_format, self._tool_names)
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
         logprobs = None if event.logprob is None else self._logprobs(event)
-        if event.text or logprobs:
-            yield self._chunk(index, {"content": event.text}, logprobs, None)
+        tools = self._tools.get(index)
+        deltas = [{"content": event.text}] if event.text else []
+        if tools is not None:
+            deltas = list(tools.of(event))
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            yield self._chunk(index, delta, logprobs, None)
+            logprobs = None
         if event.finish_reason is not None:
-            yield self._chunk(index, {}, None, event.finish_reason)
+            reason = event.finish_reason if tools is None else tools.finish_reason(event.finish_reason)
+            yield self._chunk(index, {}, None, reason)
 
     def usage(self, choices: Choices) -> Json:
         return {**self._chunk_head, "choices": [], "usage": usage(choices)}
@@ -139,9 +152,11 @@ class ChatShape:
                 choice = whole.setdefault(piece["index"], empty)
                 if choice is empty:
                     continue
-                choice["message"]["content"] += delta.get("content", "")
+                add_delta(choice["message"], delta)
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
                 choice["finish_reason"] = piece["finish_reason"]
+        for choice in whole.values():
+            close_message(choice["message"])
         return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.core import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
+from runtime.tool_formats import GENERIC, ToolFormat
 from serve.fields import (
     Field,
     MismatchError,
@@ -28,6 +29,7 @@ from serve.fields import (
     unsupported,
 )
 from serve.output_format import OUTPUT_FIELDS, wanted_form
+from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, read_call_id, read_calls, wanted_tools
 
 MAX_N = 16
 MAX_MESSAGES = 4096
@@ -37,7 +39,7 @@ MAX_BIASES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat gets what is left of the context."""
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Prompt = str | tuple[int, ...]
 
 
@@ -90,35 +92,51 @@ CONTENT_PART_FIELDS = (
     Field("type", one_of("text"), is_required=True),
     Field("text", string, is_required=True),
 )
-NO_TOOLS = "tools are not supported"
+NO_FUNCTIONS = "tools is the newer word for functions"
 MESSAGE_FIELDS = (
     Field("role", one_of(*ROLES), is_required=True),
-    Field("content", lambda value: value, is_required=True),
+    Field("content", lambda value: value),
     Field("name", string),
     # What clients send back when they append the reply to the conversation.
     Field("refusal", unsupported("this model does not refuse")),
     Field("annotations", unsupported("annotations are not supported", [])),
     Field("audio", unsupported("text only")),
-    Field("function_call", unsupported(NO_TOOLS)),
-    Field("tool_calls", unsupported(NO_TOOLS, [])),
+    Field("function_call", unsupported(NO_FUNCTIONS)),
+    Field("tool_calls", lambda value: value),
+    Field("tool_call_id", lambda value: value),
 )
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
+def _messages(value: Any) -> tuple[dict[str, Any], ...]:
     """Messages with their content as plain text. `developer` is the newer word for `system`."""
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
         raise MismatchError(f"a list of 1 to {MAX_MESSAGES} messages")
-    messages: list[dict[str, str]] = []
+    messages = []
     for idx, item in enumerate(value):
         path = f"messages[{idx}]"
         if not isinstance(item, dict):
             raise InvalidRequest(f"{path} must be an object, got {shown(item)}", param=path)
-        message = read_fields(item, MESSAGE_FIELDS, f"{path}.")
-        if message["role"] == "developer":
-            message["role"] = "system"
-        message["content"] = _content(message["content"], f"{path}.content")
-        messages.append({name: message[name] for name in ("role", "content", "name") if name in message})
+        messages.append(_message(read_fields(item, MESSAGE_FIELDS, f"{path}."), f"{path}."))
     return tuple(messages)
+
+
+def _message(found: dict[str, Any], path: str) -> dict[str, Any]:
+    """One message as chat templates take it: role, content, and name, tool_calls or tool_call_id where it has them."""
+    role = found["role"]
+    message: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    calls = read_calls(found.get("tool_calls", []), f"{path}tool_calls")
+    if calls and role != "assistant":
+        raise InvalidRequest(f"{path}tool_calls belong to the role assistant, not {role}", param=f"{path}tool_calls")
+    if "content" not in found and not calls:
+        raise InvalidRequest(f"{path}content is required", param=f"{path}content")
+    message["content"] = _content(found["content"], f"{path}content") if "content" in found else ""
+    if "name" in found:
+        message["name"] = found["name"]
+    if calls:
+        message["tool_calls"] = calls
+    if role == "tool":
+        message["tool_call_id"] = read_call_id(found.get("tool_call_id"), f"{path}tool_call_id")
+    return message
 
 
 def _content(value: Any, path: str) -> str:
@@ -177,11 +195,9 @@ CHAT_FIELDS = (
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
     Field("modalities", unsupported("text only", ["text"])),
-    Field("tools", unsupported(NO_TOOLS, [])),
-    Field("tool_choice", unsupported(NO_TOOLS, "none", "auto")),
-    Field("parallel_tool_calls", boolean),
-    Field("functions", unsupported(NO_TOOLS, [])),
-    Field("function_call", unsupported(NO_TOOLS, "none", "auto")),
+    *TOOL_USE_FIELDS,
+    Field("functions", unsupported(NO_FUNCTIONS, [])),
+    Field("function_call", unsupported(NO_FUNCTIONS, "none", "auto")),
     Field("store", unsupported("nothing is stored", False)),
     Field("service_tier", unsupported("there is one tier", "auto", "default")),
 )
@@ -224,7 +240,8 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
+    tool_use: ToolUse | None
 
 
 def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionRequest:
@@ -244,8 +261,8 @@ def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionReq
     return CompletionRequest(prompts=values["prompt"], is_echo=is_echo, **common)
 
 
-def read_chat(raw: Mapping[str, Any], *, model_name: str) -> ChatRequest:
-    """Check a chat request. Raises InvalidRequest or ModelNotFound."""
+def read_chat(raw: Mapping[str, Any], *, model_name: str, tool_format: ToolFormat = GENERIC) -> ChatRequest:
+    """Check a chat request for a model that writes calls in `tool_format`. Raises InvalidRequest or ModelNotFound."""
     values = read_fields(raw, CHAT_FIELDS)
     wants_logprobs = values.get("logprobs", False)
     if "top_logprobs" in values and not wants_logprobs:
@@ -259,7 +276,14 @@ def read_chat(raw: Mapping[str, Any], *, model_name: str) -> ChatRequest:
             param="max_completion_tokens",
         )
     common["max_tokens"] = newer or common["max_tokens"]
-    return ChatRequest(messages=values["messages"], **common)
+    tool_use = wanted_tools(values)
+    if tool_use is not None:
+        if common["params"].constraint is not None:
+            raise InvalidRequest(
+                "tools and a form of the answer exclude each other, unless tool_choice is none", param="tools"
+            )
+        common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format))
+    return ChatRequest(messages=values["messages"], tool_use=tool_use, **common)
 
 
 def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str) -> dict[str, Any]:

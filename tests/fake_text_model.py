@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from runtime.chat_template import ChatTemplate
 from runtime.core import EngineObserver
@@ -9,7 +10,7 @@ from runtime.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text_model import TextModel
 from tests.byte_tokenizer import EOS, byte_tokenizer
-from tests.fake_session import FakeSession
+from tests.fake_session import FakeSession, ScriptedSession
 
 NAME = "fake"
 VOCAB_SIZE = 258
@@ -19,6 +20,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+PROMPT_END = "\nassistant: "
 
 
 def fake_text_model(
@@ -30,8 +32,13 @@ def fake_text_model(
     on_run: Callable[[Batch], None] | None = None,
     has_template: bool = True,
     observer: EngineObserver | None = None,
+    script: str | None = None,
+    tool_format: str = "auto",
 ) -> TextModel:
-    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds."""
+    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds.
+
+    With a `script` it answers every chat with that text.
+    """
 
     def run(batch: Batch) -> None:
         if step_s:
@@ -40,12 +47,18 @@ def fake_text_model(
             on_run(batch)
 
     tokenizer = byte_tokenizer()
+    options: dict[str, Any] = {"num_slots": num_slots, "capacity": capacity, "vocab_size": VOCAB_SIZE, "on_run": run}
+    session = FakeSession(**options)
+    if script is not None:
+        session = ScriptedSession([*tokenizer.encode(script), EOS_ID], tokenizer.encode(PROMPT_END), **options)
     return TextModel(
         name=NAME,
-        session=FakeSession(num_slots=num_slots, capacity=capacity, vocab_size=VOCAB_SIZE, on_run=run),
+        session=session,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(TEMPLATE, {"eos_token": EOS}) if has_template else None,
         eos_ids=frozenset([EOS_ID]),
-        settings=EngineSettings(max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64),
+        settings=EngineSettings(
+            max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, tool_format=tool_format
+        ),
         observer=observer,
     )
