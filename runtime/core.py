@@ -82,9 +82,11 @@ class SamplingParams:
     logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
     """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
     constraint: Constraint | None = field(default=None, metadata={"help": "the form that the answer must have"})
+    prompt_logprobs: int | None = setting(None, "the same as logprobs, for the tokens of the prompt")
+    """With it, `max_tokens` may be 0: the prompt is scored, and nothing generated."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, None)
+        _check("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None)
         _check("temperature", self.temperature, 0, 2)
         _check("top_k", self.top_k, 0, None)
         _check("top_p", self.top_p, 0, 1, low_open=True)
@@ -100,6 +102,8 @@ class SamplingParams:
             _check("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:
@@ -124,8 +128,18 @@ class TokenLogprob(NamedTuple):
     logprob: float
 
 
+class PromptLogprob(NamedTuple):
+    """The log-probability of one token of a prompt after those before it, and the likeliest tokens there."""
+
+    logprob: float
+    top_logprobs: tuple[TokenLogprob, ...]
+
+
 class TokenEvent(NamedTuple):
     """One generated token, or the end of a request without one (`token_id` None).
+
+    If they were asked for, an event before the first token, without a token itself, brings `prompt_logprobs`: of the
+    second token of the prompt and all after it, for nothing comes before the first.
 
     `text` is what became final with this token: it can be empty (half a character, or the possible
     beginning of a stop string) and never contains a stop string. With an `error`, `error_param` names the field
@@ -139,6 +153,7 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     error_param: str | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
 
 
 class TextPiece(NamedTuple):

@@ -95,6 +95,7 @@ class Engine:
         for run in self._scheduler.plan():
             logits = self._run(run)
             self._scheduler.advance(run)
+            self._score(run, logits)
             for sequence, row in zip(run.sequences, logits, strict=False):
                 self._emit(sequence, row)
             num_decode += run.num_decode
@@ -115,6 +116,15 @@ class Engine:
         logits = self._session.run(run.batch)
         self._model_s += time.perf_counter() - started_s
         return logits
+
+    def _score(self, run: Run, logits: Row) -> None:
+        """Give prompts that are scored the logits of their positions; the last go out before the first token."""
+        start = len(run.sequences)
+        for sequence, num_rows in run.scored:
+            event = sequence.score_prompt(logits[start : start + num_rows])
+            start += num_rows
+            if event is not None:
+                sequence.request.sink(event)
 
     def _emit(self, sequence: Sequence, row: Row) -> None:
         is_first = sequence.num_generated == 0

@@ -23,7 +23,7 @@ _ENGINE_SKIPPED = ("max_batch", "max_waiting", "tool_format")
 # Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities,
 # and a grammar is no thing for a flag.
 _SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": None}
-_SAMPLING_SKIPPED = ("logprobs", "constraint")
+_SAMPLING_SKIPPED = ("logprobs", "prompt_logprobs", "constraint")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -100,7 +100,7 @@ class _Chain:
             self._edits.count(token_id)
         if self._params.logprobs is None:
             return Choice(token_id)
-        return _with_logprobs(row, token_id, self._params.logprobs)
+        return with_logprobs(row, token_id, self._params.logprobs)
 
     def _draw(self, logits: Row) -> int:
         """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again
@@ -221,8 +221,8 @@ def _keep(ids: NDArray[np.int64] | None, probs: Row, positions: NDArray[np.int64
     return (positions if ids is None else ids[positions]), probs[positions]
 
 
-def _with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
-    """Log-softmax of the raw row at the chosen token and at the `num_top` likeliest."""
+def with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
+    """A token with the log-softmax of the raw row float32 [vocab_size] there and at the `num_top` likeliest."""
     peak = row[_argmax(row)]
     with np.errstate(over="ignore", under="ignore"):
         shifted = row - peak

@@ -28,12 +28,14 @@ by itself."""
 
 
 class Run(NamedTuple):
-    """One call of the session: row i of its logits belongs to `sequences[i]`; further rows are ignored."""
+    """One call of the session: row i of its logits belongs to `sequences[i]`. The rows behind those belong to the
+    prompts in `scored`, so many to each; further rows are ignored."""
 
     batch: Batch
     sequences: list[Sequence]
     num_decode: int = 0
     num_prefill_tokens: int = 0
+    scored: tuple[tuple[Sequence, int], ...] = ()
 
 
 class Scheduler:
@@ -195,9 +197,16 @@ class Scheduler:
         for i, (sequence, past, num) in enumerate(zip(rows, past_len.tolist(), lens, strict=True)):
             token_ids[i, :num] = sequence.request.prompt_ids[past : past + num]
         is_last = [num == self._left(s) for s, num in zip(rows, lens, strict=True)]
+        wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]]
+        scored = []
+        for i, sequence in enumerate(rows):
+            if sequence.wants_prompt_logits:
+                num = lens[i] - is_last[i]  # what comes after the last token is not in the prompt
+                scored.append((sequence, num))
+                wanted.extend(range(i * width, i * width + num))
         # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and
         # ignores it.
-        wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]] or [lens[0] - 1]
+        wanted = wanted or [lens[0] - 1]
         batch = Batch(first_slot, token_ids, past_len, np.array(lens, np.int32), np.array(wanted, np.int64))
         done = [s for s, last in zip(rows, is_last, strict=True) if last]
-        return Run(batch, done, num_prefill_tokens=sum(lens))
+        return Run(batch, done, num_prefill_tokens=sum(lens), scored=tuple(scored))

@@ -5,8 +5,8 @@ Knows sampling, constraints and when a request ends; nothing about slots, batche
 
 import time
 
-from runtime.core import FinishReason, Request, TokenEvent
-from runtime.sampler import Row, make_sampler
+from runtime.core import FinishReason, PromptLogprob, Request, TokenEvent
+from runtime.sampler import Row, make_sampler, with_logprobs
 
 
 class Sequence:
@@ -16,6 +16,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_prompt_logprobs",
         "_sampler",
         "_stop_ids",
         "first_token_s",
@@ -34,6 +35,7 @@ class Sequence:
         self.num_generated = 0
         self.submitted_s = time.perf_counter()
         self.first_token_s: float | None = None
+        self._prompt_logprobs: list[PromptLogprob] = []
         self._sampler = make_sampler(params, request.prompt_ids)
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
 
@@ -42,11 +44,34 @@ class Sequence:
         if self.request.guide is not None:
             self.request.guide.prepare()
 
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether every position of the prompt is to be scored."""
+        return self.request.params.prompt_logprobs is not None
+
+    def score_prompt(self, rows: Row) -> TokenEvent | None:
+        """Take the logits float32 [R, vocab_size] of the next positions of the prompt, each of which predicts the token
+        after it. The event with all the log-probabilities when there are no more."""
+        num_top = self.request.params.prompt_logprobs
+        assert num_top is not None
+        if not len(rows) and self.num_prompt > 1:
+            return None  # the last token came in a run of its own, and the event was before
+        for row in rows:
+            token_id = self.request.prompt_ids[len(self._prompt_logprobs) + 1]
+            _, logprob, top = with_logprobs(row, token_id, num_top)
+            assert logprob is not None
+            self._prompt_logprobs.append(PromptLogprob(logprob, top))
+        if len(self._prompt_logprobs) < self.num_prompt - 1:
+            return None
+        return TokenEvent(None, "", prompt_logprobs=tuple(self._prompt_logprobs))
+
     def next_event(self, row: Row) -> TokenEvent:
-        """Choose a token from logits float32 [vocab_size] and say what it adds.
+        """Choose a token from logits float32 [vocab_size] and say what it adds. If none is wanted, that is the end.
 
         Raises what the sampler or the text stream raises; the request cannot go on after that.
         """
+        if self.request.params.max_tokens == 0:
+            return TokenEvent(None, "", finish_reason=FinishReason.LENGTH)
         guide = self.request.guide
         choice = self._sampler.sample(row, None if guide is None else guide.allowed())
         if guide is not None:

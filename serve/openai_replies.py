@@ -9,7 +9,7 @@ import codecs
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
@@ -50,21 +50,35 @@ def chunks_of(choices: Choices, shape: ReplyShape) -> Iterator[Json]:
     yield shape.usage(choices)
 
 
-class CompletionShape:
-    """Answers of POST /v1/completions. `echo` holds per choice the text that is put before the answer."""
+class Echo(NamedTuple):
+    """A prompt that is repeated before the answer, as text and as tokens."""
 
-    def __init__(self, model: TextModel, echo: Sequence[str] = ()) -> None:
+    text: str
+    token_ids: Sequence[int]
+
+
+class CompletionShape:
+    """Answers of POST /v1/completions. `echo` holds the prompt of each choice, if it is to be put before the answer;
+    `is_scored` says that its log-probabilities will come, and the text with them."""
+
+    def __init__(self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False) -> None:
         self._head = _head("cmpl", "text_completion", model.name)
         self._model = model
         self._echo = echo
+        self._is_scored = is_scored
         self._offsets: dict[int, TextOffset] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
-        for index, text in enumerate(self._echo):
-            self._offsets[index] = TextOffset(len(text))
-            yield self._chunk(index, text, None, None)
+        for index, echo in enumerate(self._echo):
+            if not self._is_scored:
+                self._offsets[index] = TextOffset(len(echo.text))
+                yield self._chunk(index, echo.text, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        if event.prompt_logprobs is not None:
+            if self._is_scored:
+                yield self._chunk(index, self._echo[index].text, self._prompt_logprobs(index, event), None)
+            return
         logprobs = None if event.logprob is None else self._logprobs(index, event)
         if event.text or logprobs or event.finish_reason:
             yield self._chunk(index, event.text, logprobs, event.finish_reason)
@@ -90,20 +104,36 @@ class CompletionShape:
         choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice], "usage": None}
 
+    def _prompt_logprobs(self, index: int, event: TokenEvent) -> Json:
+        """Every token of the prompt; the first has no probability, for nothing comes before it."""
+        assert event.prompt_logprobs is not None
+        first, *others = self._echo[index].token_ids
+        joined = self._token(index, first, None, None)
+        for token_id, (logprob, top) in zip(others, event.prompt_logprobs, strict=True):
+            token = TokenLogprob(token_id, logprob)
+            _joined(joined, self._token(index, token_id, logprob, self._top(token, top)))
+        return joined
+
     def _logprobs(self, index: int, event: TokenEvent) -> Json:
         assert event.token_id is not None and event.logprob is not None
-        chosen = TokenLogprob(event.token_id, event.logprob)
+        top = self._top(TokenLogprob(event.token_id, event.logprob), event.top_logprobs)
+        return self._token(index, event.token_id, event.logprob, top)
+
+    def _top(self, chosen: TokenLogprob, likeliest: Sequence[TokenLogprob]) -> dict[str, float]:
         top: dict[str, float] = {}
         # Different tokens can read the same; the dictionary has one entry, and the likelier token gets it.
-        for item in (chosen, *event.top_logprobs):
+        for item in (chosen, *likeliest):
             text = token_text(self._model, item.token_id, prefix="bytes:")
             top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
+        return top
+
+    def _token(self, index: int, token_id: int, logprob: float | None, top: dict[str, float] | None) -> Json:
         offset = self._offsets.setdefault(index, TextOffset(0))
         return {
-            "tokens": [token_text(self._model, chosen.token_id, prefix="bytes:")],
-            "token_logprobs": [max(chosen.logprob, LEAST_LOGPROB)],
+            "tokens": [token_text(self._model, token_id, prefix="bytes:")],
+            "token_logprobs": [logprob if logprob is None else max(logprob, LEAST_LOGPROB)],
             "top_logprobs": [top],
-            "text_offset": [offset.advance(self._model.token_bytes(chosen.token_id))],
+            "text_offset": [offset.advance(self._model.token_bytes(token_id))],
         }
 
 

@@ -175,11 +175,11 @@ COMMON_FIELDS = (
     Field("n", between(1, MAX_N)),
     Field("stream", boolean),
     Field("stream_options", _stream_options),
-    Field("max_tokens", between(1, 2**31)),
     Field("user", string),
 )
 COMPLETION_FIELDS = (
     *COMMON_FIELDS,
+    Field("max_tokens", between(0, 2**31)),
     *SAMPLING_FIELDS,
     Field("prompt", _prompts, is_required=True),
     Field("logprobs", between(0, MAX_LOGPROBS)),
@@ -189,6 +189,7 @@ COMPLETION_FIELDS = (
 )
 CHAT_FIELDS = (
     *COMMON_FIELDS,
+    Field("max_tokens", between(1, 2**31)),
     *SAMPLING_FIELDS,
     Field("messages", _messages, is_required=True),
     Field("max_completion_tokens", between(1, 2**31)),
@@ -221,7 +222,7 @@ class GenerationRequest:
         Choice k is sampled with seed + k: the choices differ, and the first is what n=1 would give.
         """
         # If the prompt fills the context, ask for one token all the same: the engine names both lengths.
-        max_tokens = self.max_tokens or max(1, max_len - prompt_len)
+        max_tokens = max(1, max_len - prompt_len) if self.max_tokens is None else self.max_tokens
         seed = self.params.seed
         if seed is not None and choice_idx:
             seed = (seed + choice_idx) % 2**63
@@ -234,6 +235,11 @@ class CompletionRequest(GenerationRequest):
 
     prompts: tuple[Prompt, ...]
     is_echo: bool
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the prompt is repeated with its log-probabilities."""
+        return self.is_echo and self.params.logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,10 +255,10 @@ def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionReq
     values = read_fields(raw, COMPLETION_FIELDS)
     common = _common(values, values.get("logprobs"), model_name=model_name)
     is_echo = values.get("echo", False)
-    if is_echo and "logprobs" in values:
-        raise InvalidRequest(
-            "echo with logprobs is not supported: prompts have no log-probabilities here", param="echo"
-        )
+    if values.get("max_tokens") == 0 and not is_echo:
+        raise InvalidRequest("max_tokens must be at least 1, unless echo is true", param="max_tokens")
+    if is_echo and ("logprobs" in values or values.get("max_tokens") == 0):
+        common["params"] = replace(common["params"], prompt_logprobs=values.get("logprobs", 0))
     best_of = values.get("best_of", common["n"])
     if best_of != common["n"]:
         raise InvalidRequest(f"best_of must be absent or equal n ({common['n']}), got {best_of}", param="best_of")

@@ -35,7 +35,7 @@ with running(session) as model:
 
 def test_every_setting_is_a_flag_of_the_verb() -> None:
     options = set(make_parser()._option_string_actions)
-    left_out = {"logprobs", "constraint", "max_batch", "max_waiting", "tool_format"}
+    left_out = {"logprobs", "prompt_logprobs", "constraint", "max_batch", "max_waiting", "tool_format"}
     wanted = {f.name for cls in (SamplingParams, EngineSettings) for f in fields(cls)} - left_out
     assert {flag_name(name) for name in wanted} <= options
 

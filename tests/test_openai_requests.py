@@ -66,6 +66,7 @@ BAD_FIELDS = [
     ("n", 17, "at most 16"),
     ("n", False, "an integer"),
     ("max_tokens", 0, "at least 1"),
+    ("max_tokens", -1, "at least"),
     ("max_tokens", "10", '"10"'),
     ("stream", 1, "true or false"),
     ("stream", "true", "true or false"),
