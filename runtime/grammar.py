@@ -91,6 +91,12 @@ class GrammarCompiler:
                     self._kept.popitem(last=False)
         return GrammarGuide(compiled.matcher.deep_copy(), compiled.first, self._pool, param=constraint.param)
 
+    def prepare(self) -> None:
+        """Make llguidance's view of the vocabulary now. It takes 0.4 s for 49,152 tokens and 2 s for 150,000, in which
+        no other Python thread runs: better before requests come than with the first that has a constraint."""
+        if self._eos_ids:
+            self._tokens()
+
     def close(self) -> None:
         """End the threads that compute masks. Idempotent."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -134,7 +140,7 @@ class GrammarCompiler:
         return _Compiled(matcher, first)
 
     def _tokens(self) -> "LLTokenizer":
-        """llguidance's view of the vocabulary, made on first use: it takes half a second."""
+        """llguidance's view of the vocabulary, made on first use."""
         from llguidance import LLTokenizer
 
         with self._making:

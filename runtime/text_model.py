@@ -190,6 +190,10 @@ class TextModel:
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
         return f"{text}, {self._precision}" if self._precision else text
 
+    def prepare_constraints(self) -> None:
+        """Get ready for requests with constraints, which would otherwise hold up everybody once."""
+        self._grammars.prepare()
+
     def start(self) -> None:
         """Start the engine's thread. Once only."""
         self._thread.start()

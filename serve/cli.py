@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
     def open_model(metrics: "ServerMetrics") -> "TextModel":
         from runtime.text_model import open_text_model
 
-        return open_text_model(args.artifact, engine, name=args.name, allow_failed=args.allow_failed, observer=metrics)
+        model = open_text_model(args.artifact, engine, name=args.name, allow_failed=args.allow_failed, observer=metrics)
+        model.prepare_constraints()
+        return model
 
     return serve(open_model, server, engine, question=args.ask)
 
