@@ -9,6 +9,7 @@ VERBS = {
     "generate": ("runtime.generate", "stream an answer to the terminal"),
     "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),
     "bench": ("runtime.bench", "prefill and decode speed, memory, fraction of the roofline"),
+    "key": ("serve.key_command", "make an API key for a server"),
     "inspect": ("runtime.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),
 }
 

@@ -64,6 +64,8 @@ class Choices:
         per_prompt = len(generations) // num_prompts
         self.num_prompt_tokens = sum(generation.prompt_tokens for generation in generations[::per_prompt])
         self.num_generated_tokens = 0
+        self.first_token_s: float | None = None
+        """When the first token came, in seconds of `time.monotonic`."""
 
     def __len__(self) -> int:
         return len(self._generations)
@@ -81,7 +83,9 @@ class Choices:
                     raise EngineFailed(event.error or "the engine stopped")
                 if event.finish_reason is FinishReason.CANCELLED:
                     raise Unavailable(event.error or "the server is stopping and did not finish this request")
-                self.num_generated_tokens += event.token_id is not None
+                if event.token_id is not None:
+                    self.num_generated_tokens += 1
+                    self.first_token_s = self.first_token_s or time.monotonic()
                 yield item
         finally:
             self.close()

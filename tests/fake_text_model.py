@@ -23,6 +23,7 @@ TEMPLATE = (
 
 def fake_text_model(
     *,
+    name: str = NAME,
     num_slots: int = 4,
     capacity: int = 256,
     max_waiting: int = 64,
@@ -41,7 +42,7 @@ def fake_text_model(
 
     tokenizer = byte_tokenizer()
     return TextModel(
-        name=NAME,
+        name=name,
         session=FakeSession(num_slots=num_slots, capacity=capacity, vocab_size=VOCAB_SIZE, on_run=run),
         tokenizer=tokenizer,
         chat_template=ChatTemplate(TEMPLATE, {"eos_token": EOS}) if has_template else None,

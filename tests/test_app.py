@@ -284,7 +284,7 @@ def test_engine_failure_inside_a_stream_is_an_event() -> None:
 
 def test_draining_refuses_with_retry_after(served: tuple[TextModel, FlaskClient]) -> None:
     model, client = served
-    assert client.get("/readyz").get_json() == {"status": "ready", "model": NAME}
+    assert client.get("/readyz").get_json() == {"status": "ready", "models": [NAME]}
     assert model.drain(5)
     for response in (client.get("/readyz"), client.post(COMPLETIONS, json=completion())):
         assert response.status_code == 503 and int(response.headers["Retry-After"]) >= 1
@@ -315,14 +315,14 @@ def test_metrics_count_what_happened(client: FlaskClient) -> None:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    assert samples["headrace_generated_tokens_total",] == 16
-    assert samples["headrace_prompt_tokens_total",] == 8
-    assert samples["headrace_requests_finished_total", "length"] == 2
-    assert samples["headrace_time_to_first_token_seconds_count",] == 2
-    assert samples["headrace_time_per_output_token_seconds_count",] == 2
-    assert samples["headrace_requests_waiting",] == samples["headrace_requests_running",] == 0
-    assert samples["headrace_kv_slots",] == 4 and samples["headrace_kv_tokens",] == 4 * 256
-    assert samples["headrace_batch_size_sum",] == 14
+    assert samples["headrace_generated_tokens_total", NAME] == 16
+    assert samples["headrace_prompt_tokens_total", NAME] == 8
+    assert samples["headrace_requests_finished_total", NAME, "length"] == 2
+    assert samples["headrace_time_to_first_token_seconds_count", NAME] == 2
+    assert samples["headrace_time_per_output_token_seconds_count", NAME] == 2
+    assert samples["headrace_requests_waiting", NAME] == samples["headrace_requests_running", NAME] == 0
+    assert samples["headrace_kv_slots", NAME] == 4 and samples["headrace_kv_tokens", NAME] == 4 * 256
+    assert samples["headrace_batch_size_sum", NAME] == 14
     assert samples["headrace_http_responses_total", COMPLETIONS, "200"] == 1
     assert samples["headrace_http_responses_total", COMPLETIONS, "400"] == 1
     assert samples["headrace_http_responses_total", "unmatched", "404"] == 1

@@ -29,7 +29,9 @@ HEAVY = {
     "huggingface_hub": {"export"},
     "pyarrow": {"export"},
     "flask": {"serve"},
+    "flask_cors": {"serve"},
     "gunicorn": {"serve"},
+    "limits": {"serve"},
     "prometheus_client": {"serve"},
     "onnxruntime": {"runtime", "export"},
 }
