@@ -17,6 +17,7 @@ from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
 from runtime.kv_budget import default_budget, format_bytes, kv_bytes_per_token, plan_slots
+from runtime.model_card import model_card
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.stop_strings import RequestText
@@ -88,8 +89,11 @@ class TextModel:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
         precision: str = "",
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
+        self.card = card or {}
+        """What the artifact says of itself, for people and clients; see runtime/model_card.py."""
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
@@ -101,9 +105,9 @@ class TextModel:
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
         self._request_numbers = itertools.count()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template."""
@@ -232,4 +236,5 @@ def open_text_model(
         settings=settings,
         observer=observer,
         precision=manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate"),
+        card=model_card(artifact),
     )

@@ -17,11 +17,24 @@ from serve.logs import write_access_line
 from serve.metrics import ServerMetrics
 from serve.model_registry import ModelRegistry
 from serve.models import models_blueprint
+from serve.openapi import openapi_blueprint
+from serve.page_routes import page_blueprint
 from serve.record import RequestRecord
 from serve.replying import Context
 from serve.settings import ServerSettings
+from serve.status import status_blueprint
+from serve.tokenize import tokenize_blueprint
 
-BLUEPRINTS = (completions_blueprint, chat_blueprint, models_blueprint, health_blueprint)
+BLUEPRINTS = (
+    completions_blueprint,
+    chat_blueprint,
+    models_blueprint,
+    tokenize_blueprint,
+    health_blueprint,
+    status_blueprint,
+    openapi_blueprint,
+    page_blueprint,
+)
 
 
 def create_app(

@@ -29,5 +29,6 @@ def models_blueprint(context: Context) -> Blueprint:
 
 
 def _described(generation: Generation) -> Json:
+    """OpenAI's model object, and what the artifact says of itself."""
     model = generation.model
-    return model_object(model.name, generation.created, model.max_len)
+    return {**model_object(model.name, generation.created, model.max_len), **model.card}

@@ -18,6 +18,7 @@ from serve.fields import (
     between,
     boolean,
     check_value,
+    described,
     integer,
     list_of,
     number,
@@ -25,6 +26,7 @@ from serve.fields import (
     read_fields,
     shown,
     string,
+    table_schema,
     unsupported,
 )
 
@@ -40,6 +42,11 @@ ROLES = ("system", "developer", "user", "assistant")
 Prompt = str | tuple[int, ...]
 
 
+TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+
+
+@described(anyOf=[TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOP_STRINGS}])
 def _stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]
@@ -49,11 +56,17 @@ def _stop(value: Any) -> tuple[str, ...]:
     return strings
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+@described(**TOKEN_IDS)
+def check_token_ids(value: Any) -> tuple[int, ...]:
     ids: tuple[int, ...] = list_of(integer, "token ids", max_len=2**20)(value)
     return ids
 
 
+def _many(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": MAX_PROMPTS}
+
+
+@described(anyOf=[TEXT, _many(TEXT), TOKEN_IDS, _many(TOKEN_IDS)])
 def _prompts(value: Any) -> tuple[Prompt, ...]:
     """The four forms of OpenAI's `prompt`, as a tuple of texts or of token id tuples."""
     if isinstance(value, str):
@@ -61,12 +74,19 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if not isinstance(value, list) or not value:
         raise MismatchError("a string, a list of strings, a list of token ids or a list of such lists; none empty")
     if isinstance(value[0], int):
-        return (_token_ids(value),)
+        return (check_token_ids(value),)
     if isinstance(value[0], list):
-        return tuple(list_of(_token_ids, "lists of token ids", max_len=MAX_PROMPTS)(value))
+        return tuple(list_of(check_token_ids, "lists of token ids", max_len=MAX_PROMPTS)(value))
     return tuple(list_of(string, "strings", max_len=MAX_PROMPTS)(value))
 
 
+@described(
+    type="object",
+    description="Token ids, as text, and what is added to their logits.",
+    propertyNames={"pattern": "^[0-9]{1,9}$"},
+    additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    maxProperties=MAX_BIASES,
+)
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise MismatchError(f"an object of at most {MAX_BIASES} token ids and numbers")
@@ -78,10 +98,14 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
+STREAM_OPTIONS_FIELDS = (Field("include_usage", boolean),)
+
+
+@described(**table_schema(STREAM_OPTIONS_FIELDS))
 def _stream_options(value: Any) -> bool:
     if not isinstance(value, dict):
         raise MismatchError("an object")
-    options = read_fields(value, (Field("include_usage", boolean),), "stream_options.")
+    options = read_fields(value, STREAM_OPTIONS_FIELDS, "stream_options.")
     return bool(options.get("include_usage", False))
 
 
@@ -95,10 +119,21 @@ CONTENT_PART_FIELDS = (
     Field("type", one_of("text"), is_required=True),
     Field("text", string, is_required=True),
 )
+CONTENT: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": table_schema(CONTENT_PART_FIELDS), "minItems": 1}]
+}
+
+
+@described(**CONTENT)
+def _any_content(value: Any) -> Any:
+    """Checked later, where the index of the message is known."""
+    return value
+
+
 NO_TOOLS = "tools are not supported"
 MESSAGE_FIELDS = (
     Field("role", one_of(*ROLES), is_required=True),
-    Field("content", lambda value: value, is_required=True),
+    Field("content", _any_content, is_required=True),
     Field("name", string),
     # What clients send back when they append the reply to the conversation.
     Field("refusal", unsupported("this model does not refuse")),
@@ -109,7 +144,8 @@ MESSAGE_FIELDS = (
 )
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
+@described(type="array", items=table_schema(MESSAGE_FIELDS), minItems=1, maxItems=MAX_MESSAGES)
+def read_messages(value: Any) -> tuple[dict[str, str], ...]:
     """Messages with their content as plain text. `developer` is the newer word for `system`."""
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
         raise MismatchError(f"a list of 1 to {MAX_MESSAGES} messages")
@@ -176,7 +212,7 @@ COMPLETION_FIELDS = (
 CHAT_FIELDS = (
     *COMMON_FIELDS,
     *SAMPLING_FIELDS,
-    Field("messages", _messages, is_required=True),
+    Field("messages", read_messages, is_required=True),
     Field("max_completion_tokens", between(1, 2**31)),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),

@@ -49,4 +49,5 @@ def fake_text_model(
         eos_ids=frozenset([EOS_ID]),
         settings=EngineSettings(max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64),
         observer=observer,
+        card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
     )
