@@ -31,7 +31,8 @@ RANGES: Mapping[str, Range] = {
     "top_k": Range(0, None),
     "top_p": Range(0, 1, is_low_open=True),
     "min_p": Range(0, 1),
-    "repetition_penalty": Range(0, 10, is_low_open=True),
+    # A logit is divided by it: by one near 0, it would leave float32.
+    "repetition_penalty": Range(0.01, 10),
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
     "seed": Range(-(2**63), 2**63 - 1),

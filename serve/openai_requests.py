@@ -57,7 +57,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 @described(**TOKEN_IDS)
-def check_token_ids(value: Any) -> tuple[int, ...]:
+def _token_ids(value: Any) -> tuple[int, ...]:
     ids: tuple[int, ...] = list_of(integer, "token ids", max_len=2**20)(value)
     return ids
 
@@ -74,9 +74,9 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if not isinstance(value, list) or not value:
         raise MismatchError("a string, a list of strings, a list of token ids or a list of such lists; none empty")
     if isinstance(value[0], int):
-        return (check_token_ids(value),)
+        return (_token_ids(value),)
     if isinstance(value[0], list):
-        return tuple(list_of(check_token_ids, "lists of token ids", max_len=MAX_PROMPTS)(value))
+        return tuple(list_of(_token_ids, "lists of token ids", max_len=MAX_PROMPTS)(value))
     return tuple(list_of(string, "strings", max_len=MAX_PROMPTS)(value))
 
 

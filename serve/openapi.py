@@ -19,7 +19,8 @@ from serve.openapi_replies import REPLIES, TEXT, Json, ref
 from serve.replying import Context
 from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 
-OPENAPI_VERSION = "3.1.0"
+OPENAPI_VERSION = "3.2.0"
+"""The first that can say what the events of a stream are."""
 JSON, EVENTS = "application/json", "text/event-stream"
 REQUEST_ERRORS = {400: "A field is wrong or not supported.", 404: "No such model.", 413: "The body is too large."}
 MODEL_ERRORS = {500: "The engine failed.", 503: "A model loads, or the server drains."}
@@ -176,8 +177,11 @@ def _content(operation: Operation) -> Json:
         return {operation.reply: {"schema": TEXT}}
     content: Json = {JSON: {"schema": ref(operation.reply)}}
     if operation.chunk is not None:
-        text = f"Server-sent events, each a {operation.chunk} as JSON, and at the end [DONE]; if `stream` is true."
-        content[EVENTS] = {"schema": {"type": "string", "description": text}}
+        data: Json = {"type": "string", "description": f"A {operation.chunk} or an Error as JSON; at the end [DONE]."}
+        content[EVENTS] = {
+            "schema": {"type": "string", "description": "The answer in pieces, if `stream` is true."},
+            "itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]},
+        }
     return content
 
 

@@ -3,10 +3,13 @@
 The page is public even where there are API keys: it holds no data, and asks for a key itself.
 """
 
+from pathlib import Path
+
 from flask import Blueprint, Response, send_from_directory
 
 from serve.replying import Context
 
+FILES = Path(__file__).parent / "page"
 HEADERS = {
     # The page's own files and this server's API, and no frame around it.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -33,6 +36,6 @@ def page_blueprint(_: Context) -> Blueprint:
 
 def _file(name: str) -> Response:
     """One of the files beside this module, in serve/page; 404 for any other name."""
-    response = send_from_directory("page", name)
+    response = send_from_directory(FILES, name)
     response.headers.update(HEADERS)
     return response

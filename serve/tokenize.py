@@ -6,10 +6,11 @@ from flask import Blueprint, Response, jsonify, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
-from serve.fields import Field, boolean, read_fields, string
-from serve.openai_requests import check_token_ids, read_messages
+from serve.fields import Field, boolean, integer, list_of, read_fields, string
+from serve.openai_requests import read_messages
 from serve.replying import Context, lease_model, read_json
 
+MAX_TOKENS = 2**20
 TOKENIZE_FIELDS = (
     Field("model", string),
     Field("prompt", string),
@@ -19,7 +20,7 @@ TOKENIZE_FIELDS = (
 )
 DETOKENIZE_FIELDS = (
     Field("model", string),
-    Field("tokens", check_token_ids, is_required=True),
+    Field("tokens", list_of(integer, "token ids", max_len=MAX_TOKENS), is_required=True),
 )
 
 
