@@ -19,6 +19,7 @@ from serve.record import RequestRecord, request_id_of
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/healthz", "/readyz", "/openapi.json"})
 LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions"})
 """What costs a model's time; the rest is not counted against a key."""
+TRACE_HEADERS = ("traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-Id",
     "Retry-After",
@@ -86,7 +87,10 @@ def register_access(app: Flask, access: Access, cors_origins: tuple[str, ...], o
         # First of all, so that even a refusal has an id and is counted.
         route = request.url_rule.rule if request.url_rule else "unmatched"
         proposed = request.headers.get("X-Request-Id")
-        g.record = RequestRecord(request_id=request_id_of(proposed), method=request.method, route=route)
+        trace_headers = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        g.record = RequestRecord(
+            request_id=request_id_of(proposed), method=request.method, route=route, trace_headers=trace_headers
+        )
         g.on_end = [on_every_end]
         if route in OPEN_ROUTES or request.method == "OPTIONS":
             return

@@ -24,6 +24,7 @@ from serve.replying import Context
 from serve.settings import ServerSettings
 from serve.status import status_blueprint
 from serve.tokenize import tokenize_blueprint
+from serve.traces import Traces
 
 BLUEPRINTS = (
     completions_blueprint,
@@ -42,6 +43,7 @@ def create_app(
     settings: ServerSettings | None = None,
     metrics: ServerMetrics | None = None,
     access: Access | None = None,
+    traces: Traces | None = None,
 ) -> Flask:
     """Make the application. A single model is a registry of one; `metrics` is then the observer it was opened with."""
     settings = settings or ServerSettings()
@@ -53,18 +55,20 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     app.json.sort_keys = False  # type: ignore[attr-defined]  # DefaultJSONProvider has it, the base class does not
     register_errors(app)
-    register_access(app, access, settings.cors_origin, _at_end(context))
+    register_access(app, access, settings.cors_origin, _at_end(context, traces))
     for make_blueprint in BLUEPRINTS:
         app.register_blueprint(make_blueprint(context))
     return app
 
 
-def _at_end(context: Context) -> OnEnd:
+def _at_end(context: Context, traces: Traces | None) -> OnEnd:
     """What is noted of every request when its last byte is out, or when the client has gone."""
 
     def note(record: RequestRecord) -> None:
         context.metrics.on_response(route=record.route, status=record.status, request_s=record.seconds)
         if context.settings.access_log:
             write_access_line(record)
+        if traces is not None:
+            traces.on_end(record)
 
     return note

@@ -7,6 +7,7 @@ Made in serve/access.py for every request and kept in Flask's `g`; knows nothing
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from serve.api_keys import ApiKey
@@ -33,6 +34,8 @@ class RequestRecord:
     model: str | None = None
     choices: Choices | None = None
     body: str | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+    """The client's traceparent and tracestate."""
     status: int = 0
     arrived_at: float = field(default_factory=time.time)
     arrived_s: float = field(default_factory=time.monotonic)

@@ -27,6 +27,9 @@ class ServerSettings:
     max_choices: int = setting(32, "most choices (prompts times n) in a request, at most --max-waiting")
     access_log: bool = setting(False, "write a line per request to standard output, without prompts and replies")
     log_prompts: bool = setting(False, "with --access-log: the request body too")
+    otlp_endpoint: str | None = setting(
+        None, "OpenTelemetry collector to send traces to, like http://127.0.0.1:4318", metavar="URL"
+    )
     log_format: str = setting("text", "text, or json: one JSON object a line")
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ from serve.app import create_app
 from serve.logs import configure_logging
 from serve.model_registry import ModelRegistry, OpenModel
 from serve.settings import ServerSettings
+from serve.traces import Traces, endpoint_of
 from serve.worker import DrainingWorker
 
 KEEPALIVE_S = 75
@@ -111,6 +112,7 @@ def run_server(
     `on_ready` is called in the worker when all are loaded. Health checks are answered before.
     """
     access = Access(_read_key_ring(settings))
+    endpoint_of(settings.otlp_endpoint)
     _allow_open_files(settings.max_connections)
     application = HeadraceApplication(sources, listener, settings, access, on_ready)
     code = 0
@@ -155,6 +157,7 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
         self._on_ready = on_ready
         self._goodbye = os.pipe()
         self._models = ModelRegistry(sources)
+        self._traces: Traces | None = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -184,7 +187,9 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
         """Called by the worker once it runs. Requests are answered from now on, with 503 until the models are there."""
         configure_logging(self.settings.log_format)
         threading.Thread(target=self._load_models, name="load", daemon=True).start()
-        app = create_app(self._models, self.settings, access=self._access)
+        if (endpoint := endpoint_of(self.settings.otlp_endpoint)) is not None:
+            self._traces = Traces(endpoint)
+        app = create_app(self._models, self.settings, access=self._access, traces=self._traces)
         app.wsgi_app = self._in_flight = InFlight(app.wsgi_app)  # type: ignore[method-assign]  # Flask's own seam
         return app
 
@@ -212,6 +217,7 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
 
     def say_goodbye(self) -> None:
         """In the worker: tell the master that nothing is left to wait for but the kernel freeing our memory."""
+        self.send_traces()
         os.write(self._goodbye[1], b".")
 
     def worker_said_goodbye(self, timeout_s: float) -> bool:
@@ -226,6 +232,12 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
         """Refuse new requests and wait for those that run, at most --drain-timeout seconds."""
         if not self._models.drain(self.settings.drain_timeout):
             sys.stderr.write(f"headrace serve: gave up on requests after {self.settings.drain_timeout:g} s\n")
+        self.send_traces()
+
+    def send_traces(self) -> None:
+        """Send the spans that wait for their batch, if there are any."""
+        if self._traces is not None:
+            self._traces.close()
 
 
 class InFlight:
