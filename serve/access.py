@@ -16,7 +16,7 @@ from serve.errors import UnauthorizedError
 from serve.rate_limits import RateLimits
 from serve.record import RequestRecord, request_id_of
 
-OPEN_ROUTES = frozenset({"/", "/page/<name>", "/healthz", "/readyz", "/openapi.json"})
+OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
 LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions"})
 """What costs a model's time; the rest is not counted against a key."""
 TRACE_HEADERS = ("traceparent", "tracestate")

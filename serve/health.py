@@ -15,6 +15,7 @@ def health_blueprint(context: Context) -> Blueprint:
     blueprint = Blueprint("health", __name__)
     models = context.models
 
+    @blueprint.get("/health")  # what vLLM's server and the load generators made for it say
     @blueprint.get("/healthz")
     def healthz() -> Response:
         if reasons := list(models.failures()):

@@ -76,6 +76,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Text of token ids", reply="Text", table=DETOKENIZE_FIELDS, request_name="DetokenizeRequest"
     ),
     ("get", "/healthz"): Operation(summary="Whether the process lives", reply="Healthy", unwell=True),
+    ("get", "/health"): Operation(summary="The same, as other servers name it", reply="Healthy", unwell=True),
     ("get", "/readyz"): Operation(summary="Whether it takes requests", reply="Ready", unwell=True),
     ("get", "/status"): Operation(summary="What runs now", reply="Status"),
     ("get", "/metrics"): Operation(summary="Prometheus metrics", reply="text/plain"),
