@@ -98,15 +98,17 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-STREAM_OPTIONS_FIELDS = (Field("include_usage", boolean),)
+STREAM_OPTIONS_FIELDS = (Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
+"""The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
 
 
 @described(**table_schema(STREAM_OPTIONS_FIELDS))
-def _stream_options(value: Any) -> bool:
+def _stream_options(value: Any) -> frozenset[str]:
+    """The options that are true."""
     if not isinstance(value, dict):
         raise MismatchError("an object")
     options = read_fields(value, STREAM_OPTIONS_FIELDS, "stream_options.")
-    return bool(options.get("include_usage", False))
+    return frozenset(name for name, is_on in options.items() if is_on)
 
 
 def _response_format(value: Any) -> None:
@@ -239,6 +241,8 @@ class GenerationRequest:
     n: int
     is_stream: bool
     include_usage: bool
+    has_running_usage: bool
+    """Whether every chunk has the usage so far."""
 
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
@@ -310,6 +314,7 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         )
     if "stream_options" in values and not values.get("stream", False):
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    options = values.get("stream_options", frozenset())
     sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
@@ -319,5 +324,6 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         "max_tokens": values.get("max_tokens"),
         "n": values.get("n", 1),
         "is_stream": values.get("stream", False),
-        "include_usage": values.get("stream_options", False),
+        "include_usage": "include_usage" in options,
+        "has_running_usage": {"include_usage", "continuous_usage_stats"} <= options,
     }

@@ -19,7 +19,7 @@ from serve.errors import ClientGoneError, error_body
 from serve.fields import read_object
 from serve.http_metrics import HttpMetrics
 from serve.model_registry import ModelRegistry
-from serve.openai_replies import Json, ReplyShape, chunks_of
+from serve.openai_replies import Json, ReplyShape, chunks_of, usage
 from serve.openai_requests import GenerationRequest
 from serve.record import RequestRecord
 from serve.settings import ServerSettings
@@ -97,6 +97,8 @@ def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> R
     chunks = chunks_of(choices, shape)
     if not wanted.is_stream:
         return jsonify(shape.fold(chunks))
+    if wanted.has_running_usage:
+        chunks = (chunk | {"usage": usage(choices)} for chunk in chunks)
     response = Response(_events(chunks, include_usage=wanted.include_usage), mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"  # nginx would otherwise hold the tokens back

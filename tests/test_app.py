@@ -121,6 +121,15 @@ def test_completion_stream_adds_up_to_the_whole_reply(client: FlaskClient) -> No
     assert texts[0] != texts[1]
 
 
+def test_usage_so_far_in_every_chunk(client: FlaskClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [
+        chunk["usage"]["completion_tokens"]
+        for chunk in stream(client, COMPLETIONS, completion(ignore_eos=True, stream_options=options))
+    ]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 8 and len(counts) > 3
+
+
 def test_every_form_of_prompt_gets_the_same_answer(client: FlaskClient) -> None:
     text = post(client, COMPLETIONS, completion())["choices"][0]["text"]
     served_ids = fake_text_model().encode("once")
