@@ -37,6 +37,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    _add_calibration_flags(parser)
+    parser.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="FIGURE=LIMIT",
+        help="another limit for a figure of the receipt, like perplexity_increase=0.005; may be repeated",
+    )
+    parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
+    parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
+    return parser
+
+
+def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     calibration = parser.add_argument_group("calibration, for the precisions that need it")
     calibration.add_argument(
         "--calib",
@@ -63,16 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_argument(
         "--ignore-memory", action="store_true", help="start although the memory it is predicted to take is not free"
     )
-    parser.add_argument(
-        "--gate",
-        action="append",
-        default=[],
-        metavar="FIGURE=LIMIT",
-        help="another limit for a figure of the receipt, like perplexity_increase=0.005; may be repeated",
-    )
-    parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
-    parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
-    return parser
 
 
 def main(argv: list[str]) -> int:

@@ -86,7 +86,6 @@ class ExportOptions:
     force: bool = False
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     limits: Mapping[str, float] = field(default_factory=dict)
-    """The user's own gates, by figure."""
     kv: str = COMPUTE
     dialects: tuple[str, ...] = ("ort",)
     """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
