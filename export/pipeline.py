@@ -88,7 +88,6 @@ class ExportOptions:
     limits: Mapping[str, float] = field(default_factory=dict)
     kv: str = COMPUTE
     dialects: tuple[str, ...] = ("ort",)
-    """Which of `runtime.artifact.DIALECT_FILES`; the first is the one other tools take unless told."""
 
 
 def export_model(options: ExportOptions) -> Artifact:
@@ -99,10 +98,10 @@ def export_model(options: ExportOptions) -> Artifact:
     """
     check_dialects(options.dialects, options.precision)
     check_kv(options.kv, options.dialects, options.precision)
-    check_limits(options.limits, options.dialects, options.precision, options.kv)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     stored_bits = getattr(checkpoint, "stored_bits", None)
     precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
+    check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
     _check_quantization(options, precision)
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
