@@ -16,7 +16,9 @@ Scaling as AWQ does before GPTQ raised the output error on unseen text in each k
 to nearest, gate_up 0.81 to 0.84, down 0.94 to 1.05). Other blocks, output error of round to nearest in five layers
 against 32 with a zero point: 16 gives 0.79 to 0.85 for a quarter more bytes, 64 1.44, 128 1.44 to 1.88, 32 without a
 zero point 1.14 to 1.18. The checkpoint at hand was itself quantized in blocks of 32 with a float minimum; the kernel's
-zero points are whole numbers, so none of these schemes reproduces it.
+zero points are whole numbers, so none of these schemes reproduces it, but they profit: in the basis of rotation.py,
+where nothing is left of those blocks, round to nearest costs +21.0 % and +25.3 % (KL 0.214, 0.208). GPTQ was not
+measured there.
 """
 
 from collections.abc import Sequence
