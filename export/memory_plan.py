@@ -26,6 +26,7 @@ from export.sensitivity import NUM_SEQUENCES as NUM_MEASURED
 from export.verify import BATCH, WINDOW
 from runtime.errors import InvalidSetting
 from runtime.kv_budget import available_memory, format_bytes, kv_bytes_per_token
+from runtime.scoring import CHUNK
 
 # The interpreter with its libraries and what the allocator keeps between phases; a worker's BLAS buffer and arena.
 _PROCESS, _WORKER = 110e6, 55e6
@@ -41,6 +42,7 @@ _INVERTED = 36  # one of them in float64, its factor, the factor's inverse, and 
 _SOLVED = 8  # what is left of them in float32
 _SWEPT = 17  # an output's target, what is left of it, its errors and its integers
 _SEEN = 14  # an input, rounded in two passes and weighted
+_COMPARED = 24  # of a logit: both models', their logarithms, and what the divergence is summed from
 _RUN = 2.5  # int8 weights: mapped from the file, and packed for the kernel
 
 
@@ -106,7 +108,7 @@ def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
     streams = 4 * measured * s.hidden * (1 + len(s.matrices) * config.num_layers)
     logits = 4 * measured * s.vocab
     changed = s.side_by_side([_NEAREST * prod(shape) + measured * s.live for shape in s.matrices])
-    heads = 4 * s.head + max((1 + 5 * s.workers) * logits, _NEAREST * s.head * 3 / 4 + logits)
+    heads = 4 * s.head + max((1 + 4 * s.workers) * logits, _NEAREST * s.head * 3 / 4 + logits)
     costs = streams + max(s.layer + changed, heads)
 
     tokens = min(num_samples, NUM_SEQUENCES) * length
@@ -139,7 +141,7 @@ def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated) -> float:
     )
     layers = s.weights * config.num_layers * (1 if scheme is Calibrated.INT8 else 0.625)
     heads = s.head * (1 if config.tie_word_embeddings and scheme is Calibrated.BLOCKS else 2) * 1.125
-    return _RUN * (layers + heads) + cache + 4 * s.weights + 4 * s.head
+    return _RUN * (layers + heads) + cache + 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
 
 
 def check_memory(
