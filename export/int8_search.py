@@ -147,10 +147,10 @@ def round_weights(
                 return _rounded(layer.inputs[kind], layer.matrices[kind], layer.token_weight[kind],
                                 ranges[Site(layer.layer, kind)])  # fmt: skip
 
-            is_small = max(matrix.shape[1] for matrix in layer.matrices.values()) <= MAX_SIDE_BY_SIDE
-            for kind, rows in zip(
-                layer.inputs, (in_order if is_small else map)(rounded_rows, layer.inputs), strict=True
-            ):
+            # The longest first, so that the cores end together.
+            kinds = sorted(layer.inputs, key=layer.num_inputs, reverse=True)
+            is_small = layer.matrices[kinds[0]].shape[1] <= MAX_SIDE_BY_SIDE
+            for kind, rows in zip(kinds, (in_order if is_small else map)(rounded_rows, kinds), strict=True):
                 rounded.put(Site(layer.layer, kind), rows)
             bar.update(1)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+from export.activation_stats import NUM_FOLDS
 from export.calibrate import CHUNK_BYTES, token_bytes
 from export.config import ModelConfig
 from export.error_compensation import MAX_COMPENSATED
@@ -21,6 +22,7 @@ from export.precision import Calibrated
 from export.range_search import MAX_OUTPUTS
 from export.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.search_pass import NUM_SEQUENCES
+from export.sensitivity import FOLD as MEASURED_FOLD
 from export.sensitivity import LENGTH as MEASURED_LENGTH
 from export.sensitivity import NUM_SEQUENCES as NUM_MEASURED
 from export.verify import BATCH, WINDOW
@@ -36,6 +38,7 @@ _LIVE = 0.75
 # Bytes for each weight, or each pair of input channels, of what is worked on.
 _LOADED = 8  # float32, and again rotated, smoothed or as magnitudes
 _JUDGED = 52  # ten candidates in float32 and the one being made, see range_search.py
+_SMOOTHED = 8  # the weights times a vector, and what was made on the way
 _NEAREST = 16  # smoothed, divided, rounded and widened again
 _GRAMS = 8  # two Gram matrices
 _INVERTED = 36  # one of them in float64, its factor, the factor's inverse, and the product
@@ -104,11 +107,12 @@ def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
     judged_head = _LOADED * s.head + _JUDGED * min(s.vocab, MAX_OUTPUTS) * s.hidden
     statistics = max(_LOADED * s.head, s.layer + max(passing, s.side_by_side(judged), judged_head))
 
-    measured = min(num_samples, NUM_MEASURED) * min(length, MEASURED_LENGTH)
+    of_fold = len(range(MEASURED_FOLD, num_samples, NUM_FOLDS)) or num_samples
+    measured = min(of_fold, NUM_MEASURED) * min(length, MEASURED_LENGTH)
     streams = 4 * measured * s.hidden * (1 + len(s.matrices) * config.num_layers)
     logits = 4 * measured * s.vocab
-    changed = s.side_by_side([_NEAREST * prod(shape) + measured * s.live for shape in s.matrices])
-    heads = 4 * s.head + max((1 + 4 * s.workers) * logits, _NEAREST * s.head * 3 / 4 + logits)
+    changed = s.side_by_side([_SMOOTHED * prod(shape) + measured * s.live for shape in s.matrices])
+    heads = 4 * s.head + max((1 + 4 * s.workers) * logits, _SMOOTHED * s.head + logits)
     costs = streams + max(s.layer + changed, heads)
 
     tokens = min(num_samples, NUM_SEQUENCES) * length

@@ -34,6 +34,10 @@ class LayerInputs(NamedTuple):
     matrices: dict[str, Array]
     token_weight: dict[str, Array]
 
+    def num_inputs(self, kind: str) -> int:
+        """K of a kind's matrix."""
+        return int(self.matrices[kind].shape[1])
+
 
 class SearchPass:
     """Sequences to search on; iterate to get one `LayerInputs` a layer, the LM head's last."""
