@@ -51,36 +51,39 @@ class Grid(NamedTuple):
 class Moments:
     """Sums over tokens that error compensation needs: Gram matrix of the rounded input, and against the exact one.
 
-    float32 `[K, K]` each; memory does not grow with the tokens.
+    float32 `[K, K]` each; memory does not grow with the tokens. Without the exact input (`crossed` None) only the
+    weights' own errors are made up for (GPTQ), not those of the input.
     """
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, *, aims_at_exact: bool) -> None:
         self.rounded = np.zeros((num_channels, num_channels), np.float32)
-        self.crossed = np.zeros((num_channels, num_channels), np.float32)
+        self.crossed = np.zeros((num_channels, num_channels), np.float32) if aims_at_exact else None
 
     def update(self, exact: Array, rounded: Array, token_weight: Array) -> None:
         """Add rows `[n, K]`; token_weight `[n]` says how much a token's error matters."""
         root = np.sqrt(token_weight)[:, None]
         halfway = rounded * root
         self.rounded += halfway.T @ halfway  # of one array with itself: half the arithmetic
-        self.crossed += exact.T @ (halfway * root)
+        if self.crossed is not None:
+            self.crossed += exact.T @ (halfway * root)
 
 
 class Problem(NamedTuple):
     """What rounding the matrices of one input has to solve.
 
-    best: float32 `[K, K]`: weights times this do best with the rounded input while they are real (least squares)
+    best: float32 `[K, K]`: weights times this do best with the rounded input while they are real (least squares); None
+        for the weights as they are
     factor: float32 `[K, K]`, upper, in the columns' order: the inverse of the Gram matrix is `factor' factor`
     order: int64 `[K]`, which column is rounded first, second ...
     """
 
-    best: Array
+    best: Array | None
     factor: Array
     order: NDArray[np.int64]
 
     def target(self, weight: Array) -> Array:
         """What float32 `[N, K]` is to come near to."""
-        return np.asarray(weight @ self.best)
+        return weight if self.best is None else np.asarray(weight @ self.best)
 
 
 def problem_of(
@@ -108,8 +111,10 @@ def problem_of(
     # gram = U U', U upper, so its inverse is F' F with F = inverse of U, upper too: one factor serves both steps.
     upper = np.linalg.cholesky(prepared(moments.rounded)[::-1, ::-1])[::-1, ::-1]
     factor = np.linalg.inv(upper)
-    best = np.empty(factor.shape, np.float32)
-    best[np.ix_(order, order)] = prepared(moments.crossed) @ factor.T @ factor
+    best = None
+    if moments.crossed is not None:
+        best = np.empty(factor.shape, np.float32)
+        best[np.ix_(order, order)] = prepared(moments.crossed) @ factor.T @ factor
     return Problem(best, factor.astype(np.float32), order)
 
 

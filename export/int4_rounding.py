@@ -167,7 +167,7 @@ class _LayerRounder:
     def _rounded(self, kind: str, x: Array, matrix: Array, blocks: Blocks) -> QuantizedRows:
         if blocks.symmetric or matrix.shape[1] > MAX_COMPENSATED:
             return quantize_rows(matrix, bits=blocks.bits, block_size=blocks.block_size, symmetric=blocks.symmetric)
-        moments = Moments(matrix.shape[1])
+        moments = Moments(matrix.shape[1], aims_at_exact=True)
         moments.update(self._exact.inputs[kind], x, self._token_weight(kind))
         return compensated_rows(matrix, moments, blocks)
 

@@ -4,7 +4,7 @@
     x      ~ rint(x / scale) * scale   -128 .. 127: uint8 with zero point 128 on x86, int8 with 0 on TensorRT
 
 `rounded_to_nearest` takes each weight alone; `error_compensated` lets the columns still to be rounded make up for
-those that were, and for a part of the activations' own error: see error_compensation.py.
+those that were (GPTQ): see error_compensation.py.
 """
 
 from typing import NamedTuple

@@ -159,6 +159,8 @@ def _rounded(inputs: Array, matrix: Array, token_weight: Array, chosen: Range) -
     """One site's weights; inputs `[tokens, K]` smoothed, matrix `[N, K]`."""
     if matrix.shape[1] > MAX_COMPENSATED:
         return rounded_to_nearest(matrix)
-    moments = Moments(matrix.shape[1])
+    # Aiming at the exact input's product as well fits the calibration text, not the next: on SmolLM2-135M, 4,608 tokens
+    # held out, KL 0.0043 against 0.0039.
+    moments = Moments(matrix.shape[1], aims_at_exact=False)
     moments.update(inputs, rounded_activations(inputs, chosen.scale, chosen.fine_scale), token_weight)
     return error_compensated(matrix, moments)

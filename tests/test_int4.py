@@ -35,7 +35,7 @@ INT4 = Blocks(bits=4, block_size=32, symmetric=False)
 
 
 def moments_of(x: np.ndarray, exact: np.ndarray | None = None) -> Moments:
-    moments = Moments(x.shape[1])
+    moments = Moments(x.shape[1], aims_at_exact=True)
     moments.update(x if exact is None else exact, x, np.ones(len(x), np.float32))
     return moments
 
