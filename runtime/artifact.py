@@ -7,6 +7,7 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
     receipt.json      what the exported model was compared with, and how close it is
     choice.json       where the precision was chosen by measurement: the table it was chosen from
+    engines/          TensorRT engines built from it later, not part of the manifest: see engine_files.py
 
 Reading only; `export/writer.py` writes them. Nothing here loads a model.
 """
