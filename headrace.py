@@ -5,6 +5,7 @@ import sys
 
 VERBS = {
     "export": ("export.cli", "write a checkpoint as an ONNX artifact"),
+    "engine": ("export.engine_cli", "compile an artifact for TensorRT"),
     "serve": ("serve.cli", "serve an artifact over HTTP"),
     "generate": ("runtime.generate", "stream an answer to the terminal"),
     "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),

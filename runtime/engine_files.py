@@ -59,14 +59,12 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What an engine was built from and for; the .json beside its plan.
+class EngineIdentity:
+    """All that makes two engines differ.
 
     version: of the library, as it gives it; gpus: compute capabilities, like sm86
     device: name of the one GPU an engine of `tensorrt` was built on; such engines run on no other model
     graph, weights: sha256 of the ONNX file, and of each file that holds its weights
-    layers: how many attention, kv_cache_update, quantize and dequantize layers the parsed network had
-    build: seconds, predicted and measured peak bytes, weight bytes
     """
 
     target: str
@@ -77,19 +75,31 @@ class EngineInfo:
     graph: str
     weights: Mapping[str, str]
     profiles: tuple[Profile, ...]
-    plan: FileEntry
-    layers: Mapping[str, int]
-    build: Mapping[str, float]
 
     @property
     def key(self) -> str:
-        """Twelve hex digits of everything that makes two engines differ."""
-        return engine_key(self.target, self.version, self.gpus, self.device, self.graph, self.weights, self.profiles)
+        """Twelve hex digits of everything here."""
+        parts = {name: getattr(self, name) for name in EngineIdentity.__dataclass_fields__}
+        plain = {**parts, "profiles": [asdict(profile) for profile in self.profiles]}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def stem(self) -> str:
         """File name of the plan and its .json, without the ending."""
-        return engine_stem(self.target, self.gpus, self.version, self.key)
+        return f"{self.target}-{'+'.join(self.gpus)}-{self.version}-{self.key}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo(EngineIdentity):
+    """What an engine was built from and for; the .json beside its plan.
+
+    layers: how many attention, kv_cache_update, quantize and dequantize layers the parsed network had
+    build: seconds, predicted and measured peak bytes, weight bytes
+    """
+
+    plan: FileEntry
+    layers: Mapping[str, int]
+    build: Mapping[str, float]
 
     @property
     def max_batch(self) -> int:
@@ -139,25 +149,6 @@ class EngineInfo:
 
 def _profile(*, name: str, **spans: list[int]) -> Profile:
     return Profile(name=name, **{dim: Span(*sizes) for dim, sizes in spans.items()})
-
-
-def engine_key(
-    target: str,
-    version: str,
-    gpus: tuple[str, ...],
-    device: str | None,
-    graph: str,
-    weights: Mapping[str, str],
-    profiles: tuple[Profile, ...],
-) -> str:
-    """Twelve hex digits of what an engine depends on."""
-    parts = [target, version, sorted(gpus), device, graph, sorted(weights.items()), [asdict(each) for each in profiles]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def engine_stem(target: str, gpus: tuple[str, ...], version: str, key: str) -> str:
-    """<target>-<gpus>-<version>-<key>, the capabilities joined by +."""
-    return f"{target}-{'+'.join(gpus)}-{version}-{key}"
 
 
 class EngineFile(NamedTuple):

@@ -1,0 +1,74 @@
+"""Writes and removes the files of an artifact's `engines/`: whole or not at all. runtime/engine_files.py reads them."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from runtime.artifact import Artifact
+from runtime.engine_files import ENGINES, EngineInfo, engine_files
+from runtime.errors import HeadraceError, InvalidSetting
+
+_PARTIAL = ".partial-"
+
+
+def engine_directory(artifact: Artifact) -> Path:
+    """The artifact's `engines/`, made if need be, without what killed builds left there."""
+    directory = artifact.path / ENGINES
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidSetting(f"cannot write to {directory}: {error.strerror}") from error
+    for left in leftovers(artifact):
+        left.unlink(missing_ok=True)
+    return directory
+
+
+def write_engine(directory: Path, info: EngineInfo, plan: bytes) -> Path:
+    """Write plan and .json; the plan's path. The .json comes first: a plan is never there without it."""
+    file = directory / f"{info.stem}.plan"
+    write_whole(file.with_suffix(".json"), info.to_json().encode())
+    write_whole(file, plan)
+    return file
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write under a temporary name, sync, rename. HeadraceError if the disk is full; nothing is left then."""
+    partial = file.with_name(f"{file.name}{_PARTIAL}{os.getpid()}")
+    try:
+        with partial.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HeadraceError(f"the disk is full: {file} needs {len(data) / 1e6:,.0f} MB") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def leftovers(artifact: Artifact) -> Iterator[Path]:
+    """Half-written files of builds that no longer run."""
+    for file in sorted((artifact.path / ENGINES).glob(f"*{_PARTIAL}*")):
+        pid = file.name.rpartition("-")[2]
+        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            yield file
+
+
+def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
+    """Remove what cannot be used (or everything, timing caches too): the files that went, by name."""
+    directory = artifact.path / ENGINES
+    usable = {engine.plan.stem for engine in engine_files(artifact) if engine.problem is None}
+    gone = list(leftovers(artifact))
+    for file in sorted(directory.glob("*")):
+        is_engine = file.suffix in (".plan", ".json")
+        if _PARTIAL not in file.name and (everything or (is_engine and file.stem not in usable)):
+            gone.append(file)
+    for file in gone:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        directory.rmdir()
+    return sorted(set(gone))

@@ -1,0 +1,36 @@
+"""The timing cache of `tensorrt`: what its kernels took on this GPU, so that the next build need not measure again.
+
+TensorRT-RTX measures when it runs, and has none. A cache is worth nothing elsewhere; one that does not fit is replaced.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from export.engine_store import write_whole
+from runtime.engine_files import EngineIdentity
+
+SUFFIX = ".timings"
+
+
+def timings_file(directory: Path, identity: EngineIdentity) -> Path:
+    """Where the cache of one library release and GPU lies."""
+    return directory / f"{identity.target}-{'+'.join(identity.gpus)}-{identity.version}{SUFFIX}"
+
+
+def attach_timings(config: Any, file: Path) -> bool:
+    """Give a builder config the cache of a file, or an empty one; False, with a word, if the file's does not fit."""
+    kept = file.read_bytes() if file.is_file() else b""
+    cache = config.create_timing_cache(kept)
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return True
+    sys.stderr.write(f"{file} is of another GPU or release, or damaged: not used, and measured again\n")
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return False
+
+
+def keep_timings(config: Any, file: Path) -> None:
+    """Write what the build measured."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        write_whole(file, bytes(cache.serialize()))
