@@ -41,13 +41,11 @@ from export.kv_calibration import (
     with_kv_statistics,
 )
 from export.kv_scales import PER_CHANNEL, KvScales
-from export.minmax import minmax_scales
-from export.precision import Precision, precision_named
+from export.precision import EXPORTABLE, Calibrated, Precision, precision_named
 from export.self_samples import artifact_generator
 from export.trt_dialect import write_trt_graph
-from export.trt_linear import ActivationScales
 from export.trt_precision import trt_precision_named
-from export.verify import calibration_windows, verify
+from export.verify import verify
 from export.weight_file import WeightFile
 from runtime.artifact import (
     DIALECT_FILES,
@@ -107,8 +105,8 @@ def export_model(options: ExportOptions) -> Artifact:
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
         model = None
-        if precision is not None and precision.calibrated is not None:
-            model = _calibrated_model(staging, checkpoint, config, precision, options, max_len)
+        if (calibrated := _calibrated(options.precision, precision)) is not None:
+            model = _calibrated_model(staging, checkpoint, config, calibrated, options, max_len)
         kv = _kv_calibration(staging, checkpoint, config, options, max_len, model) if options.kv == INT8 else None
         draft = write_unverified(
             staging,
@@ -154,7 +152,8 @@ def write_unverified(
     kv: statistics of K and V for an int8 cache
     """
     if model is not None:
-        checkpoint, config, precision = model.checkpoint, model.config, model.precision
+        checkpoint, config = model.checkpoint, model.config
+        precision = None if precision is None else model.precision
     calibration = kv if kv is not None or model is None else model.calibration
     if calibration is not None:
         save_calibration(directory, calibration)
@@ -168,6 +167,14 @@ def write_unverified(
     if scales is not None:
         manifest = replace(manifest, kv=KvContract(dtype="int8", scales=PER_CHANNEL))
     return Artifact(directory, manifest, {})
+
+
+def _calibrated(name: str, precision: Precision | None) -> Precision | None:
+    """The precision to calibrate for, if it needs that. TensorRT's own graph has int8 ranges, but no calibrated int4."""
+    if precision is not None:
+        return precision if precision.calibrated is not None else None
+    row = EXPORTABLE.get(name)
+    return row if row is not None and row.calibrated is Calibrated.INT8 else None
 
 
 def _calibrated_model(
@@ -267,7 +274,6 @@ def _write_graphs(
                 staging, counting, config, precision, max_len, weights, int8_layers, kv_scales
             )
         if others:
-            scales = _activation_scales(staging, checkpoint, config, name)
             with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
                     step_weight_bytes[dialect] = write_trt_graph(
@@ -278,7 +284,7 @@ def _write_graphs(
                         name,
                         max_len=max_len,
                         weights=rest,
-                        scales=scales,
+                        int8_layers=int8_layers,
                     )
     return step_weight_bytes[dialects[0]]
 
@@ -302,13 +308,6 @@ def _write_ort_graph(
     weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
     return graph.step_weight_bytes()
-
-
-def _activation_scales(staging: Path, checkpoint: Checkpoint, config: ModelConfig, precision: str) -> ActivationScales:
-    """For int8 activations only: from the built-in text, or random ids where there is no tokenizer."""
-    if precision != "w8a8":
-        return {}
-    return minmax_scales(checkpoint, config, calibration_windows(staging / "tokenizer.json", config))
 
 
 class _Counting:

@@ -74,19 +74,14 @@ def run_reference(
     sequences: Sequence[Sequence[int]],
     *,
     on_layer: Callable[[], object] = lambda: None,
-    on_input: Callable[[str, Array], object] = lambda _name, _inputs: None,
 ) -> ReferenceStates:
-    """Run the sequences, each alone and causal; `on_layer` is called after each layer.
-
-    `on_input` sees the float32 `[tokens, K]` that goes into each projection, by its name without `.weight`.
-    """
+    """Run the sequences, each alone and causal; `on_layer` is called after each layer."""
     tables = rope_tables(config.rope, config.head_dim, max(map(len, sequences)))
     edges = np.cumsum([0, *map(len, sequences)])
     x = embed(checkpoint, sequences)
     for layer in range(config.num_layers):
         block = load_block(checkpoint, config, layer)
-        product = _watched(block, layer, on_input)
-        x = run_block(block, config, layer, x, edges, tables, product=product)
+        x = run_block(block, config, layer, x, edges, tables)
         on_layer()
     x = rms_norm(x, checkpoint.load("model.norm.weight"), config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -158,15 +153,6 @@ def run_block(
     activated = _silu(gate)
     activated *= up
     return x + linear("down", activated)
-
-
-def _watched(block: Block, layer: int, on_input: Callable[[str, Array], object]) -> Product:
-    def product(kind: str, inputs: Array) -> Array:
-        for name in PROJECTIONS[kind]:
-            on_input(f"model.layers.{layer}.{name}", inputs)
-        return block.product(kind, inputs)
-
-    return product
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:

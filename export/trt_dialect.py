@@ -1,7 +1,8 @@
 """Writes the graph of a TensorRT dialect beside the `ort` one, sharing its weights where the bytes are the same.
 
-fp32 and fp16 share everything but half-precision norms; quantized precisions share nothing: ONNX Runtime's blocks are
-unsigned with a zero point and lie along the inputs of a row, TensorRT's are signed, without one, in the MatMul's order.
+fp32 and fp16 share everything but half-precision norms, w8a8 its integers. Weight-only precisions share nothing: ONNX
+Runtime's blocks are unsigned with a zero point and lie along the inputs of a row, TensorRT's are signed, without one,
+in the MatMul's order.
 """
 
 import importlib.metadata
@@ -13,8 +14,9 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.graph_builder import GraphBuilder
+from export.int8_linear import Int8Layers
 from export.trt_decoder import TrtDecoderGraph
-from export.trt_linear import ActivationScales, TrtLinear
+from export.trt_linear import TrtLinear
 from export.trt_operators import FusedOperators
 from export.trt_plain import PlainOperators
 from export.trt_precision import trt_precision_named
@@ -36,14 +38,14 @@ def write_trt_graph(
     *,
     max_len: int,
     weights: WeightFile,
-    scales: ActivationScales,
+    int8_layers: Int8Layers,
 ) -> int:
-    """Write one graph; the bytes of weights that every run reads."""
+    """Write one graph; the bytes of weights that every run reads. `int8_layers`: of calibrated precisions."""
     import onnx
 
     kind, row = _OPERATORS[dialect], trt_precision_named(precision)
     g = GraphBuilder(weights, opsets={"": kind.opset}, ir_version=kind.ir_version)
-    operators, linear = kind(g, config), TrtLinear(g, row, scales)
+    operators, linear = kind(g, config), TrtLinear(g, row, int8_layers)
     TrtDecoderGraph(g, checkpoint, config, row, max_len=max_len, operators=operators, linear=linear).build()
     file = directory / DIALECT_FILES[dialect]
     ir.save(g.model(config.model_type, importlib.metadata.version("headrace")), file)

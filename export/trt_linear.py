@@ -1,11 +1,13 @@
 """Linear layers of the `trt` dialects: QuantizeLinear and DequantizeLinear around a MatMul, which TensorRT fuses.
 
 Every scheme is symmetric, its zero point 0 left out. Weights lie as `[K, N]`, the MatMul's own order, so that a wide
-one is byte for byte the `ort` dialect's. Scales have the compute type (the network is strongly typed), and integers
-are rounded with the scale as stored, so a half-precision scale costs no accuracy of its own.
+one is byte for byte the `ort` dialect's, and a calibrated one too: same integers, same static scales. Scales have the
+compute type (the network is strongly typed). Integers that are rounded here are rounded with the scale as stored, so
+that a half-precision scale costs no accuracy of its own; in calibrated ones it costs a few parts in ten thousand.
+
+A layer that the `ort` dialect runs in two int8 passes keeps its int8 weights, and its activations stay wide.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,10 @@ from numpy.typing import NDArray
 
 from export.block_quant import check_divisible
 from export.graph_builder import GraphBuilder
+from export.int8_linear import Int8Layers, layer_of
+from export.int8_rounding import Int8Rows
 from export.layer_weights import Weight
 from export.trt_precision import Scheme, TrtPrecision
-
-ActivationScales = Mapping[str, float]
-"""Layer name, as `Weight.name` without `.weight`, to the static scale of its input: value = scale * int8.
-
-A layer that is not in it keeps int8 weights and wide activations: calibration leaves out what it cannot afford."""
 
 INT4_BLOCK = 64
 """Inputs that share an int4 scale. TensorRT documents 64 and 128; the smaller loses less."""
@@ -29,44 +28,59 @@ INT4_BLOCK = 64
 _SMALLEST = np.float32(np.finfo(np.float16).tiny)
 """Of the normal half-precision numbers: below it a scale loses digits, and at 0 a channel of zeros divides by it."""
 
+_SCALE_ERROR = 2.0**-10
+"""Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""
+
 
 class TrtLinear:
     """Adds linear layers to one graph; quantizes an input once however many layers read it."""
 
-    def __init__(self, g: GraphBuilder, precision: TrtPrecision, scales: ActivationScales) -> None:
-        self._g, self._precision, self._scales = g, precision, scales
+    def __init__(self, g: GraphBuilder, precision: TrtPrecision, int8_layers: Int8Layers) -> None:
+        self._g, self._precision, self._int8_layers = g, precision, int8_layers
         self._quantized: dict[str, ir.Value] = {}
 
     def __call__(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
         """x `[..., K]` times weight transposed, `[..., N]`."""
         scheme = self._precision.scheme_of(weight.kind)
-        if scheme is Scheme.WIDE:
+        layer = layer_of(weight, self._int8_layers)
+        if layer is not None:
+            matrix = self._calibrated(weight, layer.load())
+            if scheme is Scheme.INT8 and layer.fine_scale is None:
+                x = self._rounded(x, layer.scale)
+        elif scheme is Scheme.WIDE:
             matrix = self._g.array(weight.name, weight.load().T.astype(self._precision.numpy_dtype))
         elif scheme is Scheme.INT4_WEIGHTS:
             matrix = self._int4(weight)
         else:
             matrix = self._int8(weight)
-            if scheme is Scheme.INT8:
-                x = self._rounded(x, layer_name(weight))
         return self._g.op("MatMul", [x, matrix], name)
 
-    def _rounded(self, x: ir.Value, layer: str) -> ir.Value:
-        """x through int8 and back, or x itself where calibration gave no scale."""
-        if layer not in self._scales:
-            return x
+    def _rounded(self, x: ir.Value, scale: float) -> ir.Value:
+        """x through int8 and back."""
         key = f"{x.name}.int8"
         if key not in self._quantized:
             g, zero = self._g, self._g.constant("zero_point", np.array(0, np.int8))
-            scale = g.constant(f"{x.name}.scale", np.array(self._scales[layer], self._precision.numpy_dtype))
-            small = g.op("QuantizeLinear", [x, scale, zero], key)
-            self._quantized[key] = g.op("DequantizeLinear", [small, scale, zero], f"{x.name}.rounded")
+            stored = g.constant(f"{x.name}.scale", self._stored_scales(np.array(scale, np.float32)))
+            small = g.op("QuantizeLinear", [x, stored, zero], key)
+            self._quantized[key] = g.op("DequantizeLinear", [small, stored, zero], f"{x.name}.rounded")
         return self._quantized[key]
+
+    def _calibrated(self, weight: Weight, rows: Int8Rows) -> ir.Value:
+        """The `ort` dialect's integers, or, where half precision has no such scale, others for one that it has."""
+        assert rows.values.shape == weight.shape, (weight.name, rows.values.shape, weight.shape)
+        scales, values = self._stored_scales(rows.scales), np.ascontiguousarray(rows.values.T)
+        if (np.abs(scales.astype(np.float32) - rows.scales) > _SCALE_ERROR * rows.scales).any():
+            values = _rounded_with(rows.dequantized().T, scales)
+        return self._dequantized(weight, values, scales)
 
     def _int8(self, weight: Weight) -> ir.Value:
         """One scale an output channel."""
         matrix = weight.load().T  # [K, N]
         scales = self._stored_scales(np.abs(matrix).max(0) / 127)
-        values = np.clip(np.rint(matrix / scales.astype(np.float32)), -127, 127).astype(np.int8)
+        return self._dequantized(weight, _rounded_with(matrix, scales), scales)
+
+    def _dequantized(self, weight: Weight, values: NDArray[np.int8], scales: NDArray[Any]) -> ir.Value:
+        """int8 `[K, N]` and a scale a column, as the MatMul reads them."""
         inputs = [self._g.array(f"{weight.name}.int8", values), self._g.array(f"{weight.name}.int8.scales", scales)]
         return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=1)
 
@@ -87,9 +101,9 @@ class TrtLinear:
         return np.maximum(scales, _SMALLEST).astype(self._precision.numpy_dtype)
 
 
-def layer_name(weight: Weight) -> str:
-    """The key of `ActivationScales`: the first projection that a (perhaps fused) weight holds."""
-    return weight.name.partition(".weight")[0]
+def _rounded_with(matrix: NDArray[np.float32], scales: NDArray[Any]) -> NDArray[np.int8]:
+    """`[K, N]` to the nearest multiples of its columns' scales, -127 to 127."""
+    return np.clip(np.rint(matrix / scales.astype(np.float32)), -127, 127).astype(np.int8)
 
 
 # Candidates for the end of a block's range, as shares of its largest magnitude: clipping one value a little often

@@ -105,10 +105,14 @@ class PlainOperators:
     def _make_scatter_idx(self, tables: Tables) -> ir.Value:
         """int64 `[B, S, kv_heads, 3]`: (row, head, slot) of every new key and value."""
         g, kv_heads = self._g, self._config.num_kv_heads
-        slots = g.op("Unsqueeze", [tables.position_ids, g.shape_constant(2, 3)], "scatter.slots")  # [B, S, 1, 1]
+        nought, one = g.constant("nought", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
         batch = g.op("Shape", [tables.position_ids], "scatter.batch", start=0, end=1)
         count = g.op("Squeeze", [batch], "scatter.batch.scalar")
-        nought, one = g.constant("nought", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
+        num_new = g.op("Squeeze", [self._num_new], "num_new.scalar")
+        steps = g.op("Range", [nought, num_new, one], "scatter.steps.1d")
+        steps = g.op("Unsqueeze", [steps, g.shape_constant(0, 2, 3)], "scatter.steps")  # [1, S, 1, 1]
+        first = g.op("Unsqueeze", [tables.write_idx, g.shape_constant(1, 2, 3)], "scatter.first")  # [B, 1, 1, 1]
+        slots = g.op("Add", [first, steps], "scatter.slots")  # [B, S, 1, 1]
         rows = g.op("Range", [nought, count, one], "scatter.rows.1d")
         rows = g.op("Unsqueeze", [rows, g.shape_constant(1, 2, 3)], "scatter.rows")  # [B, 1, 1, 1]
         heads = g.constant("scatter.heads", np.arange(kv_heads, dtype=np.int64).reshape(1, 1, -1, 1))

@@ -67,8 +67,8 @@ TRT_PRECISIONS: Mapping[str, TrtPrecision] = {
         scheme=Scheme.INT4_WEIGHTS,
         overrides={"lm_head": Scheme.INT8_WEIGHTS, "qkv": Scheme.INT8_WEIGHTS},
     ),
-    # The LM head decides the token, and its input has no outliers worth a calibration of its own.
-    "w8a8": TrtPrecision(name="w8a8", compute=_HALF, scheme=Scheme.INT8, overrides={"lm_head": Scheme.WIDE}),
+    # The LM head decides the token: its activations stay wide.
+    "w8a8": TrtPrecision(name="w8a8", compute=_HALF, scheme=Scheme.INT8, overrides={"lm_head": Scheme.INT8_WEIGHTS}),
 }
 
 

@@ -11,7 +11,6 @@ import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -72,16 +71,6 @@ def material_for(artifact: Artifact, config: ModelConfig) -> Material:
         source = "random ids: the checkpoint has no tokenizer"
     cut = [(name, part) for name, text in ids.items() for part in windows_of(text, window)[:num_windows]]
     return Material([part for _, part in cut], [name for name, _ in cut], [ids[:prompt] for ids in prompts], source)
-
-
-def calibration_windows(tokenizer_file: Path, config: ModelConfig) -> list[list[int]]:
-    """Token ids to take activation ranges from: prompts that verification does not score, or random ids."""
-    if not tokenizer_file.is_file():
-        return [np.random.default_rng(1).integers(0, config.vocab_size, min(WINDOW, 128)).tolist()]
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    return [tokenizer.encode(text).ids for text in calibration_data.verification_prompts()]
 
 
 class ScoredPart(NamedTuple):
