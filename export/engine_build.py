@@ -24,7 +24,6 @@ from runtime.artifact import Artifact, FileEntry, ModelDims
 from runtime.bench_runs import peak_memory
 from runtime.engine_files import (
     ENGINES,
-    EngineFile,
     EngineIdentity,
     EngineInfo,
     check_plan,
@@ -133,7 +132,7 @@ def _whole(plan: Path) -> EngineInfo | None:
         return None
     try:
         info = read_engine_info(plan)
-        check_plan(EngineFile(plan, info, None))
+        check_plan(plan, info)
     except InvalidEngine:
         return None
     return info

@@ -61,7 +61,7 @@ def leftovers(artifact: Artifact) -> Iterator[Path]:
 def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
     """Remove what cannot be used (or everything, timing caches too): the files that went, by name."""
     directory = artifact.path / ENGINES
-    usable = {engine.plan.stem for engine in engine_files(artifact) if engine.problem is None}
+    usable = {engine.plan.stem for engine in engine_files(artifact, check_hashes=True) if engine.problem is None}
     gone = list(leftovers(artifact))
     for file in sorted(directory.glob("*")):
         is_engine = file.suffix in (".plan", ".json")

@@ -159,14 +159,14 @@ class EngineFile(NamedTuple):
     problem: str | None
 
 
-def engine_files(artifact: Artifact) -> Iterator[EngineFile]:
-    """Every plan in an artifact's `engines/`, by name; sizes are compared, hashes not."""
+def engine_files(artifact: Artifact, *, check_hashes: bool = False) -> Iterator[EngineFile]:
+    """Every plan in an artifact's `engines/`, by name; sizes are compared, hashes only on request."""
     for plan in sorted((artifact.path / ENGINES).glob("*.plan")):
         info: EngineInfo | None = None
         try:
             info = read_engine_info(plan)
             _check_origin(info, artifact, plan)
-            _check_size(info, plan)
+            _check_plan(plan, info, check_hash=check_hashes)
         except InvalidEngine as error:
             yield EngineFile(plan, info, str(error))
         else:
@@ -210,19 +210,14 @@ def find_engine(artifact: Artifact, *, target: str, version: str, gpu: str, devi
             f"`headrace engine {artifact.path} --target {target} --gpu {gpu}` builds one"
         )
     engine = max(fitting)[2]
-    check_plan(engine)
+    assert engine.info is not None
+    check_plan(engine.plan, engine.info)
     return engine
 
 
-def check_plan(engine: EngineFile) -> None:
+def check_plan(plan: Path, info: EngineInfo) -> None:
     """InvalidEngine unless the plan has the size and the sha256 it was written with."""
-    assert engine.info is not None
-    _check_size(engine.info, engine.plan)
-    if (found := sha256_of(engine.plan)) != engine.info.plan.sha256:
-        raise InvalidEngine(
-            f"{engine.plan} has changed: sha256 {found[:12]}..., its .json says {engine.info.plan.sha256[:12]}...; "
-            "build the engine again"
-        )
+    _check_plan(plan, info, check_hash=True)
 
 
 def weight_files(manifest: Manifest) -> Mapping[str, str]:
@@ -237,7 +232,12 @@ def _check_origin(info: EngineInfo, artifact: Artifact, plan: Path) -> None:
         raise InvalidEngine(f"{plan} was built from another export of the model; build the engine again")
 
 
-def _check_size(info: EngineInfo, plan: Path) -> None:
+def _check_plan(plan: Path, info: EngineInfo, *, check_hash: bool) -> None:
     size = plan.stat().st_size
     if size != info.plan.size:
         raise InvalidEngine(f"{plan} has {size:,} bytes, its .json says {info.plan.size:,}; build the engine again")
+    if check_hash and (found := sha256_of(plan)) != info.plan.sha256:
+        raise InvalidEngine(
+            f"{plan} has changed: sha256 {found[:12]}..., its .json says {info.plan.sha256[:12]}...; "
+            "build the engine again"
+        )
