@@ -12,20 +12,23 @@ PRECISION ?= fp32
 MAX_LEN ?=
 KV ?=
 CALIB ?=
+DIALECT ?=
 OPTIMIZE ?=
 NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
 OUT ?= artifacts/$(NAME)-$(PRECISION)$(if $(KV),-kv-$(KV))
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
+TARGET ?= tensorrt-rtx
+GPU ?=
 
 EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
-    $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
+    $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
 
-.PHONY: help run test lint bench export serve setup clean
+.PHONY: help run test lint bench export engine serve setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN CALIB OPTIMIZE ARTIFACT PORT PYTHON'
+	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU PORT PYTHON'
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
@@ -44,6 +47,11 @@ bench: $(VENV)/.installed  ## speed and memory of an artifact: make bench ARTIFA
 
 export: $(VENV)/.installed  ## write an artifact: make export MODEL=... PRECISION=... KV=... OUT=... MAX_LEN=... CALIB=...
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS)
+
+engine: $(VENV)/.installed  ## compile an artifact for TensorRT: make engine ARTIFACT=... TARGET=... GPU=...
+	@$(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null || [ '$(TARGET)' != tensorrt-rtx ] || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[rtx]'
+	@$(BIN)/headrace engine '$(ARTIFACT)' --target '$(TARGET)' $(if $(GPU),--gpu '$(GPU)')
 
 serve: $(VENV)/.installed  ## serve an artifact: make serve ARTIFACT=... PORT=...
 	@exec $(BIN)/headrace serve '$(ARTIFACT)' --port $(PORT)

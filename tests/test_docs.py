@@ -47,7 +47,20 @@ def test_every_make_target_and_variable_is_named() -> None:
     targets = re.findall(r"^([a-z-]+):.*##", makefile, re.M)
     assert {"run", "test", "lint", "bench", "export", "serve", "help"} <= set(targets)
     assert not [target for target in targets if f"`{target}`" not in README and f"make {target}" not in README]
-    for variable in ("MODEL", "PRECISION", "KV", "OUT", "MAX_LEN", "CALIB", "OPTIMIZE", "ARTIFACT", "PORT"):
+    for variable in (
+        "MODEL",
+        "PRECISION",
+        "KV",
+        "OUT",
+        "MAX_LEN",
+        "DIALECT",
+        "CALIB",
+        "OPTIMIZE",
+        "ARTIFACT",
+        "TARGET",
+        "GPU",
+        "PORT",
+    ):
         assert re.search(rf"^{variable} \?=", makefile, re.M)
         assert f"{variable}=" in README
 
