@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from export.engine_gpus import chosen_gpus
-from export.engine_memory import check_fits, predicted_peak
+from export.engine_memory import check_fits, growth, predicted_peak
 from export.engine_network import Graph, attentions, check_network, parse_network, read_graph
 from export.engine_profiles import EngineLimits, derive_profiles, input_shape
 from export.engine_progress import Monitor, progress_monitor
 from export.engine_store import engine_directory, write_engine
 from export.engine_timings import attach_timings, keep_timings, timings_file
 from runtime.artifact import Artifact, FileEntry, ModelDims
-from runtime.bench_runs import peak_memory
 from runtime.engine_files import (
     ENGINES,
     EngineIdentity,
@@ -83,7 +82,8 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
     check_fits(predicted, graph.weight_bytes)
     directory = engine_directory(artifact)
     started_s = time.monotonic()
-    plan, layers = _compile(library, identity, graph, artifact.manifest.dims, timings_file(directory, identity))
+    with growth() as peak:
+        plan, layers = _compile(library, identity, graph, artifact.manifest.dims, timings_file(directory, identity))
     check_plausible(library, plan, graph)
     info = EngineInfo(
         **{item.name: getattr(identity, item.name) for item in fields(identity)},
@@ -92,7 +92,7 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
         build={
             "seconds": round(time.monotonic() - started_s, 2),
             "predicted_peak_bytes": predicted,
-            "peak_bytes": peak_memory(),
+            "peak_bytes": peak(),
             "weight_bytes": graph.weight_bytes,
         },
     )

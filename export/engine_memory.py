@@ -1,5 +1,9 @@
 """How much memory a build will take, said before it starts: a build that the kernel kills says nothing."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
 from runtime.errors import HeadraceError
 from runtime.kv_budget import available_memory, format_bytes
 
@@ -11,7 +15,7 @@ WEIGHT_COPIES = 4.0
 
 
 def predicted_peak(weight_bytes: int) -> int:
-    """Bytes that a build is expected to be resident in at its peak."""
+    """Bytes that a build is expected to take at its peak, on top of what the process has."""
     return BASE_BYTES + int(WEIGHT_COPIES * weight_bytes)
 
 
@@ -24,3 +28,21 @@ def check_fits(predicted: int, weight_bytes: int, *, available: int | None = Non
             f"weights, {WEIGHT_COPIES:g} times over, and {format_bytes(BASE_BYTES)}) and {format_bytes(free)} are "
             "free; build it on a larger machine (--target tensorrt-rtx needs no GPU), or export a narrower precision"
         )
+
+
+_PROCESS = Path("/proc/self")
+_FORGET_PEAK = "5"  # proc(5): resets VmHWM to what is resident now
+
+
+@contextmanager
+def growth() -> Iterator[Callable[[], int]]:
+    """Yields a function that gives the bytes by which the process grew at most since, on top of what it had."""
+    with suppress(OSError):  # without it the peak may be an earlier one: too much, never too little
+        (_PROCESS / "clear_refs").write_text(_FORGET_PEAK)
+    before = _status("VmRSS")
+    yield lambda: _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = (_PROCESS / "status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

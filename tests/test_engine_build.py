@@ -1,6 +1,7 @@
 """Real engines of a tiny model, built with tensorrt-rtx without a GPU: for every GPU and precision, and refusals."""
 
 import json
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -28,6 +29,10 @@ from tests.tiny_checkpoint import config_of, write_checkpoint
 ALL_GPUS = ("sm80", "sm86", "sm89", "sm120")
 LIMITS = EngineLimits(max_batch=4, prefill_chunk=16, max_len=64)
 ONE_GPU = EngineOptions(gpus=("sm86",), limits=LIMITS)
+
+
+if platform.machine() != "x86_64":
+    pytest.skip("tensorrt-rtx is installed for tests on x86-64 only", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def artifact(exported: Path, tmp_path: Path) -> Path:
 
 
 def test_one_engine_for_all_gpus_is_built_once_and_found_by_each(
-    artifact: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["engine", str(artifact), "--max-batch", "4", "--prefill-chunk", "16", "--max-len", "64"]
     assert main([*command, "--gpu", "sm120,sm80,sm86,sm89"]) == 0
@@ -81,7 +86,13 @@ def test_one_engine_for_all_gpus_is_built_once_and_found_by_each(
     assert engine.plan.stat().st_mtime_ns == written_ns
     assert main(["engine", "--list", str(artifact)]) == 0
     assert "for sm80, sm86, sm89, sm120" in capsys.readouterr().out
-    assert main(["engine", "--prune", "--all", str(artifact)]) == 0
+    engine.plan.write_bytes(engine.plan.read_bytes()[:5000])
+    monkeypatch.setattr("export.engine_memory.available_memory", lambda: 3_000_000)
+    assert main(command) == 2, "half a plan is none: it is about to be built again"
+    assert "3.0 MB are free" in capsys.readouterr().err
+    assert main(["engine", "--list", str(artifact)]) == 0
+    assert "not usable: " in capsys.readouterr().out
+    assert main(["engine", "--prune", str(artifact)]) == 0
     assert main(["engine", "--list", str(artifact)]) == 0
     assert "has no engines" in capsys.readouterr().out
 
@@ -89,7 +100,7 @@ def test_one_engine_for_all_gpus_is_built_once_and_found_by_each(
 @pytest.mark.parametrize(
     ("precision", "num_quantize", "num_dequantize"),
     # 3 layers of 4 products, and the LM head of quantized ones is tied: 12 weights. w8a8 calibrates that head too.
-    [("fp32", 0, 0), ("bf16", 0, 0), ("w8a16", 0, 12), ("w4a16", 0, 12), ("w8a8", 12, 25)],
+    [("fp32", 0, 0), ("bf16", 0, 0), ("w4a16", 0, 12), ("w8a8", 12, 25)],
 )
 def test_every_precision_builds_and_keeps_its_layers(
     tmp_path: Path, precision: str, num_quantize: int, num_dequantize: int
@@ -111,15 +122,6 @@ def test_the_plain_graph_builds_without_attention_layers(exported: Path, tmp_pat
     built = build_engine(open_artifact(path), ONE_GPU)
     assert built.info.dialect == "trt-plain"
     assert not any(built.info.layers.values())
-
-
-def test_a_broken_plan_is_built_again(artifact: Path) -> None:
-    first = build_engine(open_artifact(artifact), ONE_GPU)
-    first.plan.write_bytes(first.plan.read_bytes()[:5000])
-    again = build_engine(open_artifact(artifact), ONE_GPU)
-    assert again.is_new and again.plan == first.plan
-    assert again.plan.stat().st_size == again.info.plan.size > 5000
-    assert not build_engine(open_artifact(artifact), ONE_GPU).is_new
 
 
 def rewrite(path: Path, name: str, change: Callable[[Any], object]) -> None:

@@ -7,7 +7,10 @@ import numpy as np
 import onnx
 import pytest
 
+from export.calibration_set import CalibrationOptions
 from export.cli import main
+from export.int8_export import QuantizationOptions
+from export.int8_model import Int8Options
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import TRT_WEIGHTS, WEIGHTS, Artifact, open_artifact, sha256_of
 from runtime.errors import InvalidSetting
@@ -97,6 +100,43 @@ def test_half_precision_shares_all_but_the_norms(tmp_path: Path) -> None:
     assert own
     assert all("norm" in name for name in own)
     assert artifact.manifest.kv_of("trt").dtype == "float16"
+
+
+def test_w8a8_reads_the_ort_dialects_integers_and_scales(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "checkpoint", config_of("llama-tied"))
+    quantization = QuantizationOptions(
+        calib=CalibrationOptions(num_samples=4, length=32), int8=Int8Options(keep=("layers.1.down",))
+    )
+    options = ExportOptions(
+        model=str(source),
+        out=tmp_path / "a",
+        precision="w8a8",
+        dialects=DIALECTS,
+        force=True,
+        quantization=quantization,
+    )
+    artifact = export_model(options)
+    ort, trt, plain = (initializers(artifact, dialect) for dialect in DIALECTS)
+    integers = {name for name in ort if name.endswith(".int8")}
+    assert len(integers) == 4 * 3 + 1, "four products a layer, and the LM head"
+    assert all(ort[name] == trt[name] == plain[name] == (WEIGHTS, ort[name][1]) for name in integers)
+    model = onnx.load(artifact.model_file("trt"), load_external_data=False)
+    rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert "gated.1" not in {node.input[0] for node in rounded}, "two passes there, wide activations here"
+    two_pass = set(artifact.receipt["quantization"]["two_pass"]) - {"layers.3.lm_head"}
+    assert "layers.1.down" in two_pass and len(rounded) == 12 - len(two_pass)
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.raw_data
+    }
+    assert {float(constants[node.input[1]]) for node in rounded} <= ort_scales(artifact)
+
+
+def ort_scales(artifact: Artifact) -> set[float]:
+    """The activation scales of the ort graph's first passes, as half precision holds them."""
+    graph = onnx.load(artifact.model_file("ort"), load_external_data=False).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    names = {node.input[1] for node in graph.node if node.op_type == "QuantizeLinear"}
+    return {float(np.float16(onnx.numpy_helper.to_array(constants[name]))) for name in names}
 
 
 def test_the_receipt_names_the_graphs_by_hash(tmp_path: Path) -> None:
