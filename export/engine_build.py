@@ -34,7 +34,8 @@ from runtime.progress import progress_bar
 from runtime.trt_library import TrtLibrary, TrtLogger, open_library
 
 SMALLEST_SHARE = 0.9
-"""Of the weight bytes that a plan must have: it holds them all."""
+"""Of the weight bytes that a plan must have. It holds them all, in the width they were given: SmolLM2-135M's plans have
+their weights, the tied embedding once more, and 7 MB, in fp16, int8 and int4 alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,8 +73,8 @@ class TrtLibrary:
         """
         if not hasattr(self.module.Runtime, "get_engine_validity"):
             return []
-        runtime = self.module.Runtime(self.logger().inner)
-        _, diagnostics = runtime.get_engine_validity(plan)
+        logger = self.logger()
+        _, diagnostics = self.module.Runtime(logger.inner).get_engine_validity(plan)
         known = self.module.EngineInvalidityDiagnostics
         return [name for name in _PLAN_DEFECTS if int(diagnostics) & int(getattr(known, name))]
 
