@@ -54,7 +54,7 @@ def gpu_at_hand(library: TrtLibrary) -> tuple[str, str]:
         )
     except RuntimeError as error:
         raise EngineBuildFailed(
-            f"{library.target} builds on the GPU it is for, and there is none here: {error}; "
+            f"{library.target} builds on the GPU it is for, and there is none here: {str(error).rstrip('.')}; "
             "--target tensorrt-rtx compiles on any machine"
         ) from error
     return f"sm{major}{minor}", bytes(name).partition(b"\0")[0].decode()
