@@ -170,7 +170,7 @@ def write_unverified(
 
 
 def _calibrated(name: str, precision: Precision | None) -> Precision | None:
-    """The precision to calibrate for, if it needs that. TensorRT's own graph has int8 ranges, but no calibrated int4."""
+    """The precision to calibrate for, if it needs that. TensorRT's graph has int8 ranges too, but no such int4."""
     if precision is not None:
         return precision if precision.calibrated is not None else None
     row = EXPORTABLE.get(name)

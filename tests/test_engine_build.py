@@ -13,11 +13,11 @@ import onnx
 import pytest
 
 import export.engine_build
+from export.calibrated_export import QuantizationOptions
 from export.calibration_set import CalibrationOptions
 from export.engine_build import EngineOptions, build_engine, check_plausible
 from export.engine_network import read_graph
 from export.engine_profiles import EngineLimits
-from export.int8_export import QuantizationOptions
 from export.pipeline import ExportOptions, export_model
 from headrace import main
 from runtime.artifact import MANIFEST, RECEIPT, Artifact, open_artifact, sha256_of

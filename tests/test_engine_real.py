@@ -11,13 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from export.architectures import parse_config
+from export.calibrated_export import CalibratedModel, QuantizationOptions, prepare
 from export.calibration_set import CalibrationOptions
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.engine_build import BuiltEngine, EngineOptions, build_engine
 from export.engine_profiles import EngineLimits
-from export.int8_export import QuantizationOptions, prepare_int8
-from export.int8_model import Int8Model
 from export.pipeline import write_unverified
+from export.precision import EXPORTABLE
 from export.smoothing import LM_HEAD
 
 pytestmark = pytest.mark.real
@@ -46,7 +46,7 @@ class Beginning:
         return array[:NUM_TOKENS] if "embed" in name else array
 
 
-def built(directory: Path, checkpoint: Checkpoint, precision: str, model: Int8Model | None = None) -> BuiltEngine:
+def built(directory: Path, checkpoint: Checkpoint, precision: str, model: CalibratedModel | None = None) -> BuiltEngine:
     """Without the receipt's figures, which take longer than the build; other tests hold that they are asked for."""
     config = parse_config(checkpoint.config)
     artifact = write_unverified(directory, checkpoint, config, None, 512, model, dialects=("trt",), name=precision)
@@ -91,9 +91,10 @@ def test_int8_weights_and_activations(tmp_path: Path, checkpoint: Checkpoint) ->
         raise AssertionError("random ids need no sampling")
 
     config = parse_config(beginning.config)
-    model = prepare_int8(beginning, config, options, tmp_path / "work", max_len=512, generate=generate)
+    precision = EXPORTABLE["w8a8"]
+    model = prepare(beginning, config, precision, options, tmp_path / "work", max_len=512, generate=generate)
     (tmp_path / "artifact").mkdir()
     layers = check(built(tmp_path / "artifact", beginning, "w8a8", model), NUM_LAYERS, NUM_TOKENS)
-    rounded = [name for name, layer in model.layers.items() if layer.fine_scale is None and name != LM_HEAD]
+    rounded = [name for name, layer in model.int8_layers.items() if layer.fine_scale is None and name != LM_HEAD]
     assert layers["quantize"] == len(rounded) > 0
     assert layers["dequantize"] == len(rounded) + 4 * NUM_LAYERS + 1, "every rounded input, every weight, the LM head"

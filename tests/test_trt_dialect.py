@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
+from export.calibrated_export import QuantizationOptions
 from export.calibration_set import CalibrationOptions
 from export.cli import main
-from export.int8_export import QuantizationOptions
 from export.int8_model import Int8Options
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import TRT_WEIGHTS, WEIGHTS, Artifact, open_artifact, sha256_of
