@@ -6,13 +6,14 @@ The engine knows nothing about text except that a request may carry a `TextStrea
 
 import logging
 import time
+from collections.abc import Iterable
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.sampler import Row
 from runtime.scheduler import Run, Scheduler
 from runtime.sequence import Sequence
-from runtime.session import Session
+from runtime.session import Session, TopRow, TopSession
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Engine:
         self.info = session.info
         self.live: dict[str, Sequence] = {}
         self._session = session
+        self._top_session = session if isinstance(session, TopSession) else None
         self._observer = observer
         self._prefill_chunk = prefill_chunk
         self._scheduler = self._new_scheduler()
@@ -93,9 +95,9 @@ class Engine:
         started_s, self._model_s = time.perf_counter(), 0.0
         num_decode = num_prefill_tokens = 0
         for run in self._scheduler.plan():
-            logits = self._run(run)
+            rows = self._run(run)
             self._scheduler.advance(run)
-            for sequence, row in zip(run.sequences, logits, strict=False):
+            for sequence, row in zip(run.sequences, rows, strict=False):
                 self._emit(sequence, row)
             num_decode += run.num_decode
             num_prefill_tokens += run.num_prefill_tokens
@@ -108,13 +110,19 @@ class Engine:
                 model_s=self._model_s,
             )
 
-    def _run(self, run: Run) -> Row:
+    def _run(self, run: Run) -> Iterable[Row | TopRow]:
+        """Whole rows of logits, or their likeliest tokens where those do for every sequence of the run."""
         started_s = time.perf_counter()
-        logits = self._session.run(run.batch)
+        top, needs = self._top_session, [sequence.num_top for sequence in run.sequences]
+        rows: Iterable[Row | TopRow]
+        if top is not None and all(num is not None and num <= top.num_top for num in needs):
+            rows = top.run_top(run.batch)
+        else:
+            rows = self._session.run(run.batch)
         self._model_s += time.perf_counter() - started_s
-        return logits
+        return rows
 
-    def _emit(self, sequence: Sequence, row: Row) -> None:
+    def _emit(self, sequence: Sequence, row: Row | TopRow) -> None:
         is_first = sequence.num_generated == 0
         try:
             event = sequence.next_event(row)

@@ -1,7 +1,8 @@
 """Choosing one token from one row of logits. Knows one request's parameters and nothing about its neighbours.
 
 `make_sampler` picks the chain once per request; a row's result depends on that row and on the request's own
-random numbers alone, so a request gets the same tokens alone and in a batch.
+random numbers alone, so a request gets the same tokens alone and in a batch. `num_top` says how many of the likeliest
+tokens are all that a request's choices depend on; given only those, it chooses what it would from the whole row.
 
     row -> [log-probabilities] -> [penalties, bias] -> argmax
                                                    `-> temperature -> [top-k] -> [top-p] -> [min-p] -> draw
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.core import SamplingParams, TokenLogprob
+from runtime.session import TopRow
 
 Row = NDArray[np.float32]
 
@@ -47,6 +49,19 @@ class Sampler(Protocol):
         """Choose from logits float32 [vocab_size], left unchanged. BadLogitsError if they are not finite."""
         ...
 
+    def sample_top(self, top: TopRow) -> Choice:
+        """Choose from the likeliest tokens alone, at least `num_top` of them. BadLogitsError as above."""
+        ...
+
+
+def num_top(params: SamplingParams) -> int | None:
+    """How many of the likeliest tokens suffice to choose as from the whole row; None: nothing less than the row."""
+    if _has_edits(params):
+        return None
+    if params.is_greedy:
+        return max(1, params.logprobs or 0)
+    return max(params.top_k, params.logprobs or 0) if params.top_k else None
+
 
 def make_sampler(params: SamplingParams, prompt_ids: Iterable[int]) -> Sampler:
     """The chain for one request; plain greedy skips everything else."""
@@ -62,6 +77,12 @@ def _has_edits(params: SamplingParams) -> bool:
     )
 
 
+def _check_top(top: TopRow) -> None:
+    """A NaN or infinity anywhere in the row is in its sum."""
+    if not np.isfinite(top.log_sum) or not np.isfinite(top.logits[0]):
+        raise BadLogitsError(f"the model returned {top.logits[0]} as its highest logit, with {top.log_sum} as log sum")
+
+
 def _argmax(row: Row) -> int:
     """The likeliest token, the lowest id among equals. numpy's argmax returns a NaN if there is one."""
     token_id = int(row.argmax())
@@ -73,6 +94,10 @@ def _argmax(row: Row) -> int:
 class _Greedy:
     def sample(self, row: Row) -> Choice:
         return Choice(_argmax(row))
+
+    def sample_top(self, top: TopRow) -> Choice:
+        _check_top(top)
+        return Choice(int(top.ids[0]))
 
 
 class _Chain:
@@ -92,6 +117,23 @@ class _Chain:
         if self._params.logprobs is None:
             return Choice(token_id)
         return _with_logprobs(row, token_id, self._params.logprobs)
+
+    def sample_top(self, top: TopRow) -> Choice:
+        _check_top(top)
+        position = 0 if self._params.is_greedy else self._draw_top(top)
+        token_id, num_top = int(top.ids[position]), self._params.logprobs
+        if num_top is None:
+            return Choice(token_id)
+        likeliest = zip(top.ids[:num_top].tolist(), top.logits[:num_top].tolist(), strict=True)
+        logprobs = tuple(TokenLogprob(each, logit - top.log_sum) for each, logit in likeliest)
+        return Choice(token_id, float(top.logits[position]) - top.log_sum, logprobs)
+
+    def _draw_top(self, top: TopRow) -> int:
+        """A position in `top`; the k likeliest in the order of their ids, in which `_draw` goes through them."""
+        order = np.argsort(top.ids[: self._params.top_k])
+        kept, weights = _filtered(order, top.logits[order], self._params)
+        assert kept is not None
+        return int(kept[_inverse_cdf(weights, self._rng.random())])
 
     def _draw(self, logits: Row) -> int:
         """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again
@@ -135,7 +177,14 @@ def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | N
     order.
     """
     ids = _top_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-    probs = _weights(logits if ids is None else logits[ids], params.temperature)
+    return _filtered(ids, logits if ids is None else logits[ids], params)
+
+
+def _filtered(
+    ids: NDArray[np.int64] | None, logits: Row, params: SamplingParams
+) -> tuple[NDArray[np.int64] | None, Row]:
+    """What temperature, top-p and min-p leave of the tokens that top-k left."""
+    probs = _weights(logits, params.temperature)
     if params.top_p < 1:
         ids, probs = _top_p(ids, probs, params.top_p)
     if params.min_p > 0:

@@ -6,13 +6,15 @@ Knows sampling and when a request ends; nothing about slots, batches or other re
 import time
 
 from runtime.core import FinishReason, Request, TokenEvent
-from runtime.sampler import Row, make_sampler
+from runtime.sampler import Row, make_sampler, num_top
+from runtime.session import TopRow
 
 
 class Sequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
-    `slot` is None while it waits. Times are seconds of `time.perf_counter`.
+    `slot` is None while it waits. The `num_top` likeliest tokens of a row are enough for it; None: it needs them all.
+    Times are seconds of `time.perf_counter`.
     """
 
     __slots__ = (
@@ -21,6 +23,7 @@ class Sequence:
         "first_token_s",
         "num_generated",
         "num_prompt",
+        "num_top",
         "request",
         "slot",
         "submitted_s",
@@ -34,15 +37,16 @@ class Sequence:
         self.num_generated = 0
         self.submitted_s = time.perf_counter()
         self.first_token_s: float | None = None
+        self.num_top = num_top(params)
         self._sampler = make_sampler(params, request.prompt_ids)
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
 
-    def next_event(self, row: Row) -> TokenEvent:
-        """Choose a token from logits float32 [vocab_size] and say what it adds.
+    def next_event(self, row: Row | TopRow) -> TokenEvent:
+        """Choose a token from logits float32 [vocab_size], or from its `num_top` likeliest, and say what it adds.
 
         Raises what the sampler or the text stream raises; the request cannot go on after that.
         """
-        choice = self._sampler.sample(row)
+        choice = self._sampler.sample_top(row) if isinstance(row, TopRow) else self._sampler.sample(row)
         self.num_generated += 1
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter()

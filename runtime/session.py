@@ -4,8 +4,9 @@ An implementation owns the KV cache: for each layer one K and one V array `[num_
 head_dim]`. It knows nothing about requests, sampling or text. ONNX Runtime's is `runtime/ort_session.py`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,4 +66,42 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Release the cache and the model. Idempotent."""
+        ...
+
+
+class TopRow(NamedTuple):
+    """The likeliest tokens of one wanted row, best first, and what turns their logits into log-probabilities."""
+
+    logits: NDArray[np.float32]  # [K], falling
+    ids: NDArray[np.int64]  # [K]
+    log_sum: float
+    """Log of the sum of exp(logit) over the whole vocabulary: log-probability = logit - log_sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopRows:
+    """The likeliest tokens of every wanted row: logits float32 and ids int64 `[R, K]`, log_sum float32 `[R]`.
+
+    Among equal logits the lower id comes first, as the sampler has it.
+    """
+
+    logits: NDArray[np.float32]
+    ids: NDArray[np.int64]
+    log_sum: NDArray[np.float32]
+
+    def __iter__(self) -> Iterator[TopRow]:
+        return (TopRow(*row) for row in zip(self.logits, self.ids, self.log_sum.tolist(), strict=True))
+
+
+@runtime_checkable
+class TopSession(Session, Protocol):
+    """A session that picks the likeliest tokens where the model runs, so that a step need not copy whole rows."""
+
+    @property
+    def num_top(self) -> int:
+        """K: how many likeliest tokens of a row `run_top` gives."""
+        ...
+
+    def run_top(self, batch: Batch) -> TopRows:
+        """Run the batch as `run` does; return the likeliest tokens alone, valid until the next call."""
         ...

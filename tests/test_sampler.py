@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.core import SamplingParams
-from runtime.sampler import BadLogitsError, filtered, make_sampler
+from runtime.sampler import BadLogitsError, filtered, make_sampler, num_top
+from runtime.session import TopRow
 
 
 def naive_weights(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
@@ -180,3 +181,58 @@ def test_extreme_values_neither_warn_nor_fail() -> None:
             SamplingParams(top_k=4, top_p=1e-300, min_p=1, seed=0),
         ):
             assert make_sampler(params, []).sample(logits).token_id == 0
+
+
+def top_of(row: NDArray[np.float32], k: int) -> TopRow:
+    """The k likeliest tokens, the lower id first among equals."""
+    ids = np.argsort(-row, kind="stable")[:k]
+    return TopRow(row[ids], ids, float(np.log(np.exp(row.astype(np.float64)).sum())))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    greedy=st.booleans(),
+    top_k=st.integers(1, 40),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    logprobs=st.sampled_from([None, 0, 5]),
+)
+def test_the_likeliest_tokens_alone_give_the_choices_of_the_whole_row(
+    seed: int, greedy: bool, top_k: int, top_p: float, min_p: float, logprobs: int | None
+) -> None:
+    params = SamplingParams(
+        temperature=0.0 if greedy else 0.8, top_k=top_k, top_p=top_p, min_p=min_p, logprobs=logprobs, seed=7
+    )
+    needed = num_top(params)
+    assert needed is not None
+    whole, few = make_sampler(params, [1]), make_sampler(params, [1])
+    rng = np.random.default_rng(seed)
+    for step in range(4):
+        row = (rng.integers(-20, 20, 50) / 4).astype(np.float32)  # ties are common
+        # A request's steps need not all be of one kind: the random numbers go on.
+        other = few.sample(row) if step == 2 else few.sample_top(top_of(row, needed))
+        expected = whole.sample(row)
+        assert other.token_id == expected.token_id
+        assert other.logprob == pytest.approx(expected.logprob, abs=1e-5)
+        assert [each.token_id for each in other.top_logprobs] == [each.token_id for each in expected.top_logprobs]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(temperature=0.0, repetition_penalty=1.1),
+        SamplingParams(temperature=0.0, logit_bias={3: 5.0}),
+    ],
+)
+def test_what_depends_on_the_whole_row_asks_for_it(params: SamplingParams) -> None:
+    assert num_top(params) is None
+
+
+def test_a_broken_row_is_noticed_by_its_sum() -> None:
+    top = TopRow(np.array([2.0, 1.0], np.float32), np.array([5, 6]), math.nan)
+    for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2)):
+        with pytest.raises(BadLogitsError):
+            make_sampler(params, [1]).sample_top(top)
