@@ -6,6 +6,9 @@
     |  `- ModelNotFound              the request names another model (404)
     |- Overloaded                    the waiting queue is full (429, Retry-After)
     |- Unavailable                   starting, draining or broken (503, Retry-After)
+    |  `- DeviceFailed               the GPU or its library broke while running (503)
+    |     `- DeviceOutOfMemory       an allocation on the device failed; the message gives both sizes
+    |- DeviceUnavailable             a backend that cannot run on this machine: no GPU, driver or package for it
     |- EngineFailed                  the engine died while the request was in it (500)
     |- InvalidArtifact               a directory that is not a whole, intact artifact
     |  `- InvalidEngine              a TensorRT engine that is truncated, stale, or for another GPU or version
@@ -49,6 +52,18 @@ class Overloaded(HeadraceError):
 
 class Unavailable(HeadraceError):
     """The engine is not accepting requests: starting, draining or failed."""
+
+
+class DeviceFailed(Unavailable):
+    """CUDA or TensorRT reported an error; what ran is lost."""
+
+
+class DeviceOutOfMemory(DeviceFailed):
+    """The device has not the memory that was asked for; the message says what for."""
+
+
+class DeviceUnavailable(HeadraceError):
+    """A backend cannot be used here. The message names what is missing and what to install."""
 
 
 class EngineFailed(HeadraceError):

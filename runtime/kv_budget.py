@@ -22,11 +22,16 @@ _DTYPE_BYTES = {
 
 def kv_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
     """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
+    return 2 * num_layers * num_kv_heads * head_dim * item_bytes(dtype)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one number. InvalidSetting for an unknown dtype."""
     if dtype not in _DTYPE_BYTES:
         raise InvalidSetting(
             f"KV cache dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}; export the model again"
         )
-    return 2 * num_layers * num_kv_heads * head_dim * _DTYPE_BYTES[dtype]
+    return _DTYPE_BYTES[dtype]
 
 
 def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
