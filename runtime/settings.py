@@ -16,6 +16,8 @@ from runtime.errors import InvalidSetting
 
 T = TypeVar("T")
 
+DEVICES = ("auto", "tensorrt", "cuda", "cpu")
+
 _BYTE_UNITS = {
     "": 1,
     **{unit: 1000**power for power, unit in enumerate("KMGT", start=1)},
@@ -40,6 +42,7 @@ def parse_bytes(text: str) -> int:
 class EngineSettings:
     """Limits of the engine. Raises InvalidSetting for a value out of range."""
 
+    device: str = setting("auto", "what runs the model: tensorrt, cuda, cpu, or auto, the first of them that works")
     max_batch: int = setting(32, "most requests decoded together")
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
     prefill_chunk: int = setting(128, "most prompt tokens run between two decode steps")
@@ -50,6 +53,8 @@ class EngineSettings:
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InvalidSetting(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         check_at_least("max_batch", self.max_batch, 1)
         check_at_least("max_waiting", self.max_waiting, 0)
         check_at_least("prefill_chunk", self.prefill_chunk, 1)

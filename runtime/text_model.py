@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from runtime.artifact import WEIGHTS, open_artifact
+from runtime.artifact import open_artifact
 from runtime.chat_template import ChatTemplate, load_chat_template
 from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, TokenEvent
+from runtime.devices import Backend, open_session
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
-from runtime.kv_budget import default_budget, format_bytes, kv_bytes_per_token, plan_slots
+from runtime.kv_budget import format_bytes
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.stop_strings import RequestText
@@ -166,12 +167,12 @@ class TextModel:
         return self._thread.failure
 
     def describe(self) -> str:
-        """One line for the start: slots, their length, memory and precision."""
+        """One line for the start: slots, their length, memory, precision and device."""
         info = self._session.info
         size = format_bytes(info.num_slots * info.capacity * info.kv_bytes_per_token)
         slots = "slot" if info.num_slots == 1 else "slots"
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
-        return f"{text}, {self._precision}" if self._precision else text
+        return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))
 
     def start(self) -> None:
         """Start the engine's thread. Once only."""
@@ -194,38 +195,24 @@ def open_text_model(
     name: str | None = None,
     allow_failed: bool = False,
     observer: EngineObserver | None = None,
+    backends: Mapping[str, Backend] | None = None,
 ) -> TextModel:
     """Open an artifact for text generation; the result is not started.
 
-    Raises InvalidArtifact, or InvalidSetting if the settings do not fit the model or the memory.
+    `backends` are those of runtime/devices.py unless given. Raises InvalidArtifact, InvalidSetting if the settings do
+    not fit the model or the memory, DeviceUnavailable or DeviceFailed if the device cannot be used.
     """
-    from runtime.ort_session import OrtSession
-
     artifact = open_artifact(path, allow_failed=allow_failed)
     manifest = artifact.manifest
-    dims = manifest.dims
-    if settings.max_len is not None and settings.max_len > dims.max_len:
+    if settings.max_len is not None and settings.max_len > manifest.dims.max_len:
         raise InvalidSetting(
-            f"--max-len {settings.max_len:,} is beyond the {dims.max_len:,} of {manifest.name}; lower it"
+            f"--max-len {settings.max_len:,} is beyond the {manifest.dims.max_len:,} of {manifest.name}; lower it"
         )
-    capacity = settings.max_len or dims.max_len
-    weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
-    budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else settings.kv_memory
-    bytes_per_token = kv_bytes_per_token(
-        num_layers=dims.num_layers,
-        num_kv_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        dtype=manifest.kv.dtype,
-    )
-    num_slots = plan_slots(
-        max_batch=settings.max_batch, capacity=capacity, bytes_per_token=bytes_per_token, budget=budget
-    )
     tokenizer = Tokenizer.from_directory(artifact.path)
     template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
-    session = OrtSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
     return TextModel(
         name=name or manifest.name,
-        session=session,
+        session=open_session(artifact, settings, backends=backends),
         tokenizer=tokenizer,
         chat_template=template,
         eos_ids=frozenset(manifest.eos_ids),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from runtime.settings import EngineSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from runtime.devices import Backend
     from runtime.text_model import TextModel
     from serve.metrics import ServerMetrics
     from serve.wsgi import Listener, OpenModel
@@ -28,8 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Run the server; the exit code is 0 after a signal, 2 if it could not start."""
+def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) -> int:
+    """Run the server; the exit code is 0 after a signal, 2 if it could not start.
+
+    `backends` are what --device chooses from, by default those of runtime/devices.py.
+    """
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
     engine = from_namespace(EngineSettings, args)
@@ -37,7 +41,14 @@ def main(argv: list[str]) -> int:
     def open_model(metrics: "ServerMetrics") -> "TextModel":
         from runtime.text_model import open_text_model
 
-        return open_text_model(args.artifact, engine, name=args.name, allow_failed=args.allow_failed, observer=metrics)
+        return open_text_model(
+            args.artifact,
+            engine,
+            name=args.name,
+            allow_failed=args.allow_failed,
+            observer=metrics,
+            backends=backends,
+        )
 
     return serve(open_model, server, engine, question=args.ask)
 

@@ -40,10 +40,10 @@ class ServerProcess:
         return float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0])
 
 
-def spawn(*flags: str) -> "subprocess.Popen[str]":
-    """The fake model's server in a process group of its own."""
+def spawn(*flags: str, module: str = "tests.fake_server") -> "subprocess.Popen[str]":
+    """The fake model's server, or another module's, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.fake_server", *flags],
+        [sys.executable, "-m", module, *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -53,9 +53,9 @@ def spawn(*flags: str) -> "subprocess.Popen[str]":
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[ServerProcess]:
+def running_server(*flags: str, module: str = "tests.fake_server") -> Iterator[ServerProcess]:
     """A server that is ready; killed in the end if the test has not stopped it."""
-    process = spawn("--port", "0", *flags)
+    process = spawn("--port", "0", *flags, module=module)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -249,7 +249,7 @@ def test_a_model_that_is_not_started_is_unavailable() -> None:
     )
     with pytest.raises(Unavailable, match="starting"):
         model.generate([1], greedy(1))
-    assert model.describe() == "4 KV slots of 64 tokens, 2.0 kB at most, fp32"
+    assert model.describe() == "4 KV slots of 64 tokens, 2.0 kB at most, fp32, on fake"
     model.close()
     model.close()
 

@@ -1,0 +1,130 @@
+"""Which backend runs a model: TensorRT, ONNX Runtime on CUDA, or ONNX Runtime on the CPU.
+
+`auto` tries them in that order and logs why one is passed over. What a backend needs is imported when it is tried.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+from runtime.artifact import WEIGHTS, Artifact
+from runtime.cuda import Cuda, load_cuda
+from runtime.engine_files import TARGETS, EngineFile, find_engine
+from runtime.environment import Environment
+from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
+from runtime.kv_budget import default_budget, kv_bytes_per_token, plan_slots
+from runtime.session import Session
+from runtime.settings import EngineSettings
+from runtime.trt_library import TrtLibrary, open_library
+
+log = logging.getLogger(__name__)
+
+Backend = Callable[[Artifact, EngineSettings], Session]
+
+
+def open_session(
+    artifact: Artifact,
+    settings: EngineSettings,
+    *,
+    backends: Mapping[str, Backend] | None = None,
+    environment: Environment | None = None,
+) -> Session:
+    """Open an artifact on the device the settings name, or on the first that works.
+
+    backends: by name, in the order `auto` tries them
+    Raises what the backend raises: InvalidArtifact, InvalidSetting, DeviceUnavailable, DeviceFailed; for `auto`, what
+    the last one raises.
+    """
+    backends = BACKENDS if backends is None else backends
+    if settings.device != "auto":
+        return backends[settings.device](artifact, settings)
+    names = list(backends)
+    if not (environment or Environment()).has_nvidia_device:
+        log.info("no NVIDIA device here: serving on the CPU")
+        names = names[-1:]
+    for name in names[:-1]:
+        try:
+            return backends[name](artifact, settings)
+        except HeadraceError as error:
+            log.warning("not serving on %s: %s", name, error)
+    return backends[names[-1]](artifact, settings)
+
+
+def open_on_tensorrt(
+    artifact: Artifact,
+    settings: EngineSettings,
+    *,
+    open_cuda: Callable[[], Cuda] = load_cuda,
+    open_trt: Callable[[str], TrtLibrary] = open_library,
+) -> Session:
+    """The first installed TensorRT library for which the artifact has an engine for this GPU."""
+    from runtime.trt_session import TrtSession
+
+    if not {"trt", "trt-plain"} & set(artifact.manifest.dialects):
+        raise InvalidEngine(
+            f"{artifact.path} has no graph for TensorRT; export it with --dialect ort,trt and build an engine"
+        )
+    cuda = open_cuda()
+    try:
+        library, engine = _find_engine(artifact, cuda, open_trt)
+        capacity = _check_limits(artifact, settings, engine)
+    except BaseException:
+        cuda.close()
+        raise
+    return TrtSession.open(
+        artifact,
+        engine,
+        library=library,
+        cuda=cuda,
+        max_batch=settings.max_batch,
+        capacity=capacity,
+        kv_memory=settings.kv_memory,
+    )
+
+
+def _find_engine(
+    artifact: Artifact, cuda: Cuda, open_trt: Callable[[str], TrtLibrary]
+) -> tuple[TrtLibrary, EngineFile]:
+    gpu, device = cuda.capability(), cuda.device_name()
+    problems = []
+    for target in TARGETS:
+        try:
+            library = open_trt(target)
+            return library, find_engine(artifact, target=target, version=library.version, gpu=gpu, device=device)
+        except HeadraceError as error:
+            problems.append(str(error))
+    raise DeviceUnavailable("; ".join(problems))
+
+
+def _check_limits(artifact: Artifact, settings: EngineSettings, engine: EngineFile) -> int:
+    """Tokens of a slot; InvalidSetting if chunks are longer than the engine takes."""
+    assert engine.info is not None
+    if settings.prefill_chunk > engine.info.prefill_chunk:
+        raise InvalidSetting(
+            f"--prefill-chunk {settings.prefill_chunk} is beyond the {engine.info.prefill_chunk} tokens that "
+            f"{engine.info.stem} was built for; lower it, or build an engine with a larger --prefill-chunk"
+        )
+    return settings.max_len or min(artifact.manifest.dims.max_len, engine.info.max_len)
+
+
+def open_on_cpu(artifact: Artifact, settings: EngineSettings) -> Session:
+    """ONNX Runtime's CPU provider, with as many slots as memory has room for."""
+    from runtime.ort_session import OrtSession
+
+    manifest = artifact.manifest
+    dims = manifest.dims
+    capacity = settings.max_len or dims.max_len
+    weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
+    budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else settings.kv_memory
+    bytes_per_token = kv_bytes_per_token(
+        num_layers=dims.num_layers,
+        num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        dtype=manifest.kv.dtype,
+    )
+    num_slots = plan_slots(
+        max_batch=settings.max_batch, capacity=capacity, bytes_per_token=bytes_per_token, budget=budget
+    )
+    return OrtSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
+
+
+BACKENDS: Mapping[str, Backend] = {"tensorrt": open_on_tensorrt, "cpu": open_on_cpu}
