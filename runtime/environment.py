@@ -1,17 +1,23 @@
-"""What this machine has: GPU, driver, JetPack, packages. Looks at files and at what is installed; loads nothing.
+"""What this machine has: GPU, driver, JetPack, packages. Works without a GPU and without any of the packages.
 
-`root` is where /proc, /etc and /dev are found, and `packages` what is installed, so that a test can describe another
-machine. Works without a GPU and without any of the packages.
+Everything it asks can be handed in: `root` is where /proc, /etc and /dev are found, `packages` what is installed,
+`open_cuda` and `open_trt` load what is installed. So a test can describe another machine.
 """
 
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from runtime.errors import HeadraceError
+from runtime.trt_library import TrtLibrary, open_library
+
+if TYPE_CHECKING:
+    from runtime.cuda import Cuda
 
 # Distributions that a backend can come from, under every name they are published as.
 PACKAGES = (
@@ -36,6 +42,20 @@ class Jetson(NamedTuple):
     """Major version, or "unknown"."""
 
 
+class CudaDevice(NamedTuple):
+    """The first visible GPU."""
+
+    name: str
+    capability: str
+    free_bytes: int
+
+
+def _load_cuda() -> "Cuda":
+    from runtime.cuda import load_cuda
+
+    return load_cuda()
+
+
 def installed_packages() -> dict[str, str]:
     """Versions of those of PACKAGES that are installed."""
     found = {}
@@ -54,6 +74,9 @@ class Environment:
     root: Path = Path("/")
     packages: Mapping[str, str] = field(default_factory=installed_packages)
     machine: str = field(default_factory=platform.machine)
+    python: str = field(default_factory=platform.python_version)
+    open_cuda: "Callable[[], Cuda]" = _load_cuda
+    open_trt: Callable[[str], TrtLibrary] = open_library
 
     @cached_property
     def has_nvidia_device(self) -> bool:
@@ -85,6 +108,23 @@ class Environment:
         model = self._read("proc/device-tree/model").rstrip("\0\n") or "unknown board"
         jetpack = _JETPACK_OF_L4T.get(int(match[1]), "unknown")
         return Jetson(model, f"{match[1]}.{match[2]}", jetpack)
+
+    @cached_property
+    def cuda_device(self) -> "CudaDevice | str":
+        """The GPU as CUDA sees it, or why it sees none."""
+        try:
+            cuda = self.open_cuda()
+        except HeadraceError as error:
+            return str(error)
+        try:
+            return CudaDevice(cuda.device_name(), cuda.capability(), cuda.free_memory())
+        finally:
+            cuda.close()
+
+    def major_of(self, package: str) -> int | None:
+        """First number of a package's version; None if it is not installed."""
+        version = self.packages.get(package)
+        return None if version is None else int(version.partition(".")[0])
 
     def _read(self, name: str) -> str:
         try:
