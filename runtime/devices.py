@@ -11,7 +11,7 @@ from runtime.cuda import Cuda, load_cuda
 from runtime.engine_files import TARGETS, EngineFile, find_engine
 from runtime.environment import Environment
 from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
-from runtime.kv_budget import default_budget, kv_bytes_per_token, plan_slots
+from runtime.kv_budget import DEVICE_FREE_FRACTION, default_budget, kv_bytes_per_token, plan_slots
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.trt_library import TrtLibrary, open_library
@@ -106,25 +106,48 @@ def _check_limits(artifact: Artifact, settings: EngineSettings, engine: EngineFi
     return settings.max_len or min(artifact.manifest.dims.max_len, engine.info.max_len)
 
 
+def open_on_cuda(artifact: Artifact, settings: EngineSettings, *, open_cuda: Callable[[], Cuda] = load_cuda) -> Session:
+    """ONNX Runtime's CUDA provider, the KV cache in device memory."""
+    from runtime.ort_device_session import OrtDeviceSession, load_graph
+
+    cuda = open_cuda()
+    try:
+        graph = load_graph(artifact, "cuda")
+        budget = int(cuda.free_memory() * DEVICE_FREE_FRACTION)
+        num_slots, capacity = _slots(artifact, settings, budget)
+        return OrtDeviceSession(graph, artifact, "cuda", cuda, num_slots=num_slots, capacity=capacity)
+    except BaseException:
+        cuda.close()
+        raise
+
+
 def open_on_cpu(artifact: Artifact, settings: EngineSettings) -> Session:
     """ONNX Runtime's CPU provider, with as many slots as memory has room for."""
     from runtime.ort_session import OrtSession
 
-    manifest = artifact.manifest
-    dims = manifest.dims
-    capacity = settings.max_len or dims.max_len
-    weight_bytes = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
-    budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else settings.kv_memory
-    bytes_per_token = kv_bytes_per_token(
-        num_layers=dims.num_layers,
-        num_kv_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        dtype=manifest.kv.dtype,
-    )
-    num_slots = plan_slots(
-        max_batch=settings.max_batch, capacity=capacity, bytes_per_token=bytes_per_token, budget=budget
-    )
+    files = artifact.manifest.files
+    weight_bytes = files[WEIGHTS].size if WEIGHTS in files else 0
+    budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else 0
+    num_slots, capacity = _slots(artifact, settings, budget)
     return OrtSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
 
 
-BACKENDS: Mapping[str, Backend] = {"tensorrt": open_on_tensorrt, "cpu": open_on_cpu}
+def _slots(artifact: Artifact, settings: EngineSettings, budget: int) -> tuple[int, int]:
+    """How many slots of how many tokens ONNX Runtime gets, within --kv-memory or else `budget` bytes."""
+    dims = artifact.manifest.dims
+    capacity = settings.max_len or dims.max_len
+    num_slots = plan_slots(
+        max_batch=settings.max_batch,
+        capacity=capacity,
+        bytes_per_token=kv_bytes_per_token(
+            num_layers=dims.num_layers,
+            num_kv_heads=dims.num_kv_heads,
+            head_dim=dims.head_dim,
+            dtype=artifact.manifest.kv.dtype,
+        ),
+        budget=budget if settings.kv_memory is None else settings.kv_memory,
+    )
+    return num_slots, capacity
+
+
+BACKENDS: Mapping[str, Backend] = {"tensorrt": open_on_tensorrt, "cuda": open_on_cuda, "cpu": open_on_cpu}

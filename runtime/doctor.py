@@ -64,11 +64,7 @@ def _tensorrt(env: Environment) -> Verdict:
             refusals.append(str(error))
     if not loaded:
         problems.append(Problem("; ".join(refusals), _tensorrt_fix(env)))
-    if "cuda-python" not in env.packages and "cuda-bindings" not in env.packages:
-        problems.append(Problem("cuda-python is not installed", f"pip install '{_cuda_python(env)}'"))
-    else:
-        major = env.major_of("cuda-bindings") or env.major_of("cuda-python")
-        problems += _driver_for(env, "cuda-python", major)
+    problems += _no_cuda_python(env)
     if "tensorrt-rtx" in env.packages and len(loaded) == 1 and loaded[0].startswith("tensorrt-rtx"):
         problems += _driver_for(env, "tensorrt-rtx", ORT_CUDA)
     if not problems and isinstance(env.cuda_device, str):
@@ -94,6 +90,7 @@ def _cuda(env: Environment) -> Verdict:
         )
     if version is not None:
         problems += _driver_for(env, "onnxruntime-gpu", ORT_CUDA)
+    problems += _no_cuda_python(env)
     return Verdict("cuda", tuple(problems), f"onnxruntime-gpu {version}" if version else "")
 
 
@@ -107,6 +104,14 @@ def _cpu(env: Environment) -> Verdict:
 def _no_gpu(env: Environment) -> Iterator[Problem]:
     if not env.has_nvidia_device:
         yield Problem("no NVIDIA driver is loaded", "install the driver, 580 or newer, if there is an NVIDIA GPU")
+
+
+def _no_cuda_python(env: Environment) -> Iterator[Problem]:
+    """cuda-python is missing, or is for a newer driver."""
+    if "cuda-python" not in env.packages and "cuda-bindings" not in env.packages:
+        yield Problem("cuda-python is not installed", f"pip install '{_cuda_python(env)}'")
+    else:
+        yield from _driver_for(env, "cuda-python", env.major_of("cuda-bindings") or env.major_of("cuda-python"))
 
 
 def _driver_for(env: Environment, package: str, cuda_major: int | None) -> Iterator[Problem]:

@@ -8,6 +8,9 @@ from runtime.errors import InvalidSetting
 FREE_FRACTION = 0.6
 """Share of the free memory for the cache: the rest is for activations, prepacked weights, page cache."""
 
+DEVICE_FREE_FRACTION = 0.8
+"""The same of a GPU's memory once the model is loaded: the rest is for what libraries allocate as they run."""
+
 _DTYPE_BYTES = {
     "float32": 4,
     "float16": 2,

@@ -23,15 +23,12 @@ from runtime.decode_graphs import DecodeGraphs, SlotEnds
 from runtime.device_kv import CacheNames, DeviceKv, slot_unit
 from runtime.engine_files import PROFILES, EngineFile, EngineInfo, Shape
 from runtime.errors import InvalidEngine, InvalidSetting
-from runtime.kv_budget import item_bytes, kv_bytes_per_token, plan_slots
+from runtime.kv_budget import DEVICE_FREE_FRACTION, item_bytes, kv_bytes_per_token, plan_slots
 from runtime.session import Batch, SessionInfo, TopRows
 from runtime.trt_engine import LoadedEngine, ProfileContext
 from runtime.trt_inputs import TOP_IDS, trt_inputs
 from runtime.trt_library import TrtLibrary
 from runtime.trt_staging import RunInputs, RunOutputs
-
-FREE_FRACTION = 0.8
-"""Share of the free device memory for the cache: the rest is for what libraries allocate while they run."""
 
 
 class _Memory(Protocol):
@@ -200,7 +197,7 @@ class _Opening:
             head_dim=dims.head_dim,
             dtype=self._contract.dtype,
         ) * (1 if self._is_in_place else 2)
-        budget = int(cuda.free_memory() * FREE_FRACTION) if kv_memory is None else kv_memory
+        budget = int(cuda.free_memory() * DEVICE_FREE_FRACTION) if kv_memory is None else kv_memory
         num_slots = plan_slots(max_batch=max_batch, capacity=slot_len, bytes_per_token=per_token, budget=budget)
         kv = self._own(self._kv(num_slots, slot_len))
         graphs = self._own(DecodeGraphs(cuda, num_slots, lambda: loaded.context("decode", cuda, scratch)))

@@ -1,0 +1,89 @@
+"""Leaves inputs out of an ONNX file's nodes, for an ONNX Runtime that is older than the operator's last input.
+
+Reads the protobuf wire format itself: the serving side does without the onnx package, and of the whole format this
+needs two nested fields. Weights lie in other files, so the bytes are few.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+# Field numbers of onnx.proto: ModelProto.graph, GraphProto.node, NodeProto.input and .op_type.
+_GRAPH, _NODE, _INPUT, _OP_TYPE = 7, 1, 1, 4
+_LENGTH_DELIMITED = 2
+
+
+class _Field(NamedTuple):
+    number: int
+    whole: bytes
+    """Key, length and content, as in the file."""
+    content: bytes | None
+    """Of a string or message; None for numbers."""
+
+
+def without_inputs(model: bytes, op_type: str, num_kept: int) -> bytes:
+    """The model with only the first `num_kept` inputs of every node of that kind. ValueError if it is not a model."""
+
+    def edit_node(node: bytes) -> bytes:
+        return _node(node, op_type, num_kept)
+
+    return _edited(model, _GRAPH, lambda graph: _edited(graph, _NODE, edit_node))
+
+
+def _edited(message: bytes, number: int, edit: Callable[[bytes], bytes]) -> bytes:
+    """The message with `edit` made of every nested message of that number."""
+    return b"".join(
+        field.whole if field.number != number or field.content is None else _wrapped(number, edit(field.content))
+        for field in _fields(message)
+    )
+
+
+def _node(node: bytes, op_type: str, num_kept: int) -> bytes:
+    fields = list(_fields(node))
+    if not any(field.number == _OP_TYPE and field.content == op_type.encode() for field in fields):
+        return node
+    inputs = [field for field in fields if field.number == _INPUT][:num_kept]
+    return b"".join(field.whole for field in [*inputs, *(field for field in fields if field.number != _INPUT)])
+
+
+def _fields(message: bytes) -> Iterator[_Field]:
+    position = 0
+    while position < len(message):
+        start = position
+        key, position = _varint(message, position)
+        content = None
+        if key & 7 == _LENGTH_DELIMITED:
+            length, position = _varint(message, position)
+            content = message[position : position + length]
+            position += length
+        elif key & 7 == 0:
+            _, position = _varint(message, position)
+        elif key & 7 in (1, 5):
+            position += 8 if key & 7 == 1 else 4
+        else:
+            raise ValueError(f"not a protobuf message: wire type {key & 7} at byte {start}")
+        if position > len(message):
+            raise ValueError(f"not a whole protobuf message: it ends inside the field at byte {start}")
+        yield _Field(key >> 3, message[start:position], content)
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < len(data):
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if not byte & 0x80:
+            return value, position
+    raise ValueError("not a whole protobuf message: it ends inside a number")
+
+
+def _wrapped(number: int, content: bytes) -> bytes:
+    return _as_varint(number << 3 | _LENGTH_DELIMITED) + _as_varint(len(content)) + content
+
+
+def _as_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
