@@ -10,6 +10,7 @@ VERBS = {
     "generate": ("runtime.generate", "stream an answer to the terminal"),
     "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),
     "bench": ("runtime.bench", "prefill and decode speed, memory, fraction of the roofline"),
+    "fit": ("runtime.fit", "which precision, context and batch fit a device's memory, with the sums"),
     "doctor": ("runtime.doctor", "which devices can run a model here, and what the others want"),
     "inspect": ("runtime.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),
 }

@@ -18,10 +18,14 @@ CAPACITY = 128
 
 
 def export_tiny(
-    directory: Path, variant: str = "llama", precision: str = "fp32", dialects: tuple[str, ...] = ("ort", "trt")
+    directory: Path,
+    variant: str = "llama",
+    precision: str = "fp32",
+    dialects: tuple[str, ...] = ("ort", "trt"),
+    **changes: Any,
 ) -> Artifact:
-    """A random model of three layers in the dialects that are compared."""
-    source = write_checkpoint(directory / "checkpoint", config_of(variant))
+    """A random model of three layers in the dialects that are compared; `changes` are of its config.json."""
+    source = write_checkpoint(directory / "checkpoint", config_of(variant, **changes))
     out = directory / "artifact"
     return export_model(ExportOptions(model=str(source), out=out, precision=precision, dialects=dialects, force=True))
 
