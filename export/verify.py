@@ -135,7 +135,10 @@ def verify(
             if "ort" in runs:
                 equal = [a == b for a, b in zip(run.generated, runs["ort"].generated, strict=False)]
                 figures[figure_name(dialect, "tokens_equal_to_ort")] = float(np.mean(equal))
-    return _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits)
+    receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits)
+    # What runtime/replay.py repeats where the model is to be served.
+    tokens = {dialect: run.generated for dialect, run in runs.items()}
+    return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
 
 
 def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:

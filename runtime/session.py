@@ -48,6 +48,8 @@ class SessionInfo:
     vocab_size: int
     is_ragged: bool
     kv_bytes_per_token: int
+    dialect: str = "ort"
+    """Which of the artifact's graphs it runs."""
 
 
 class Session(Protocol):

@@ -210,6 +210,7 @@ class _Opening:
             vocab_size=dims.vocab_size,
             is_ragged=True,
             kv_bytes_per_token=per_token,
+            dialect=info.dialect,
         )
         return cls(
             loaded,

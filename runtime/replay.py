@@ -1,0 +1,122 @@
+"""`headrace verify`: the receipt again, on the device that will serve.
+
+The receipt holds the prompts that were continued when the model was exported, and the tokens each graph gave. Here the
+device's own session is fed the same tokens, in prefilled chunks and then one by one with all prompts in a batch, and
+must choose each next one as the receipt says.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.artifact import Artifact, open_artifact
+from runtime.devices import open_session
+from runtime.errors import GateFailed, InvalidArtifact
+from runtime.session import Batch, Session
+from runtime.settings import DEVICES, EngineSettings
+
+MIN_AGREEMENT = {"fp32": 0.995}
+"""Other kernels add floats in another order; in float32 that turns no choice but a tie of the last digits."""
+MIN_AGREEMENT_ROUNDED = 0.95
+"""Half precision and integers: near ties turn. A cache one token off agrees on about half (tests/test_replay.py)."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Shares of tokens chosen as in the receipt: at the end of a prefill, and in batched decoding."""
+
+    device: str
+    dialect: str
+    prefill: float
+    decode: float
+    num_tokens: int
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return min(self.prefill, self.decode) >= self.limit
+
+
+def replay(artifact: Artifact, session: Session) -> Replay:
+    """Repeat the receipt's continuations. InvalidArtifact if the receipt is older than that."""
+    dialect = session.info.dialect
+    recorded = artifact.receipt.get("replay", {})
+    tokens = recorded.get("tokens", {}).get(dialect)
+    if not tokens:
+        raise InvalidArtifact(f"{artifact.path}: the receipt has no tokens of the {dialect} graph; export it again")
+    room = session.info.capacity
+    each = zip(recorded["prompts"], tokens, strict=False)  # some graphs continue fewer prompts
+    pairs = [(prompt, answer) for prompt, answer in each if len(prompt) + len(answer) <= room]
+    if not pairs:
+        raise InvalidArtifact(f"{artifact.path}: no prompt of the receipt fits slots of {room} tokens; raise --max-len")
+    rows = session.info.num_slots
+    right: list[tuple[int, int]] = []
+    for start in range(0, len(pairs), rows):
+        right += _replay_batch(session, pairs[start : start + rows])
+    num_decode = sum(len(answer) - 1 for _, answer in pairs)
+    return Replay(
+        device=session.info.device,
+        dialect=dialect,
+        prefill=sum(first for first, _ in right) / len(pairs),
+        decode=sum(rest for _, rest in right) / num_decode,
+        num_tokens=len(pairs) + num_decode,
+        limit=MIN_AGREEMENT.get(artifact.manifest.precision, MIN_AGREEMENT_ROUNDED),
+    )
+
+
+def _replay_batch(session: Session, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
+    """For each prompt, whether its first token is right, and how many of the others are."""
+    right = []
+    for slot, (prompt, answer) in enumerate(pairs):
+        half = max(1, len(prompt) // 2)
+        for begin, piece in ((0, prompt[:half]), (half, prompt[half:])):  # in two chunks, as long prompts are
+            if piece:
+                ids = np.array([piece])
+                count, past = np.array([len(piece)], np.int32), np.array([begin], np.int32)
+                logits = session.run(Batch(slot, ids, past, count, np.array([len(piece) - 1])))
+        right.append([int(int(logits[0].argmax()) == answer[0]), 0])
+    for step in range(min(len(answer) for _, answer in pairs) - 1):
+        ids = np.array([[answer[step]] for _, answer in pairs])
+        past = np.array([len(prompt) + step for prompt, _ in pairs], np.int32)
+        logits = session.run(Batch(0, ids, past, np.ones(len(pairs), np.int32), np.arange(len(pairs))))
+        for row, choice in enumerate(logits.argmax(-1).tolist()):
+            right[row][1] += choice == pairs[row][1][step + 1]
+    return [(first, rest) for first, rest in right]
+
+
+def main(argv: list[str]) -> int:
+    """Verify on one device. GateFailed, with both figures, if it does not choose the receipt's tokens."""
+    parser = argparse.ArgumentParser(
+        prog="headrace verify", description="Check hashes and receipt, and repeat the receipt's tokens on this device."
+    )
+    parser.add_argument("artifact", help="directory written by `headrace export`")
+    parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
+    parser.add_argument("--max-batch", type=int, default=8, help="prompts decoded together (default: 8)")
+    parser.add_argument("--allow-failed", action="store_true", help="verify an artifact that failed its accuracy gate")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    artifact = open_artifact(args.artifact, allow_failed=args.allow_failed)
+    # The chunk is the scheduler's; here every prompt is cut in two.
+    session = open_session(artifact, EngineSettings(device=args.device, max_batch=args.max_batch, prefill_chunk=1))
+    try:
+        found = replay(artifact, session)
+    finally:
+        session.close()
+    figures: dict[str, Any] = {**asdict(found), "passed": found.passed}
+    sys.stdout.write((json.dumps(figures) if args.json else _sentence(found)) + "\n")
+    if not found.passed:
+        raise GateFailed(
+            f"{artifact.path} on {found.device}: {found.prefill:.1%} of first and {found.decode:.1%} of further tokens "
+            f"are the receipt's, {found.limit:.1%} must be; do not serve it here, build the engine or export it again"
+        )
+    return 0
+
+
+def _sentence(found: Replay) -> str:
+    shares = f"{found.prefill:.1%} of first and {found.decode:.1%} of further tokens, of {found.num_tokens}"
+    return f"{found.device}: {shares}, are the receipt's ({found.dialect} graph; at least {found.limit:.1%})"
