@@ -19,16 +19,17 @@ OUT ?= artifacts/$(NAME)-$(PRECISION)$(if $(KV),-kv-$(KV))
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
 TARGET ?= tensorrt-rtx
+DEVICE ?= cpu
 GPU ?=
 
 EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
     $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
 
-.PHONY: help run test lint bench export engine serve setup clean
+.PHONY: help run test test-gpu lint bench bench-gpu export engine bundle serve setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU PORT PYTHON'
+	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU DEVICE PORT PYTHON'
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
@@ -36,6 +37,9 @@ run: $(VENV)/.installed  ## set up, export the default model, serve it and ask i
 
 test: $(VENV)/.tested  ## set up what the tests need and run them
 	@$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.tested  ## the tests that need a GPU; they say so and skip where there is none
+	@$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(VENV)/.tested  ## ruff and mypy, as CI runs them
 	@$(BIN)/ruff check .
@@ -45,6 +49,9 @@ lint: $(VENV)/.tested  ## ruff and mypy, as CI runs them
 bench: $(VENV)/.installed  ## speed and memory of an artifact: make bench ARTIFACT=...
 	@$(BIN)/headrace bench '$(ARTIFACT)'
 
+bench-gpu: $(VENV)/.installed  ## TensorRT against ORT CUDA and other servers, where there is a GPU: make bench-gpu ARTIFACT=...
+	@$(BIN)/python -m benchmarks.versus_gpu '$(ARTIFACT)'
+
 export: $(VENV)/.installed  ## write an artifact: make export MODEL=... PRECISION=... KV=... OUT=... MAX_LEN=... CALIB=...
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS)
 
@@ -52,6 +59,9 @@ engine: $(VENV)/.installed  ## compile an artifact for TensorRT: make engine ART
 	@$(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null || [ '$(TARGET)' != tensorrt-rtx ] || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[rtx]'
 	@$(BIN)/headrace engine '$(ARTIFACT)' --target '$(TARGET)' $(if $(GPU),--gpu '$(GPU)')
+
+bundle: $(VENV)/.installed  ## pack an artifact for a device: make bundle ARTIFACT=... DEVICE=jetson-orin|jetson-thor|rtx|cpu
+	@$(BIN)/python deploy/bundle.py '$(ARTIFACT)' --device '$(DEVICE)' --out dist
 
 serve: $(VENV)/.installed  ## serve an artifact: make serve ARTIFACT=... PORT=...
 	@exec $(BIN)/headrace serve '$(ARTIFACT)' --port $(PORT)

@@ -59,6 +59,7 @@ def test_every_make_target_and_variable_is_named() -> None:
         "ARTIFACT",
         "TARGET",
         "GPU",
+        "DEVICE",
         "PORT",
     ):
         assert re.search(rf"^{variable} \?=", makefile, re.M)

@@ -1,0 +1,183 @@
+"""`make bundle`: one archive with all that a device needs to serve an artifact, and the script that sets it up there.
+
+NAME-DEVICE/artifact/          the artifact, its hashes checked, engines of this stack included
+NAME-DEVICE/wheels/            Headrace itself
+NAME-DEVICE/requirements.txt   every package it needs, pinned to what this environment has
+NAME-DEVICE/start.sh           install, doctor, engine, verify, serve; see the file
+NAME-DEVICE/headrace.env  headrace.service  Dockerfile  README.md
+
+python deploy/bundle.py ARTIFACT --device cpu --out dist
+"""
+
+import argparse
+import configparser
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from runtime.artifact import Artifact, open_artifact
+from runtime.engine_files import ENGINES, engine_files
+from runtime.errors import HeadraceError, InvalidSetting
+
+HERE = Path(__file__).parent
+COPIED = ("start.sh", "headrace.service")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a kind of device runs on; deploy/README.md says where each number comes from and what was tested.
+
+    device: what `headrace serve --device` is told
+    target: of `headrace engine`, empty where none is built
+    extra: packages beyond Headrace's own
+    base: of the Dockerfile
+    uses_system: whether the environment sees the system's Python packages, where TensorRT comes with the system
+    """
+
+    device: str
+    target: str
+    extra: tuple[str, ...]
+    base: str
+    dialects: tuple[str, ...]
+    uses_system: bool = False
+
+
+STACKS: Mapping[str, Stack] = {
+    "cpu": Stack("cpu", "", (), "python:3.11-slim-bookworm", ("ort",)),
+    "rtx": Stack(
+        "tensorrt",
+        "tensorrt-rtx",
+        ("tensorrt-rtx==1.7.1.116", "cuda-python==13.4.4"),
+        "nvidia/cuda:13.0.1-base-ubuntu24.04",
+        ("trt",),
+    ),
+    "jetson-thor": Stack(
+        "tensorrt",
+        "tensorrt",
+        ("tensorrt==10.15.1.29", "cuda-python==13.0.3"),
+        "nvidia/cuda:13.0.1-base-ubuntu24.04",
+        ("trt",),
+    ),
+    "jetson-orin": Stack(
+        "tensorrt",
+        "tensorrt",
+        ("cuda-python==12.6.2.post1",),
+        "nvcr.io/nvidia/l4t-jetpack:r36.4.0",
+        ("trt-plain",),
+        uses_system=True,
+    ),
+}
+
+
+def build_wheel(target: Path) -> None:
+    """Write Headrace's wheel into a directory."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--wheel-dir", str(target), str(HERE.parent)], check=True)
+
+
+def make_bundle(
+    artifact: Artifact, device: str, out: Path, *, write_wheel: Callable[[Path], None] = build_wheel
+) -> Path:
+    """Write `out`/NAME-DEVICE.tar.gz; its path. InvalidSetting if the artifact has no graph for the device."""
+    if device not in STACKS:
+        raise InvalidSetting(f"DEVICE {device!r} is unknown; choose one of {', '.join(STACKS)}")
+    stack = STACKS[device]
+    if not set(stack.dialects) & set(artifact.manifest.dialects):
+        wanted = stack.dialects[0]
+        raise InvalidSetting(
+            f"{artifact.path} has no {wanted} graph, which {device} needs; export it with --dialect ort,{wanted}"
+        )
+    name = f"{artifact.path.resolve().name}-{device}"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as temporary:
+        root = Path(temporary) / name
+        root.mkdir()
+        _copy_artifact(artifact, root / "artifact", stack)
+        write_wheel(root / "wheels")
+        (root / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements(stack)))
+        (root / "headrace.env").write_text("".join(f"{line}\n" for line in environment(stack)))
+        (root / "Dockerfile").write_text((HERE / "Dockerfile.in").read_text().replace("@BASE@", stack.base))
+        for file in COPIED:
+            shutil.copy(HERE / file, root / file)
+        shutil.copy(HERE / "BUNDLE.md", root / "README.md")
+        draft = Path(temporary) / "bundle.tar.gz"
+        with tarfile.open(draft, "w:gz", compresslevel=1) as archive:  # weights hardly compress
+            archive.add(root, name)
+        return draft.rename(out / f"{name}.tar.gz")
+
+
+def requirements(stack: Stack) -> list[str]:
+    """Every package Headrace needs, its dependencies' dependencies too, at the version that is installed here.
+
+    For a stack with another processor or Python these are the same releases; what that lacks, pip names there.
+    """
+    found: dict[str, str] = {}
+    config = configparser.ConfigParser()
+    config.read(HERE.parent / "setup.cfg")
+    lines = config["options"]["install_requires"].splitlines()
+    waiting = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    while waiting:
+        requirement = waiting.pop()
+        is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        name = canonicalize_name(requirement.name)
+        if is_wanted and name not in found:
+            package = importlib.metadata.distribution(name)
+            found[name] = package.version
+            waiting += [Requirement(line) for line in package.requires or []]
+    return [*(f"{name}=={version}" for name, version in sorted(found.items())), *stack.extra]
+
+
+def environment(stack: Stack) -> Iterator[str]:
+    """headrace.env: what start.sh and the unit read."""
+    yield "# Read by start.sh. Flags of `headrace serve` go into SERVE_FLAGS."
+    yield "HOST=127.0.0.1"
+    yield "PORT=8000"
+    yield "# What must work, or auto: TensorRT, CUDA, then the CPU, whichever works first."
+    yield f"DEVICE={stack.device}"
+    yield "MAX_BATCH=8"
+    yield "# Tokens of prompt and answer together; empty is the model's limit."
+    yield "MAX_LEN="
+    yield "PREFILL_CHUNK=128"
+    yield "SERVE_FLAGS="
+    yield f"ENGINE_TARGET={stack.target}"
+    yield f"VENV_FLAGS={'--system-site-packages' if stack.uses_system else ''}"
+
+
+def _copy_artifact(artifact: Artifact, target: Path, stack: Stack) -> None:
+    target.mkdir()
+    for file in (*artifact.manifest.files, "manifest.json"):
+        shutil.copy(artifact.path / file, target / file)
+    for engine in engine_files(artifact):
+        if engine.problem is None and engine.info is not None and engine.info.target == stack.target:
+            (target / ENGINES).mkdir(exist_ok=True)
+            for part in (engine.plan, engine.plan.with_suffix(".json")):
+                shutil.copy(part, target / ENGINES / part.name)
+
+
+def main(argv: list[str]) -> int:
+    """Make one bundle; 2 with one line if it cannot be made."""
+    parser = argparse.ArgumentParser(prog="bundle.py", description="Pack an artifact with all that a device needs.")
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--device", required=True, help=", ".join(STACKS))
+    parser.add_argument("--out", type=Path, default=Path("dist"))
+    args = parser.parse_args(argv)
+    try:
+        path = make_bundle(open_artifact(args.artifact), args.device, args.out)
+    except HeadraceError as error:
+        sys.stderr.write(f"bundle: {error}\n")
+        return 2
+    sys.stdout.write(f"{path} ({path.stat().st_size / 1e6:.0f} MB)\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
