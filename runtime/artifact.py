@@ -163,6 +163,11 @@ class Artifact:
         """Whether every gate of the receipt was passed."""
         return self.receipt.get("passed") is True
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight file."""
+        return self.manifest.files[WEIGHTS].size if WEIGHTS in self.manifest.files else 0
+
     def model_file(self, dialect: str = "ort") -> Path:
         """Path of the graph of one dialect; InvalidArtifact if the artifact has no such dialect."""
         if dialect not in self.manifest.dialects:

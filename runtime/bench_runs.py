@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.artifact import Artifact
-from runtime.core import FinishReason, SamplingParams
+from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
 from runtime.inspect_artifact import bytes_per_token
 from runtime.kv_budget import default_budget, format_bytes
@@ -81,7 +81,9 @@ class StepTimes:
     def on_first_token(self, *, ttft_s: float) -> None:
         self.ttft_s.append(ttft_s)
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         self._num_finished += 1
         if tpot_s is not None:
             self.tpot_s.append(tpot_s)

@@ -15,15 +15,21 @@ from runtime.settings import setting
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_PRIORITY = 100
 
 
 class FinishReason(StrEnum):
-    """Why a request ended. STOP and LENGTH are OpenAI's words; the others end a request without an answer."""
+    """Why a request ended. STOP and LENGTH are OpenAI's words; the others end a request without an answer.
+
+    TIMEOUT: its own time was up; QUEUE_TIMEOUT: no slot was free for longer than the engine lets a request wait.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TIMEOUT = "timeout"
+    QUEUE_TIMEOUT = "queue_timeout"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +141,39 @@ EventSink = Callable[[TokenEvent], None]
 
 
 @dataclass(slots=True, kw_only=True)
+class Usage:
+    """What a request had of the engine's shortcuts. The engine counts; complete when the last event comes."""
+
+    num_cached: int = 0
+    """Prompt tokens whose K and V came from the prefix cache."""
+    num_drafted: int = 0
+    """Guessed tokens that were run to see whether they are right."""
+    num_accepted: int = 0
+    """Those of them that were."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """How the engine treats a request, beside choosing its tokens. Checked once, here."""
+
+    cache_salt: str = ""
+    """Prompts share the prefix cache only with prompts of the same salt: without it one client could find out by the
+    time to the first token what another has sent."""
+    priority: int = 0
+    """Lower is served earlier; among equals, who came first."""
+    timeout_s: float | None = None
+    """Seconds after its submission at which it ends, finished or not."""
+
+    def __post_init__(self) -> None:
+        _check("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.timeout_s is not None:
+            _check("timeout", self.timeout_s, 0, None, low_open=True)
+
+
+DEFAULT_OPTIONS = RequestOptions()
+
+
+@dataclass(slots=True, kw_only=True)
 class Request:
     """One sequence to generate. `prompt_ids` is not empty; `eos_ids` end it unless `params.ignore_eos`."""
 
@@ -144,6 +183,8 @@ class Request:
     eos_ids: frozenset[int]
     sink: EventSink
     text: TextStream | None = None
+    options: RequestOptions = DEFAULT_OPTIONS
+    usage: Usage = field(default_factory=Usage)
 
 
 class EngineStats(NamedTuple):
@@ -154,6 +195,7 @@ class EngineStats(NamedTuple):
     num_slots: int
     kv_used_tokens: int
     kv_total_tokens: int
+    prefix_cache_bytes: int
 
 
 class EngineObserver(Protocol):
@@ -167,6 +209,8 @@ class EngineObserver(Protocol):
         """A request got its first token, this many seconds after it was submitted."""
         ...
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         """A request ended; `tpot_s` is the mean seconds per token after the first, None below two tokens."""
         ...

@@ -6,7 +6,7 @@ two, name by name. Nothing here knows about models.
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,18 @@ class Cuda:
         (error,) = self._api.cudaMemcpy2DAsync(target, pitch, source, pitch, width, num_rows, kind, self._stream)
         self._check(error, "copying on the device")
 
+    def copy_rows_out(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
+        """Copy rows that lie `pitch` bytes apart on the device into pinned host memory, one behind the other."""
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        (error,) = self._api.cudaMemcpy2DAsync(target, width, source, pitch, width, num_rows, kind, self._stream)
+        self._check(error, "copying from the device")
+
+    def copy_rows_in(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
+        """Copy rows that lie one behind the other in pinned host memory to places `pitch` bytes apart."""
+        kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        (error,) = self._api.cudaMemcpy2DAsync(target, pitch, source, width, width, num_rows, kind, self._stream)
+        self._check(error, "copying to the device")
+
     def clear(self, address: int, num_bytes: int) -> None:
         """Set device memory to zero."""
         (error,) = self._api.cudaMemsetAsync(address, 0, num_bytes, self._stream)
@@ -200,10 +212,16 @@ class DeviceMemory:
             self.address = 0
 
 
+class PinnedOwner(Protocol):
+    """Who takes pinned memory back."""
+
+    def free_pinned(self, address: int) -> None: ...
+
+
 class PinnedMemory:
     """A block of page-locked host memory."""
 
-    def __init__(self, cuda: Cuda, address: int, num_bytes: int) -> None:
+    def __init__(self, cuda: PinnedOwner, address: int, num_bytes: int) -> None:
         self._cuda, self.address, self.num_bytes = cuda, address, num_bytes
 
     def view(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from math import gcd
 from typing import NamedTuple
 
 from runtime.cuda import ALIGNMENT, Cuda
+from runtime.kv_rows import HostRows, RowStage
 
 
 class CacheNames(NamedTuple):
@@ -57,6 +58,7 @@ class DeviceKv:
         assert self._slot_bytes % ALIGNMENT == 0, "slots at unaligned addresses"
         self._tensor_bytes = num_slots * self._slot_bytes
         total = len(self._names) * self._tensor_bytes
+        self._stage = RowStage(cuda, kv_heads=kv_heads, head_bytes=self._head_bytes, row_bytes=self._row_bytes)
         self._pool = cuda.allocate(total, "the KV cache")
         self._outputs = self._pool
         if not in_place:
@@ -98,7 +100,16 @@ class DeviceKv:
                 num_rows=self.tail_shape[0],
             )
 
+    def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
+        """Copy positions of a slot to the host; waits for the device."""
+        return self._stage.read([cache.past for cache in self.addresses(slot)], start, stop)
+
+    def write_slot(self, slot: int, start: int, rows: HostRows) -> None:
+        """Put them into a slot; waits for the device."""
+        self._stage.write([cache.past for cache in self.addresses(slot)], start, rows)
+
     def free(self) -> None:
         """Give the memory back. Idempotent."""
+        self._stage.free()
         self._outputs.free()
         self._pool.free()

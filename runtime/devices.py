@@ -6,12 +6,13 @@
 import logging
 from collections.abc import Callable, Mapping
 
-from runtime.artifact import WEIGHTS, Artifact
+from runtime.artifact import Artifact
 from runtime.cuda import Cuda, load_cuda
 from runtime.engine_files import TARGETS, EngineFile, find_engine
 from runtime.environment import Environment
 from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
-from runtime.kv_budget import DEVICE_FREE_FRACTION, default_budget, kv_bytes_per_token, plan_slots
+from runtime.inspect_artifact import bytes_per_token
+from runtime.kv_budget import DEVICE_FREE_FRACTION, default_budget, plan_slots
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.trt_library import TrtLibrary, open_library
@@ -125,26 +126,24 @@ def open_on_cpu(artifact: Artifact, settings: EngineSettings) -> Session:
     """ONNX Runtime's CPU provider, with as many slots as memory has room for."""
     from runtime.ort_session import OrtSession
 
-    files = artifact.manifest.files
-    weight_bytes = files[WEIGHTS].size if WEIGHTS in files else 0
-    budget = default_budget(weight_bytes=weight_bytes) if settings.kv_memory is None else 0
+    budget = default_budget(weight_bytes=artifact.weight_bytes) if settings.kv_memory is None else 0
     num_slots, capacity = _slots(artifact, settings, budget)
-    return OrtSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
+    return OrtSession.open(
+        artifact,
+        num_slots=num_slots,
+        capacity=capacity,
+        threads=settings.threads,
+        keeps_single_tokens=settings.speculate or settings.draft is not None,
+    )
 
 
 def _slots(artifact: Artifact, settings: EngineSettings, budget: int) -> tuple[int, int]:
     """How many slots of how many tokens ONNX Runtime gets, within --kv-memory or else `budget` bytes."""
-    dims = artifact.manifest.dims
-    capacity = settings.max_len or dims.max_len
+    capacity = settings.max_len or artifact.manifest.dims.max_len
     num_slots = plan_slots(
         max_batch=settings.max_batch,
         capacity=capacity,
-        bytes_per_token=kv_bytes_per_token(
-            num_layers=dims.num_layers,
-            num_kv_heads=dims.num_kv_heads,
-            head_dim=dims.head_dim,
-            dtype=artifact.manifest.kv.dtype,
-        ),
+        bytes_per_token=bytes_per_token(artifact),
         budget=budget if settings.kv_memory is None else settings.kv_memory,
     )
     return num_slots, capacity

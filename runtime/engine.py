@@ -5,29 +5,53 @@ The engine knows nothing about text except that a request may carry a `TextStrea
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable
+from itertools import islice
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.ngram import NgramIndex
+from runtime.prefix_cache import PrefixCache, block_keys
 from runtime.sampler import Row
 from runtime.scheduler import Run, Scheduler
 from runtime.sequence import Sequence
 from runtime.session import Session, TopRow, TopSession
+from runtime.speculation import MODEL_ODDS, Speculator
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs requests on a session in steps; they join and leave between two steps."""
+    """Runs requests on a session in steps; they join and leave between two steps.
 
-    def __init__(self, session: Session, *, prefill_chunk: int = 128, observer: EngineObserver | None = None) -> None:
+    prefill_chunk: most prompt tokens run between two decode steps
+    max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
+    prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
+    speculator: chooses drafts; None, or a session that is not ragged or where cuts matter: one token a row and step
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        prefill_chunk: int = 128,
+        prefix_cache: int = 0,
+        max_queue_wait_s: float | None = None,
+        speculator: Speculator | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
         self.info = session.info
         self.live: dict[str, Sequence] = {}
         self._session = session
         self._top_session = session if isinstance(session, TopSession) else None
         self._observer = observer
         self._prefill_chunk = prefill_chunk
+        self._prefix_cache = prefix_cache
+        self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
+        self._next_expiry_s = math.inf
+        self._speculator = speculator if session.info.is_ragged and session.info.is_cut_exact else None
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
@@ -52,12 +76,18 @@ class Engine:
                 "Shorten the prompt or lower max_tokens.",
                 param="prompt",
             )
-        return Sequence(request)
+        sequence = Sequence(request)
+        if self._prefix_cache:
+            sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
+        if self._speculator is not None:
+            sequence.ngrams, sequence.model_odds = NgramIndex(ids), MODEL_ODDS
+        return sequence
 
     def add(self, sequence: Sequence) -> None:
         """Queue a prepared sequence; it joins when a slot is free."""
         self.live[sequence.request.request_id] = sequence
-        self._scheduler.waiting.append(sequence)
+        self._scheduler.add(sequence)
+        self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(sequence))
 
     def cancel(self, request_id: str) -> None:
         """End a request with CANCELLED and free its slot. One that has ended already is ignored."""
@@ -88,17 +118,23 @@ class Engine:
             num_slots=slots.num_slots,
             kv_used_tokens=slots.used_tokens,
             kv_total_tokens=slots.num_slots * slots.capacity,
+            prefix_cache_bytes=self._scheduler.cache.num_bytes,
         )
 
     def step(self) -> None:
         """Give every decoding request a token, and at most one chunk of prompts a prefill."""
         started_s, self._model_s = time.perf_counter(), 0.0
+        if started_s >= self._next_expiry_s:
+            self._expire(started_s)
         num_decode = num_prefill_tokens = 0
         for run in self._scheduler.plan():
             rows = self._run(run)
             self._scheduler.advance(run)
-            for sequence, row in zip(run.sequences, rows, strict=False):
-                self._emit(sequence, row)
+            if run.drafts:
+                self._emit_drafted(run, rows)
+            else:
+                for sequence, row in zip(run.sequences, rows, strict=False):
+                    self._emit(sequence, row)
             num_decode += run.num_decode
             num_prefill_tokens += run.num_prefill_tokens
         if self._observer is not None:
@@ -119,10 +155,30 @@ class Engine:
             rows = top.run_top(run.batch)
         else:
             rows = self._session.run(run.batch)
-        self._model_s += time.perf_counter() - started_s
+        model_s = time.perf_counter() - started_s
+        self._model_s += model_s
+        if self._speculator is not None:
+            self._speculator.cost.hear(run.batch.token_ids.size, model_s)
         return rows
 
-    def _emit(self, sequence: Sequence, row: Row | TopRow) -> None:
+    def _emit_drafted(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
+        """Each sequence goes on for as long as it chooses what its draft had."""
+        following = iter(rows)
+        for sequence, draft in zip(run.sequences, run.drafts, strict=True):
+            usage = sequence.request.usage
+            usage.num_drafted += len(draft)
+            num_before, own = usage.num_accepted, list(islice(following, len(draft) + 1))
+            for idx, row in enumerate(own):
+                token_id = self._emit(sequence, row)
+                if token_id is None or idx == len(draft) or token_id != draft[idx]:
+                    break
+                self._scheduler.accept(sequence)
+                usage.num_accepted += 1
+            assert self._speculator is not None
+            self._speculator.hear(sequence, len(draft), usage.num_accepted - num_before)
+
+    def _emit(self, sequence: Sequence, row: Row | TopRow) -> int | None:
+        """Send a sequence's next event; return its token, None if it ended."""
         is_first = sequence.num_generated == 0
         try:
             event = sequence.next_event(row)
@@ -133,10 +189,11 @@ class Engine:
             self._observer.on_first_token(ttft_s=sequence.first_token_s - sequence.submitted_s)
         if event.finish_reason is not None:
             self._end(sequence, event)
-            return
+            return None
         assert event.token_id is not None
         self._scheduler.set_next(sequence, event.token_id)
         sequence.request.sink(event)
+        return event.token_id
 
     def _end(self, sequence: Sequence, event: TokenEvent) -> None:
         """Free what the sequence holds, then send its last event."""
@@ -146,6 +203,22 @@ class Engine:
         sequence.request.sink(event)
         self._tell_end(sequence, event.finish_reason)
 
+    def _expire(self, now_s: float) -> None:
+        """End the requests whose time is up, and note when to look again."""
+        for sequence in list(self.live.values()):
+            if now_s >= sequence.deadline_s:
+                self._end(sequence, _timed_out(sequence, now_s))
+            elif now_s >= self._expiry_s(sequence):
+                reason = f"no slot was free for {self._max_queue_wait_s:g} s (--max-queue-wait); try again later"
+                self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.QUEUE_TIMEOUT, error=reason))
+        self._next_expiry_s = min(map(self._expiry_s, self.live.values()), default=math.inf)
+
+    def _expiry_s(self, sequence: Sequence) -> float:
+        """When its time is up as things stand: a request in a slot no longer waits."""
+        if sequence.slot is not None:
+            return sequence.deadline_s
+        return min(sequence.deadline_s, sequence.submitted_s + self._max_queue_wait_s)
+
     def _tell_end(self, sequence: Sequence, reason: FinishReason) -> None:
         if self._observer is not None:
             self._observer.on_finish(
@@ -153,10 +226,18 @@ class Engine:
                 num_prompt=sequence.num_prompt,
                 num_generated=sequence.num_generated,
                 tpot_s=sequence.tpot_s(time.perf_counter()),
+                usage=sequence.request.usage,
             )
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.info, self._session.copy_slot, prefill_chunk=self._prefill_chunk)
+        cache = PrefixCache(self._session, self._prefix_cache)
+        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, speculator=self._speculator)
+
+
+def _timed_out(sequence: Sequence, now_s: float) -> TokenEvent:
+    passed_s = now_s - sequence.submitted_s
+    reason = f"its time was up after {passed_s:.1f} s, with {sequence.num_generated} tokens generated; ask for fewer"
+    return TokenEvent(None, "", finish_reason=FinishReason.TIMEOUT, error=reason)
 
 
 def _failure(reason: str) -> TokenEvent:

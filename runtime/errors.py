@@ -9,6 +9,7 @@
     |  `- DeviceFailed               the GPU or its library broke while running (503)
     |     `- DeviceOutOfMemory       an allocation on the device failed; the message gives both sizes
     |- DeviceUnavailable             a backend that cannot run on this machine: no GPU, driver or package for it
+    |- TimedOut                      the request's own time was up before it was finished (504)
     |- EngineFailed                  the engine died while the request was in it (500)
     |- InvalidArtifact               a directory that is not a whole, intact artifact
     |  `- InvalidEngine              a TensorRT engine that is truncated, stale, or for another GPU or version
@@ -64,6 +65,10 @@ class DeviceOutOfMemory(DeviceFailed):
 
 class DeviceUnavailable(HeadraceError):
     """A backend cannot be used here. The message names what is missing and what to install."""
+
+
+class TimedOut(HeadraceError):
+    """The request was not finished within its own time limit."""
 
 
 class EngineFailed(HeadraceError):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from runtime.core import FinishReason, SamplingParams
+from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidRequest
 from runtime.settings import EngineSettings, add_flags, from_namespace
 
@@ -19,7 +19,7 @@ DEFAULT_MAX_TOKENS = 512
 """Long enough for an answer, short enough to bound one that never ends. Cut to what the context leaves."""
 
 # One request: nothing to batch, no queue.
-_ENGINE_SKIPPED = ("max_batch", "max_waiting")
+_ENGINE_SKIPPED = ("max_batch", "max_waiting", "max_queue_wait", "request_timeout", "prefix_cache")
 # Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities.
 _SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": None}
 _SAMPLING_SKIPPED = ("logprobs",)
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     if args.raw and args.system is not None:
         raise InvalidRequest("--system is part of a chat and --raw leaves the chat template out; give one of them")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    settings = from_namespace(EngineSettings, args, max_batch=1)
+    settings = from_namespace(EngineSettings, args, max_batch=1, prefix_cache=0)
     # A bad sampling flag is told before the model is loaded; the real limit needs the prompt's length.
     from_namespace(SamplingParams, args, max_tokens=1 if args.max_tokens is None else args.max_tokens)
 
@@ -136,7 +136,9 @@ class _PrefillBar:
     def on_first_token(self, *, ttft_s: float) -> None:
         self.close()
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         self.close()
 
 

@@ -7,6 +7,8 @@ from runtime.errors import InvalidSetting
 
 FREE_FRACTION = 0.6
 """Share of the free memory for the cache: the rest is for activations, prepacked weights, page cache."""
+PREFIX_CACHE_FRACTION = 0.1
+"""Share for prompt beginnings kept for reuse."""
 
 DEVICE_FREE_FRACTION = 0.8
 """The same of a GPU's memory once the model is loaded: the rest is for what libraries allocate as they run."""
@@ -54,12 +56,12 @@ def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: i
     return num_slots
 
 
-def default_budget(*, weight_bytes: int = 0, root: Path = Path("/")) -> int:
-    """Bytes the KV cache may take: 60 % of what is free once the weights are loaded.
+def default_budget(*, weight_bytes: int = 0, fraction: float = FREE_FRACTION, root: Path = Path("/")) -> int:
+    """Bytes the KV cache may take: by default 60 % of what is free once the weights are loaded.
 
     `root` is where /proc and /sys are found. InvalidSetting where the kernel does not say.
     """
-    return max(0, int((available_memory(root) - weight_bytes) * FREE_FRACTION))
+    return max(0, int((available_memory(root) - weight_bytes) * fraction))
 
 
 def available_memory(root: Path = Path("/")) -> int:

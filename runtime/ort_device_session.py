@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
+from runtime.cuda import PinnedMemory
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.kv_budget import item_bytes, kv_bytes_per_token
+from runtime.kv_rows import HostRows, RowCopier, RowStage
 from runtime.onnx_edit import without_inputs
-from runtime.session import Batch, SessionInfo
+from runtime.session import Batch, KvRows, SessionInfo
 from runtime.trt_inputs import ort_inputs
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -26,20 +28,40 @@ _NUM_ATTENTION_INPUTS = 9
 """query, key, value, past key, past value, lengths, capacity, cos, sin; what follows is left out in older releases."""
 
 
-class RowCopier(Protocol):
-    """Copies on the device; `runtime.cuda.Cuda` is one."""
+class DeviceCopier(RowCopier, Protocol):
+    """Copies on the device, and between it and the host; `runtime.cuda.Cuda` is one."""
 
     def copy_rows(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None: ...
-    def synchronize(self) -> None: ...
     def close(self) -> None: ...
 
 
 class HostCopier:
-    """A RowCopier where the device is the host."""
+    """A DeviceCopier where the device is the host."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Any] = {}
+
+    def allocate_pinned(self, num_bytes: int, what: str) -> PinnedMemory:
+        """Plain memory."""
+        buffer = (ctypes.c_uint8 * num_bytes)()
+        self._buffers[ctypes.addressof(buffer)] = buffer
+        return PinnedMemory(self, ctypes.addressof(buffer), num_bytes)
+
+    def free_pinned(self, address: int) -> None:
+        """Give it back."""
+        del self._buffers[address]
 
     def copy_rows(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
         for row in range(num_rows):
             ctypes.memmove(target + row * pitch, source + row * pitch, width)
+
+    def copy_rows_out(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
+        for row in range(num_rows):
+            ctypes.memmove(target + row * width, source + row * pitch, width)
+
+    def copy_rows_in(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
+        for row in range(num_rows):
+            ctypes.memmove(target + row * pitch, source + row * width, width)
 
     def synchronize(self) -> None:
         """Nothing is under way."""
@@ -52,7 +74,7 @@ class OrtDeviceSession:
     """Implements `runtime.session.Session`, on a graph from `load_graph`. Closes the copier with itself."""
 
     def __init__(
-        self, session: Any, artifact: Artifact, device: str, copier: RowCopier, *, num_slots: int, capacity: int
+        self, session: Any, artifact: Artifact, device: str, copier: DeviceCopier, *, num_slots: int, capacity: int
     ) -> None:
         from onnxruntime import OrtValue
 
@@ -62,6 +84,8 @@ class OrtDeviceSession:
         self._dtype = np.dtype(kv.dtype)
         self._tail = (dims.num_kv_heads, capacity, dims.head_dim)
         self._slot_bytes = int(np.prod(self._tail)) * item_bytes(kv.dtype)
+        row_bytes = dims.head_dim * item_bytes(kv.dtype)
+        self._stage = RowStage(copier, kv_heads=dims.num_kv_heads, head_bytes=capacity * row_bytes, row_bytes=row_bytes)
         zeros = np.zeros((num_slots, *self._tail), self._dtype)
         self._names = [
             (kv.past_name.format(layer=layer, kv=part), kv.present_name.format(layer=layer, kv=part))
@@ -77,6 +101,7 @@ class OrtDeviceSession:
             capacity=capacity,
             vocab_size=dims.vocab_size,
             is_ragged=False,
+            is_cut_exact=False,
             kv_bytes_per_token=kv_bytes_per_token(
                 num_layers=dims.num_layers, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv.dtype
             ),
@@ -134,8 +159,21 @@ class OrtDeviceSession:
             )
         self._copier.synchronize()  # ONNX Runtime runs on a stream of its own
 
+    def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
+        """Copy those positions of every layer's K and V to the host."""
+        return self._stage.read(self._slot_addresses(slot), start, stop)
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        """Copy them to the device, to another place perhaps."""
+        assert isinstance(rows, HostRows), "rows of another session"
+        self._stage.write(self._slot_addresses(slot), start, rows)
+
+    def _slot_addresses(self, slot: int) -> list[int]:
+        return [value.data_ptr() + slot * self._slot_bytes for value in self._pool]
+
     def close(self) -> None:
         """Drop the bindings, the cache and the model. Idempotent."""
+        self._stage.free()
         self._bindings.clear()
         self._pool.clear()
         self._session = None

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
 from runtime.errors import InvalidArtifact, InvalidSetting
-from runtime.session import Batch, SessionInfo
+from runtime.kv_rows import HostRows
+from runtime.session import Batch, KvRows, SessionInfo
 from runtime.trt_inputs import ort_inputs, trt_inputs
 
 # A binding holds two OrtValues a layer (about 0.4 ms to make for 30 layers). Decode needs one a batch size,
@@ -25,12 +26,12 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
 costs a tenth of a prefill there, and changes nothing on other processors."""
 
-
 WHOLE_ROWS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime reads when it makes attention kernels, its only switch for this: with more
 threads than rows times heads its tiled kernel shares one row's cache out among threads, so that sums are added in
-another order alone than in a batch (1e-5 of a logit). The other kernel never does; one token in 32 rows took 0.7 to 0.9
-of the time, a chunk of 128 the same, for up to 1,000 tokens. Its scores take rows * heads * chunk * capacity floats."""
+another order alone than in a batch (1e-5 of a logit); and it rounds a single token otherwise than one among several.
+The other kernel does neither; one token in 32 rows took 0.7 to 0.9 of the time, a chunk of 128 the same, for up to
+1,000 tokens. Its scores take rows * heads * chunk * capacity floats."""
 
 
 class OrtSession:
@@ -66,6 +67,7 @@ class OrtSession:
             vocab_size=dims.vocab_size,
             is_ragged=True,
             kv_bytes_per_token=per_token,
+            is_cut_exact=kv.dtype != "int8",
         )
 
     @classmethod
@@ -77,6 +79,7 @@ class OrtSession:
         capacity: int,
         threads: int | None = None,
         saves_memory: bool = False,
+        keeps_single_tokens: bool = False,
         dialect: str = "ort",
     ) -> "OrtSession":
         """Load the graph; InvalidArtifact if ONNX Runtime refuses it.
@@ -84,6 +87,8 @@ class OrtSession:
         threads: None is one a physical core
         saves_memory: keep half-precision weights as they are, and widen them for this CPU at every run instead of
             once at load; slower, and half the memory
+        keeps_single_tokens: a row of one token gets the same logits, bit for bit, beside rows of several tokens as
+            beside others of one. The flash attention of this CPU provider rounds it otherwise; this does without
         dialect: another than `ort` runs too, though slowly: to check what TensorRT will compile
         """
         import onnxruntime
@@ -97,7 +102,7 @@ class OrtSession:
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         options.add_session_config_entry(*EXACT_INT8)
-        if (threads or os.cpu_count() or 1) > artifact.manifest.dims.num_heads:
+        if keeps_single_tokens or (threads or os.cpu_count() or 1) > artifact.manifest.dims.num_heads:
             os.environ[WHOLE_ROWS] = "1"
         if saves_memory:
             # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
@@ -120,6 +125,8 @@ class OrtSession:
             raise InvalidArtifact(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {artifact.path}: {first_line}"
             ) from error
+        finally:
+            os.environ.pop(WHOLE_ROWS, None)
         return cls(session, artifact, num_slots=num_slots, capacity=capacity, dialect=dialect)
 
     @property
@@ -168,6 +175,16 @@ class OrtSession:
         """Copy the first `num_tokens` positions of every layer's K and V."""
         for pool in self._pool:
             pool[target, :, :num_tokens] = pool[source, :, :num_tokens]
+
+    def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
+        """Copy those positions of every layer's K and V."""
+        return HostRows([pool[slot, :, start:stop].copy() for pool in self._pool])
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        """Copy them back, to another place perhaps."""
+        assert isinstance(rows, HostRows), "rows of another session"
+        for pool, array in zip(self._pool, rows.arrays, strict=True):
+            pool[slot, :, start : start + array.shape[1]] = array
 
     def close(self) -> None:
         """Drop the bindings, the cache and the model."""

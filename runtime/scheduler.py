@@ -1,30 +1,38 @@
 """Which sequences run in the next step, and in which slots.
 
-Two queues: waiting (first in, first out) and, by slot, those that prefill or decode. A step is
+Two queues: waiting and, by slot, those that prefill or decode. A step is
 
-    admit      waiting -> lowest free slots
+    admit      waiting -> lowest free slots, by priority
     compact    decoding rows move down into free slots, so that they stay a tight span
-    plan       one decode run over slots [0, highest decoding + 1), then prefill runs of at most
-    `prefill_chunk` tokens
+    decode     one run over slots [0, highest decoding + 1), with drafts where they pay
+    reuse      prompts skip the blocks that the prefix cache has
+    prefill    runs of at most `prefill_chunk` tokens in all
 
 so a long prompt never holds up the streams that run, and they never hold up the prompt. Knows nothing about
 sampling, text or threads.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from bisect import insort
+from collections.abc import Iterator
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.kv_slots import KvSlots
+from runtime.prefix_cache import BLOCK_LEN, PrefixCache
 from runtime.sequence import Sequence
-from runtime.session import Batch, SessionInfo
+from runtime.session import Batch, Session
+from runtime.speculation import Speculator
 
 MIN_FILL = 0.75
 """Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real
 one, so padding adds at most a third to the work, against one more pass over the weights for each prompt run
 by itself."""
+
+RESTORE_SPEED = 16
+"""Tokens that a step may copy out of the prefix cache for each one it may prefill: copying is more than 16 times as
+fast, so running streams wait no longer for a prompt that is reused than for one that is computed."""
 
 
 class Run(NamedTuple):
@@ -34,16 +42,28 @@ class Run(NamedTuple):
     sequences: list[Sequence]
     num_decode: int = 0
     num_prefill_tokens: int = 0
+    prefilled: tuple[Sequence, ...] = ()
+    """Whose prompts it runs, finished with it or not."""
+    drafts: tuple[list[int], ...] = ()
+    """Speculation: what follows each sequence's next token; it has one more row of logits for each."""
 
 
 class Scheduler:
-    """Owns the slots and the queues. `copy_slot(source, target, num_tokens)` is the session's."""
+    """Owns the slots and the queues. Of the session it uses only what moves K and V about."""
 
-    def __init__(self, info: SessionInfo, copy_slot: Callable[[int, int, int], None], *, prefill_chunk: int) -> None:
+    def __init__(
+        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, speculator: Speculator | None = None
+    ) -> None:
+        info = session.info
+        self._speculator = speculator
+        self.cache = cache
         self.slots = KvSlots(info.num_slots, info.capacity)
-        self.waiting: deque[Sequence] = deque()
-        self._copy_slot = copy_slot
+        self.waiting: list[Sequence] = []  # by priority, then first in, first out
+        self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
+        self._is_oldest_turn = False
+        # Where cuts matter, a prompt out of the cache is cut where one that was computed is: at multiples of the chunk.
+        self._restore_multiple = 1 if info.is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._is_ragged = info.is_ragged
         self._prefilling: list[Sequence] = []  # in order of admission
         self._decoding: list[Sequence | None] = [None] * info.num_slots
@@ -60,14 +80,19 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting) or self.slots.num_used > 0
 
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those of its priority."""
+        insort(self.waiting, sequence, key=_priority)
+
     def plan(self) -> Iterator[Run]:
         """The runs of one step, each made when the one before has been advanced."""
         self._admit()
         self._compact()
         if (run := self._plan_decode()) is not None:
             yield run
+        unfinished = self._reuse()
         budget = self._prefill_chunk
-        pending = list(self._prefilling)
+        pending = [sequence for sequence in self._prefill_order() if sequence not in unfinished]
         while pending and self._piece(pending[0]) <= budget:
             rows = self._share_run(pending, budget)
             run = self._plan_prefill(rows)
@@ -83,12 +108,18 @@ class Scheduler:
             self.slots.past_len[:span] += self._is_decoding[:span]
             return
         self.slots.past_len[batch.first_slot : batch.first_slot + len(batch.query_len)] += batch.query_len
+        for sequence in run.prefilled:
+            self._keep(sequence)
         for sequence in run.sequences:
             assert sequence.slot is not None
             self._prefilling.remove(sequence)
             self._decoding[sequence.slot] = sequence
             self._is_decoding[sequence.slot] = 1
             self._decode_run = None
+
+    def accept(self, sequence: Sequence) -> None:
+        """Its draft's next token was right, and is in the cache."""
+        self.slots.past_len[sequence.slot] += 1
 
     def set_next(self, sequence: Sequence, token_id: int) -> None:
         """The token that a sequence runs through the model next."""
@@ -109,7 +140,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and self.slots.num_free:
-            sequence = self.waiting.popleft()
+            sequence = self.waiting.pop(0)
             sequence.slot = self.slots.take()
             self._next_ids[sequence.slot, 0] = 0
             self._prefilling.append(sequence)
@@ -153,7 +184,27 @@ class Scheduler:
             batch = Batch(0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64))
             sequences = [s for s in self._decoding[:span] if s is not None]
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
+        if self._decode_run is not None and self._speculator is not None:
+            room = self.slots.capacity - int(self.slots.past_len[:span].max())
+            drafts = self._speculator.draft(self._decode_run.sequences, span, room)
+            if drafts is not None:
+                return self._plan_verify(self._decode_run, drafts)
         return self._decode_run
+
+    def _plan_verify(self, plain: Run, drafts: list[list[int]]) -> Run:
+        """A decode run in which every row takes its draft along, and gives logits for each token of it."""
+        width = 1 + max(map(len, drafts))
+        token_ids = np.zeros((len(plain.batch.past_len), width), np.int64)
+        token_ids[:, 0] = plain.batch.token_ids[:, 0]
+        query_len, wanted = plain.batch.query_len.copy(), list[int]()
+        for sequence, draft in zip(plain.sequences, drafts, strict=True):
+            slot = sequence.slot
+            assert slot is not None
+            token_ids[slot, 1 : 1 + len(draft)] = draft
+            query_len[slot] += len(draft)
+            wanted.extend(range(slot * width, slot * width + len(draft) + 1))
+        batch = Batch(0, token_ids, plain.batch.past_len, query_len, np.array(wanted, np.int64))
+        return plain._replace(batch=batch, drafts=tuple(drafts))
 
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
         """The first pending sequence, and neighbours that fit in its run with little padding, by slot."""
@@ -173,6 +224,8 @@ class Scheduler:
         """Whether the next pieces of these prompts may go in one run."""
         lens = [self._piece(s) for s in rows]
         padded, width = len(rows) * max(lens), max(lens)
+        if min(lens) == 1 < width:
+            return False  # another kernel, see `_piece`
         ends = [self.slots.past_len[s.slot] + width for s in rows]
         return padded <= budget and sum(lens) >= MIN_FILL * padded and bool(max(ends) <= self.slots.capacity)
 
@@ -181,9 +234,52 @@ class Scheduler:
         return sequence.num_prompt - int(self.slots.past_len[sequence.slot])
 
     def _piece(self, sequence: Sequence) -> int:
-        """Tokens of its next chunk. A prompt is cut at multiples of `prefill_chunk` whatever else runs: float sums
-        depend on where the cuts are, and a request gets the same tokens alone and in a batch."""
-        return min(self._left(sequence), self._prefill_chunk)
+        """Tokens of its next chunk: never a single one of a longer prompt. A run of one token takes another attention
+        kernel than longer ones, among which a token's sums do not depend on where the cuts are; so a request gets the
+        same tokens alone and in a batch, with its beginning computed or out of the cache."""
+        left = self._left(sequence)
+        if left == self._prefill_chunk + 1 > 2:
+            return self._prefill_chunk - 1
+        return min(left, self._prefill_chunk)
+
+    def _prefill_order(self) -> list[Sequence]:
+        """Whose prompts come next: by priority, then in turn the oldest and the one with the least left. So a short
+        prompt waits for one chunk of a long one, and a long one makes a chunk every other step, whatever arrives."""
+        self._is_oldest_turn = not self._is_oldest_turn
+        if self._is_oldest_turn:
+            return sorted(self._prefilling, key=_priority)
+        return sorted(self._prefilling, key=lambda s: (_priority(s), self._left(s)))
+
+    def _reuse(self) -> list[Sequence]:
+        """Fill slots from the prefix cache; return who has more to copy in the next step.
+
+        Asked again after every chunk: of two prompts that arrive together, the second reuses what the first has
+        computed meanwhile.
+        """
+        left = max(self._prefill_chunk * RESTORE_SPEED // BLOCK_LEN, self._restore_multiple)
+        unfinished = []
+        for sequence in self._prefilling:
+            slot, keys = sequence.slot, sequence.prefix_keys
+            assert slot is not None
+            first, offset = divmod(int(self.slots.past_len[slot]), BLOCK_LEN)
+            if offset or first >= len(keys):
+                continue
+            num_restored = self.cache.restore(keys, slot, first, left, self._restore_multiple)
+            self.slots.past_len[slot] += num_restored * BLOCK_LEN
+            sequence.request.usage.num_cached += num_restored * BLOCK_LEN
+            sequence.num_kept = first = first + num_restored
+            left -= num_restored
+            if left < self._restore_multiple and self.cache.has(keys[first : first + self._restore_multiple]):
+                unfinished.append(sequence)
+        return unfinished
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Store the blocks of its prompt that are whole now."""
+        if sequence.prefix_keys:
+            assert sequence.slot is not None
+            stop = min(int(self.slots.past_len[sequence.slot]) // BLOCK_LEN, len(sequence.prefix_keys))
+            self.cache.keep(sequence.prefix_keys, sequence.slot, sequence.num_kept, stop)
+            sequence.num_kept = stop
 
     def _plan_prefill(self, rows: list[Sequence]) -> Run:
         lens = [self._piece(s) for s in rows]
@@ -200,4 +296,8 @@ class Scheduler:
         wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]] or [lens[0] - 1]
         batch = Batch(first_slot, token_ids, past_len, np.array(lens, np.int32), np.array(wanted, np.int64))
         done = [s for s, last in zip(rows, is_last, strict=True) if last]
-        return Run(batch, done, num_prefill_tokens=sum(lens))
+        return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows))
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.request.options.priority

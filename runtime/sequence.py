@@ -3,9 +3,11 @@
 Knows sampling and when a request ends; nothing about slots, batches or other requests.
 """
 
+import math
 import time
 
 from runtime.core import FinishReason, Request, TokenEvent
+from runtime.ngram import NgramIndex
 from runtime.sampler import Row, make_sampler, num_top
 from runtime.session import TopRow
 
@@ -14,16 +16,23 @@ class Sequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
     `slot` is None while it waits. The `num_top` likeliest tokens of a row are enough for it; None: it needs them all.
-    Times are seconds of `time.perf_counter`.
+    `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that need
+    not be stored again. `ngrams` guesses its next tokens, if it may speculate, and `model_odds` are those of a draft
+    model's guess. Times are seconds of `time.perf_counter`.
     """
 
     __slots__ = (
         "_sampler",
         "_stop_ids",
+        "deadline_s",
         "first_token_s",
+        "model_odds",
+        "ngrams",
         "num_generated",
+        "num_kept",
         "num_prompt",
         "num_top",
+        "prefix_keys",
         "request",
         "slot",
         "submitted_s",
@@ -35,7 +44,13 @@ class Sequence:
         self.slot: int | None = None
         self.num_prompt = len(request.prompt_ids)
         self.num_generated = 0
+        self.prefix_keys: list[bytes] = []
+        self.num_kept = 0
+        self.ngrams: NgramIndex | None = None
+        self.model_odds = 0.0
         self.submitted_s = time.perf_counter()
+        timeout_s = request.options.timeout_s
+        self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
         self.first_token_s: float | None = None
         self.num_top = num_top(params)
         self._sampler = make_sampler(params, request.prompt_ids)
@@ -48,6 +63,8 @@ class Sequence:
         """
         choice = self._sampler.sample_top(row) if isinstance(row, TopRow) else self._sampler.sample(row)
         self.num_generated += 1
+        if self.ngrams is not None:
+            self.ngrams.push(choice.token_id)
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter()
         text, reason = self._text_of(choice.token_id)

@@ -50,6 +50,17 @@ class SessionInfo:
     kv_bytes_per_token: int
     dialect: str = "ort"
     """Which of the artifact's graphs it runs."""
+    is_cut_exact: bool = True
+    """Whether K, V and logits of a token are the same, bit for bit, wherever its prompt is cut into runs of two tokens
+    or more. Not with an int8 cache, where a run sees its own tokens in float32 and those before it rounded: there the
+    prefix cache reuses whole chunks only, and nothing is speculated."""
+
+
+class KvRows(Protocol):
+    """K and V of some positions of a slot, copied out. Only the session that made them looks inside."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Session(Protocol):
@@ -64,6 +75,14 @@ class Session(Protocol):
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` positions of one slot's cache to another slot."""
+        ...
+
+    def read_slot(self, slot: int, start: int, stop: int) -> KvRows:
+        """A copy of positions `start .. stop` of a slot's cache; nothing that runs later changes it."""
+        ...
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        """Put what `read_slot` gave into a slot, bit for bit, from position `start` on."""
         ...
 
     def close(self) -> None:

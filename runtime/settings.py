@@ -45,10 +45,24 @@ class EngineSettings:
     device: str = setting("auto", "what runs the model: tensorrt, cuda, cpu, or auto, the first of them that works")
     max_batch: int = setting(32, "most requests decoded together")
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
+    max_queue_wait: float | None = setting(None, "seconds a request may wait for a slot before it fails")
+    request_timeout: float | None = setting(None, "seconds after which a request fails; a request can ask for less")
     prefill_chunk: int = setting(128, "most prompt tokens run between two decode steps")
     threads: int | None = setting(None, "threads of the model, by default one per core")
     kv_memory: int | None = setting(
         None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
+    )
+    prefix_cache: int | None = setting(
+        None,
+        "memory for prompt beginnings that later prompts reuse, by default 10 %% of what is free; 0: none",
+        parse=parse_bytes,
+        metavar="SIZE",
+    )
+    speculate: bool = setting(False, "guess next tokens from the text so far and verify them together, where it pays")
+    draft: str | None = setting(
+        None,
+        "artifact of a smaller model with the same tokens, to guess as well; implies --speculate",
+        metavar="ARTIFACT",
     )
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
 
@@ -57,9 +71,12 @@ class EngineSettings:
             raise InvalidSetting(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         check_at_least("max_batch", self.max_batch, 1)
         check_at_least("max_waiting", self.max_waiting, 0)
+        check_at_least("max_queue_wait", self.max_queue_wait, 0)
+        check_at_least("request_timeout", self.request_timeout, 0)
         check_at_least("prefill_chunk", self.prefill_chunk, 1)
         check_at_least("threads", self.threads, 1)
         check_at_least("kv_memory", self.kv_memory, 1)
+        check_at_least("prefix_cache", self.prefix_cache, 0)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
 

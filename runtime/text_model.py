@@ -6,33 +6,47 @@ What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
 import itertools
 import queue
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from runtime.artifact import open_artifact
 from runtime.chat_template import ChatTemplate, load_chat_template
-from runtime.core import EngineObserver, EngineStats, Request, SamplingParams, TokenEvent
+from runtime.core import (
+    DEFAULT_OPTIONS,
+    EngineObserver,
+    EngineStats,
+    Request,
+    RequestOptions,
+    SamplingParams,
+    TokenEvent,
+    Usage,
+)
 from runtime.devices import Backend, open_session
+from runtime.draft_model import DraftModel
+from runtime.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
-from runtime.kv_budget import format_bytes
+from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
 from runtime.session import Session
 from runtime.settings import EngineSettings
+from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
 
 
 class Generation(Iterator[TokenEvent]):
     """The events of one request, as they come. Iterating blocks; it ends after the event with a
-    `finish_reason`.
+    `finish_reason`, and `usage` is complete then.
 
     One consumer; `close` may be called from any thread.
     """
 
     def __init__(self, thread: EngineThread, request_id: str, num_prompt: int) -> None:
         self.request_id = request_id
+        self.usage = Usage()
         self.prompt_tokens = num_prompt
         self._thread = thread
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
@@ -89,6 +103,7 @@ class TextModel:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
         precision: str = "",
+        draft_session: Session | None = None,
     ) -> None:
         self.name = name
         self.max_len = session.info.capacity
@@ -98,8 +113,17 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
-        engine = Engine(session, prefill_chunk=settings.prefill_chunk, observer=observer)
+        self._draft_model = None if draft_session is None else DraftModel(draft_session)
+        engine = Engine(
+            session,
+            prefill_chunk=settings.prefill_chunk,
+            prefix_cache=settings.prefix_cache or 0,
+            max_queue_wait_s=settings.max_queue_wait,
+            speculator=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
+            observer=observer,
+        )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
+        self._request_timeout = settings.request_timeout
         self._request_numbers = itertools.count()
 
     def encode(self, text: str) -> list[int]:
@@ -124,7 +148,12 @@ class TextModel:
         return self._tokenizer.token_text(token_id)
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Generation:
         """Start generating; returns at once.
 
@@ -148,9 +177,16 @@ class TextModel:
             eos_ids=self._eos_ids,
             sink=generation.put,
             text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
+            options=self._bounded(options),
+            usage=generation.usage,
         )
         self._thread.submit(request)
         return generation
+
+    def _bounded(self, options: RequestOptions) -> RequestOptions:
+        """The request's own time limit, or the server's if that is less."""
+        limits = [limit for limit in (options.timeout_s, self._request_timeout) if limit is not None]
+        return replace(options, timeout_s=min(limits, default=None))
 
     def stats(self) -> EngineStats:
         """Queue lengths and cache use at this moment."""
@@ -186,6 +222,8 @@ class TextModel:
         """Cancel everything, end the thread and release the model. Idempotent."""
         self._thread.close()
         self._session.close()
+        if self._draft_model is not None:
+            self._draft_model.close()
 
 
 def open_text_model(
@@ -208,15 +246,24 @@ def open_text_model(
         raise InvalidSetting(
             f"--max-len {settings.max_len:,} is beyond the {manifest.dims.max_len:,} of {manifest.name}; lower it"
         )
+    if settings.prefix_cache is None:
+        share = default_budget(weight_bytes=artifact.weight_bytes, fraction=PREFIX_CACHE_FRACTION)
+        settings = replace(settings, prefix_cache=share)
+    draft = None
+    if settings.draft is not None:
+        draft = open_draft(settings.draft, artifact, settings)
+        settings = beside_draft(settings, artifact, draft)
     tokenizer = Tokenizer.from_directory(artifact.path)
     template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    session = open_session(artifact, settings, backends=backends)
     return TextModel(
         name=name or manifest.name,
-        session=open_session(artifact, settings, backends=backends),
+        session=session,
         tokenizer=tokenizer,
         chat_template=template,
         eos_ids=frozenset(manifest.eos_ids),
         settings=settings,
         observer=observer,
         precision=manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate"),
+        draft_session=None if draft is None else open_draft_session(draft, session.info, settings),
     )

@@ -24,7 +24,8 @@ from runtime.device_kv import CacheNames, DeviceKv, slot_unit
 from runtime.engine_files import PROFILES, EngineFile, EngineInfo, Shape
 from runtime.errors import InvalidEngine, InvalidSetting
 from runtime.kv_budget import DEVICE_FREE_FRACTION, item_bytes, kv_bytes_per_token, plan_slots
-from runtime.session import Batch, SessionInfo, TopRows
+from runtime.kv_rows import HostRows
+from runtime.session import Batch, KvRows, SessionInfo, TopRows
 from runtime.trt_engine import LoadedEngine, ProfileContext
 from runtime.trt_inputs import TOP_IDS, trt_inputs
 from runtime.trt_library import TrtLibrary
@@ -115,6 +116,16 @@ class TrtSession:
         """Copy the first `num_tokens` positions of every layer's K and V; runs that follow see it."""
         self._kv.copy_slot(source, target, num_tokens)
         self._ends.note_copy(target, num_tokens)
+
+    def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
+        """Copy those positions of every layer's K and V to the host."""
+        return self._kv.read_slot(slot, start, stop)
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        """Copy them to the device, to another place perhaps."""
+        assert isinstance(rows, HostRows), "rows of another session"
+        self._kv.write_slot(slot, start, rows)
+        self._ends.note_copy(slot, start + rows.arrays[0].shape[1])
 
     def close(self) -> None:
         """Wait for the device, then release graphs, contexts, memory and the stream. Idempotent."""
@@ -210,6 +221,7 @@ class _Opening:
             vocab_size=dims.vocab_size,
             is_ragged=True,
             kv_bytes_per_token=per_token,
+            is_cut_exact=False,
             dialect=info.dialect,
         )
         return cls(

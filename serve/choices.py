@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from runtime.core import FinishReason, SamplingParams, TokenEvent
-from runtime.errors import EngineFailed, Unavailable
+from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
+from runtime.errors import EngineFailed, HeadraceError, TimedOut, Unavailable
 from runtime.text_model import Generation, TextModel
 from serve.errors import ClientGoneError
 
@@ -18,6 +18,15 @@ CLIENT_CHECK_S = 0.25
 """How often the socket is looked at: bounds how long a slot stays taken by a client that went away."""
 ROTATE_S = 0.05
 """With several choices: how long to wait for one before trying the next."""
+
+
+FAILURES: dict[FinishReason, tuple[type[HeadraceError], str]] = {
+    FinishReason.ERROR: (EngineFailed, "the engine stopped"),
+    FinishReason.CANCELLED: (Unavailable, "the server is stopping and did not finish this request"),
+    FinishReason.TIMEOUT: (TimedOut, "the request's time was up"),
+    FinishReason.QUEUE_TIMEOUT: (Unavailable, "no slot was free in time"),
+}
+"""What the client is told of an end without an answer, where the engine gave no reason."""
 
 
 class ChoiceEvent(NamedTuple):
@@ -64,6 +73,22 @@ class Choices:
         per_prompt = len(generations) // num_prompts
         self.num_prompt_tokens = sum(generation.prompt_tokens for generation in generations[::per_prompt])
         self.num_generated_tokens = 0
+        self._per_prompt = per_prompt
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache; a prompt counts once, as its first choice met it."""
+        return sum(generation.usage.num_cached for generation in self._generations[:: self._per_prompt])
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Drafted tokens that were right, over all choices."""
+        return sum(generation.usage.num_accepted for generation in self._generations)
+
+    @property
+    def num_rejected_tokens(self) -> int:
+        """Drafted tokens that were wrong."""
+        return sum(generation.usage.num_drafted for generation in self._generations) - self.num_accepted_tokens
 
     def __len__(self) -> int:
         return len(self._generations)
@@ -71,16 +96,16 @@ class Choices:
     def __iter__(self) -> Iterator[ChoiceEvent]:
         """Events in the order they come, until every choice has ended.
 
-        Raises EngineFailed, ClientGoneError or Unavailable (the server gave up on the request as it drained);
-        in each case, and when the iterator is closed early, the other choices are cancelled.
+        Raises EngineFailed, TimedOut, ClientGoneError or Unavailable (the server gave up on the request as it
+        drained, or had no slot for it in time); in each case, and when the iterator is closed early, the other
+        choices are cancelled.
         """
         try:
             for item in _merge(self._generations, self._client):
                 event = item.event
-                if event.finish_reason is FinishReason.ERROR:
-                    raise EngineFailed(event.error or "the engine stopped")
-                if event.finish_reason is FinishReason.CANCELLED:
-                    raise Unavailable(event.error or "the server is stopping and did not finish this request")
+                if event.finish_reason in FAILURES:
+                    failure, message = FAILURES[event.finish_reason]
+                    raise failure(event.error or message)
                 self.num_generated_tokens += event.token_id is not None
                 yield item
         finally:
@@ -92,7 +117,13 @@ class Choices:
             generation.close()
 
 
-def submit(model: TextModel, prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]], client: Client) -> Choices:
+def submit(
+    model: TextModel,
+    prompts: Sequence[tuple[list[int], Sequence[SamplingParams]]],
+    client: Client,
+    *,
+    options: RequestOptions = DEFAULT_OPTIONS,
+) -> Choices:
     """Submit one generation per prompt and parameters, in that order; every prompt has as many choices.
 
     Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.
@@ -101,7 +132,7 @@ def submit(model: TextModel, prompts: Sequence[tuple[list[int], Sequence[Samplin
     try:
         for prompt_ids, choices in prompts:
             for params in choices:
-                generations.append(model.generate(prompt_ids, params))
+                generations.append(model.generate(prompt_ids, params, options=options))
     except BaseException:
         for generation in generations:
             generation.close()

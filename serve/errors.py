@@ -16,6 +16,7 @@ from runtime.errors import (
     ModelNotFound,
     Overloaded,
     PromptTooLong,
+    TimedOut,
     Unavailable,
 )
 
@@ -44,6 +45,7 @@ KINDS: dict[type[BaseException], ErrorKind] = {
     ModelNotFound: ErrorKind(404, "invalid_request_error", "model_not_found"),
     Overloaded: ErrorKind(429, "rate_limit_error", "overloaded"),
     Unavailable: ErrorKind(503, "server_error", "unavailable"),
+    TimedOut: ErrorKind(504, "server_error", "timeout"),
     EngineFailed: ErrorKind(500, "server_error", "engine_failed"),
     # nginx's number for a client that hung up; it only ever reaches the metrics.
     ClientGoneError: ErrorKind(499, "invalid_request_error", "client_gone"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.core import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from runtime.core import MAX_LOGPROBS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
 from serve.fields import (
     Field,
@@ -163,6 +163,9 @@ COMMON_FIELDS = (
     Field("stream_options", _stream_options),
     Field("max_tokens", between(1, 2**31)),
     Field("user", string),
+    Field("cache_salt", string),
+    Field("priority", integer),
+    Field("timeout", number),
 )
 COMPLETION_FIELDS = (
     *COMMON_FIELDS,
@@ -203,6 +206,7 @@ class GenerationRequest:
     n: int
     is_stream: bool
     include_usage: bool
+    options: RequestOptions
 
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
@@ -284,4 +288,9 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         "n": values.get("n", 1),
         "is_stream": values.get("stream", False),
         "include_usage": values.get("stream_options", False),
+        "options": RequestOptions(
+            cache_salt=values.get("cache_salt", ""),
+            priority=values.get("priority", 0),
+            timeout_s=values.get("timeout"),
+        ),
     }

@@ -55,7 +55,7 @@ def start(context: Context, request: Request, wanted: GenerationRequest, prompts
         (prompt_ids, [wanted.for_choice(idx, len(prompt_ids), max_len) for idx in range(wanted.n)])
         for prompt_ids in prompts
     ]
-    return submit(context.model, planned, Client(request.environ.get("gunicorn.socket")))
+    return submit(context.model, planned, Client(request.environ.get("gunicorn.socket")), options=wanted.options)
 
 
 def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> Response:

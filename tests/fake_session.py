@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.session import Batch, SessionInfo
+from runtime.session import Batch, KvRows, SessionInfo
 
 GARBAGE = -7
 """What a run writes behind the valid tokens: no token id, so a row that reads it fails."""
@@ -19,7 +19,10 @@ HASH_PRIME = 1_000_003
 
 
 class FakeSession:
-    """Deterministic; the same prefix gives the same logits in any slot and any batch."""
+    """Deterministic; the same prefix gives the same logits in any slot and any batch.
+
+    With `memory` only so many last tokens count, and a text soon repeats itself.
+    """
 
     def __init__(
         self,
@@ -28,13 +31,19 @@ class FakeSession:
         capacity: int = 64,
         vocab_size: int = 50,
         is_ragged: bool = True,
+        is_cut_exact: bool = True,
+        memory: int | None = None,
         on_run: Callable[[Batch], None] | None = None,
     ) -> None:
-        self._info = SessionInfo("fake", num_slots, capacity, vocab_size, is_ragged, kv_bytes_per_token=8)
+        self._info = SessionInfo(
+            "fake", num_slots, capacity, vocab_size, is_ragged, kv_bytes_per_token=8, is_cut_exact=is_cut_exact
+        )
         self.cache = np.full((num_slots, capacity), GARBAGE, np.int64)
         self.batches: list[Batch] = []
         self.copies: list[tuple[int, int, int]] = []
+        self.restored: list[tuple[int, int, int]] = []
         self.is_closed = False
+        self._memory = memory
         self._on_run = on_run
 
     @property
@@ -69,6 +78,17 @@ class FakeSession:
         self.cache[target, :num_tokens] = self.cache[source, :num_tokens]
         self.cache[target, num_tokens:] = GARBAGE
 
+    def read_slot(self, slot: int, start: int, stop: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = self.cache[slot, start:stop].copy()
+        assert (rows != GARBAGE).all(), "reads garbage"
+        return rows
+
+    def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
+        assert isinstance(rows, np.ndarray)
+        assert (self.cache[slot, :start] != GARBAGE).all(), "leaves a gap"
+        self.restored.append((slot, start, len(rows)))
+        self.cache[slot, start : start + len(rows)] = rows
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -76,7 +96,7 @@ class FakeSession:
         if position >= batch.query_len[row]:  # padding or an idle row: undefined, so make it unusable
             return np.full(self.info.vocab_size, np.nan, np.float32)
         end = int(batch.past_len[row]) + position + 1
-        return prefix_logits(self.cache[batch.first_slot + row, :end], self.info.vocab_size)
+        return prefix_logits(self.cache[batch.first_slot + row, :end], self.info.vocab_size, self._memory)
 
     def _check(self, batch: Batch, num_rows: int, width: int) -> None:
         assert not self.is_closed
@@ -98,10 +118,13 @@ class FakeSession:
             assert (self.cache[slot, :past] != GARBAGE).all() or batch.query_len[row] == 0, "reads garbage"
 
 
-def prefix_logits(prefix: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
-    """Logits float32 [vocab_size] that depend on every token of the prefix and its place."""
+def prefix_logits(prefix: NDArray[np.int64], vocab_size: int, memory: int | None = None) -> NDArray[np.float32]:
+    """Logits float32 [vocab_size] that depend on every token of the prefix and its place.
+
+    With `memory` they depend on so many last tokens alone: such a text repeats itself, and can be guessed.
+    """
     assert (prefix != GARBAGE).all(), "a valid position holds garbage"
-    state = len(prefix)
-    for token_id in prefix.tolist():
+    state = 0 if memory else len(prefix)
+    for token_id in prefix.tolist()[-memory if memory else 0 :]:
         state = (state * HASH_PRIME + token_id + 1) % 2**32
     return np.random.Generator(np.random.PCG64(state)).standard_normal(vocab_size, np.float32) * 3

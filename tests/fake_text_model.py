@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from runtime.chat_template import ChatTemplate
 from runtime.core import EngineObserver
@@ -30,6 +31,8 @@ def fake_text_model(
     on_run: Callable[[Batch], None] | None = None,
     has_template: bool = True,
     observer: EngineObserver | None = None,
+    prefix_cache: int = 0,
+    **settings: Any,
 ) -> TextModel:
     """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds."""
 
@@ -46,6 +49,8 @@ def fake_text_model(
         tokenizer=tokenizer,
         chat_template=ChatTemplate(TEMPLATE, {"eos_token": EOS}) if has_template else None,
         eos_ids=frozenset([EOS_ID]),
-        settings=EngineSettings(max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64),
+        settings=EngineSettings(
+            max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings
+        ),
         observer=observer,
     )

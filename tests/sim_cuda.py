@@ -204,10 +204,10 @@ class SimCuda:
     def cudaMemcpy2DAsync(
         self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: MemcpyKind, stream: Stream
     ) -> tuple[CudaError]:
-        if kind is not MemcpyKind.cudaMemcpyDeviceToDevice or width > min(dpitch, spitch):
-            raise MisuseError(f"a copy of rows of {width} bytes, {dpitch} and {spitch} apart, kind {kind}")
+        if width > min(dpitch, spitch):
+            raise MisuseError(f"a copy of rows of {width} bytes, {dpitch} and {spitch} apart")
         for row in range(height):
-            self._copy_within(self.stream_of(int(stream)), dst + row * dpitch, src + row * spitch, width)
+            self.cudaMemcpyAsync(dst + row * dpitch, src + row * spitch, width, kind, stream)
         return (CudaError.cudaSuccess,)
 
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Stream) -> tuple[CudaError]:

@@ -354,3 +354,21 @@ def test_every_error_class_has_a_status() -> None:
     assert statuses["InvalidRequest"] == statuses["PromptTooLong"] == 400
     assert statuses["ModelNotFound"] == 404 and statuses["Overloaded"] == 429
     assert statuses["Unavailable"] == 503 and statuses["EngineFailed"] == statuses["InvalidArtifact"] == 500
+
+
+def test_the_usage_counts_cached_tokens_and_a_salt_hides_them() -> None:
+    metrics = ServerMetrics()
+    model = fake_text_model(observer=metrics, prefix_cache=10**6)
+    model.start()
+    client = create_app(model, ServerSettings(), metrics).test_client()
+    prompt = "a prompt of more than two blocks of thirty-two tokens, each a byte"
+    seen = []
+    for salt in ("mine", "mine", "yours"):
+        usage = post(client, COMPLETIONS, completion(prompt=prompt, cache_salt=salt))["usage"]
+        seen.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert seen == [0, 64, 0]
+    two = post(client, COMPLETIONS, completion(prompt=[prompt, prompt], n=2, cache_salt="mine"))["usage"]
+    assert two["prompt_tokens_details"]["cached_tokens"] == 2 * 64  # a prompt counts once, whatever n is
+    model.close()
+    text = client.get("/metrics").text
+    assert "headrace_prefix_cached_tokens_total 320.0" in text

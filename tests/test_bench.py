@@ -12,7 +12,7 @@ from export.pipeline import ExportOptions, export_model
 from headrace import main
 from runtime.artifact import WEIGHTS, Artifact
 from runtime.bench_runs import StepTimes
-from runtime.core import FinishReason
+from runtime.core import FinishReason, Usage
 from runtime.roofline import decode_cost
 from tests.test_evaluate import byte_level_tokenizer
 from tests.tiny_checkpoint import config_of, write_checkpoint
@@ -105,7 +105,7 @@ def test_overhead_is_that_of_full_decode_steps() -> None:
     times.on_step(num_decode=4, num_prefill_tokens=0, step_s=3.0, model_s=2.0)
     times.on_step(num_decode=4, num_prefill_tokens=0, step_s=1.0, model_s=1.0)
     assert times.overhead_share(4) == 0.25
-    times.on_finish(reason=FinishReason.LENGTH, num_prompt=1, num_generated=3, tpot_s=2.0)
+    times.on_finish(reason=FinishReason.LENGTH, num_prompt=1, num_generated=3, tpot_s=2.0, usage=Usage())
     assert times.tpot_s == [2.0]
     times.clear()
     assert times.overhead_share(4) is None and not times.tpot_s

@@ -8,13 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.core import FinishReason, Request, SamplingParams, TextPiece, TokenEvent
+from runtime.core import (
+    DEFAULT_OPTIONS,
+    FinishReason,
+    Request,
+    RequestOptions,
+    SamplingParams,
+    TextPiece,
+    TokenEvent,
+    Usage,
+)
+from runtime.draft_model import DraftModel
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session import Batch
+from runtime.speculation import Speculator
 from tests.fake_session import FakeSession
 
-CAPACITY, VOCAB = 64, 50
+CAPACITY, VOCAB = 160, 50
+HEADS = [[(7 * i + 3 * j) % VOCAB for j in range(100)] for i in range(3)]
+"""Long beginnings that prompts of a trace have in common."""
 
 
 class Recorder:
@@ -48,15 +61,30 @@ def make_request(
     return request, recorder
 
 
-def add(engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Recorder:
+def add(
+    engine: Engine,
+    request_id: str,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    *,
+    options: RequestOptions = DEFAULT_OPTIONS,
+) -> Recorder:
     request, recorder = make_request(request_id, prompt_ids, params)
+    request.options = options
     engine.add(engine.prepare(request))
     return recorder
 
 
-def alone(prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()) -> list[TokenEvent]:
-    """What a request gets with a session to itself, its prompt in one chunk."""
-    engine = Engine(FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB), prefill_chunk=CAPACITY)
+def alone(
+    prompt_ids: list[int],
+    params: SamplingParams,
+    eos_ids: frozenset[int] = frozenset(),
+    *,
+    memory: int | None = None,
+) -> list[TokenEvent]:
+    """What a request gets with a session to itself, its prompt in one chunk, no cache and no drafts."""
+    session = FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB, memory=memory)
+    engine = Engine(session, prefill_chunk=CAPACITY)
     request, recorder = make_request("alone", prompt_ids, params, eos_ids)
     engine.add(engine.prepare(request))
     while engine.has_work:
@@ -83,6 +111,15 @@ def check_slots(engine: Engine) -> None:
             assert slots.past_len[sequence.slot] <= most
 
 
+def check_cache(engine: Engine, max_bytes: int) -> None:
+    """The memory bound holds, and no block is kept without those before it: nobody could find it."""
+    cache = engine._scheduler.cache
+    assert cache.num_bytes == sum(rows.nbytes for rows in cache._blocks.values()) <= max_bytes
+    for sequence in engine.live.values():
+        known = [key in cache._blocks for key in sequence.prefix_keys]
+        assert known == sorted(known, reverse=True)
+
+
 def check_batches(session: FakeSession) -> None:
     """Every row of a decode span belongs to somebody: after compaction no free slot lies inside it."""
     for batch in session.batches:
@@ -94,7 +131,7 @@ def check_batches(session: FakeSession) -> None:
 @st.composite
 def sampling(draw: st.DrawFn) -> SamplingParams:
     return SamplingParams(
-        max_tokens=draw(st.integers(1, 12)),
+        max_tokens=draw(st.integers(1, 25)),
         temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
         top_k=draw(st.sampled_from([0, 5])),
         top_p=draw(st.sampled_from([1.0, 0.8])),
@@ -106,15 +143,26 @@ def sampling(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    head = draw(st.sampled_from([[], *HEADS]))
+    tail = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40))
+    return head[: draw(st.integers(0, len(head)))] + tail
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     is_ragged=st.booleans(),
+    prefix_cache=st.sampled_from([0, 600, 100_000]),  # bytes: none, two blocks, all
+    min_gain=st.sampled_from([None, 0.0, 1.0]),  # no drafts, every draft, those that pay in a fake session's time
+    memory=st.sampled_from([None, 1, 2]),
+    draft_memory=st.sampled_from([None, 1, 2]),  # of a draft model; None: there is none
     num_slots=st.integers(1, 5),
     prefill_chunk=st.integers(1, 40),
     arrivals=st.lists(
         st.tuples(
             st.integers(0, 12),  # steps before it arrives
-            st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
+            prompts(),
             sampling(),
             st.one_of(st.none(), st.integers(0, 15)),  # steps until it is cancelled
         ),
@@ -124,12 +172,21 @@ def sampling(draw: st.DrawFn) -> SamplingParams:
 )
 def test_random_traces_give_every_request_what_it_gets_alone(
     is_ragged: bool,
+    prefix_cache: int,
+    min_gain: float | None,
+    memory: int | None,
+    draft_memory: int | None,
     num_slots: int,
     prefill_chunk: int,
     arrivals: list[tuple[int, list[int], SamplingParams, int | None]],
 ) -> None:
-    session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged)
-    engine = Engine(session, prefill_chunk=prefill_chunk)
+    session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged, memory=memory)
+    draft_model = None
+    if draft_memory is not None:
+        draft_session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, memory=draft_memory)
+        draft_model = DraftModel(draft_session, prefill_chunk=20)
+    speculator = None if min_gain is None else Speculator(draft_model, min_gain=min_gain)
+    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache, speculator=speculator)
     recorders: dict[str, Recorder] = {}
     pending = {f"r{i}": item for i, item in enumerate(arrivals)}
     cancel_at: dict[str, int] = {}
@@ -150,6 +207,9 @@ def test_random_traces_give_every_request_what_it_gets_alone(
         if engine.has_work:
             engine.step()
         check_slots(engine)
+        check_cache(engine, prefix_cache)
+        if speculator is not None:
+            assert speculator._draft_model is draft_model, "it failed"
         step += 1
         assert step < 1000
     check_batches(session)
@@ -157,7 +217,7 @@ def test_random_traces_give_every_request_what_it_gets_alone(
     assert not engine.live
     for request_id, recorder in recorders.items():
         _, prompt_ids, params, _ = arrivals[int(request_id[1:])]
-        expected = alone(prompt_ids, params, eos_ids)
+        expected = alone(prompt_ids, params, eos_ids, memory=memory)
         assert recorder.is_done
         if recorder.reason is FinishReason.CANCELLED:
             assert recorder.events[:-1] == expected[: len(recorder.events) - 1]
@@ -314,7 +374,9 @@ class BrokenObserver:
     def on_first_token(self, *, ttft_s: float) -> None:
         pass
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         raise OSError("disk full")
 
 
@@ -373,7 +435,9 @@ class Observer:
     def on_first_token(self, *, ttft_s: float) -> None:
         self.ttfts.append(ttft_s)
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         self.ends.append((reason, num_prompt, num_generated, tpot_s is None))
 
 

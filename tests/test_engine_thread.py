@@ -184,7 +184,7 @@ def test_closing_a_generation_cancels_it_and_frees_its_slot() -> None:
         assert list(closed)[-1].finish_reason is FinishReason.CANCELLED
         assert list(after)[-1].finish_reason is FinishReason.LENGTH
         assert model.drain(LONG_WAIT_S)
-        assert model.stats() == (0, 0, 1, 0, 64)
+        assert model.stats() == (0, 0, 1, 0, 64, 0)
 
 
 def test_closing_the_model_ends_every_generation() -> None:

@@ -1,0 +1,189 @@
+"""What speculation is worth: tokens a second with drafts against without, on text to copy and on text with none.
+
+usage: python benchmarks/speculation.py ARTIFACT [ARTIFACT ...] [--new-tokens 128] [--repeat 3]
+
+Chat requests, greedy, one at a time: three that copy their prompt (edit a text, extract to JSON, continue a log) and
+three that do not; then eight together, four of each kind. One session, an engine with drafts and one without, in turn;
+medians of ratios of the same round. Tokens a second from the first token on. `same` is the share of requests with the
+very same tokens: a run of several tokens takes other kernels than a run of one, so a near tie can fall the other way.
+Two to five minutes an artifact. Prints a table, then one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.artifact import open_artifact
+from runtime.chat_template import load_chat_template
+from runtime.core import Request, SamplingParams, TokenEvent, Usage
+from runtime.engine import Engine
+from runtime.errors import HeadraceError
+from runtime.ort_session import OrtSession
+from runtime.progress import progress_bar
+from runtime.roofline import describe_machine
+from runtime.speculation import Speculator
+from runtime.tokenizer import Tokenizer
+
+STORY = (
+    "The ferry to the island leaves at nine in the morning and returns at six in the evening. Tickets cost twelve "
+    "euros for adults and five euros for children under fourteen. Dogs travel free of charge, bicycles cost three "
+    "euros. In winter the ferry runs on Saturdays only, and in heavy storms it does not run at all. Passengers should "
+    "be at the pier twenty minutes before departure and keep their tickets ready for inspection."
+)
+PEOPLE = (
+    "Anna Keller, 34, lives in Basel and works as a surveyor. Tom Briggs, 51, lives in Leeds and works as a baker. "
+    "Mira Novak, 27, lives in Zagreb and works as a nurse. Luis Ortega, 45, lives in Murcia and works as a gardener."
+)
+LOG = "\n".join(
+    f"2026-03-01T10:{minute:02}:00Z INFO worker-{minute % 3} finished job {1000 + minute} in {200 + 7 * minute} ms"
+    for minute in range(12)
+)
+COPY = {
+    "edit": f"Repeat this text exactly, but write the word ferry as boat.\n\n{STORY}",
+    "extract": f"List the people in this text as JSON with the fields name, age, city and job.\n\n{PEOPLE}",
+    "log": f"Continue this log with twelve more lines of the same form.\n\n{LOG}",
+    "repeat": f"Repeat this text exactly.\n\n{STORY}",
+}
+PLAIN = {
+    "explain": "Why is the sky blue, and why are sunsets red?",
+    "story": "Write a short story about a lighthouse keeper who finds a letter.",
+    "advice": "What should a beginner know before planting a vegetable garden?",
+    "history": "Describe how bread is made, from the field to the oven.",
+}
+ALONE = 3
+"""Tasks of each kind that are measured one at a time; the batch takes all four."""
+CAPACITY = 1024
+TARGETS = {"copy": 2.0, "nothing to copy": 0.97, "8 together": 1.2}
+
+
+class Answers(NamedTuple):
+    """Tokens of every request, tokens a second after the first, and what was drafted."""
+
+    token_ids: list[list[int]]
+    rate: float
+    usages: list[Usage]
+
+
+def answer(engine: Engine, prompts: list[list[int]], num_tokens: int, eos_ids: frozenset[int]) -> Answers:
+    """Run the prompts together. The clock runs from when every request has its first token."""
+    params = SamplingParams(max_tokens=num_tokens, temperature=0)
+    requests, events = [], [list[TokenEvent]() for _ in prompts]
+    for idx, prompt in enumerate(prompts):
+        requests.append(
+            Request(request_id=str(idx), prompt_ids=prompt, params=params, eos_ids=eos_ids, sink=events[idx].append)
+        )
+        engine.add(engine.prepare(requests[-1]))
+    while not all(events):
+        engine.step()
+    num_before, started_s = sum(map(len, events)), time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    rate = (sum(map(len, events)) - num_before) / (time.perf_counter() - started_s)
+    token_ids = [[event.token_id for event in item if event.token_id is not None] for item in events]
+    return Answers(token_ids, rate, [request.usage for request in requests])
+
+
+class Comparison:
+    """Rounds of the same requests with drafts and without."""
+
+    def __init__(self, session: OrtSession, eos_ids: frozenset[int], args: argparse.Namespace) -> None:
+        self._plain = Engine(session)
+        self._drafting = Engine(session, speculator=Speculator())
+        self._eos_ids = eos_ids
+        self._args = args
+
+    def measure(self, name: str, prompts: list[list[int]], bar: Any) -> dict[str, Any]:
+        """Ratio of the rates, share of equal answers, share of right drafts."""
+        rounds = []
+        for turn in range(self._args.repeat + 1):
+            engines = [self._plain, self._drafting]
+            answers = {
+                engine: answer(engine, prompts, self._args.new_tokens, self._eos_ids)
+                for engine in (engines if turn % 2 else engines[::-1])
+            }
+            bar.update(1)
+            if turn:  # the first round allocates
+                rounds.append((answers[self._plain], answers[self._drafting]))
+        drafted = sum(usage.num_drafted for _, with_drafts in rounds for usage in with_drafts.usages)
+        accepted = sum(usage.num_accepted for _, with_drafts in rounds for usage in with_drafts.usages)
+        pairs = [
+            pair for plain, with_drafts in rounds for pair in zip(plain.token_ids, with_drafts.token_ids, strict=True)
+        ]
+        return {
+            "task": name,
+            "plain_tokens_per_s": statistics.median(plain.rate for plain, _ in rounds),
+            "tokens_per_s": statistics.median(with_drafts.rate for _, with_drafts in rounds),
+            "ratio": statistics.median(with_drafts.rate / plain.rate for plain, with_drafts in rounds),
+            "ratios": [with_drafts.rate / plain.rate for plain, with_drafts in rounds],
+            "drafted": drafted,
+            "acceptance": accepted / drafted if drafted else None,
+            "same": sum(one == other for one, other in pairs) / len(pairs),
+        }
+
+
+def measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each task, and one for all together."""
+    artifact = open_artifact(path, allow_failed=args.allow_failed)
+    tokenizer = Tokenizer.from_directory(artifact.path)
+    template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    if template is None:
+        raise HeadraceError(f"{path} has no chat template; its requests would not be followed")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(template.render([{"role": "user", "content": text}]), add_special_tokens=False)
+
+    session = OrtSession.open(artifact, num_slots=8, capacity=CAPACITY, threads=args.threads, keeps_single_tokens=True)
+    comparison = Comparison(session, frozenset(artifact.manifest.eos_ids), args)
+    rows = []
+    with progress_bar("speculation", total=(2 * ALONE + 1) * (args.repeat + 1), unit="round") as bar:
+        for kind, tasks in (("copy", COPY), ("nothing to copy", PLAIN)):
+            for name in list(tasks)[:ALONE]:
+                rows.append(comparison.measure(name, [encode(tasks[name])], bar) | {"kind": kind})
+        together = [encode(text) for pair in zip(COPY.values(), PLAIN.values(), strict=True) for text in pair]
+        rows.append(comparison.measure("all", together, bar) | {"kind": "8 together"})
+    session.close()
+    return [row | {"artifact": Path(path).name} for row in rows]
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    target = f">= {TARGETS[row['kind']]}x"
+    share = "-" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
+    print(
+        f"{row['artifact']:10}{row['kind']:17}{row['task']:10}{row['plain_tokens_per_s']:8.1f}{row['tokens_per_s']:8.1f}"
+        f"{row['ratio']:7.2f}x{target:>11}{share:>10}{row['same']:7.0%}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--allow-failed", action="store_true")
+    args = parser.parse_args()
+    if args.new_tokens < 2 or args.repeat < 1:
+        parser.error("--new-tokens must be at least 2 and --repeat at least 1")
+    print(f"{'':37}{'plain':>8}{'drafts':>8}{'ratio':>8}{'target':>11}{'accepted':>10}{'same':>7}")
+    rows = []
+    for artifact in args.artifacts:
+        measured = measure(artifact, args)
+        rows += measured
+        for row in measured:
+            show(row)
+    settings = {name: value for name, value in vars(args).items() if name != "artifacts"}
+    machine = describe_machine()._asdict()
+    print(json.dumps({"benchmark": "speculation", "machine": machine, "settings": settings, "rows": rows}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HeadraceError as error:
+        sys.exit(f"speculation: {error}")

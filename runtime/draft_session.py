@@ -1,0 +1,47 @@
+"""Opening a draft model beside the model it guesses for: checked against it, with its share of the memory.
+
+Both run on the CPU: the sessions on GPUs do not give a token the same logits bit for bit wherever its run is cut, and
+there nothing is speculated.
+"""
+
+from dataclasses import replace
+
+from runtime.artifact import Artifact, open_artifact
+from runtime.errors import InvalidSetting
+from runtime.inspect_artifact import bytes_per_token
+from runtime.kv_budget import default_budget
+from runtime.session import Session, SessionInfo
+from runtime.settings import EngineSettings
+from runtime.tokenizer import TOKENIZER
+
+
+def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifact:
+    """The draft model's artifact. InvalidSetting if it cannot guess for the target."""
+    if settings.device not in ("auto", "cpu"):
+        raise InvalidSetting(f"--draft works on the CPU alone so far; leave it out, or --device {settings.device}")
+    draft, capacity = open_artifact(path), settings.max_len or target.manifest.dims.max_len
+    ours, its = target.manifest, draft.manifest
+    if its.dims.vocab_size != ours.dims.vocab_size or its.files[TOKENIZER].sha256 != ours.files[TOKENIZER].sha256:
+        raise InvalidSetting(f"--draft {path}: {its.name} has other tokens than {ours.name}; both need one tokenizer")
+    if its.dims.max_len < capacity:
+        raise InvalidSetting(
+            f"--draft {path}: {its.name} takes {its.dims.max_len:,} tokens and a slot has {capacity:,}; "
+            f"set --max-len {its.dims.max_len}"
+        )
+    return draft
+
+
+def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) -> EngineSettings:
+    """Settings for the target alone: on the CPU, and of the KV memory what leaves the draft as many slots."""
+    budget = settings.kv_memory
+    if budget is None:
+        budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
+    ours, its = bytes_per_token(target), bytes_per_token(draft)
+    return replace(settings, device="cpu", kv_memory=max(1, budget * ours // (ours + its)))
+
+
+def open_draft_session(draft: Artifact, target: SessionInfo, settings: EngineSettings) -> Session:
+    """The draft model with a slot for each of the target's, as long."""
+    from runtime.ort_session import OrtSession
+
+    return OrtSession.open(draft, num_slots=target.num_slots, capacity=target.capacity, threads=settings.threads)

@@ -1,0 +1,83 @@
+"""Guessing the next tokens of a text from the text itself (prompt lookup): what followed the last time.
+
+Edits, extracts and continued logs repeat long pieces of their prompt. The index remembers, for every two and three
+tokens in a row, where they last stood; once they come again, the tokens after that place are the guess, and it goes on
+from there while it keeps being right. Every guess is compared with what the model then chose, whether it was run as a
+draft or not: so the odds are known for free, also while speculation does not pay. Knows token ids and nothing else.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+PRIOR_ODDS = (0.3, 0.5, 0.75, 0.9)
+"""Chance that a guess is right, to begin with: after two equal tokens, after three, after STREAKS right guesses."""
+STREAKS = (2, 6)
+ODDS_GAIN = 0.1
+"""Weight of a new observation: the odds follow the last ten or so."""
+
+
+class NgramIndex:
+    """The text of one request, and where its next tokens may be copied from.
+
+    `source` is the place of the guess in `ids`, None if there is none.
+    """
+
+    __slots__ = ("_odds", "_pairs", "_streak", "_triples", "ids", "source")
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self.ids = list(prompt_ids)
+        self.source: int | None = None
+        self._streak = (
+            0  # right guesses since the source was found; before the first -1 (by three tokens) or -2 (by two)
+        )
+        self._odds = list(PRIOR_ODDS)
+        ids, end = self.ids, len(self.ids)
+        # Keys to the place behind them; of equal keys the last place stays. The text's end has nothing behind it yet.
+        self._pairs = dict(zip(pairwise(ids), range(2, end), strict=False))
+        self._triples = dict(zip(zip(ids, ids[1:], ids[2:], strict=False), range(3, end), strict=False))
+        self._look_up()
+
+    @property
+    def odds(self) -> float:
+        """Chance that the next guessed token is right."""
+        return self._odds[self._kind()]
+
+    def guess(self, max_len: int) -> list[int]:
+        """So many tokens that may come next, none without a source. Behind the text's end the guess repeats itself."""
+        if self.source is None:
+            return []
+        guess = self.ids[self.source : self.source + max_len]
+        while len(guess) < max_len:
+            guess += guess[: max_len - len(guess)]
+        return guess
+
+    def push(self, token_id: int) -> None:
+        """The text goes on with this token."""
+        ids = self.ids
+        if self.source is not None:
+            is_right = ids[self.source] == token_id
+            kind = self._kind()
+            self._odds[kind] += ODDS_GAIN * (is_right - self._odds[kind])
+            self._streak = max(0, self._streak) + 1
+            self.source = self.source + 1 if is_right else None
+        place = len(ids)
+        if place >= 2:
+            self._pairs[ids[-2], ids[-1]] = place
+        if place >= 3:
+            self._triples[ids[-3], ids[-2], ids[-1]] = place
+        ids.append(token_id)
+        if self.source is None:
+            self._look_up()
+
+    def _look_up(self) -> None:
+        ids = self.ids
+        if len(ids) >= 3 and (place := self._triples.get((ids[-3], ids[-2], ids[-1]))) is not None:
+            self.source, self._streak = place, -1
+        elif len(ids) >= 2 and (place := self._pairs.get((ids[-2], ids[-1]))) is not None:
+            self.source, self._streak = place, -2
+
+    def _kind(self) -> int:
+        """Which of the odds holds: by how the place was found, later by how long it has been right."""
+        if self._streak < 0:
+            return self._streak + 2
+        return 1 + (self._streak >= STREAKS[0]) + (self._streak >= STREAKS[1])

@@ -1,0 +1,312 @@
+"""Speculation: the same tokens with drafts and without, the same distribution, and no drafts where they do not pay."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from runtime.core import Request, SamplingParams
+from runtime.draft_model import DraftModel
+from runtime.engine import Engine
+from runtime.ngram import NgramIndex
+from runtime.speculation import MAX_DRAFT, RunCost, Speculator
+from tests.fake_session import FakeSession, prefix_logits
+from tests.test_engine import VOCAB, Recorder, add, alone, greedy, make_request
+
+EVERY_DRAFT = 0.0
+
+
+def engine_for(session: FakeSession, *, min_gain: float = EVERY_DRAFT) -> Engine:
+    return Engine(session, prefill_chunk=64, speculator=Speculator(min_gain=min_gain))
+
+
+def finish(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def request_of(engine: Engine, name: str, prompt: list[int], params: SamplingParams) -> tuple[Request, Recorder]:
+    request, recorder = make_request(name, prompt, params)
+    engine.add(engine.prepare(request))
+    return request, recorder
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        greedy(60),
+        SamplingParams(max_tokens=60, temperature=0.3, seed=1),
+        SamplingParams(max_tokens=60, temperature=0.5, seed=2, top_p=0.9, repetition_penalty=1.1, logprobs=2),
+    ],
+    ids=["greedy", "sampled", "filtered"],
+)
+def test_a_text_that_repeats_itself_takes_fewer_runs_and_has_the_same_events(params: SamplingParams) -> None:
+    session = FakeSession(capacity=160, vocab_size=VOCAB, memory=1)
+    engine = engine_for(session)
+    request, recorder = request_of(engine, "a", [1, 2, 3], params)
+    finish(engine)
+    assert recorder.events == alone([1, 2, 3], params, memory=1)
+    usage = request.usage
+    assert 0 < usage.num_accepted <= usage.num_drafted
+    # One token of the prefill; then each run gives one token and those of the draft that it accepted. The last token
+    # may be an accepted one, whose end is not counted.
+    assert len(session.batches) - 1 + usage.num_accepted in (58, 59)
+
+
+def test_rows_of_a_batch_take_drafts_of_their_own_length_along() -> None:
+    session = FakeSession(num_slots=3, capacity=160, vocab_size=VOCAB, memory=1)
+    engine = engine_for(session)
+    prompts = ([5] * 4, [7, 8, 9, 10], [3, 4])
+    recorders = [add(engine, str(idx), prompt, greedy(30)) for idx, prompt in enumerate(prompts)]
+    finish(engine)
+    assert [r.events for r in recorders] == [alone(prompt, greedy(30), memory=1) for prompt in prompts]
+    lengths = [set(batch.query_len[batch.query_len > 0].tolist()) for batch in session.batches[1:]]
+    assert any(len(found) > 1 for found in lengths)
+    assert max(map(max, lengths)) == 1 + MAX_DRAFT
+
+
+def test_a_draft_stops_at_the_slots_end_and_at_max_tokens() -> None:
+    for capacity in (24, 25, 60):
+        session = FakeSession(num_slots=2, capacity=capacity, vocab_size=VOCAB, memory=1)
+        engine = engine_for(session)
+        recorder = add(engine, "a", [1, 2, 3], greedy(21))
+        finish(engine)
+        assert len(recorder.token_ids) == 21  # FakeSession checks that no run leaves its slot
+
+
+def test_a_session_that_is_not_ragged_never_gets_a_draft() -> None:
+    session = FakeSession(capacity=160, vocab_size=VOCAB, memory=1, is_ragged=False)
+    engine = engine_for(session)
+    request, recorder = request_of(engine, "a", [1, 2, 3], greedy(40))
+    finish(engine)
+    assert recorder.events == alone([1, 2, 3], greedy(40), memory=1)
+    assert request.usage.num_drafted == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
+def test_a_new_guess_is_what_followed_the_last_time(prompt: list[int], answer: list[int]) -> None:
+    index = NgramIndex(prompt)
+    for count, token_id in enumerate([*answer, 0]):
+        ids = prompt + answer[:count]
+        guess = index.guess(5)
+        places = {size: _last_place(ids, size) for size in (3, 2)}
+        assert (index.source is None) == (not guess)
+        if guess:
+            assert index.source is not None
+            period = len(ids) - index.source
+            assert guess == [ids[index.source + i % period] for i in range(5)]
+        if index._streak < 0 or not guess:
+            assert index.source == (places[3] if places[3] is not None else places[2])
+        assert 0 < index.odds < 1
+        index.push(token_id)
+
+
+def _last_place(ids: list[int], size: int) -> int | None:
+    """Behind the last earlier occurrence of the last `size` tokens."""
+    tail = ids[len(ids) - size :] if len(ids) >= size else None
+    found = [place for place in range(size, len(ids)) if ids[place - size : place] == tail]
+    return found[-1] if found else None
+
+
+def test_the_odds_follow_what_happens_also_while_nothing_is_drafted() -> None:
+    copied = NgramIndex([1, 2, 3, 4, 5, 6, 7, 8, 9] * 3)
+    for token_id in [1, 2, 3, 4, 5, 6, 7, 8, 9] * 4:
+        copied.push(token_id)
+    assert copied.odds > 0.95
+    random = NgramIndex([1, 2, 3, 4])
+    rng = np.random.default_rng(0)
+    odds = []
+    for token_id in rng.integers(0, 6, 600).tolist():
+        random.push(token_id)
+        if random.source is not None:
+            odds.append(random.odds)
+    assert np.median(odds[-100:]) < 0.3
+
+
+def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:
+    return [add(engine, str(idx), [1, 2, 3, 4, 5, 6, 7, 8] * 4, greedy(40)) for idx in range(num)]
+
+
+@pytest.mark.parametrize(
+    ("seconds_of", "has_drafts"),
+    [
+        (lambda tokens: 1.0 + 0.001 * tokens, True),  # bound by reading the weights
+        (lambda tokens: 0.001 + tokens, False),  # bound by arithmetic: a guess costs as much as a token
+    ],
+    ids=["flat", "linear"],
+)
+def test_drafts_are_taken_along_where_they_pay(seconds_of: Callable[[int], float], has_drafts: bool) -> None:
+    session = FakeSession(num_slots=4, capacity=160, vocab_size=VOCAB, memory=1)
+    speculator = Speculator()
+    engine = Engine(session, prefill_chunk=64, speculator=speculator)
+    sequences_with_guesses(engine, 4)
+    hear = speculator.cost.hear
+    speculator.cost.hear = lambda num_tokens, seconds: hear(num_tokens, seconds_of(num_tokens))  # type: ignore[method-assign]
+    finish(engine)
+    widths = {batch.token_ids.shape[1] for batch in session.batches if batch.first_slot == 0 and batch.past_len.all()}
+    assert (max(widths) > 1) == has_drafts
+
+
+def test_seconds_of_a_run_are_measured_or_on_the_line_between_two_that_are() -> None:
+    cost = RunCost()
+    assert cost.estimate(4) is None
+    cost.hear(1, 1.0)
+    assert cost.estimate(1) == 1.0
+    assert cost.estimate(8) == 8.0  # with nothing larger measured, the worst
+    cost.hear(101, 11.0)
+    assert cost.estimate(11) == pytest.approx(2.0)
+    cost.hear(11, 7.0)
+    assert cost.estimate(11) == 7.0
+    for _ in range(300):  # what was measured long ago, perhaps in a bad moment, is forgotten
+        cost.hear(1, 1.0)
+    assert cost.estimate(11) == pytest.approx(2.0)
+
+
+TEMPERATURE = 1.2
+NUM_SAMPLES = 6000
+Z_1E_4 = 3.719
+"""A normal variable passes this with probability 1e-4."""
+
+
+def test_sampled_tokens_have_the_models_distribution() -> None:
+    """Pearson's test at 1e-4 of what follows the first token, each time the verification of a draft of probability 0.2.
+
+    Power: a sampler that takes the draft unasked in 6 % of the cases would fail in more than 99 % of such tests.
+    """
+    probs = np.stack([_softmax(prefix_logits(np.array([token_id]), VOCAB, 1)) for token_id in range(VOCAB)])
+    before = int(probs.max(1).argmax())
+    first = int(probs[before].argmax())
+    expected = probs[first]
+    draft = int(np.abs(expected - 0.2).argmin())
+    # After (before, first) came `draft`: that is the guess whenever the first token is the likeliest.
+    prompt = [before, first, draft, before]
+    session = FakeSession(num_slots=40, capacity=64, vocab_size=VOCAB, memory=1)
+    counts = np.zeros(VOCAB)
+    num_right = 0
+    engine = engine_for(session)
+    params = SamplingParams(max_tokens=3, temperature=TEMPERATURE)
+    rng = np.random.default_rng(1)
+    for _ in range(NUM_SAMPLES // 40):
+        seeds = rng.integers(0, 2**62, 40).tolist()
+        pairs = [request_of(engine, str(seed), prompt, replace(params, seed=seed)) for seed in seeds]
+        finish(engine)
+        for request, recorder in pairs:
+            if recorder.token_ids[0] == first:
+                assert request.usage.num_drafted >= 1
+                counts[recorder.token_ids[1]] += 1
+                num_right += recorder.token_ids[1] == draft
+    assert num_right > 0.1 * counts.sum() > 300
+    is_cell = expected > 0.02
+    limit = _chi2_limit(int(is_cell.sum()))
+    assert _pearson(counts, expected, is_cell) < limit
+    broken = 0.94 * expected + 0.06 * np.eye(VOCAB)[draft]
+    samples = rng.multinomial(int(counts.sum()), broken, 1000)
+    assert np.mean([_pearson(sample, expected, is_cell) > limit for sample in samples]) > 0.99
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    weights = np.exp((logits - logits.max()).astype(np.float64) / TEMPERATURE)
+    return np.asarray(weights / weights.sum())
+
+
+def _pearson(counts: NDArray[Any], expected: NDArray[np.float64], is_cell: NDArray[np.bool_]) -> float:
+    """The statistic over the likelier tokens, and all others together."""
+    total = counts.sum()
+    seen = np.append(counts[is_cell], counts[~is_cell].sum())
+    wanted = total * np.append(expected[is_cell], expected[~is_cell].sum())
+    return float(((seen - wanted) ** 2 / wanted).sum())
+
+
+def _chi2_limit(freedom: int) -> float:
+    """What chi-squared passes with probability 1e-4 (Wilson and Hilferty's approximation)."""
+    spread = 2 / (9 * freedom)
+    return float(freedom * (1 - spread + Z_1E_4 * spread**0.5) ** 3)
+
+
+def test_greedy_sampled_drafted_cached_and_cancelled_requests_share_batches_and_get_what_they_get_alone() -> None:
+    session = FakeSession(num_slots=6, capacity=160, vocab_size=VOCAB, memory=1)
+    engine = Engine(session, prefill_chunk=24, prefix_cache=10**6, speculator=Speculator(min_gain=EVERY_DRAFT))
+    head = [(5 * i) % VOCAB for i in range(90)]
+    add(engine, "warm", [*head, 1], greedy(1))
+    finish(engine)
+    copied = [*range(10, 30)] * 3
+    asked = {
+        "greedy": ([4, 5], greedy(40)),
+        "sampled": ([6, 7, 8], SamplingParams(max_tokens=40, temperature=0.8, seed=3, top_p=0.9, logprobs=1)),
+        "drafted": (copied, greedy(50)),
+        "drafted and sampled": (copied, SamplingParams(max_tokens=50, temperature=0.4, seed=4, presence_penalty=0.3)),
+        "cached": ([*head, 2, 3], greedy(30)),
+        "cached, drafted, sampled": ([*head, 9], SamplingParams(max_tokens=40, temperature=0.6, seed=5)),
+        "cancelled": ([*head, 40], greedy(60)),
+    }
+    pairs = {name: request_of(engine, name, prompt, params) for name, (prompt, params) in asked.items()}
+    while len(pairs["cancelled"][1].events) < 3:
+        engine.step()
+    engine.cancel("cancelled")
+    finish(engine)
+    for name, (_, recorder) in pairs.items():
+        expected = alone(*asked[name], memory=1)
+        if name == "cancelled":
+            assert 1 < len(recorder.events) < 60
+            assert recorder.events[:-1] == expected[: len(recorder.events) - 1]
+        else:
+            assert recorder.events == expected, name
+    for name in ("drafted", "drafted and sampled", "cached, drafted, sampled"):
+        assert pairs[name][0].usage.num_accepted > 0, name
+    for name in ("cached", "cached, drafted, sampled", "cancelled"):
+        assert pairs[name][0].usage.num_cached == 64, name
+    assert any((batch.query_len > 0).sum() >= 5 and batch.token_ids.shape[1] > 1 for batch in session.batches)
+
+
+def drafting_engine(session: FakeSession, *, memory: int, min_gain: float = EVERY_DRAFT) -> tuple[Engine, FakeSession]:
+    """An engine whose draft model sees so many tokens back."""
+    info = session.info
+    draft = FakeSession(num_slots=info.num_slots, capacity=info.capacity, vocab_size=VOCAB, memory=memory)
+    speculator = Speculator(DraftModel(draft, prefill_chunk=20), min_gain=min_gain)
+    return Engine(session, prefill_chunk=64, speculator=speculator), draft
+
+
+@pytest.mark.parametrize("draft_memory", [1, 2], ids=["always right", "mostly wrong"])
+def test_a_draft_model_changes_no_token(draft_memory: int) -> None:
+    session = FakeSession(num_slots=4, capacity=160, vocab_size=VOCAB, memory=1)
+    engine, draft = drafting_engine(session, memory=draft_memory)
+    prompts = ([5, 1], [*range(50), *range(49)], [3, 4], [9] * 30, [8])
+    sampled = SamplingParams(max_tokens=40, temperature=0.6, seed=2)
+    pairs = [request_of(engine, str(idx), ids, greedy(40) if idx % 2 else sampled) for idx, ids in enumerate(prompts)]
+    finish(engine)
+    for idx, (_, recorder) in enumerate(pairs):
+        assert recorder.events == alone(prompts[idx], greedy(40) if idx % 2 else sampled, memory=1)
+    assert all(request.usage.num_drafted > 0 for request, _ in pairs)
+    if draft_memory == 1:
+        # It guesses the likeliest token, which is what greedy requests take.
+        greedy_pairs = pairs[1::2]
+        assert all(request.usage.num_accepted > 0.9 * request.usage.num_drafted for request, _ in greedy_pairs)
+        assert len(session.batches) < 40
+    # A prompt of 99 tokens is caught up with in chunks, between steps.
+    assert max(batch.query_len.max() for batch in draft.batches) == 20
+
+
+def test_a_draft_model_that_breaks_is_left_out_and_nobody_is_hurt() -> None:
+    session = FakeSession(num_slots=2, capacity=160, vocab_size=VOCAB, memory=1)
+    engine, draft = drafting_engine(session, memory=1)
+    recorders = [add(engine, str(idx), [idx, 5], greedy(30)) for idx in range(2)]
+    for _ in range(3):
+        engine.step()
+    draft.close()
+    finish(engine)
+    assert [r.events for r in recorders] == [alone([idx, 5], greedy(30), memory=1) for idx in range(2)]
+
+
+def test_a_draft_model_that_does_not_pay_is_hardly_asked() -> None:
+    session = FakeSession(num_slots=1, capacity=700, vocab_size=VOCAB, memory=None)
+    engine, draft = drafting_engine(session, memory=1, min_gain=1.05)
+    recorder = add(engine, "a", [1, 2, 3], greedy(600))
+    finish(engine)
+    assert len(recorder.token_ids) == 600
+    assert len(draft.batches) < 200
