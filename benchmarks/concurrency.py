@@ -49,11 +49,12 @@ class Address(NamedTuple):
 
 
 @contextmanager
-def served(artifact: str, args: argparse.Namespace) -> Iterator[Address]:
-    """A server of its own, ready. HeadraceError if it does not start."""
+def served(artifact: str, args: argparse.Namespace, *flags: str) -> Iterator[Address]:
+    """A server of its own, ready, with further flags. HeadraceError if it does not start."""
     command = [sys.executable, "-m", "headrace", "serve", artifact, "--port", "0"]
     command += ["--max-len", str(args.prompt + args.new_tokens), "--max-batch", str(args.requests)]
     command += ["--max-waiting", str(args.requests), *(["--allow-failed"] if args.allow_failed else [])]
+    command += flags
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

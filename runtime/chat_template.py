@@ -31,24 +31,34 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, where: str = TEMPLATE_FILE) -> None:
         """Compile; InvalidArtifact if the template is not valid Jinja."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, meta
 
+        self.source = source
         self._special_tokens = dict(special_tokens)
         try:
-            self._template: Template = _environment().from_string(source)
+            environment = _environment()
+            self._template: Template = environment.from_string(source)
+            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise InvalidArtifact(f"the chat template in {where} does not compile: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt for a list of messages (`role`, `content`...), ending where the assistant is to speak.
 
+        `tools` are functions in OpenAI's form; a template for which `knows_tools` is false ignores them.
         InvalidRequest if the template refuses the messages, fails on them or writes too much.
         """
         values = {
             **self._special_tokens,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
         }
         pieces, num_chars = [], 0

@@ -5,13 +5,17 @@ A `Request` goes into the engine; for each token one `TokenEvent` comes out, the
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from runtime.errors import InvalidRequest
 from runtime.settings import setting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -30,6 +34,29 @@ class FinishReason(StrEnum):
     ERROR = "error"
     TIMEOUT = "timeout"
     QUEUE_TIMEOUT = "queue_timeout"
+
+
+class ConstraintKind(StrEnum):
+    """How a `Constraint` is written."""
+
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    GRAMMAR = "grammar"
+    CHOICE = "list of choices"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """The form that an answer must have, as a request writes it; `runtime/grammar.py` reads it.
+
+    source: a JSON schema as JSON; a regular expression that the whole answer matches; a grammar in Lark's or
+        llama.cpp's (GBNF) notation; a JSON list of strings, one of which is the answer
+    param: the request field it came from, for error messages
+    """
+
+    kind: ConstraintKind
+    source: str
+    param: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +87,12 @@ class SamplingParams:
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
     """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
+    constraint: Constraint | None = field(default=None, metadata={"help": "the form that the answer must have"})
+    prompt_logprobs: int | None = setting(None, "the same as logprobs, for the tokens of the prompt")
+    """With it, `max_tokens` may be 0: the prompt is scored, and nothing generated."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, None)
+        _check("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None)
         _check("temperature", self.temperature, 0, 2)
         _check("top_k", self.top_k, 0, None)
         _check("top_p", self.top_p, 0, 1, low_open=True)
@@ -78,6 +108,8 @@ class SamplingParams:
             _check("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:
@@ -102,11 +134,22 @@ class TokenLogprob(NamedTuple):
     logprob: float
 
 
+class PromptLogprob(NamedTuple):
+    """The log-probability of one token of a prompt after those before it, and the likeliest tokens there."""
+
+    logprob: float
+    top_logprobs: tuple[TokenLogprob, ...]
+
+
 class TokenEvent(NamedTuple):
     """One generated token, or the end of a request without one (`token_id` None).
 
+    If they were asked for, an event before the first token, without a token itself, brings `prompt_logprobs`: of the
+    second token of the prompt and all after it, for nothing comes before the first.
+
     `text` is what became final with this token: it can be empty (half a character, or the possible
-    beginning of a stop string) and never contains a stop string.
+    beginning of a stop string) and never contains a stop string. With an `error`, `error_param` names the field
+    of the request that is to blame, if one is.
     """
 
     token_id: int | None
@@ -115,6 +158,8 @@ class TokenEvent(NamedTuple):
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_param: str | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
 
 
 class TextPiece(NamedTuple):
@@ -133,6 +178,39 @@ class TextStream(Protocol):
 
     def finish(self) -> str:
         """Return the characters still held back. Called once, when the request ends by itself."""
+        ...
+
+
+class TokenGuide(Protocol):
+    """Holds one request to its constraint, token by token. The engine knows grammars only through this.
+
+    Every method may raise InvalidRequest, if the constraint turns out to be too complex; nothing but dropping the
+    guide is allowed after that.
+    """
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        ...
+
+    def prepare(self, draft_ids: Sequence[int] = ()) -> None:
+        """Begin to compute what `allowed` will return, here and after each token of a draft, on another thread.
+
+        Not needed, but it takes the time off the engine's thread: call it before the model runs. The draft may
+        hold tokens that are not allowed; what follows those is not computed.
+        """
+        ...
+
+    def allowed(self) -> "NDArray[np.bool_]":
+        """bool [vocab_size]: the tokens that may come next. End-of-text tokens are among them where it may end."""
+        ...
+
+    def advance(self, token_id: int) -> None:
+        """Take a token, which must be allowed."""
+        ...
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last tokens taken."""
         ...
 
 
@@ -185,6 +263,7 @@ class Request:
     text: TextStream | None = None
     options: RequestOptions = DEFAULT_OPTIONS
     usage: Usage = field(default_factory=Usage)
+    guide: TokenGuide | None = None
 
 
 class EngineStats(NamedTuple):

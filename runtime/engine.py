@@ -8,7 +8,9 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, zip_longest
+
+import numpy as np
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.errors import InvalidRequest, PromptTooLong
@@ -77,7 +79,7 @@ class Engine:
                 param="prompt",
             )
         sequence = Sequence(request)
-        if self._prefix_cache:
+        if self._prefix_cache and not sequence.wants_prompt_logits:
             sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
         if self._speculator is not None:
             sequence.ngrams, sequence.model_odds = NgramIndex(ids), MODEL_ODDS
@@ -130,6 +132,7 @@ class Engine:
         for run in self._scheduler.plan():
             rows = self._run(run)
             self._scheduler.advance(run)
+            self._score(run, rows)
             if run.drafts:
                 self._emit_drafted(run, rows)
             else:
@@ -148,10 +151,12 @@ class Engine:
 
     def _run(self, run: Run) -> Iterable[Row | TopRow]:
         """Whole rows of logits, or their likeliest tokens where those do for every sequence of the run."""
+        for sequence, draft in zip_longest(run.sequences, run.drafts, fillvalue=()):
+            sequence.prepare(draft)
         started_s = time.perf_counter()
         top, needs = self._top_session, [sequence.num_top for sequence in run.sequences]
         rows: Iterable[Row | TopRow]
-        if top is not None and all(num is not None and num <= top.num_top for num in needs):
+        if top is not None and not run.scored and all(num is not None and num <= top.num_top for num in needs):
             rows = top.run_top(run.batch)
         else:
             rows = self._session.run(run.batch)
@@ -160,6 +165,16 @@ class Engine:
         if self._speculator is not None:
             self._speculator.cost.hear(run.batch.token_ids.size, model_s)
         return rows
+
+    def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
+        """Give prompts that are scored the logits of their positions; the last go out before the first token."""
+        start = len(run.sequences)
+        for sequence, num_rows in run.scored:
+            assert isinstance(rows, np.ndarray)
+            event = sequence.score_prompt(rows[start : start + num_rows])
+            start += num_rows
+            if event is not None:
+                sequence.request.sink(event)
 
     def _emit_drafted(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
         """Each sequence goes on for as long as it chooses what its draft had."""
@@ -182,6 +197,8 @@ class Engine:
         is_first = sequence.num_generated == 0
         try:
             event = sequence.next_event(row)
+        except InvalidRequest as error:
+            event = _failure(str(error))._replace(error_param=error.param)
         except Exception as error:  # one request's failure must not end its neighbours
             log.exception("request %s failed", sequence.request.request_id)
             event = _failure(f"{type(error).__name__}: {error}")

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 512
 """Long enough for an answer, short enough to bound one that never ends. Cut to what the context leaves."""
 
-# One request: nothing to batch, no queue.
-_ENGINE_SKIPPED = ("max_batch", "max_waiting", "max_queue_wait", "request_timeout", "prefix_cache")
-# Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities.
+# One request: nothing to batch, no queue, no tools.
+_ENGINE_SKIPPED = ("max_batch", "max_waiting", "max_queue_wait", "request_timeout", "prefix_cache", "tool_format")
+# Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities,
+# and a grammar is no thing for a flag.
 _SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": None}
-_SAMPLING_SKIPPED = ("logprobs",)
+_SAMPLING_SKIPPED = ("logprobs", "prompt_logprobs", "constraint")
 
 
 def make_parser() -> argparse.ArgumentParser:

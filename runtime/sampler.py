@@ -4,8 +4,8 @@
 random numbers alone, so a request gets the same tokens alone and in a batch. `num_top` says how many of the likeliest
 tokens are all that a request's choices depend on; given only those, it chooses what it would from the whole row.
 
-    row -> [log-probabilities] -> [penalties, bias] -> argmax
-                                                   `-> temperature -> [top-k] -> [top-p] -> [min-p] -> draw
+    row -> [log-probabilities] -> [penalties, bias] -> [constraint] -> argmax
+                                                                    `-> temperature -> [top-k, top-p, min-p] -> draw
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from runtime.core import SamplingParams, TokenLogprob
 from runtime.session import TopRow
 
 Row = NDArray[np.float32]
+Allowed = NDArray[np.bool_]
 
 MIN_TEMPERATURE = 1e-5
 """Lower temperatures are taken as this one: below it, fp32 rounding would decide, or overflow."""
@@ -45,8 +46,11 @@ class BadLogitsError(ValueError):
 class Sampler(Protocol):
     """Chooses the tokens of one request, in order."""
 
-    def sample(self, row: Row) -> Choice:
-        """Choose from logits float32 [vocab_size], left unchanged. BadLogitsError if they are not finite."""
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        """Choose from logits float32 [vocab_size], left unchanged. BadLogitsError if they are not finite.
+
+        `allowed` bool [vocab_size] are the tokens to choose from, by default all.
+        """
         ...
 
     def sample_top(self, top: TopRow) -> Choice:
@@ -56,7 +60,7 @@ class Sampler(Protocol):
 
 def num_top(params: SamplingParams) -> int | None:
     """How many of the likeliest tokens suffice to choose as from the whole row; None: nothing less than the row."""
-    if _has_edits(params):
+    if _has_edits(params) or params.constraint is not None or params.prompt_logprobs is not None:
         return None
     if params.is_greedy:
         return max(1, params.logprobs or 0)
@@ -91,9 +95,14 @@ def _argmax(row: Row) -> int:
     return token_id
 
 
+def _only(row: Row, allowed: Allowed | None) -> Row:
+    """The logits with those of other tokens at minus infinity."""
+    return row if allowed is None else np.where(allowed, row, np.float32(-np.inf))
+
+
 class _Greedy:
-    def sample(self, row: Row) -> Choice:
-        return Choice(_argmax(row))
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        return Choice(_argmax(_only(row, allowed)))
 
     def sample_top(self, top: TopRow) -> Choice:
         _check_top(top)
@@ -109,14 +118,14 @@ class _Chain:
         seed = None if params.seed is None else params.seed % 2**64
         self._rng = np.random.Generator(np.random.PCG64(seed))
 
-    def sample(self, row: Row) -> Choice:
-        edited = row if self._edits is None else self._edits.apply(row)
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        edited = _only(row if self._edits is None else self._edits.apply(row), allowed)
         token_id = _argmax(edited) if self._params.is_greedy else self._draw(edited)
         if self._edits is not None:
             self._edits.count(token_id)
         if self._params.logprobs is None:
             return Choice(token_id)
-        return _with_logprobs(row, token_id, self._params.logprobs)
+        return with_logprobs(row, token_id, self._params.logprobs)
 
     def sample_top(self, top: TopRow) -> Choice:
         _check_top(top)
@@ -261,8 +270,8 @@ def _keep(ids: NDArray[np.int64] | None, probs: Row, positions: NDArray[np.int64
     return (positions if ids is None else ids[positions]), probs[positions]
 
 
-def _with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
-    """Log-softmax of the raw row at the chosen token and at the `num_top` likeliest."""
+def with_logprobs(row: Row, token_id: int, num_top: int) -> Choice:
+    """A token with the log-softmax of the raw row float32 [vocab_size] there and at the `num_top` likeliest."""
     peak = row[_argmax(row)]
     with np.errstate(over="ignore", under="ignore"):
         shifted = row - peak

@@ -36,7 +36,8 @@ fast, so running streams wait no longer for a prompt that is reused than for one
 
 
 class Run(NamedTuple):
-    """One call of the session: row i of its logits belongs to `sequences[i]`; further rows are ignored."""
+    """One call of the session: row i of its logits belongs to `sequences[i]`. The rows behind those belong to the
+    prompts in `scored`, so many to each; further rows are ignored."""
 
     batch: Batch
     sequences: list[Sequence]
@@ -44,6 +45,7 @@ class Run(NamedTuple):
     num_prefill_tokens: int = 0
     prefilled: tuple[Sequence, ...] = ()
     """Whose prompts it runs, finished with it or not."""
+    scored: tuple[tuple[Sequence, int], ...] = ()
     drafts: tuple[list[int], ...] = ()
     """Speculation: what follows each sequence's next token; it has one more row of logits for each."""
 
@@ -65,6 +67,7 @@ class Scheduler:
         # Where cuts matter, a prompt out of the cache is cut where one that was computed is: at multiples of the chunk.
         self._restore_multiple = 1 if info.is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._is_ragged = info.is_ragged
+        self._max_scored = info.capacity if info.max_scored is None else info.max_scored
         self._prefilling: list[Sequence] = []  # in order of admission
         self._decoding: list[Sequence | None] = [None] * info.num_slots
         # What the next decode run reads, by slot; the batches below are views of these.
@@ -226,6 +229,8 @@ class Scheduler:
         padded, width = len(rows) * max(lens), max(lens)
         if min(lens) == 1 < width:
             return False  # another kernel, see `_piece`
+        if width > self._max_scored and any(s.wants_prompt_logits for s in rows):
+            return False
         ends = [self.slots.past_len[s.slot] + width for s in rows]
         return padded <= budget and sum(lens) >= MIN_FILL * padded and bool(max(ends) <= self.slots.capacity)
 
@@ -238,9 +243,10 @@ class Scheduler:
         kernel than longer ones, among which a token's sums do not depend on where the cuts are; so a request gets the
         same tokens alone and in a batch, with its beginning computed or out of the cache."""
         left = self._left(sequence)
-        if left == self._prefill_chunk + 1 > 2:
-            return self._prefill_chunk - 1
-        return min(left, self._prefill_chunk)
+        chunk = min(self._prefill_chunk, self._max_scored) if sequence.wants_prompt_logits else self._prefill_chunk
+        if left == chunk + 1 > 2:
+            return chunk - 1
+        return min(left, chunk)
 
     def _prefill_order(self) -> list[Sequence]:
         """Whose prompts come next: by priority, then in turn the oldest and the one with the least left. So a short
@@ -291,12 +297,19 @@ class Scheduler:
         for i, (sequence, past, num) in enumerate(zip(rows, past_len.tolist(), lens, strict=True)):
             token_ids[i, :num] = sequence.request.prompt_ids[past : past + num]
         is_last = [num == self._left(s) for s, num in zip(rows, lens, strict=True)]
+        wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]]
+        scored = []
+        for i, sequence in enumerate(rows):
+            if sequence.wants_prompt_logits:
+                num = lens[i] - is_last[i]  # what comes after the last token is not in the prompt
+                scored.append((sequence, num))
+                wanted.extend(range(i * width, i * width + num))
         # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and
         # ignores it.
-        wanted = [i * width + lens[i] - 1 for i in range(len(rows)) if is_last[i]] or [lens[0] - 1]
+        wanted = wanted or [lens[0] - 1]
         batch = Batch(first_slot, token_ids, past_len, np.array(lens, np.int32), np.array(wanted, np.int64))
         done = [s for s, last in zip(rows, is_last, strict=True) if last]
-        return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows))
+        return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows), scored=tuple(scored))
 
 
 def _priority(sequence: Sequence) -> int:

@@ -1,14 +1,15 @@
 """One request while it is being generated: from a row of logits to the next event.
 
-Knows sampling and when a request ends; nothing about slots, batches or other requests.
+Knows sampling, constraints and when a request ends; nothing about slots, batches or other requests.
 """
 
 import math
 import time
+from collections.abc import Sequence as Rows
 
-from runtime.core import FinishReason, Request, TokenEvent
+from runtime.core import FinishReason, PromptLogprob, Request, TokenEvent
 from runtime.ngram import NgramIndex
-from runtime.sampler import Row, make_sampler, num_top
+from runtime.sampler import Row, make_sampler, num_top, with_logprobs
 from runtime.session import TopRow
 
 
@@ -22,6 +23,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_prompt_logprobs",
         "_sampler",
         "_stop_ids",
         "deadline_s",
@@ -53,15 +55,51 @@ class Sequence:
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
         self.first_token_s: float | None = None
         self.num_top = num_top(params)
+        self._prompt_logprobs: list[PromptLogprob] = []
         self._sampler = make_sampler(params, request.prompt_ids)
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
 
+    def prepare(self, draft: Rows[int] = ()) -> None:
+        """Called before the model runs for this sequence: what can be done meanwhile is begun."""
+        if self.request.guide is not None:
+            self.request.guide.prepare(draft)
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether every position of the prompt is to be scored."""
+        return self.request.params.prompt_logprobs is not None
+
+    def score_prompt(self, rows: Row) -> TokenEvent | None:
+        """Take the logits float32 [R, vocab_size] of the next positions of the prompt, each of which predicts the token
+        after it. The event with all the log-probabilities when there are no more."""
+        num_top = self.request.params.prompt_logprobs
+        assert num_top is not None
+        if not len(rows) and self.num_prompt > 1:
+            return None  # the last token came in a run of its own, and the event was before
+        for row in rows:
+            token_id = self.request.prompt_ids[len(self._prompt_logprobs) + 1]
+            _, logprob, top = with_logprobs(row, token_id, num_top)
+            assert logprob is not None
+            self._prompt_logprobs.append(PromptLogprob(logprob, top))
+        if len(self._prompt_logprobs) < self.num_prompt - 1:
+            return None
+        return TokenEvent(None, "", prompt_logprobs=tuple(self._prompt_logprobs))
+
     def next_event(self, row: Row | TopRow) -> TokenEvent:
-        """Choose a token from logits float32 [vocab_size], or from its `num_top` likeliest, and say what it adds.
+        """Choose a token from logits float32 [vocab_size], or from its `num_top` likeliest, and say what it adds. If
+        none is wanted, that is the end.
 
         Raises what the sampler or the text stream raises; the request cannot go on after that.
         """
-        choice = self._sampler.sample_top(row) if isinstance(row, TopRow) else self._sampler.sample(row)
+        if self.request.params.max_tokens == 0:
+            return TokenEvent(None, "", finish_reason=FinishReason.LENGTH)
+        guide = self.request.guide
+        if isinstance(row, TopRow):
+            choice = self._sampler.sample_top(row)
+        else:
+            choice = self._sampler.sample(row, None if guide is None else guide.allowed())
+        if guide is not None:
+            guide.advance(choice.token_id)
         self.num_generated += 1
         if self.ngrams is not None:
             self.ngrams.push(choice.token_id)
@@ -79,9 +117,11 @@ class Sequence:
             text, is_stopped = stream.push(token_id)
             if is_stopped:
                 return text, FinishReason.STOP
-        if self.num_generated < self.request.params.max_tokens:
+        is_complete = self.request.guide is not None and self.request.guide.is_stopped
+        if not is_complete and self.num_generated < self.request.params.max_tokens:
             return text, None
-        return text + ("" if stream is None else stream.finish()), FinishReason.LENGTH
+        reason = FinishReason.STOP if is_complete else FinishReason.LENGTH
+        return text + ("" if stream is None else stream.finish()), reason
 
     def tpot_s(self, now_s: float) -> float | None:
         """Mean seconds per token after the first; None below two tokens."""

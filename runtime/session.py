@@ -48,6 +48,8 @@ class SessionInfo:
     vocab_size: int
     is_ragged: bool
     kv_bytes_per_token: int
+    max_scored: int | None = None
+    """Most tokens of a row if all of them are to give logits; None: as many as fit."""
     dialect: str = "ort"
     """Which of the artifact's graphs it runs."""
     is_cut_exact: bool = True

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 DEVICES = ("auto", "tensorrt", "cuda", "cpu")
 
+TOOL_FORMAT_NAMES = ("auto", "hermes", "llama3", "json")
 _BYTE_UNITS = {
     "": 1,
     **{unit: 1000**power for power, unit in enumerate("KMGT", start=1)},
@@ -65,6 +66,9 @@ class EngineSettings:
         metavar="ARTIFACT",
     )
     max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
+    tool_format: str = setting(
+        "auto", "how tool calls are written: auto (as the chat template says), hermes, llama3, json"
+    )
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -79,6 +83,10 @@ class EngineSettings:
         check_at_least("prefix_cache", self.prefix_cache, 0)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
+        if self.tool_format not in TOOL_FORMAT_NAMES:
+            raise InvalidSetting(
+                f"--tool-format must be one of {', '.join(TOOL_FORMAT_NAMES)}, got {self.tool_format!r}"
+            )
 
 
 def check_at_least(name: str, value: float | None, low: float) -> None:

@@ -29,12 +29,14 @@ from runtime.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
+from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format, plain_messages
 
 
 class Generation(Iterator[TokenEvent]):
@@ -113,6 +115,8 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
+        template = None if chat_template is None else chat_template.source
+        self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
         self._draft_model = None if draft_session is None else DraftModel(draft_session)
         engine = Engine(
             session,
@@ -124,20 +128,32 @@ class TextModel:
         )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
+        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""
         return self._tokenizer.encode(text)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template.
+
+        Tools, calls and results go through the template if it knows of them, else through messages in plain words.
+        """
         if self._chat_template is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        return self._tokenizer.encode(self._chat_template.render(messages), add_special_tokens=False)
+        if not self._chat_template.knows_tools:
+            messages, tools = plain_messages(messages, tools, self.tool_format), ()
+        text = self._chat_template.render(messages, tools=[tool.as_json() for tool in tools])
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text: possibly a part of a character; empty for a special token."""
@@ -158,8 +174,8 @@ class TextModel:
         """Start generating; returns at once.
 
         Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty
-        prompt or a token id outside the vocabulary, Overloaded if too many wait, Unavailable if the engine
-        does not accept.
+        prompt, a token id outside the vocabulary or a constraint that cannot be used, Overloaded if too many wait,
+        Unavailable if the engine does not accept.
         """
         for token_id in (*params.logit_bias, *params.stop_token_ids):
             if not 0 <= token_id < self.vocab_size:
@@ -179,6 +195,7 @@ class TextModel:
             text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
             options=self._bounded(options),
             usage=generation.usage,
+            guide=None if params.constraint is None else self._grammars.guide(params.constraint),
         )
         self._thread.submit(request)
         return generation
@@ -210,6 +227,10 @@ class TextModel:
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
         return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))
 
+    def prepare_constraints(self) -> None:
+        """Get ready for requests with constraints, which would otherwise hold up everybody once."""
+        self._grammars.prepare()
+
     def start(self) -> None:
         """Start the engine's thread. Once only."""
         self._thread.start()
@@ -221,6 +242,7 @@ class TextModel:
     def close(self) -> None:
         """Cancel everything, end the thread and release the model. Idempotent."""
         self._thread.close()
+        self._grammars.close()
         self._session.close()
         if self._draft_model is not None:
             self._draft_model.close()

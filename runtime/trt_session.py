@@ -222,6 +222,7 @@ class _Opening:
             is_ragged=True,
             kv_bytes_per_token=per_token,
             is_cut_exact=False,
+            max_scored=info.verify_tokens,
             dialect=info.dialect,
         )
         return cls(

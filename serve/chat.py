@@ -14,8 +14,9 @@ def chat_blueprint(context: Context) -> Blueprint:
     @blueprint.post("/v1/chat/completions")
     def chat() -> Response:
         model = context.model
-        wanted = read_chat(read_json(request), model_name=model.name)
-        choices = start(context, request, wanted, [model.encode_chat(wanted.messages)])
-        return respond(choices, ChatShape(model), wanted)
+        wanted = read_chat(read_json(request), model_name=model.name, tool_format=model.tool_format)
+        tools = () if wanted.tool_use is None else wanted.tool_use.tools
+        choices = start(context, request, wanted, [model.encode_chat(wanted.messages, tools=tools)])
+        return respond(choices, ChatShape(model, [tool.name for tool in tools]), wanted)
 
     return blueprint

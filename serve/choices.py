@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
-from runtime.errors import EngineFailed, HeadraceError, TimedOut, Unavailable
+from runtime.errors import EngineFailed, HeadraceError, InvalidRequest, TimedOut, Unavailable
 from runtime.text_model import Generation, TextModel
 from serve.errors import ClientGoneError
 
@@ -96,13 +96,15 @@ class Choices:
     def __iter__(self) -> Iterator[ChoiceEvent]:
         """Events in the order they come, until every choice has ended.
 
-        Raises EngineFailed, TimedOut, ClientGoneError or Unavailable (the server gave up on the request as it
-        drained, or had no slot for it in time); in each case, and when the iterator is closed early, the other
-        choices are cancelled.
+        Raises EngineFailed, InvalidRequest (a constraint turned out to be too complex), TimedOut, ClientGoneError or
+        Unavailable (the server gave up on the request as it drained, or had no slot for it in time); in each case, and
+        when the iterator is closed early, the other choices are cancelled.
         """
         try:
             for item in _merge(self._generations, self._client):
                 event = item.event
+                if event.finish_reason is FinishReason.ERROR and event.error_param is not None:
+                    raise InvalidRequest(event.error or "", param=event.error_param)
                 if event.finish_reason in FAILURES:
                     failure, message = FAILURES[event.finish_reason]
                     raise failure(event.error or message)

@@ -41,7 +41,7 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
     def open_model(metrics: "ServerMetrics") -> "TextModel":
         from runtime.text_model import open_text_model
 
-        return open_text_model(
+        model = open_text_model(
             args.artifact,
             engine,
             name=args.name,
@@ -49,6 +49,8 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
             observer=metrics,
             backends=backends,
         )
+        model.prepare_constraints()
+        return model
 
     return serve(open_model, server, engine, question=args.ask)
 

@@ -3,7 +3,7 @@
 from flask import Blueprint, Response, request
 
 from runtime.text_model import TextModel
-from serve.openai_replies import CompletionShape
+from serve.openai_replies import CompletionShape, Echo
 from serve.openai_requests import CompletionRequest, read_completion
 from serve.replying import Context, read_json, respond, start
 
@@ -18,19 +18,21 @@ def completions_blueprint(context: Context) -> Blueprint:
         wanted = read_completion(read_json(request), model_name=model.name)
         prompts = [model.encode(item) if isinstance(item, str) else list(item) for item in wanted.prompts]
         choices = start(context, request, wanted, prompts)
-        shape = CompletionShape(model, _echo(model, wanted) if wanted.is_echo else ())
+        shape = CompletionShape(model, _echo(model, wanted, prompts), is_scored=wanted.is_scored)
         return respond(choices, shape, wanted)
 
     return blueprint
 
 
-def _echo(model: TextModel, wanted: CompletionRequest) -> list[str]:
-    """The prompt's text once per choice; token ids are spelled out."""
-    texts = []
-    for prompt in wanted.prompts:
+def _echo(model: TextModel, wanted: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
+    """The prompt once per choice, if it is wanted; token ids are spelled out."""
+    if not wanted.is_echo:
+        return []
+    echoes = []
+    for prompt, ids in zip(wanted.prompts, prompts, strict=True):
         if isinstance(prompt, str):
             text = prompt
         else:
             text = b"".join(map(model.token_bytes, prompt)).decode("utf-8", "replace")
-        texts += [text] * wanted.n
-    return texts
+        echoes += [Echo(text, ids)] * wanted.n
+    return echoes

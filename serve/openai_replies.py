@@ -9,11 +9,12 @@ import codecs
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.choices import Choices
+from serve.tool_replies import ToolDeltas, add_delta, close_message
 
 Json = dict[str, Any]
 
@@ -49,21 +50,35 @@ def chunks_of(choices: Choices, shape: ReplyShape) -> Iterator[Json]:
     yield shape.usage(choices)
 
 
-class CompletionShape:
-    """Answers of POST /v1/completions. `echo` holds per choice the text that is put before the answer."""
+class Echo(NamedTuple):
+    """A prompt that is repeated before the answer, as text and as tokens."""
 
-    def __init__(self, model: TextModel, echo: Sequence[str] = ()) -> None:
+    text: str
+    token_ids: Sequence[int]
+
+
+class CompletionShape:
+    """Answers of POST /v1/completions. `echo` holds the prompt of each choice, if it is to be put before the answer;
+    `is_scored` says that its log-probabilities will come, and the text with them."""
+
+    def __init__(self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False) -> None:
         self._head = _head("cmpl", "text_completion", model.name)
         self._model = model
         self._echo = echo
+        self._is_scored = is_scored
         self._offsets: dict[int, TextOffset] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
-        for index, text in enumerate(self._echo):
-            self._offsets[index] = TextOffset(len(text))
-            yield self._chunk(index, text, None, None)
+        for index, echo in enumerate(self._echo):
+            if not self._is_scored:
+                self._offsets[index] = TextOffset(len(echo.text))
+                yield self._chunk(index, echo.text, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        if event.prompt_logprobs is not None:
+            if self._is_scored:
+                yield self._chunk(index, self._echo[index].text, self._prompt_logprobs(index, event), None)
+            return
         logprobs = None if event.logprob is None else self._logprobs(index, event)
         if event.text or logprobs or event.finish_reason:
             yield self._chunk(index, event.text, logprobs, event.finish_reason)
@@ -89,41 +104,69 @@ class CompletionShape:
         choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice], "usage": None}
 
+    def _prompt_logprobs(self, index: int, event: TokenEvent) -> Json:
+        """Every token of the prompt; the first has no probability, for nothing comes before it."""
+        assert event.prompt_logprobs is not None
+        first, *others = self._echo[index].token_ids
+        joined = self._token(index, first, None, None)
+        for token_id, (logprob, top) in zip(others, event.prompt_logprobs, strict=True):
+            token = TokenLogprob(token_id, logprob)
+            _joined(joined, self._token(index, token_id, logprob, self._top(token, top)))
+        return joined
+
     def _logprobs(self, index: int, event: TokenEvent) -> Json:
         assert event.token_id is not None and event.logprob is not None
-        chosen = TokenLogprob(event.token_id, event.logprob)
+        top = self._top(TokenLogprob(event.token_id, event.logprob), event.top_logprobs)
+        return self._token(index, event.token_id, event.logprob, top)
+
+    def _top(self, chosen: TokenLogprob, likeliest: Sequence[TokenLogprob]) -> dict[str, float]:
         top: dict[str, float] = {}
         # Different tokens can read the same; the dictionary has one entry, and the likelier token gets it.
-        for item in (chosen, *event.top_logprobs):
+        for item in (chosen, *likeliest):
             text = token_text(self._model, item.token_id, prefix="bytes:")
             top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
+        return top
+
+    def _token(self, index: int, token_id: int, logprob: float | None, top: dict[str, float] | None) -> Json:
         offset = self._offsets.setdefault(index, TextOffset(0))
         return {
-            "tokens": [token_text(self._model, chosen.token_id, prefix="bytes:")],
-            "token_logprobs": [max(chosen.logprob, LEAST_LOGPROB)],
+            "tokens": [token_text(self._model, token_id, prefix="bytes:")],
+            "token_logprobs": [logprob if logprob is None else max(logprob, LEAST_LOGPROB)],
             "top_logprobs": [top],
-            "text_offset": [offset.advance(self._model.token_bytes(chosen.token_id))],
+            "text_offset": [offset.advance(self._model.token_bytes(token_id))],
         }
 
 
 class ChatShape:
-    """Answers of POST /v1/chat/completions."""
+    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for."""
 
-    def __init__(self, model: TextModel) -> None:
+    def __init__(self, model: TextModel, tool_names: Sequence[str] = ()) -> None:
         self._head = _head("chatcmpl", "chat.completion", model.name)
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
         self._model = model
+        self._tool_names = tool_names
+        self._tools: dict[int, ToolDeltas] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
         for index in range(num_choices):
+            if self._tool_names:
+                self._tools[index] = ToolDeltas(self._model.tool_format, self._tool_names)
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
         logprobs = None if event.logprob is None else self._logprobs(event)
-        if event.text or logprobs:
-            yield self._chunk(index, {"content": event.text}, logprobs, None)
+        tools = self._tools.get(index)
+        deltas = [{"content": event.text}] if event.text else []
+        if tools is not None:
+            deltas = list(tools.of(event))
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            yield self._chunk(index, delta, logprobs, None)
+            logprobs = None
         if event.finish_reason is not None:
-            yield self._chunk(index, {}, None, event.finish_reason)
+            reason = event.finish_reason if tools is None else tools.finish_reason(event.finish_reason)
+            yield self._chunk(index, {}, None, reason)
 
     def usage(self, choices: Choices) -> Json:
         return {**self._chunk_head, "choices": [], "usage": usage(choices)}
@@ -139,9 +182,11 @@ class ChatShape:
                 choice = whole.setdefault(piece["index"], empty)
                 if choice is empty:
                     continue
-                choice["message"]["content"] += delta.get("content", "")
+                add_delta(choice["message"], delta)
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
                 choice["finish_reason"] = piece["finish_reason"]
+        for choice in whole.values():
+            close_message(choice["message"])
         return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:

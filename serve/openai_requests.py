@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.core import MAX_LOGPROBS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
+from runtime.tool_formats import GENERIC, ToolFormat
 from serve.fields import (
     Field,
     MismatchError,
@@ -27,6 +28,8 @@ from serve.fields import (
     string,
     unsupported,
 )
+from serve.output_format import OUTPUT_FIELDS, wanted_form
+from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, read_call_id, read_calls, wanted_tools
 
 MAX_N = 16
 MAX_MESSAGES = 4096
@@ -36,7 +39,7 @@ MAX_BIASES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat gets what is left of the context."""
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Prompt = str | tuple[int, ...]
 
 
@@ -85,45 +88,55 @@ def _stream_options(value: Any) -> bool:
     return bool(options.get("include_usage", False))
 
 
-def _response_format(value: Any) -> None:
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    read_fields(value, (Field("type", one_of("text"), is_required=True),), "response_format.")
-
-
 CONTENT_PART_FIELDS = (
     Field("type", one_of("text"), is_required=True),
     Field("text", string, is_required=True),
 )
-NO_TOOLS = "tools are not supported"
+NO_FUNCTIONS = "tools is the newer word for functions"
 MESSAGE_FIELDS = (
     Field("role", one_of(*ROLES), is_required=True),
-    Field("content", lambda value: value, is_required=True),
+    Field("content", lambda value: value),
     Field("name", string),
     # What clients send back when they append the reply to the conversation.
     Field("refusal", unsupported("this model does not refuse")),
     Field("annotations", unsupported("annotations are not supported", [])),
     Field("audio", unsupported("text only")),
-    Field("function_call", unsupported(NO_TOOLS)),
-    Field("tool_calls", unsupported(NO_TOOLS, [])),
+    Field("function_call", unsupported(NO_FUNCTIONS)),
+    Field("tool_calls", lambda value: value),
+    Field("tool_call_id", lambda value: value),
 )
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
+def _messages(value: Any) -> tuple[dict[str, Any], ...]:
     """Messages with their content as plain text. `developer` is the newer word for `system`."""
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
         raise MismatchError(f"a list of 1 to {MAX_MESSAGES} messages")
-    messages: list[dict[str, str]] = []
+    messages = []
     for idx, item in enumerate(value):
         path = f"messages[{idx}]"
         if not isinstance(item, dict):
             raise InvalidRequest(f"{path} must be an object, got {shown(item)}", param=path)
-        message = read_fields(item, MESSAGE_FIELDS, f"{path}.")
-        if message["role"] == "developer":
-            message["role"] = "system"
-        message["content"] = _content(message["content"], f"{path}.content")
-        messages.append({name: message[name] for name in ("role", "content", "name") if name in message})
+        messages.append(_message(read_fields(item, MESSAGE_FIELDS, f"{path}."), f"{path}."))
     return tuple(messages)
+
+
+def _message(found: dict[str, Any], path: str) -> dict[str, Any]:
+    """One message as chat templates take it: role, content, and name, tool_calls or tool_call_id where it has them."""
+    role = found["role"]
+    message: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    calls = read_calls(found.get("tool_calls", []), f"{path}tool_calls")
+    if calls and role != "assistant":
+        raise InvalidRequest(f"{path}tool_calls belong to the role assistant, not {role}", param=f"{path}tool_calls")
+    if "content" not in found and not calls:
+        raise InvalidRequest(f"{path}content is required", param=f"{path}content")
+    message["content"] = _content(found["content"], f"{path}content") if "content" in found else ""
+    if "name" in found:
+        message["name"] = found["name"]
+    if calls:
+        message["tool_calls"] = calls
+    if role == "tool":
+        message["tool_call_id"] = read_call_id(found.get("tool_call_id"), f"{path}tool_call_id")
+    return message
 
 
 def _content(value: Any, path: str) -> str:
@@ -157,11 +170,11 @@ SAMPLING_FIELDS = (
 )
 SAMPLING_NAMES = frozenset(field.name for field in SAMPLING_FIELDS)
 COMMON_FIELDS = (
+    *OUTPUT_FIELDS,
     Field("model", string, is_required=True),
     Field("n", between(1, MAX_N)),
     Field("stream", boolean),
     Field("stream_options", _stream_options),
-    Field("max_tokens", between(1, 2**31)),
     Field("user", string),
     Field("cache_salt", string),
     Field("priority", integer),
@@ -169,6 +182,7 @@ COMMON_FIELDS = (
 )
 COMPLETION_FIELDS = (
     *COMMON_FIELDS,
+    Field("max_tokens", between(0, 2**31)),
     *SAMPLING_FIELDS,
     Field("prompt", _prompts, is_required=True),
     Field("logprobs", between(0, MAX_LOGPROBS)),
@@ -178,18 +192,16 @@ COMPLETION_FIELDS = (
 )
 CHAT_FIELDS = (
     *COMMON_FIELDS,
+    Field("max_tokens", between(1, 2**31)),
     *SAMPLING_FIELDS,
     Field("messages", _messages, is_required=True),
     Field("max_completion_tokens", between(1, 2**31)),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
-    Field("response_format", _response_format),
     Field("modalities", unsupported("text only", ["text"])),
-    Field("tools", unsupported(NO_TOOLS, [])),
-    Field("tool_choice", unsupported(NO_TOOLS, "none", "auto")),
-    Field("parallel_tool_calls", boolean),
-    Field("functions", unsupported(NO_TOOLS, [])),
-    Field("function_call", unsupported(NO_TOOLS, "none", "auto")),
+    *TOOL_USE_FIELDS,
+    Field("functions", unsupported(NO_FUNCTIONS, [])),
+    Field("function_call", unsupported(NO_FUNCTIONS, "none", "auto")),
     Field("store", unsupported("nothing is stored", False)),
     Field("service_tier", unsupported("there is one tier", "auto", "default")),
 )
@@ -214,7 +226,7 @@ class GenerationRequest:
         Choice k is sampled with seed + k: the choices differ, and the first is what n=1 would give.
         """
         # If the prompt fills the context, ask for one token all the same: the engine names both lengths.
-        max_tokens = self.max_tokens or max(1, max_len - prompt_len)
+        max_tokens = max(1, max_len - prompt_len) if self.max_tokens is None else self.max_tokens
         seed = self.params.seed
         if seed is not None and choice_idx:
             seed = (seed + choice_idx) % 2**63
@@ -228,12 +240,18 @@ class CompletionRequest(GenerationRequest):
     prompts: tuple[Prompt, ...]
     is_echo: bool
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the prompt is repeated with its log-probabilities."""
+        return self.is_echo and self.params.logprobs is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
+    tool_use: ToolUse | None
 
 
 def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionRequest:
@@ -241,10 +259,10 @@ def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionReq
     values = read_fields(raw, COMPLETION_FIELDS)
     common = _common(values, values.get("logprobs"), model_name=model_name)
     is_echo = values.get("echo", False)
-    if is_echo and "logprobs" in values:
-        raise InvalidRequest(
-            "echo with logprobs is not supported: prompts have no log-probabilities here", param="echo"
-        )
+    if values.get("max_tokens") == 0 and not is_echo:
+        raise InvalidRequest("max_tokens must be at least 1, unless echo is true", param="max_tokens")
+    if is_echo and ("logprobs" in values or values.get("max_tokens") == 0):
+        common["params"] = replace(common["params"], prompt_logprobs=values.get("logprobs", 0))
     best_of = values.get("best_of", common["n"])
     if best_of != common["n"]:
         raise InvalidRequest(f"best_of must be absent or equal n ({common['n']}), got {best_of}", param="best_of")
@@ -253,8 +271,8 @@ def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionReq
     return CompletionRequest(prompts=values["prompt"], is_echo=is_echo, **common)
 
 
-def read_chat(raw: Mapping[str, Any], *, model_name: str) -> ChatRequest:
-    """Check a chat request. Raises InvalidRequest or ModelNotFound."""
+def read_chat(raw: Mapping[str, Any], *, model_name: str, tool_format: ToolFormat = GENERIC) -> ChatRequest:
+    """Check a chat request for a model that writes calls in `tool_format`. Raises InvalidRequest or ModelNotFound."""
     values = read_fields(raw, CHAT_FIELDS)
     wants_logprobs = values.get("logprobs", False)
     if "top_logprobs" in values and not wants_logprobs:
@@ -268,7 +286,14 @@ def read_chat(raw: Mapping[str, Any], *, model_name: str) -> ChatRequest:
             param="max_completion_tokens",
         )
     common["max_tokens"] = newer or common["max_tokens"]
-    return ChatRequest(messages=values["messages"], **common)
+    tool_use = wanted_tools(values)
+    if tool_use is not None:
+        if common["params"].constraint is not None:
+            raise InvalidRequest(
+                "tools and a form of the answer exclude each other, unless tool_choice is none", param="tools"
+            )
+        common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format))
+    return ChatRequest(messages=values["messages"], tool_use=tool_use, **common)
 
 
 def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str) -> dict[str, Any]:
@@ -283,7 +308,7 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {
         "model": values["model"],
-        "params": SamplingParams(logprobs=logprobs, **sampling),
+        "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling),
         "max_tokens": values.get("max_tokens"),
         "n": values.get("n", 1),
         "is_stream": values.get("stream", False),

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--fail-after", type=int, help="the session raises in this run")
     parser.add_argument("--fail-load", action="store_true", help="opening the model raises InvalidArtifact")
     parser.add_argument("--ask")
+    parser.add_argument("--script", help="what every chat is answered with")
     add_flags(parser, ServerSettings)
     add_flags(parser, EngineSettings)
     args = parser.parse_args()
@@ -46,6 +47,8 @@ def main() -> int:
             step_s=args.step_s,
             on_run=on_run,
             observer=metrics,
+            script=args.script,
+            tool_format=engine.tool_format,
         )
 
     return serve(open_model, from_namespace(ServerSettings, args), engine, question=args.ask)

@@ -5,7 +5,8 @@ contract in `runtime/session.py` raises. Padding and idle rows scribble behind t
 may.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,27 @@ class FakeSession:
         for row in range(num_rows):
             slot, past = batch.first_slot + row, batch.past_len[row]
             assert (self.cache[slot, :past] != GARBAGE).all() or batch.query_len[row] == 0, "reads garbage"
+
+
+class ScriptedSession(FakeSession):
+    """Answers every prompt with the same token ids, then the last of them for ever.
+
+    The answer is taken to begin behind the last `prompt_end` in a slot.
+    """
+
+    def __init__(self, script: Sequence[int], prompt_end: Sequence[int], **options: Any) -> None:
+        super().__init__(**options)
+        self._script = script
+        self._prompt_end = list(prompt_end)
+
+    def _logits_at(self, batch: Batch, row: int, position: int) -> NDArray[np.float32]:
+        end = int(batch.past_len[row]) + position + 1
+        ids = self.cache[batch.first_slot + row, :end].tolist()
+        width = len(self._prompt_end)
+        start = next((i + width for i in range(end - width, -1, -1) if ids[i : i + width] == self._prompt_end), end)
+        logits = np.zeros(self.info.vocab_size, np.float32)
+        logits[self._script[min(end - start, len(self._script) - 1)]] = 30
+        return logits
 
 
 def prefix_logits(prefix: NDArray[np.int64], vocab_size: int, memory: int | None = None) -> NDArray[np.float32]:

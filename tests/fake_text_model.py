@@ -10,7 +10,7 @@ from runtime.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text_model import TextModel
 from tests.byte_tokenizer import EOS, byte_tokenizer
-from tests.fake_session import FakeSession
+from tests.fake_session import FakeSession, ScriptedSession
 
 NAME = "fake"
 VOCAB_SIZE = 258
@@ -20,6 +20,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+PROMPT_END = "\nassistant: "
 
 
 def fake_text_model(
@@ -31,10 +32,14 @@ def fake_text_model(
     on_run: Callable[[Batch], None] | None = None,
     has_template: bool = True,
     observer: EngineObserver | None = None,
+    script: str | None = None,
     prefix_cache: int = 0,
     **settings: Any,
 ) -> TextModel:
-    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds."""
+    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds.
+
+    With a `script` it answers every chat with that text.
+    """
 
     def run(batch: Batch) -> None:
         if step_s:
@@ -43,9 +48,13 @@ def fake_text_model(
             on_run(batch)
 
     tokenizer = byte_tokenizer()
+    options: dict[str, Any] = {"num_slots": num_slots, "capacity": capacity, "vocab_size": VOCAB_SIZE, "on_run": run}
+    session = FakeSession(**options)
+    if script is not None:
+        session = ScriptedSession([*tokenizer.encode(script), EOS_ID], tokenizer.encode(PROMPT_END), **options)
     return TextModel(
         name=NAME,
-        session=FakeSession(num_slots=num_slots, capacity=capacity, vocab_size=VOCAB_SIZE, on_run=run),
+        session=session,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(TEMPLATE, {"eos_token": EOS}) if has_template else None,
         eos_ids=frozenset([EOS_ID]),

@@ -154,7 +154,7 @@ class BrokenSampler:
     def __init__(self, fails_at: int) -> None:
         self._left = fails_at
 
-    def sample(self, row: NDArray[np.float32]) -> Choice:
+    def sample(self, row: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> Choice:
         self._left -= 1
         if not self._left:
             raise ZeroDivisionError("nothing left to choose from")

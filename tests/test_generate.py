@@ -35,7 +35,8 @@ with running(session) as model:
 
 def test_every_setting_is_a_flag_of_the_verb() -> None:
     options = set(make_parser()._option_string_actions)
-    left_out = {"logprobs", "max_batch", "max_waiting", "max_queue_wait", "request_timeout", "prefix_cache"}
+    left_out = {"logprobs", "prompt_logprobs", "constraint", "max_batch", "max_waiting", "max_queue_wait"}
+    left_out |= {"request_timeout", "prefix_cache", "tool_format"}
     wanted = {f.name for cls in (SamplingParams, EngineSettings) for f in fields(cls)} - left_out
     assert {flag_name(name) for name in wanted} <= options
 

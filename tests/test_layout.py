@@ -32,6 +32,7 @@ HEAVY = {
     "gunicorn": {"serve"},
     "prometheus_client": {"serve"},
     "onnxruntime": {"runtime", "export"},
+    "llguidance": {"runtime"},
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -38,6 +38,18 @@ def refusal(client: FlaskClient, path: str, body: Any, status: int = 400) -> dic
     return dict(error)
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def called(**function: Any) -> dict[str, Any]:
+    """An assistant's message with one call."""
+    return {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{}", **function}}]}
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
 # Fields common to both calls: name, value, and words the message must have.
 BAD_FIELDS = [
     ("temperature", "hot", "a number"),
@@ -54,6 +66,7 @@ BAD_FIELDS = [
     ("n", 17, "at most 16"),
     ("n", False, "an integer"),
     ("max_tokens", 0, "at least 1"),
+    ("max_tokens", -1, "at least"),
     ("max_tokens", "10", '"10"'),
     ("stream", 1, "true or false"),
     ("stream", "true", "true or false"),
@@ -78,6 +91,32 @@ BAD_FIELDS = [
     ("model", 5, "a string"),
     ("no_such_field", 1, "unknown field"),
     ("guided_json", {}, "unknown field"),
+    ("response_format", "json_object", "an object"),
+    ("response_format", {}, "type is required"),
+    ("response_format", {"type": "json"}, '"json_schema"'),
+    ("response_format", {"type": "json_schema"}, "json_schema is required"),
+    ("response_format", {"type": "text", "json_schema": {"name": "n", "schema": {}}}, "not text"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "name is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}, "schema is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": []}}, "an object"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}, "type: x"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": 1}}, "true or"),
+    ("structured_outputs", [], "an object"),
+    ("structured_outputs", {}, "exactly one of json"),
+    ("structured_outputs", {"json_object": False}, "exactly one of json"),
+    ("structured_outputs", {"regex": "a", "choice": ["a"]}, "exactly one of json"),
+    ("structured_outputs", {"regex": ""}, "not empty"),
+    ("structured_outputs", {"regex": 5}, "a string"),
+    ("structured_outputs", {"regex": "("}, "invalid regex"),
+    ("structured_outputs", {"regex": "\ud800"}, "surrogates"),
+    ("structured_outputs", {"choice": []}, "at least one"),
+    ("structured_outputs", {"choice": "a"}, "a list"),
+    ("structured_outputs", {"choice": ["a", 1]}, "a string"),
+    ("structured_outputs", {"json": "{"}, "JSON text"),
+    ("structured_outputs", {"json": 5}, "an object"),
+    ("structured_outputs", {"json": {"not": {}}}, "not"),
+    ("structured_outputs", {"grammar": "start: x"}, "x"),
+    ("structured_outputs", {"whitespace_pattern": " "}, "whitespace_pattern"),
 ]
 BAD_COMPLETION_FIELDS = [
     ("prompt", "", "empty"),
@@ -105,20 +144,49 @@ BAD_CHAT_FIELDS = [
     ("messages", [{"content": "hi"}], "messages[0].role is required"),
     ("messages", [{"role": "user"}], "messages[0].content is required"),
     ("messages", [{"role": "user", "content": 5}], "messages[0].content must be a string"),
-    ("messages", [{"role": "tool", "content": "5"}], "messages[0].role"),
+    ("messages", [{"role": "function", "content": "5"}], "messages[0].role"),
+    ("messages", [{"role": "tool", "content": "5"}], "tool_call_id is required"),
+    ("messages", [{"role": "tool", "content": "5", "tool_call_id": 5}], "tool_call_id must be a string"),
+    ("messages", [{"role": "assistant"}], "content is required"),
     ("messages", [{"role": "user", "content": "\ud83d"}], "surrogates"),
     ("messages", [{"role": "user", "content": []}], "empty list"),
     ("messages", [{"role": "user", "content": ["hi"]}], "content[0] must be an object"),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
     ("messages", [{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}], '"text"'),
-    ("messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "tools are not supported"),
+    ("messages", [{"role": "user", "content": "a", "tool_calls": [CALL]}], "role assistant"),
+    ("messages", [{"role": "assistant", "tool_calls": {}}], "tool_calls must be a list"),
+    ("messages", [{"role": "assistant", "tool_calls": [5]}], "tool_calls[0] must be an object"),
+    ("messages", [{"role": "assistant", "tool_calls": [{**CALL, "id": None}]}], "tool_calls[0].id is required"),
+    ("messages", [{"role": "assistant", "tool_calls": [{**CALL, "function": []}]}], "function must be an object"),
+    ("messages", [called(name="a b")], "letters"),
+    ("messages", [called(arguments="{")], "arguments must be a JSON object"),
+    ("messages", [called(arguments="[]")], "arguments must be a JSON object"),
+    ("messages", [called(arguments={})], "arguments must be a string"),
     ("logprobs", 1, "true or false"),
     ("top_logprobs", 3, "logprobs to be true"),
     ("max_completion_tokens", 3, "differ"),
-    ("response_format", {"type": "json_object"}, '"text"'),
-    ("response_format", {}, "type is required"),
-    ("tools", [{"type": "function"}], "tools are not supported"),
-    ("tool_choice", "required", "tools are not supported"),
+    ("tools", {}, "a list of at most 128 tools"),
+    ("tools", [5], "tools[0] must be an object"),
+    ("tools", [{"type": "function"}], "tools[0].function is required"),
+    ("tools", [{"type": "custom", "function": {"name": "f"}}], "tools[0].type"),
+    ("tools", [{"type": "function", "function": 5}], "tools[0].function must be an object"),
+    ("tools", [tool(name=None)], "tools[0].function.name is required"),
+    ("tools", [tool(name='f" | "')], "letters"),
+    ("tools", [tool(), tool()], "two functions"),
+    ("tools", [tool(parameters={"type": "string"})], "JSON schema"),
+    ("tools", [tool(parameters=[])], "JSON schema"),
+    ("tools", [tool(description=1)], "a string"),
+    ("tools", [tool(strict="yes")], "true or false"),
+    ("tools", [tool(other=1)], "unknown field"),
+    ("tools", [tool()] * 129, "at most 128"),
+    ("tool_choice", "required", "needs tools"),
+    ("tool_choice", "any", '"required"'),
+    ("tool_choice", 1, '"required"'),
+    ("tool_choice", {"type": "function"}, "function is required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}, "needs tools"),
+    ("parallel_tool_calls", "yes", "true or false"),
+    ("functions", [{"name": "f"}], "newer word"),
+    ("function_call", {"name": "f"}, "newer word"),
     ("modalities", ["text", "audio"], "text only"),
     ("store", True, "nothing is stored"),
     ("prompt", "hi", "unknown field"),
@@ -237,6 +305,25 @@ def test_every_sampling_field_arrives() -> None:
         assert params.logprobs == 4 and params.max_tokens == 2
 
 
+KEYS = [
+    "function",
+    "tool_calls",
+    "arguments",
+    "parameters",
+    "id",
+    "role",
+    "content",
+    "type",
+    "text",
+    "1",
+    "name",
+    "json",
+    "regex",
+    "choice",
+    "grammar",
+    "json_schema",
+    "schema",
+]
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -245,12 +332,14 @@ SCALARS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=5),
     st.sampled_from([NAME, "user", "system", "text", "hello", "\ud800", "1", "auto", 2**64, -(2**63)]),
+    st.sampled_from(["json_object", "json_schema", "object", "string", "array", "[a-c]+", "start: /a/", "{}"]),
+    st.sampled_from(["function", "required", "tool", "assistant"]),
 )
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "1", "name"]), inner, max_size=3),
+        st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     ),
     max_leaves=6,
 )
@@ -280,3 +369,27 @@ def test_no_body_is_ever_our_fault(
         assert text.endswith("data: [DONE]\n\n")
     else:
         assert response.get_json()["choices"]
+
+
+def test_tools_and_what_they_need(client: FlaskClient) -> None:
+    body = {**CONVERSATION, "tools": [tool(), tool(name="g")]}
+    named = {"type": "function", "function": {"name": "h"}}
+    error = refusal(client, CHAT, {**body, "tool_choice": named})
+    assert error["param"] == "tool_choice" and "f, g" in error["message"]
+    error = refusal(client, CHAT, {**body, "response_format": {"type": "json_object"}})
+    assert error["param"] == "tools" and "exclude" in error["message"]
+    bad = tool(parameters={"properties": {"a": {"type": "strin"}}})
+    error = refusal(client, CHAT, {**CONVERSATION, "tools": [bad], "tool_choice": "required"})
+    assert error["param"] == "tools" and "strin" in error["message"]
+
+
+def test_two_forms_exclude_each_other(client: FlaskClient) -> None:
+    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    assert refusal(client, CHAT, {**CONVERSATION, **both})["param"] == "structured_outputs"
+
+
+def test_a_schema_nested_too_deeply_is_refused(client: FlaskClient) -> None:
+    for depth in (200, 400, 900):
+        schema = '{"items":' * depth + "{}" + "}" * depth
+        body = json.dumps({**COMPLETION, "structured_outputs": {"json": {}}}).replace('"json": {}', f'"json": {schema}')
+        refusal(client, COMPLETIONS, body)

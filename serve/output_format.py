@@ -1,0 +1,133 @@
+"""The fields that ask for a form of the answer: OpenAI's `response_format` and vLLM's `structured_outputs`.
+
+Checks shapes only and returns a `Constraint`; whether a schema, an expression or a grammar is any good is found out by
+`runtime/grammar.py`. Knows nothing of HTTP.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.core import Constraint, ConstraintKind
+from runtime.errors import InvalidRequest
+from serve.fields import Field, MismatchError, boolean, list_of, one_of, read_fields, string
+
+MAX_CHOICES = 5000
+ANY_OBJECT = '{"type":"object"}'
+
+
+def schema_text(value: Any) -> str:
+    """A JSON schema (an object, or true) as JSON text, its properties in the order they came."""
+    if not isinstance(value, dict | bool):
+        raise MismatchError("a JSON schema: an object")
+    try:
+        text = json.dumps(value, separators=(",", ":"))
+        text.encode("ascii")
+    except RecursionError:
+        raise MismatchError("a JSON schema that is nested less deeply") from None
+    return text
+
+
+def _schema_or_text(value: Any) -> str:
+    """vLLM takes the schema as JSON text, too."""
+    if not isinstance(value, str):
+        return schema_text(value)
+    try:
+        return schema_text(json.loads(string(value)))
+    except (ValueError, RecursionError):
+        raise MismatchError("a JSON schema: an object, or one as JSON text") from None
+
+
+def _choices(value: Any) -> str:
+    choices = list_of(string, "strings", max_len=MAX_CHOICES)(value)
+    if not choices:
+        raise MismatchError("a list of at least one string")
+    return json.dumps(choices)
+
+
+def _some_text(value: Any) -> str:
+    if not string(value):
+        raise MismatchError("a string that is not empty")
+    return str(value)
+
+
+JSON_SCHEMA_FIELDS = (
+    Field("name", string, is_required=True),
+    Field("schema", schema_text, is_required=True),
+    Field("description", string),
+    # Either way the answer follows the schema; OpenAI's other mode only tries to.
+    Field("strict", boolean),
+)
+
+
+def _json_schema(value: Any) -> str:
+    if not isinstance(value, dict):
+        raise MismatchError("an object")
+    return str(read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")["schema"])
+
+
+RESPONSE_FORMAT_FIELDS = (
+    Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
+    Field("json_schema", _json_schema),
+)
+
+
+def response_format(value: Any) -> Constraint | None:
+    """OpenAI's field. None: any text."""
+    if not isinstance(value, dict):
+        raise MismatchError("an object")
+    path = "response_format."
+    found = read_fields(value, RESPONSE_FORMAT_FIELDS, path)
+    is_schema = found["type"] == "json_schema"
+    if is_schema != ("json_schema" in found):
+        needs = "is required" if is_schema else f"needs the type json_schema, not {found['type']}"
+        raise InvalidRequest(f"{path}json_schema {needs}", param=f"{path}json_schema")
+    if found["type"] == "text":
+        return None
+    source = found["json_schema"] if is_schema else ANY_OBJECT
+    return Constraint(ConstraintKind.JSON_SCHEMA, source, "response_format")
+
+
+STRUCTURED_FIELDS = (
+    Field("json", _schema_or_text),
+    Field("json_object", boolean),
+    Field("regex", _some_text),
+    Field("choice", _choices),
+    Field("grammar", _some_text),
+)
+STRUCTURED_KINDS = {
+    "json": ConstraintKind.JSON_SCHEMA,
+    "json_object": ConstraintKind.JSON_SCHEMA,
+    "regex": ConstraintKind.REGEX,
+    "choice": ConstraintKind.CHOICE,
+    "grammar": ConstraintKind.GRAMMAR,
+}
+
+
+def structured_outputs(value: Any) -> Constraint:
+    """vLLM's field: an object with exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."""
+    if not isinstance(value, dict):
+        raise MismatchError("an object")
+    found = read_fields(value, STRUCTURED_FIELDS, "structured_outputs.")
+    if found.get("json_object") is False:
+        del found["json_object"]
+    if len(found) != 1:
+        raise MismatchError(f"an object with exactly one of {', '.join(STRUCTURED_KINDS)}")
+    ((name, source),) = found.items()
+    if name == "json_object":
+        source = ANY_OBJECT
+    return Constraint(STRUCTURED_KINDS[name], source, f"structured_outputs.{name}")
+
+
+OUTPUT_FIELDS = (
+    Field("response_format", response_format),
+    Field("structured_outputs", structured_outputs),
+)
+
+
+def wanted_form(values: Mapping[str, Any]) -> Constraint | None:
+    """The constraint of a request's checked fields. InvalidRequest if it has two."""
+    if "response_format" in values and "structured_outputs" in values:
+        raise InvalidRequest("response_format and structured_outputs exclude each other", param="structured_outputs")
+    found: Constraint | None = values.get("response_format") or values.get("structured_outputs")
+    return found

@@ -1,0 +1,228 @@
+"""Constraints on a byte tokenizer: what compiles, what is refused and how, and the guide's ways forward and back."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import token_guide
+from runtime.core import Constraint, ConstraintKind
+from runtime.errors import InvalidRequest
+from runtime.grammar import MAX_KEPT, MAX_SOURCE_CHARS, GrammarCompiler
+from runtime.token_guide import GrammarGuide
+from tests.byte_tokenizer import byte_tokenizer
+from tests.grammar_bombs import nested
+
+EOS_ID, VOCAB_SIZE = 257, 300  # padded beyond the tokenizer's 258
+TOKENIZER = byte_tokenizer()
+SCHEMA, REGEX, GRAMMAR, CHOICE = (
+    ConstraintKind.JSON_SCHEMA,
+    ConstraintKind.REGEX,
+    ConstraintKind.GRAMMAR,
+    ConstraintKind.CHOICE,
+)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(TOKENIZER, vocab_size=VOCAB_SIZE, eos_ids=frozenset([EOS_ID]))
+
+
+def constraint(kind: ConstraintKind, source: Any) -> Constraint:
+    return Constraint(kind, source if isinstance(source, str) else json.dumps(source), "field.name")
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def follow(guide: GrammarGuide, text: str) -> bool:
+    """Take the tokens of a text; False at the first that is not allowed."""
+    for token_id in ids_of(text):
+        if not guide.allowed()[token_id]:
+            return False
+        guide.advance(token_id)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "good", "bad"),
+    [
+        (SCHEMA, {"type": "integer", "minimum": 3, "maximum": 12}, ["3", "12"], ["13", "2", "x", " 3"]),
+        (SCHEMA, {"enum": ["a", 1, None]}, ['"a"', "1", "null"], ["2", "a"]),
+        (SCHEMA, {"type": "object"}, ["{}", '{"a": [1, {"b": "\u00e9"}]}'], ["[]", '{"a"}', "{} "]),
+        (REGEX, "a[0-9]{2}", ["a12"], ["a1x", "b"]),
+        (REGEX, "^(yes|no)$", ["yes", "no"], ["maybe"]),
+        (CHOICE, ["a", "ab", 'x"\n\u00e9', "%json {}"], ["a", "ab", 'x"\n\u00e9', "%json {}"], ["b", "abc"]),
+        (GRAMMAR, 'start: "x" NUMBER\nNUMBER: /[0-9]+/', ["x1", "x12"], ["1", "xx"]),
+        (GRAMMAR, 'root ::= "x" num\nnum ::= [0-9]+', ["x1", "x12"], ["1", "xx"]),
+        (GRAMMAR, 'start: "<" %json {"type": "boolean"} ">"', ["<true>"], ["<1>"]),
+    ],
+)
+def test_what_is_allowed(
+    compiler: GrammarCompiler, kind: ConstraintKind, source: Any, good: list[str], bad: list[str]
+) -> None:
+    for text in good:
+        guide = compiler.guide(constraint(kind, source))
+        assert follow(guide, text), text
+        assert guide.is_stopped or guide.allowed()[EOS_ID], f"{text} is whole"
+        assert not guide.allowed()[TOKENIZER.vocab_size :].any(), "padding is no token"
+    for text in bad:
+        assert not follow(compiler.guide(constraint(kind, source)), text), text
+
+
+def test_the_end_is_allowed_only_where_the_answer_is_whole(compiler: GrammarCompiler) -> None:
+    guide = compiler.guide(constraint(REGEX, "ab?"))
+    assert not guide.allowed()[EOS_ID]
+    assert follow(guide, "a") and guide.allowed()[EOS_ID] and not guide.is_stopped
+    assert follow(guide, "b") and guide.is_stopped
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "words"),
+    [
+        (SCHEMA, {"type": "strin"}, "Invalid type: strin"),
+        (SCHEMA, {"type": "array", "uniqueItems": True}, "uniqueItems"),
+        (SCHEMA, {"$ref": "http://127.0.0.1:9/schema"}, "does not fetch"),
+        (SCHEMA, {"$ref": "#"}, "no text satisfies it"),
+        (SCHEMA, {"enum": []}, "Unsatisfiable"),
+        (SCHEMA, {"type": "integer", "multipleOf": 99_999_989}, "multipleOf"),
+        (SCHEMA, {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "multipleOf"),
+        (SCHEMA, {"anyOf": [{"multipleOf": 9973 + i} for i in range(9)]}, "multipleOf"),
+        (SCHEMA, {"type": "number", "multipleOf": 123456.789}, "multipleOf"),
+        (GRAMMAR, 'start: %json {"multipleOf": 99999989}', "multipleOf"),
+        (REGEX, "(", "invalid regex"),
+        (REGEX, "(?=a)b", "look-around"),
+        (REGEX, "a" * (MAX_SOURCE_CHARS + 1), "100,001 characters"),
+        (GRAMMAR, "start: nothing", "nothing"),
+        (GRAMMAR, "no grammar at all", "Expected"),
+        (GRAMMAR, 'root ::= "a', "Unexpected end of input"),
+        (GRAMMAR, "root ::= " + "(" * 5000, "recursion"),
+        (SCHEMA, nested(300), "recursion"),
+    ],
+)
+def test_refusals_name_the_field_and_the_problem(
+    compiler: GrammarCompiler, kind: ConstraintKind, source: Any, words: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        compiler.guide(constraint(kind, source))
+    assert refused.value.param == "field.name"
+    message = str(refused.value)
+    assert message.startswith(f"field.name: the {kind} ") and words in message and "\n" not in message
+
+
+def test_multiples_that_people_use_are_taken(compiler: GrammarCompiler) -> None:
+    price = {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 100}
+    compiler.guide(constraint(SCHEMA, {"properties": {f"price{i}": price for i in range(100)}}))
+    assert follow(compiler.guide(constraint(SCHEMA, {"type": "integer", "multipleOf": 25})), "175")
+
+
+def test_a_draft_is_looked_at_ahead_and_a_step_back_is_a_step_back(compiler: GrammarCompiler) -> None:
+    source = constraint(SCHEMA, {"type": "object", "properties": {"ab": {"type": "integer"}}, "required": ["ab"]})
+    text = '{"ab": 12'
+    plain = compiler.guide(source)
+    masks = [plain.allowed()]
+    for token_id in ids_of(text):
+        plain.advance(token_id)
+        masks.append(plain.allowed())
+    guide = compiler.guide(source)
+    guide.prepare(ids_of('{"ab": x'))  # the last is not allowed
+    for count, token_id in enumerate(ids_of(text)):
+        assert np.array_equal(guide.allowed(), masks[count])
+        guide.advance(token_id)
+        if count == 5:  # leave the draft, and come back
+            guide.rollback(3)
+            assert np.array_equal(guide.allowed(), masks[3])
+            guide.prepare(ids_of(text)[3:6])
+            for position in range(3, 6):
+                assert np.array_equal(guide.allowed(), masks[position])
+                guide.advance(ids_of(text)[position])
+    assert np.array_equal(guide.allowed(), masks[-1])
+    follow(guide, "}")
+    assert guide.is_stopped
+    guide.rollback(1)
+    assert not guide.is_stopped and np.array_equal(guide.allowed(), masks[-1])
+
+
+def test_grammars_are_kept_but_not_without_end(compiler: GrammarCompiler) -> None:
+    first = compiler.guide(constraint(REGEX, "kept"))
+    assert follow(first, "ke")
+    assert follow(compiler.guide(constraint(REGEX, "kept")), "kept"), "each starts at the beginning"
+    for number in range(2 * MAX_KEPT):
+        compiler.guide(constraint(REGEX, f"n{number}"))
+    assert len(compiler._kept) == MAX_KEPT
+    assert follow(first, "pt")
+
+
+def test_a_model_without_an_end_of_text_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="end-of-text"):
+        GrammarCompiler(TOKENIZER, vocab_size=VOCAB_SIZE, eos_ids=frozenset()).guide(constraint(REGEX, "a"))
+
+
+def test_compiling_has_a_time_limit() -> None:
+    compiler = GrammarCompiler(TOKENIZER, vocab_size=VOCAB_SIZE, eos_ids=frozenset([EOS_ID]), compile_timeout_s=0.0)
+    with pytest.raises(InvalidRequest, match="does not compile in 0 s"):
+        compiler.guide(constraint(SCHEMA, {"enum": [f"value {i}" for i in range(5000)]}))
+
+
+class StuckPool(Executor):
+    """Takes work and never does it; `begins` says whether it pretends to be at it."""
+
+    def __init__(self, *, begins: bool) -> None:
+        self._begins = begins
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        if self._begins:
+            future.set_running_or_notify_cancel()
+        return future
+
+
+def stuck(compiler: GrammarCompiler, *, begins: bool) -> GrammarGuide:
+    guide = compiler.guide(constraint(REGEX, "abc"))
+    guide.advance(ids_of("a")[0])
+    guide._pool = StuckPool(begins=begins)
+    guide.prepare()
+    return guide
+
+
+def test_a_mask_that_others_keep_waiting_is_computed_on_the_spot(compiler: GrammarCompiler) -> None:
+    assert np.flatnonzero(stuck(compiler, begins=False).allowed()).tolist() == ids_of("b")
+
+
+def test_a_mask_that_takes_too_long_ends_its_request(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_guide, "MAX_WAIT_S", 0.01)
+    with pytest.raises(InvalidRequest, match="too complex to follow") as refused:
+        stuck(compiler, begins=True).allowed()
+    assert refused.value.param == "field.name"
+
+
+def test_masks_may_not_take_more_than_their_share_of_time(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_guide, "FREE_S", 0.0)
+    monkeypatch.setattr(token_guide, "FREE_PER_TOKEN_S", 0.0)
+    guide = compiler.guide(constraint(REGEX, "abc"))
+    guide.advance(ids_of("a")[0])
+    with pytest.raises(InvalidRequest, match="1 tokens took"):
+        guide.allowed()
+
+
+def test_bombs_are_bounded_in_time_and_memory() -> None:
+    """Every bomb in a process of its own limits: 60 s of processor time, 3 GB of address space, for all together.
+
+    They take some 10 s and 600 MB; one that got through would end the process, or the test.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.grammar_bombs"], capture_output=True, text=True, check=False, timeout=180
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) > 20 and all(line.rpartition(": ")[2] in ("refused", "followed") for line in lines)
+    assert sum(line.endswith(": refused") for line in lines) > 8
