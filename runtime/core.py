@@ -22,6 +22,33 @@ MAX_STOP_STRINGS = 16
 MAX_PRIORITY = 100
 
 
+class Range(NamedTuple):
+    """Bounds of a number, both included unless `is_low_open`."""
+
+    low: float
+    high: float | None
+    is_low_open: bool = False
+
+
+RANGES: Mapping[str, Range] = {
+    "max_tokens": Range(1, None),
+    "temperature": Range(0, 2),
+    "top_k": Range(0, None),
+    "top_p": Range(0, 1, is_low_open=True),
+    "min_p": Range(0, 1),
+    # A logit is divided by it: by one near 0, it would leave float32.
+    "repetition_penalty": Range(0.01, 10),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "seed": Range(-(2**63), 2**63 - 1),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
+}
+"""What SamplingParams takes, by field; the server's description of itself is made of the same."""
+NO_ANSWER = Range(0, None)
+"""Of `max_tokens`, where the prompt is scored."""
+
+
 class FinishReason(StrEnum):
     """Why a request ended. STOP and LENGTH are OpenAI's words; the others end a request without an answer.
 
@@ -92,37 +119,27 @@ class SamplingParams:
     """With it, `max_tokens` may be 0: the prompt is scored, and nothing generated."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None)
-        _check("temperature", self.temperature, 0, 2)
-        _check("top_k", self.top_k, 0, None)
-        _check("top_p", self.top_p, 0, 1, low_open=True)
-        _check("min_p", self.min_p, 0, 1)
-        _check("repetition_penalty", self.repetition_penalty, 0, 10, low_open=True)
-        _check("presence_penalty", self.presence_penalty, -2, 2)
-        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+        for name, bounds in RANGES.items():
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, NO_ANSWER if name == "max_tokens" and self.prompt_logprobs is not None else bounds)
         for token_id, bias in self.logit_bias.items():
-            _check(f"logit_bias[{token_id}]", bias, -100, 100)
+            _check(f"logit_bias[{token_id}]", bias, Range(-100, 100))
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
-        if self.seed is not None:
-            _check("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.prompt_logprobs is not None:
-            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
 
-def _check(name: str, value: float, low: float, high: float | None, *, low_open: bool = False) -> None:
+def _check(name: str, value: float, bounds: Range) -> None:
     param = name.partition("[")[0]
     if not math.isfinite(value):
         raise InvalidRequest(f"{name} must be a finite number, got {value}", param=param)
-    too_low = value <= low if low_open else value < low
+    low, high = bounds.low, bounds.high
+    too_low = value <= low if bounds.is_low_open else value < low
     if too_low or (high is not None and value > high):
-        bound = f"greater than {low}" if low_open else f"at least {low}"
+        bound = f"greater than {low}" if bounds.is_low_open else f"at least {low}"
         bound += "" if high is None else f" and at most {high}"
         raise InvalidRequest(f"{name} must be {bound}, got {value}", param=param)
 

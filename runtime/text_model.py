@@ -31,6 +31,7 @@ from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting
 from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
+from runtime.model_card import model_card
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
@@ -106,8 +107,11 @@ class TextModel:
         observer: EngineObserver | None = None,
         precision: str = "",
         draft_session: Session | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
+        self.card = card or {}
+        """What the artifact says of itself, for people and clients; see runtime/model_card.py."""
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
@@ -131,9 +135,9 @@ class TextModel:
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(
         self,
@@ -288,4 +292,5 @@ def open_text_model(
         observer=observer,
         precision=manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate"),
         draft_session=None if draft is None else open_draft_session(draft, session.info, settings),
+        card=model_card(artifact),
     )

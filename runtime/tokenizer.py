@@ -90,7 +90,8 @@ class Tokenizer:
                 f"the text is not valid Unicode: a lone surrogate at character {error.start}; remove it",
                 param="prompt",
             ) from error
-        ids: list[int] = self._hf.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one: only this call lets other threads run meanwhile, and a text of 1 MB takes a second.
+        ids: list[int] = self._hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         bos_id = self._added_bos_id
         if add_special_tokens and bos_id is not None and ids[:1] != [bos_id]:
             ids.insert(0, bos_id)

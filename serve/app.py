@@ -1,55 +1,74 @@
-"""The Flask application: blueprints over one `TextModel`, errors and metrics around them.
+"""The Flask application: blueprints over the models, errors, access and metrics around them.
 
 Knows nothing of processes, ports or signals; those are serve/wsgi.py's. Any WSGI server can run what this
 makes, Flask's test client included.
 """
 
-import time
-
-from flask import Flask, Response, g, request
+from flask import Flask
 
 from runtime.text_model import TextModel
+from serve.access import Access, LiveRequests, OnEnd, register_access
 from serve.chat import chat_blueprint
 from serve.completions import completions_blueprint
 from serve.errors import register_errors
 from serve.health import health_blueprint
+from serve.http_metrics import HttpMetrics
+from serve.logs import write_access_line
 from serve.metrics import ServerMetrics
+from serve.model_registry import ModelRegistry
 from serve.models import models_blueprint
+from serve.openapi import openapi_blueprint
+from serve.page_routes import page_blueprint
+from serve.record import RequestRecord
 from serve.replying import Context
 from serve.settings import ServerSettings
+from serve.status import status_blueprint
+from serve.tokenize import tokenize_blueprint
+from serve.traces import Traces
 
-BLUEPRINTS = (completions_blueprint, chat_blueprint, models_blueprint, health_blueprint)
+BLUEPRINTS = (
+    completions_blueprint,
+    chat_blueprint,
+    models_blueprint,
+    tokenize_blueprint,
+    health_blueprint,
+    status_blueprint,
+    openapi_blueprint,
+    page_blueprint,
+)
 
 
-def create_app(model: TextModel, settings: ServerSettings | None = None, metrics: ServerMetrics | None = None) -> Flask:
-    """Make the application. `metrics` should be the observer that `model` was opened with."""
+def create_app(
+    models: ModelRegistry | TextModel,
+    settings: ServerSettings | None = None,
+    metrics: ServerMetrics | None = None,
+    access: Access | None = None,
+    traces: Traces | None = None,
+) -> Flask:
+    """Make the application. A single model is a registry of one; `metrics` is then the observer it was opened with."""
     settings = settings or ServerSettings()
-    context = Context(model, settings, metrics or ServerMetrics(), int(time.time()))
+    access = access or Access()
+    if isinstance(models, TextModel):
+        models = ModelRegistry.of_one(models, metrics)
+    context = Context(models, settings, HttpMetrics(), access, LiveRequests())
     app = Flask("headrace", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     app.json.sort_keys = False  # type: ignore[attr-defined]  # DefaultJSONProvider has it, the base class does not
     register_errors(app)
+    register_access(app, access, settings.cors_origin, _at_end(context, traces))
     for make_blueprint in BLUEPRINTS:
         app.register_blueprint(make_blueprint(context))
-    _measure(app, context.metrics)
     return app
 
 
-def _measure(app: Flask, metrics: ServerMetrics) -> None:
-    """Count each response when its last byte is out, or when the client has gone."""
+def _at_end(context: Context, traces: Traces | None) -> OnEnd:
+    """What is noted of every request when its last byte is out, or when the client has gone."""
 
-    @app.before_request
-    def note_arrival() -> None:
-        g.arrival = time.monotonic()
+    def note(record: RequestRecord) -> None:
+        context.metrics.on_response(route=record.route, status=record.status, request_s=record.seconds)
+        if context.settings.access_log:
+            write_access_line(record)
+        if traces is not None:
+            traces.on_end(record)
 
-    @app.after_request
-    def count(response: Response) -> Response:
-        # The rule, not the path: paths are the client's to invent, and each would be a new time series.
-        route = request.url_rule.rule if request.url_rule else "unmatched"
-        arrival = g.get("arrival", time.monotonic())
-
-        @response.call_on_close
-        def on_close() -> None:
-            metrics.on_response(route=route, status=response.status_code, request_s=time.monotonic() - arrival)
-
-        return response
+    return note

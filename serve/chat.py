@@ -4,7 +4,7 @@ from flask import Blueprint, Response, request
 
 from serve.openai_replies import ChatShape
 from serve.openai_requests import read_chat
-from serve.replying import Context, read_json, respond, start
+from serve.replying import Context, lease_model, read_json, respond, start
 
 
 def chat_blueprint(context: Context) -> Blueprint:
@@ -13,10 +13,11 @@ def chat_blueprint(context: Context) -> Blueprint:
 
     @blueprint.post("/v1/chat/completions")
     def chat() -> Response:
-        model = context.model
-        wanted = read_chat(read_json(request), model_name=model.name, tool_format=model.tool_format)
+        raw = read_json(request, is_logged=context.settings.log_prompts)
+        model = lease_model(context, raw)
+        wanted = read_chat(raw, model_name=model.name, tool_format=model.tool_format)
         tools = () if wanted.tool_use is None else wanted.tool_use.tools
-        choices = start(context, request, wanted, [model.encode_chat(wanted.messages, tools=tools)])
+        choices = start(context, request, model, wanted, [model.encode_chat(wanted.messages, tools=tools)])
         return respond(choices, ChatShape(model, [tool.name for tool in tools]), wanted)
 
     return blueprint

@@ -73,6 +73,8 @@ class Choices:
         per_prompt = len(generations) // num_prompts
         self.num_prompt_tokens = sum(generation.prompt_tokens for generation in generations[::per_prompt])
         self.num_generated_tokens = 0
+        self.first_token_s: float | None = None
+        """When the first token came, in seconds of `time.monotonic`."""
         self._per_prompt = per_prompt
 
     @property
@@ -108,7 +110,9 @@ class Choices:
                 if event.finish_reason in FAILURES:
                     failure, message = FAILURES[event.finish_reason]
                     raise failure(event.error or message)
-                self.num_generated_tokens += event.token_id is not None
+                if event.token_id is not None:
+                    self.num_generated_tokens += 1
+                    self.first_token_s = self.first_token_s or time.monotonic()
                 yield item
         finally:
             self.close()

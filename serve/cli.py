@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from runtime.errors import InvalidSetting
 from runtime.settings import EngineSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
     from runtime.devices import Backend
     from runtime.text_model import TextModel
     from serve.metrics import ServerMetrics
-    from serve.wsgi import Listener, OpenModel
+    from serve.model_registry import ModelRegistry, OpenModel
+    from serve.wsgi import Listener
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `headrace serve`, those of the settings classes included."""
-    parser = argparse.ArgumentParser(prog="headrace serve", description="Serve an artifact over HTTP, as OpenAI's API.")
-    parser.add_argument("artifact", help="directory that `headrace export` wrote")
-    parser.add_argument("--name", help="name clients use for the model, by default the artifact's")
+    parser = argparse.ArgumentParser(prog="headrace serve", description="Serve artifacts over HTTP, as OpenAI's API.")
+    parser.add_argument("artifact", nargs="?", help="directory that `headrace export` wrote")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=PATH", help="a further artifact; may be repeated"
+    )
+    parser.add_argument("--name", help="name clients use for the first artifact, by default its own")
     parser.add_argument("--allow-failed", action="store_true", help="serve even if the receipt says the gate failed")
     parser.add_argument("--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer")
     add_flags(parser, ServerSettings)
@@ -37,26 +42,62 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
     engine = from_namespace(EngineSettings, args)
+    paths = read_paths(args)
+    engine = share_memory(engine, list(paths.values()), allow_failed=args.allow_failed)
 
-    def open_model(metrics: "ServerMetrics") -> "TextModel":
-        from runtime.text_model import open_text_model
+    def opener(name: str, path: str) -> "OpenModel":
+        def open_model(metrics: "ServerMetrics") -> "TextModel":
+            from runtime.text_model import open_text_model
 
-        model = open_text_model(
-            args.artifact,
-            engine,
-            name=args.name,
-            allow_failed=args.allow_failed,
-            observer=metrics,
-            backends=backends,
-        )
-        model.prepare_constraints()
-        return model
+            model = open_text_model(
+                path, engine, name=name, allow_failed=args.allow_failed, observer=metrics, backends=backends
+            )
+            model.prepare_constraints()
+            return model
 
-    return serve(open_model, server, engine, question=args.ask)
+        return open_model
+
+    sources = {name: opener(name, path) for name, path in paths.items()}
+    return serve(sources, server, engine, question=args.ask)
+
+
+def read_paths(args: argparse.Namespace) -> dict[str, str]:
+    """Name and path of every artifact, the first one the default. Raises InvalidSetting, InvalidArtifact."""
+    from runtime.artifact import open_artifact
+
+    paths: dict[str, str] = {}
+    if args.artifact is not None:
+        # The hashes are checked when the model is loaded.
+        manifest = open_artifact(args.artifact, allow_failed=args.allow_failed, check_hashes=False).manifest
+        paths[args.name or manifest.name] = args.artifact
+    elif args.name is not None:
+        raise InvalidSetting("--name names the artifact that is given without --model; write --model NAME=PATH instead")
+    for word in args.model:
+        name, sign, path = word.partition("=")
+        if not (name and sign and path):
+            raise InvalidSetting(f"--model must be NAME=PATH, got {word!r}")
+        if name in paths:
+            raise InvalidSetting(f"two models are named {name!r}; give each its own name with --model NAME=PATH")
+        paths[name] = path
+    if not paths:
+        raise InvalidSetting("give an artifact directory, or --model NAME=PATH; `headrace export` writes one")
+    return paths
+
+
+def share_memory(engine: EngineSettings, paths: list[str], *, allow_failed: bool) -> EngineSettings:
+    """With several models, a --kv-memory for each: caches fill slowly, so each would count the same memory free."""
+    if len(paths) == 1 or engine.kv_memory is not None:
+        return engine
+    from runtime.artifact import WEIGHTS, open_artifact
+    from runtime.kv_budget import default_budget
+
+    manifests = [open_artifact(path, allow_failed=allow_failed, check_hashes=False).manifest for path in paths]
+    weight_bytes = sum(manifest.files[WEIGHTS].size for manifest in manifests if WEIGHTS in manifest.files)
+    return replace(engine, kv_memory=max(1, default_budget(weight_bytes=weight_bytes) // len(paths)))
 
 
 def serve(
-    open_model: "OpenModel", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
+    sources: "Mapping[str, OpenModel]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
     """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had."""
     from serve.wsgi import listen, run_server
@@ -64,24 +105,19 @@ def serve(
     # More choices than the queue holds would be refused as overload, however often the client tries again.
     server = replace(server, max_choices=min(server.max_choices, max(1, engine.max_waiting)))
     listener = listen(server.host, server.port)
-    return run_server(
-        open_model,
-        listener,
-        server,
-        num_requests=engine.max_batch + engine.max_waiting,
-        on_ready=_announcer(listener, question),
-    )
+    return run_server(sources, listener, server, on_ready=_announcer(listener, question))
 
 
-def _announcer(listener: "Listener", question: str | None) -> "Callable[[TextModel], None]":
+def _announcer(listener: "Listener", question: str | None) -> "Callable[[ModelRegistry], None]":
     url = listener.url
 
-    def announce(model: "TextModel") -> None:
-        sys.stdout.write(f"Headrace is serving {model.name} at {url} ({model.describe()})\n")
+    def announce(models: "ModelRegistry") -> None:
+        for model in models.loaded():
+            sys.stdout.write(f"Headrace is serving {model.name} at {url} ({model.describe()})\n")
         sys.stdout.flush()
         if question is not None:
-            # In a thread: the worker must go on to accept what is asked.
-            threading.Thread(target=_ask, args=(url, model.name, question), name="ask", daemon=True).start()
+            # In a thread: what called this has other things to do.
+            threading.Thread(target=_ask, args=(url, models.default.name, question), name="ask", daemon=True).start()
 
     return announce
 

@@ -5,7 +5,7 @@ from flask import Blueprint, Response, request
 from runtime.text_model import TextModel
 from serve.openai_replies import CompletionShape, Echo
 from serve.openai_requests import CompletionRequest, read_completion
-from serve.replying import Context, read_json, respond, start
+from serve.replying import Context, lease_model, read_json, respond, start
 
 
 def completions_blueprint(context: Context) -> Blueprint:
@@ -14,10 +14,11 @@ def completions_blueprint(context: Context) -> Blueprint:
 
     @blueprint.post("/v1/completions")
     def complete() -> Response:
-        model = context.model
-        wanted = read_completion(read_json(request), model_name=model.name)
+        raw = read_json(request, is_logged=context.settings.log_prompts)
+        model = lease_model(context, raw)
+        wanted = read_completion(raw, model_name=model.name)
         prompts = [model.encode(item) if isinstance(item, str) else list(item) for item in wanted.prompts]
-        choices = start(context, request, wanted, prompts)
+        choices = start(context, request, model, wanted, prompts)
         shape = CompletionShape(model, _echo(model, wanted, prompts), is_scored=wanted.is_scored)
         return respond(choices, shape, wanted)
 

@@ -7,7 +7,7 @@ import logging
 from typing import Any, NamedTuple
 
 from flask import Flask, Response, jsonify
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 from runtime.errors import (
     EngineFailed,
@@ -19,6 +19,7 @@ from runtime.errors import (
     TimedOut,
     Unavailable,
 )
+from serve.rate_limits import RateLimitedError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ UNAVAILABLE_RETRY_S = 5
 
 class ClientGoneError(Exception):
     """The client closed its connection before the reply was whole; nobody reads the answer to this."""
+
+
+class UnauthorizedError(HeadraceError):
+    """The request brings no API key, or one that is not in the file."""
 
 
 class ErrorKind(NamedTuple):
@@ -43,6 +48,8 @@ KINDS: dict[type[BaseException], ErrorKind] = {
     InvalidRequest: ErrorKind(400, "invalid_request_error", None),
     PromptTooLong: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
     ModelNotFound: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    UnauthorizedError: ErrorKind(401, "authentication_error", "invalid_api_key"),
+    RateLimitedError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: ErrorKind(429, "rate_limit_error", "overloaded"),
     Unavailable: ErrorKind(503, "server_error", "unavailable"),
     TimedOut: ErrorKind(504, "server_error", "timeout"),
@@ -55,6 +62,8 @@ KINDS: dict[type[BaseException], ErrorKind] = {
 
 def kind_of(error: Exception) -> ErrorKind:
     """The row of the nearest ancestor; werkzeug's own errors (404, 405, 413, 415) bring their status."""
+    if isinstance(error, ClientDisconnected):
+        return ErrorKind(408, "invalid_request_error", "request_incomplete")
     if isinstance(error, HTTPException):
         status = error.code or 500
         return ErrorKind(status, "invalid_request_error" if status < 500 else "server_error", None)
@@ -89,6 +98,8 @@ def error_response(error: Exception) -> Response:
         response.headers["Retry-After"] = str(error.retry_after)
     elif isinstance(error, Unavailable):
         response.headers["Retry-After"] = str(UNAVAILABLE_RETRY_S)
+    elif isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
     elif allowed := getattr(error, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
     return response

@@ -16,6 +16,7 @@ from runtime.errors import InvalidRequest
 SHOWN_CHARS = 60
 INT_BOUND = 2**63
 Check = Callable[[Any], Any]
+Json = dict[str, Any]
 
 
 class MismatchError(Exception):
@@ -29,6 +30,47 @@ class Field:
     name: str
     check: Check
     is_required: bool = False
+
+
+def described(**schema: Any) -> Callable[[Check], Check]:
+    """Give a check the JSON schema of what it takes; the API's own description is made of these (serve/openapi.py)."""
+
+    def describe(check: Check) -> Check:
+        check.schema = schema  # type: ignore[attr-defined]  # functions take attributes, their type does not say so
+        return check
+
+    return describe
+
+
+def schema_of(check: Check) -> Json:
+    """The schema a check was given; one that takes everything, with the check's own words, if none."""
+    if (schema := getattr(check, "schema", None)) is not None:
+        return dict(schema)
+    words = (check.__doc__ or "").partition("\n")[0]
+    return {"description": words} if words else {}
+
+
+def table_schema(table: Sequence[Field]) -> Json:
+    """The schema of an object that `read_fields` takes with this table. A field that may be absent may be null."""
+    properties = {field.name: schema_of(field.check) for field in table}
+    required = [field.name for field in table if field.is_required]
+    return {
+        "type": "object",
+        "properties": {name: value if name in required else or_null(value) for name, value in properties.items()},
+        **({"required": required} if required else {}),
+        "additionalProperties": False,
+    }
+
+
+def or_null(schema: Json) -> Json:
+    """The same schema, and null."""
+    if not schema.keys() - {"description"}:
+        return schema
+    if "enum" in schema:
+        return schema if None in schema["enum"] else schema | {"enum": [*schema["enum"], None]}
+    if (kind := schema.get("type")) is not None:
+        return schema | {"type": [*([kind] if isinstance(kind, str) else kind), "null"]}
+    return schema | {"anyOf": [*schema.get("anyOf", []), {"type": "null"}]}
 
 
 def read_object(text: bytes) -> dict[str, Any]:
@@ -92,19 +134,24 @@ def shown(value: Any) -> str:
     return text if not isinstance(value, str) or len(value) <= SHOWN_CHARS else f'{text[:-1]}..."'
 
 
+@described(type="boolean")
 def boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise MismatchError("true or false")
     return value
 
 
+@described(type="integer", minimum=1 - INT_BOUND, maximum=INT_BOUND - 1)
 def integer(value: Any) -> int:
-    """An integer of at most 64 bits. Python's true is an int, JSON's is not."""
+    """An integer of at most 64 bits. Python's true is an int, JSON's is not; JSON's 1.0 is one, Python's is not."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= INT_BOUND:
         raise MismatchError("an integer")
     return value
 
 
+@described(type="number")
 def number(value: Any) -> float:
     """A finite number: 1e999 parses to infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -114,6 +161,7 @@ def number(value: Any) -> float:
     return value
 
 
+@described(type="string")
 def string(value: Any) -> str:
     """Text that UTF-8 can carry: JSON can smuggle in half of a surrogate pair, which no tokenizer takes."""
     if not isinstance(value, str):
@@ -128,10 +176,11 @@ def string(value: Any) -> str:
 def between(low: int, high: int) -> Check:
     """An integer with both bounds included."""
 
+    @described(type="integer", minimum=low, maximum=high)
     def check(value: Any) -> int:
-        if not low <= integer(value) <= high:
+        if not low <= (found := integer(value)) <= high:
             raise MismatchError(f"at least {low} and at most {high}")
-        return int(value)
+        return int(found)
 
     return check
 
@@ -139,6 +188,7 @@ def between(low: int, high: int) -> Check:
 def one_of(*valid: Any) -> Check:
     """One of a few JSON values; the type counts, so 1 is not true."""
 
+    @described(enum=list(valid))
     def check(value: Any) -> Any:
         if not any(type(value) is type(item) and value == item for item in valid):
             raise MismatchError(" or ".join(json.dumps(item) for item in valid))
@@ -150,6 +200,7 @@ def one_of(*valid: Any) -> Check:
 def list_of(check: Check, what: str, *, max_len: int) -> Check:
     """A list whose items all pass `check`, returned as a tuple. `what` names the items in the plural."""
 
+    @described(type="array", items=schema_of(check), maxItems=max_len)
     def check_list(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise MismatchError(f"a list of {what}")
@@ -166,6 +217,7 @@ def list_of(check: Check, what: str, *, max_len: int) -> Check:
 def unsupported(reason: str, *neutral: Any) -> Check:
     """A field of OpenAI's that this server cannot honour: only values that ask for nothing pass."""
 
+    @described(enum=[*neutral, None], description=f"Not supported ({reason}).")
     def check(value: Any) -> Any:
         if not any(type(value) is type(item) and value == item for item in neutral):
             options = "".join(f" or {json.dumps(item)}" for item in neutral)

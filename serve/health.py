@@ -1,8 +1,7 @@
-"""GET /healthz, /readyz and /metrics: what orchestrators and Prometheus ask.
+"""GET /healthz, /readyz and /metrics: what orchestrators and Prometheus ask. Answered while models load, too.
 
-/healthz is liveness: 503 only when the engine has failed, which nothing but a restart mends. /readyz is
-whether to send requests here: 503 also while the server drains. Before the model is loaded neither is
-answered; connections wait in the listen queue.
+/healthz is liveness: 503 only when an engine has failed, which nothing but a reload or a restart mends.
+/readyz is whether to send requests here: 503 also while a model loads and while the server drains.
 """
 
 from flask import Blueprint, Response, jsonify
@@ -14,25 +13,27 @@ from serve.replying import Context
 def health_blueprint(context: Context) -> Blueprint:
     """The routes of this module."""
     blueprint = Blueprint("health", __name__)
-    model = context.model
+    models = context.models
 
+    @blueprint.get("/health")  # what vLLM's server and the load generators made for it say
     @blueprint.get("/healthz")
     def healthz() -> Response:
-        if model.failure is not None:
-            return _unwell("failed", model.failure)
+        if reasons := list(models.failures()):
+            return _unwell("failed", "; ".join(reasons))
         return jsonify({"status": "ok"})
 
     @blueprint.get("/readyz")
     def readyz() -> Response:
-        if model.failure is not None:
-            return _unwell("failed", model.failure)
-        if not model.is_ready:
-            return _unwell("unavailable", "starting or draining")
-        return jsonify({"status": "ready", "model": model.name})
+        if reasons := list(models.failures()):
+            return _unwell("failed", "; ".join(reasons))
+        statuses = models.statuses()
+        if waiting := [f"{name} is {status}" for name, status in statuses.items() if status != "ready"]:
+            return _unwell("unavailable", ", ".join(waiting))
+        return jsonify({"status": "ready", "models": list(statuses)})
 
     @blueprint.get("/metrics")
     def metrics() -> Response:
-        text, content_type = context.metrics.render(model.stats())
+        text, content_type = context.metrics.render(models.metrics_and_stats())
         return Response(text, content_type=content_type)
 
     return blueprint

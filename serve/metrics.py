@@ -1,10 +1,9 @@
-"""Prometheus metrics: hears the engine as its observer and the HTTP side from app.py.
+"""Prometheus metrics of one model: hears its engine as the observer.
 
-Each server has its own registry, so that several can live in one process. Gauges are set when they are read.
+Each model has a registry of its own; serve/http_metrics.py puts them together. Gauges are set when they are read.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from runtime.core import EngineStats, FinishReason, Usage
 
@@ -16,20 +15,12 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 
 class ServerMetrics:
-    """An `EngineObserver` that also counts HTTP responses. Every method may be called from any thread."""
+    """The `EngineObserver` of one model. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._make_engine_metrics()
         self._make_gauges()
-        self._responses = self._counter("http_responses", "HTTP responses", "route", "status")
-        self._request_s = Histogram(
-            "headrace_request_seconds",
-            "From a request's arrival to the last byte of its reply",
-            ["route"],
-            buckets=REQUEST_BUCKETS,
-            registry=self.registry,
-        )
 
     def _make_engine_metrics(self) -> None:
         registry = self.registry
@@ -100,13 +91,7 @@ class ServerMetrics:
         if tpot_s is not None:
             self._tpot_s.observe(tpot_s)
 
-    def on_response(self, *, route: str, status: int, request_s: float) -> None:
-        """A reply was sent, or given up: the route's rule, the status, seconds from the request's arrival."""
-        self._responses.labels(route, str(status)).inc()
-        self._request_s.labels(route).observe(request_s)
-
-    def render(self, stats: EngineStats) -> tuple[bytes, str]:
-        """The exposition text and its content type, with the gauges as of `stats`."""
+    def set_gauges(self, stats: EngineStats) -> None:
+        """Set the gauges to `stats`, before the registry is read."""
         for field, gauge in self._gauges.items():
             gauge.set(getattr(stats, field))
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -1,29 +1,34 @@
-"""GET /v1/models and /v1/models/<id>: the one model that is served."""
+"""GET /v1/models and /v1/models/<id>: what is served."""
 
 from flask import Blueprint, Response, jsonify
 
-from runtime.errors import ModelNotFound
-from serve.fields import shown
-from serve.openai_replies import model_object
+from runtime.errors import Unavailable
+from serve.model_registry import Generation
+from serve.openai_replies import Json, model_object
 from serve.replying import Context
 
 
 def models_blueprint(context: Context) -> Blueprint:
     """The routes of this module."""
     blueprint = Blueprint("models", __name__)
-    model = context.model
-    served = model_object(model.name, context.created, model.max_len)
+    models = context.models
 
     @blueprint.get("/v1/models")
     def list_models() -> Response:
-        return jsonify({"object": "list", "data": [served]})
+        loaded = [served.current for served in models.served.values() if served.current is not None]
+        return jsonify({"object": "list", "data": [_described(generation) for generation in loaded]})
 
     @blueprint.get("/v1/models/<path:model_name>")
     def retrieve_model(model_name: str) -> Response:
-        if model_name != model.name:
-            raise ModelNotFound(
-                f"this server has no model {shown(model_name)}; it serves {shown(model.name)}", param="model"
-            )
-        return jsonify(served)
+        served = models.find(model_name)
+        if served.current is None:
+            raise Unavailable(f"the model {model_name} is still loading; try again later")
+        return jsonify(_described(served.current))
 
     return blueprint
+
+
+def _described(generation: Generation) -> Json:
+    """OpenAI's model object, and what the artifact says of itself."""
+    model = generation.model
+    return {**model_object(model.name, generation.created, model.max_len), **model.card}

@@ -19,6 +19,7 @@ from serve.fields import (
     between,
     boolean,
     check_value,
+    described,
     integer,
     list_of,
     number,
@@ -26,10 +27,11 @@ from serve.fields import (
     read_fields,
     shown,
     string,
+    table_schema,
     unsupported,
 )
 from serve.output_format import OUTPUT_FIELDS, wanted_form
-from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, read_call_id, read_calls, wanted_tools
+from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, any_calls, read_call_id, read_calls, wanted_tools
 
 MAX_N = 16
 MAX_MESSAGES = 4096
@@ -43,6 +45,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Prompt = str | tuple[int, ...]
 
 
+TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+
+
+@described(anyOf=[TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOP_STRINGS}])
 def _stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]
@@ -52,11 +59,17 @@ def _stop(value: Any) -> tuple[str, ...]:
     return strings
 
 
+@described(**TOKEN_IDS)
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids: tuple[int, ...] = list_of(integer, "token ids", max_len=2**20)(value)
     return ids
 
 
+def _many(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": MAX_PROMPTS}
+
+
+@described(anyOf=[TEXT, _many(TEXT), TOKEN_IDS, _many(TOKEN_IDS)])
 def _prompts(value: Any) -> tuple[Prompt, ...]:
     """The four forms of OpenAI's `prompt`, as a tuple of texts or of token id tuples."""
     if isinstance(value, str):
@@ -70,6 +83,13 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     return tuple(list_of(string, "strings", max_len=MAX_PROMPTS)(value))
 
 
+@described(
+    type="object",
+    description="Token ids, as text, and what is added to their logits.",
+    propertyNames={"pattern": "^[0-9]{1,9}$"},
+    additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    maxProperties=MAX_BIASES,
+)
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise MismatchError(f"an object of at most {MAX_BIASES} token ids and numbers")
@@ -81,33 +101,51 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-def _stream_options(value: Any) -> bool:
+STREAM_OPTIONS_FIELDS = (Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
+"""The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
+
+
+@described(**table_schema(STREAM_OPTIONS_FIELDS))
+def _stream_options(value: Any) -> frozenset[str]:
+    """The options that are true."""
     if not isinstance(value, dict):
         raise MismatchError("an object")
-    options = read_fields(value, (Field("include_usage", boolean),), "stream_options.")
-    return bool(options.get("include_usage", False))
+    options = read_fields(value, STREAM_OPTIONS_FIELDS, "stream_options.")
+    return frozenset(name for name, is_on in options.items() if is_on)
 
 
 CONTENT_PART_FIELDS = (
     Field("type", one_of("text"), is_required=True),
     Field("text", string, is_required=True),
 )
+CONTENT: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": table_schema(CONTENT_PART_FIELDS), "minItems": 1}]
+}
+
+
+@described(**CONTENT)
+def _any_content(value: Any) -> Any:
+    """Checked later, where the index of the message is known."""
+    return value
+
+
 NO_FUNCTIONS = "tools is the newer word for functions"
 MESSAGE_FIELDS = (
     Field("role", one_of(*ROLES), is_required=True),
-    Field("content", lambda value: value),
+    Field("content", _any_content),
     Field("name", string),
     # What clients send back when they append the reply to the conversation.
     Field("refusal", unsupported("this model does not refuse")),
     Field("annotations", unsupported("annotations are not supported", [])),
     Field("audio", unsupported("text only")),
     Field("function_call", unsupported(NO_FUNCTIONS)),
-    Field("tool_calls", lambda value: value),
-    Field("tool_call_id", lambda value: value),
+    Field("tool_calls", any_calls),
+    Field("tool_call_id", string),
 )
 
 
-def _messages(value: Any) -> tuple[dict[str, Any], ...]:
+@described(type="array", items=table_schema(MESSAGE_FIELDS), minItems=1, maxItems=MAX_MESSAGES)
+def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
     """Messages with their content as plain text. `developer` is the newer word for `system`."""
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
         raise MismatchError(f"a list of 1 to {MAX_MESSAGES} messages")
@@ -194,7 +232,7 @@ CHAT_FIELDS = (
     *COMMON_FIELDS,
     Field("max_tokens", between(1, 2**31)),
     *SAMPLING_FIELDS,
-    Field("messages", _messages, is_required=True),
+    Field("messages", read_messages, is_required=True),
     Field("max_completion_tokens", between(1, 2**31)),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
@@ -218,6 +256,8 @@ class GenerationRequest:
     n: int
     is_stream: bool
     include_usage: bool
+    has_running_usage: bool
+    """Whether every chunk has the usage so far."""
     options: RequestOptions
 
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
@@ -303,6 +343,7 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         )
     if "stream_options" in values and not values.get("stream", False):
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    options = values.get("stream_options", frozenset())
     sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
@@ -312,7 +353,8 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
         "max_tokens": values.get("max_tokens"),
         "n": values.get("n", 1),
         "is_stream": values.get("stream", False),
-        "include_usage": values.get("stream_options", False),
+        "include_usage": "include_usage" in options,
+        "has_running_usage": {"include_usage", "continuous_usage_stats"} <= options,
         "options": RequestOptions(
             cache_salt=values.get("cache_salt", ""),
             priority=values.get("priority", 0),

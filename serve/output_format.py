@@ -10,12 +10,13 @@ from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
-from serve.fields import Field, MismatchError, boolean, list_of, one_of, read_fields, string
+from serve.fields import Field, MismatchError, boolean, described, list_of, one_of, read_fields, string, table_schema
 
 MAX_CHOICES = 5000
 ANY_OBJECT = '{"type":"object"}'
 
 
+@described(type=["object", "boolean"], description="A JSON schema.")
 def schema_text(value: Any) -> str:
     """A JSON schema (an object, or true) as JSON text, its properties in the order they came."""
     if not isinstance(value, dict | bool):
@@ -28,6 +29,7 @@ def schema_text(value: Any) -> str:
     return text
 
 
+@described(type=["object", "boolean", "string"], description="A JSON schema, or one as JSON text.")
 def _schema_or_text(value: Any) -> str:
     """vLLM takes the schema as JSON text, too."""
     if not isinstance(value, str):
@@ -38,6 +40,7 @@ def _schema_or_text(value: Any) -> str:
         raise MismatchError("a JSON schema: an object, or one as JSON text") from None
 
 
+@described(type="array", items={"type": "string"}, minItems=1, maxItems=MAX_CHOICES)
 def _choices(value: Any) -> str:
     choices = list_of(string, "strings", max_len=MAX_CHOICES)(value)
     if not choices:
@@ -45,6 +48,7 @@ def _choices(value: Any) -> str:
     return json.dumps(choices)
 
 
+@described(type="string", minLength=1)
 def _some_text(value: Any) -> str:
     if not string(value):
         raise MismatchError("a string that is not empty")
@@ -60,6 +64,7 @@ JSON_SCHEMA_FIELDS = (
 )
 
 
+@described(**table_schema(JSON_SCHEMA_FIELDS))
 def _json_schema(value: Any) -> str:
     if not isinstance(value, dict):
         raise MismatchError("an object")
@@ -72,6 +77,7 @@ RESPONSE_FORMAT_FIELDS = (
 )
 
 
+@described(**table_schema(RESPONSE_FORMAT_FIELDS))
 def response_format(value: Any) -> Constraint | None:
     """OpenAI's field. None: any text."""
     if not isinstance(value, dict):
@@ -104,6 +110,7 @@ STRUCTURED_KINDS = {
 }
 
 
+@described(**table_schema(STRUCTURED_FIELDS))
 def structured_outputs(value: Any) -> Constraint:
     """vLLM's field: an object with exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."""
     if not isinstance(value, dict):

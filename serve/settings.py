@@ -1,21 +1,36 @@
 """Settings of the HTTP server; each field is a flag of `headrace serve`."""
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from runtime.errors import InvalidSetting
 from runtime.settings import check_at_least, parse_bytes, setting
+
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """Address and limits of the server. Raises InvalidSetting for a value out of range."""
 
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every one (no access control)")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every one: give --api-keys then")
     port: int = setting(8000, "port to listen on; 0 takes a free one")
+    api_keys: str | None = setting(None, "file of hashed keys that `headrace key` writes", metavar="FILE")
+    cors_origin: tuple[str, ...] = setting(
+        (), "origin whose pages may call this server, like https://chat.example; may be repeated", metavar="ORIGIN"
+    )
     drain_timeout: float = setting(30.0, "seconds running requests get to finish after SIGTERM or SIGINT")
+    read_timeout: float = setting(20.0, "seconds a client gets to send its whole request")
+    write_timeout: float = setting(20.0, "seconds a client may take nothing of its reply before it counts as gone")
+    max_connections: int = setting(4096, "connections held at once; the longest idle one makes room for one more")
     max_body: int = setting(4 * 2**20, "largest request body in bytes", parse=parse_bytes, metavar="SIZE")
     max_choices: int = setting(32, "most choices (prompts times n) in a request, at most --max-waiting")
-    access_log: bool = setting(False, "write a line per request to standard output")
+    access_log: bool = setting(False, "write a line per request to standard output, without prompts and replies")
+    log_prompts: bool = setting(False, "with --access-log: the request body too")
+    otlp_endpoint: str | None = setting(
+        None, "OpenTelemetry collector to send traces to, like http://127.0.0.1:4318", metavar="URL"
+    )
+    log_format: str = setting("text", "text, or json: one JSON object a line")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -23,5 +38,20 @@ class ServerSettings:
         # Up to a day: gunicorn wants whole seconds that fit its clock.
         if not 0 <= self.drain_timeout <= 86_400:
             raise InvalidSetting(f"--drain-timeout must be 0 to 86400 seconds, got {self.drain_timeout}")
+        for name in ("read_timeout", "write_timeout"):
+            check_at_least(name, getattr(self, name), 0.1)
+        check_at_least("max_connections", self.max_connections, 16)
         check_at_least("max_body", self.max_body, 1)
         check_at_least("max_choices", self.max_choices, 1)
+        if self.log_format not in LOG_FORMATS:
+            raise InvalidSetting(f"--log-format must be {' or '.join(LOG_FORMATS)}, got {self.log_format!r}")
+        if self.log_prompts and not self.access_log:
+            raise InvalidSetting("--log-prompts needs --access-log")
+        for origin in self.cors_origin:
+            _check_origin(origin)
+
+
+def _check_origin(origin: str) -> None:
+    parts = urlsplit(origin)
+    if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
+        raise InvalidSetting(f"--cors-origin must be like https://chat.example or *, got {origin!r}")

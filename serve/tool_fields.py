@@ -13,7 +13,19 @@ from typing import Any
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
-from serve.fields import Field, MismatchError, boolean, check_value, one_of, read_fields, shown, string
+from serve.fields import (
+    Field,
+    MismatchError,
+    boolean,
+    check_value,
+    described,
+    one_of,
+    read_fields,
+    schema_of,
+    shown,
+    string,
+    table_schema,
+)
 from serve.output_format import schema_text
 
 MAX_TOOLS = 128
@@ -39,12 +51,14 @@ class ToolUse:
         return Constraint(ConstraintKind.GRAMMAR, source, "tools")
 
 
+@described(type="string", pattern=f"^{NAME.pattern}$")
 def _name(value: Any) -> str:
     if not NAME.fullmatch(string(value)):
         raise MismatchError("1 to 64 letters, digits, underscores, dots and dashes")
     return str(value)
 
 
+@described(type="object", description="A JSON schema.", properties={"type": {"enum": ["object"]}})
 def _parameters(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("type", "object") != "object":
         raise MismatchError('a JSON schema of type "object"')
@@ -59,12 +73,21 @@ FUNCTION_FIELDS = (
     # Forced calls always follow the schema; those of `auto` are the model's own.
     Field("strict", boolean),
 )
+
+
+@described(**table_schema(FUNCTION_FIELDS))
+def _function(value: Any) -> Any:
+    """Checked later, where the index of the tool is known."""
+    return value
+
+
 TOOL_FIELDS = (
     Field("type", one_of("function"), is_required=True),
-    Field("function", lambda value: value, is_required=True),
+    Field("function", _function, is_required=True),
 )
 
 
+@described(type="array", items=table_schema(TOOL_FIELDS), maxItems=MAX_TOOLS)
 def tools(value: Any) -> tuple[Tool, ...]:
     """The functions offered, none of them twice."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
@@ -91,13 +114,23 @@ def _object(value: Any, path: str) -> dict[str, Any]:
     return value
 
 
+CHOSEN_FIELDS = (Field("name", _name, is_required=True),)
+
+
+@described(**table_schema(CHOSEN_FIELDS))
+def _chosen(value: Any) -> Any:
+    """Checked later, with the path of its name."""
+    return value
+
+
 CHOICE_FIELDS = (
     Field("type", one_of("function"), is_required=True),
-    Field("function", lambda value: value, is_required=True),
+    Field("function", _chosen, is_required=True),
 )
 CHOICE_WORDS = one_of("none", "auto", "required")
 
 
+@described(anyOf=[schema_of(CHOICE_WORDS), table_schema(CHOICE_FIELDS)])
 def tool_choice(value: Any) -> str | tuple[str]:
     """One of the three words, or the name of a function in a tuple."""
     if not isinstance(value, dict):
@@ -107,9 +140,7 @@ def tool_choice(value: Any) -> str | tuple[str]:
             raise MismatchError(f"{mismatch}, or an object that names a function") from None
     outer = read_fields(value, CHOICE_FIELDS, "tool_choice.")
     path = "tool_choice.function"
-    return (
-        read_fields(_object(outer["function"], path), (Field("name", _name, is_required=True),), f"{path}.")["name"],
-    )
+    return (read_fields(_object(outer["function"], path), CHOSEN_FIELDS, f"{path}.")["name"],)
 
 
 TOOL_USE_FIELDS = (
@@ -140,6 +171,7 @@ def wanted_tools(values: Mapping[str, Any]) -> ToolUse | None:
     return ToolUse(tools=offered, forced=forced, is_parallel=is_parallel)
 
 
+@described(type="string", description="A JSON object, as text.")
 def _arguments(value: Any) -> dict[str, Any]:
     """Chat templates want an object; OpenAI's clients send its JSON text."""
     try:
@@ -151,13 +183,32 @@ def _arguments(value: Any) -> dict[str, Any]:
     return parsed
 
 
+CALLED_FIELDS = (Field("name", _name, is_required=True), Field("arguments", _arguments, is_required=True))
+
+
+@described(**table_schema(CALLED_FIELDS))
+def _called(value: Any) -> Any:
+    """Checked later, where the index of the call is known."""
+    return value
+
+
+@described(description="What a stream's deltas have; not looked at.")
+def _anything(value: Any) -> Any:
+    return value
+
+
 CALL_FIELDS = (
     Field("id", string, is_required=True),
     Field("type", one_of("function"), is_required=True),
-    Field("function", lambda value: value, is_required=True),
-    Field("index", lambda value: value),
+    Field("function", _called, is_required=True),
+    Field("index", _anything),
 )
-CALLED_FIELDS = (Field("name", _name, is_required=True), Field("arguments", _arguments, is_required=True))
+
+
+@described(type="array", items=table_schema(CALL_FIELDS), maxItems=MAX_CALLS)
+def any_calls(value: Any) -> Any:
+    """Checked later, where the index of the message is known."""
+    return value
 
 
 def read_calls(value: Any, path: str) -> list[dict[str, Any]]:

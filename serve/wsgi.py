@@ -1,12 +1,11 @@
 """The process around the application: gunicorn, one worker, a thread per request in progress.
 
     master    holds the listening socket, passes signals on, ends with the worker
-    worker    loads the model after the fork (ONNX Runtime's threads would not survive one), owns the engine's
-              thread, answers requests from a pool of threads
+    worker    loads the models after the fork (ONNX Runtime's threads would not survive one), owns the engines'
+              threads, answers requests from a pool of threads; serve/worker.py, serve/connections.py
 
-SIGTERM, SIGINT and SIGHUP drain: the worker goes on answering, so that /readyz and new requests get a 503,
-until what runs has finished or --drain-timeout is over; then the server exits with 0. A second SIGINT does
-not wait.
+SIGTERM and SIGINT drain, then the server exits with 0; a second SIGINT does not wait. SIGHUP reads models and keys
+again, unless it came because the terminal is gone: then it drains.
 
 Why gunicorn (MIT): it writes each chunk as it comes, its WSGI environment carries the client's socket, so
 that a client who went away is noticed while nothing is written, and a master notices when the worker dies.
@@ -21,45 +20,54 @@ import logging
 import math
 import os
 import queue
+import resource
 import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flask import Flask
 from gunicorn import sock
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.workers.gthread import ThreadWorker
 from werkzeug.wsgi import ClosingIterator
 
 from runtime.errors import HeadraceError, InvalidSetting
-from runtime.text_model import TextModel
+from serve.access import Access
+from serve.api_keys import KeyRing, read_keys
 from serve.app import create_app
-from serve.metrics import ServerMetrics
+from serve.logs import configure_logging
+from serve.model_registry import ModelRegistry, OpenModel
 from serve.settings import ServerSettings
+from serve.traces import Traces, endpoint_of
+from serve.worker import DrainingWorker
 
-SPARE_THREADS = 16
-"""Beyond one per request the engine takes: for health checks, metrics and the 429 of a full queue."""
 KEEPALIVE_S = 75
 """Longer than HTTP clients keep an idle connection (httpx: 5 s): the server must not close one that a request
 is just being written to."""
 STOP_MARGIN_S = 10
 """After the drain, for replies to be written out and the engine to end, before the worker is killed."""
+SPARE_FILES = 256
+"""Open files beyond the connections: the models' own, pipes, logs."""
+MAX_REQUEST_LINE = 4094
+MAX_HEADERS = 64
+MAX_HEADER = 8190
+"""Bytes of a header; with MAX_HEADERS, what a client can make the server keep before a body is allowed or refused."""
 STOP_POLL_S = 0.002
 QUICK_STOP_S = 2.0
 EXIT_USER_ERROR = 2
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-OpenModel = Callable[[ServerMetrics], TextModel]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +100,21 @@ def listen(host: str, port: int) -> Listener:
 
 
 def run_server(
-    open_model: OpenModel,
+    sources: Mapping[str, OpenModel],
     listener: Listener,
     settings: ServerSettings,
     *,
-    num_requests: int,
-    on_ready: Callable[[TextModel], None],
+    on_ready: Callable[[ModelRegistry], None],
 ) -> int:
     """Serve until a signal ends it; return the exit code.
 
-    `open_model` runs in the worker and returns a model that is not started; what it raises ends the server.
-    `num_requests` is how many the engine takes at once, running and waiting. `on_ready` is called in the
-    worker when the model is loaded; connections made before wait in the listen queue.
+    `sources` opens each model by its name, in the worker; what that raises at the start ends the server.
+    `on_ready` is called in the worker when all are loaded. Health checks are answered before.
     """
-    application = HeadraceApplication(open_model, listener, settings, num_requests, on_ready)
+    access = Access(_read_key_ring(settings))
+    endpoint_of(settings.otlp_endpoint)
+    _allow_open_files(settings.max_connections)
+    application = HeadraceApplication(sources, listener, settings, access, on_ready)
     code = 0
     try:
         HeadraceArbiter(application).run()
@@ -114,64 +123,101 @@ def run_server(
     return code
 
 
+def _read_key_ring(settings: ServerSettings) -> KeyRing | None:
+    return None if settings.api_keys is None else KeyRing(read_keys(Path(settings.api_keys)))
+
+
+def _allow_open_files(num_connections: int) -> None:
+    """Raise this process's limit of open files as far as it may. InvalidSetting if that is not enough."""
+    needed = num_connections + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise InvalidSetting(
+                f"{num_connections} connections need {needed} open files, the limit here is {hard} (ulimit -Hn); "
+                f"set --max-connections {max(16, hard - SPARE_FILES)} or less"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's configuration, and in the worker the model."""
+    """gunicorn's configuration, and in the worker the models."""
 
     def __init__(
         self,
-        open_model: OpenModel,
+        sources: Mapping[str, OpenModel],
         listener: Listener,
         settings: ServerSettings,
-        num_requests: int,
-        on_ready: Callable[[TextModel], None],
+        access: Access,
+        on_ready: Callable[[ModelRegistry], None],
     ) -> None:
-        self._open_model = open_model
+        self.settings = settings
         self._listener = listener
-        self._settings = settings
-        self._num_threads = num_requests + SPARE_THREADS
+        self._access = access
         self._on_ready = on_ready
         self._goodbye = os.pipe()
-        self.model: TextModel | None = None
+        self._models = ModelRegistry(sources)
+        self._traces: Traces | None = None
         super().__init__()
 
     def load_config(self) -> None:
-        settings = self._settings
+        settings = self.settings
         values = {
             "bind": f"fd://{self._listener.socket.detach()}",
             "worker_class": DrainingWorker,
             "workers": 1,
-            "threads": self._num_threads,
-            "worker_connections": self._num_threads + 1000,
+            "threads": settings.max_connections,
+            "worker_connections": settings.max_connections,
             "keepalive": KEEPALIVE_S,
-            # No heartbeat: loading a model blocks the worker's main thread for as long as it takes.
+            "limit_request_line": MAX_REQUEST_LINE,
+            "limit_request_fields": MAX_HEADERS,
+            "limit_request_field_size": MAX_HEADER,
+            # No heartbeat: a worker that is busy is not dead, and one that is dead the master sees.
             "timeout": 0,
             "graceful_timeout": math.ceil(settings.drain_timeout) + STOP_MARGIN_S,
             "control_socket_disable": True,
-            "accesslog": "-" if settings.access_log else None,
             "loglevel": "warning",
             "proc_name": "headrace",
-            "post_worker_init": lambda _worker: self._on_ready(self._loaded()),
-            "worker_exit": lambda _arbiter, _worker: self.close(),
+            "worker_exit": lambda _arbiter, _worker: self._models.close(),
         }
         for name, value in values.items():
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
-        """Called by the worker once it runs. A model that cannot be loaded ends the whole server."""
-        metrics = ServerMetrics()
-        try:
-            self.model = self._open_model(metrics)
-        except HeadraceError as error:
-            sys.stderr.write(f"headrace serve: {error}\n")
-            sys.stderr.flush()
-            sys.exit(Arbiter.APP_LOAD_ERROR)
-        self.model.start()
-        app = create_app(self.model, self._settings, metrics)
+        """Called by the worker once it runs. Requests are answered from now on, with 503 until the models are there."""
+        configure_logging(self.settings.log_format)
+        threading.Thread(target=self._load_models, name="load", daemon=True).start()
+        if (endpoint := endpoint_of(self.settings.otlp_endpoint)) is not None:
+            self._traces = Traces(endpoint)
+        app = create_app(self._models, self.settings, access=self._access, traces=self._traces)
         app.wsgi_app = self._in_flight = InFlight(app.wsgi_app)  # type: ignore[method-assign]  # Flask's own seam
         return app
 
+    def _load_models(self) -> None:
+        """A model that cannot be loaded at the start ends the whole server, with one line if the user can mend it."""
+        try:
+            self._models.load()
+        except HeadraceError as error:
+            sys.stderr.write(f"headrace serve: {error}\n")
+            sys.stderr.flush()
+            os._exit(Arbiter.APP_LOAD_ERROR)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(Arbiter.WORKER_BOOT_ERROR)
+        self._on_ready(self._models)
+
+    def reload(self) -> None:
+        """Read keys and models again; what cannot be read stays as it was, and the log says why."""
+        try:
+            self._access.keys = _read_key_ring(self.settings)
+        except HeadraceError as error:
+            log.error("reload: the keys stay as they were: %s", error)
+        self._models.reload()
+
     def say_goodbye(self) -> None:
         """In the worker: tell the master that nothing is left to wait for but the kernel freeing our memory."""
+        self.send_traces()
         os.write(self._goodbye[1], b".")
 
     def worker_said_goodbye(self, timeout_s: float) -> bool:
@@ -184,17 +230,14 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
 
     def drain(self) -> None:
         """Refuse new requests and wait for those that run, at most --drain-timeout seconds."""
-        if not self._loaded().drain(self._settings.drain_timeout):
-            sys.stderr.write(f"headrace serve: gave up on requests after {self._settings.drain_timeout:g} s\n")
+        if not self._models.drain(self.settings.drain_timeout):
+            sys.stderr.write(f"headrace serve: gave up on requests after {self.settings.drain_timeout:g} s\n")
+        self.send_traces()
 
-    def close(self) -> None:
-        """End the engine's thread and release the model, if there is one."""
-        if self.model is not None:
-            self.model.close()
-
-    def _loaded(self) -> TextModel:
-        assert self.model is not None
-        return self.model
+    def send_traces(self) -> None:
+        """Send the spans that wait for their batch, if there are any."""
+        if self._traces is not None:
+            self._traces.close()
 
 
 class InFlight:
@@ -218,43 +261,22 @@ class InFlight:
             self.num_requests += change
 
 
-class DrainingWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's threaded worker, which keeps accepting while it drains."""
-
-    def init_signals(self) -> None:
-        super().init_signals()
-        self._is_draining = False
-        # A terminal sends these to the whole process group, not only to the master.
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self.handle_exit)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.booted:
-            sys.exit(0)
-        if self._is_draining:
-            return
-        self._is_draining = True
-        if self.app.is_idle():
-            self.app.say_goodbye()
-            os._exit(0)  # nobody waits for a reply, and an orderly end of gigabytes takes a good part of a second
-        threading.Thread(target=self._drain, name="drain", daemon=True).start()
-
-    def _drain(self) -> None:
-        try:
-            self.app.drain()
-        finally:
-            super().handle_exit(signal.SIGTERM, None)
-
-
 class HeadraceArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's master for exactly one worker: no reload, no scaling, and exit codes of this project."""
+    """gunicorn's master for exactly one worker: no scaling, and exit codes of this project."""
 
     handle_int = Arbiter.handle_term
-    handle_hup = Arbiter.handle_term
 
     def setup(self, app: BaseApplication) -> None:
         super().setup(app)
         self.log.error_log.addFilter(_is_news)
+        self._had_terminal = os.isatty(sys.stdin.fileno()) if sys.stdin is not None else False
+
+    def handle_hup(self) -> None:
+        """Reload; but a terminal that was closed sends this signal too, and takes its server along."""
+        if self._had_terminal and not os.isatty(sys.stdin.fileno()):
+            self.handle_term()
+        else:
+            self.kill_workers(signal.SIGUSR1)
 
     def stop(self, graceful: bool = True) -> None:
         """End the worker and wait for it; gunicorn's own looks only every 100 ms. A second SIGINT does not wait."""

@@ -25,6 +25,7 @@ PROMPT_END = "\nassistant: "
 
 def fake_text_model(
     *,
+    name: str = NAME,
     num_slots: int = 4,
     capacity: int = 256,
     max_waiting: int = 64,
@@ -53,7 +54,7 @@ def fake_text_model(
     if script is not None:
         session = ScriptedSession([*tokenizer.encode(script), EOS_ID], tokenizer.encode(PROMPT_END), **options)
     return TextModel(
-        name=NAME,
+        name=name,
         session=session,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(TEMPLATE, {"eos_token": EOS}) if has_template else None,
@@ -62,4 +63,5 @@ def fake_text_model(
             max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings
         ),
         observer=observer,
+        card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
     )

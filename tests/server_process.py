@@ -35,9 +35,9 @@ class ServerProcess:
         return self.process.returncode, out, err
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
+        """The value of a metric, summed over its labels."""
         text = httpx.get(f"{self.url}/metrics").text
-        return float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0])
+        return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)))
 
 
 def spawn(*flags: str, module: str = "tests.fake_server") -> "subprocess.Popen[str]":

@@ -121,6 +121,15 @@ def test_completion_stream_adds_up_to_the_whole_reply(client: FlaskClient) -> No
     assert texts[0] != texts[1]
 
 
+def test_usage_so_far_in_every_chunk(client: FlaskClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [
+        chunk["usage"]["completion_tokens"]
+        for chunk in stream(client, COMPLETIONS, completion(ignore_eos=True, stream_options=options))
+    ]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 8 and len(counts) > 3
+
+
 def test_every_form_of_prompt_gets_the_same_answer(client: FlaskClient) -> None:
     text = post(client, COMPLETIONS, completion())["choices"][0]["text"]
     served_ids = fake_text_model().encode("once")
@@ -284,7 +293,7 @@ def test_engine_failure_inside_a_stream_is_an_event() -> None:
 
 def test_draining_refuses_with_retry_after(served: tuple[TextModel, FlaskClient]) -> None:
     model, client = served
-    assert client.get("/readyz").get_json() == {"status": "ready", "model": NAME}
+    assert client.get("/readyz").get_json() == {"status": "ready", "models": [NAME]}
     assert model.drain(5)
     for response in (client.get("/readyz"), client.post(COMPLETIONS, json=completion())):
         assert response.status_code == 503 and int(response.headers["Retry-After"]) >= 1
@@ -315,14 +324,14 @@ def test_metrics_count_what_happened(client: FlaskClient) -> None:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    assert samples["headrace_generated_tokens_total",] == 16
-    assert samples["headrace_prompt_tokens_total",] == 8
-    assert samples["headrace_requests_finished_total", "length"] == 2
-    assert samples["headrace_time_to_first_token_seconds_count",] == 2
-    assert samples["headrace_time_per_output_token_seconds_count",] == 2
-    assert samples["headrace_requests_waiting",] == samples["headrace_requests_running",] == 0
-    assert samples["headrace_kv_slots",] == 4 and samples["headrace_kv_tokens",] == 4 * 256
-    assert samples["headrace_batch_size_sum",] == 14
+    assert samples["headrace_generated_tokens_total", NAME] == 16
+    assert samples["headrace_prompt_tokens_total", NAME] == 8
+    assert samples["headrace_requests_finished_total", NAME, "length"] == 2
+    assert samples["headrace_time_to_first_token_seconds_count", NAME] == 2
+    assert samples["headrace_time_per_output_token_seconds_count", NAME] == 2
+    assert samples["headrace_requests_waiting", NAME] == samples["headrace_requests_running", NAME] == 0
+    assert samples["headrace_kv_slots", NAME] == 4 and samples["headrace_kv_tokens", NAME] == 4 * 256
+    assert samples["headrace_batch_size_sum", NAME] == 14
     assert samples["headrace_http_responses_total", COMPLETIONS, "200"] == 1
     assert samples["headrace_http_responses_total", COMPLETIONS, "400"] == 1
     assert samples["headrace_http_responses_total", "unmatched", "404"] == 1
@@ -335,7 +344,7 @@ def test_a_bug_is_a_500_without_its_text(
     model, client = served
     model.close()
 
-    def broken(text: str) -> list[int]:
+    def broken(text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise ZeroDivisionError("the secret is 42")
 
     model.encode = broken  # type: ignore[method-assign]  # a bug is what this test needs

@@ -57,6 +57,7 @@ BAD_FIELDS = [
     ("temperature", 2.5, "2.5"),
     ("temperature", 10**400, "finite"),
     ("top_p", 0, "greater than 0"),
+    ("repetition_penalty", 5e-324, "at least 0.01"),
     ("top_k", 1.5, "an integer"),
     ("top_k", -1, "at least 0"),
     ("min_p", [1], "a list of 1"),

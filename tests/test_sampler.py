@@ -177,7 +177,7 @@ def test_extreme_values_neither_warn_nor_fail() -> None:
         warnings.simplefilter("error")
         for params in (
             SamplingParams(temperature=1e-300, seed=0),
-            SamplingParams(temperature=0, repetition_penalty=1e-30, logprobs=2),
+            SamplingParams(temperature=0, repetition_penalty=0.01, logprobs=2),
             SamplingParams(top_k=4, top_p=1e-300, min_p=1, seed=0),
         ):
             assert make_sampler(params, []).sample(logits).token_id == 0

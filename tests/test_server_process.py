@@ -54,13 +54,13 @@ class Caller(threading.Thread):
             self.finish_reason = event["choices"][0]["finish_reason"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(number: int) -> None:
     """What runs finishes, what comes is told to come back, the exit code is 0, no process is left."""
     with running_server("--step-s", "0.02") as server:
         caller = Caller(server.url, max_tokens=100)
         eventually(lambda: caller.num_chunks > 0, "the first token")
-        # A terminal sends SIGINT and SIGHUP to every process of the group.
+        # A terminal sends SIGINT to every process of the group.
         server.signal(number, is_group=number != signal.SIGTERM)
         eventually(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, "draining")
         refused = httpx.post(f"{server.url}/v1/completions", json={"model": NAME, "prompt": "b"})
@@ -168,11 +168,29 @@ def test_ask_prints_question_answer_and_speed() -> None:
 
 
 def test_access_log() -> None:
-    with running_server("--access-log") as server:
-        httpx.get(f"{server.url}/v1/models")
+    """One JSON object a line, with the client's own request id, and not a word of the prompt."""
+    with running_server("--access-log", "--log-format", "json") as server:
+        body = {"model": NAME, "prompt": "the secret word", "max_tokens": 3, "ignore_eos": True}
+        headers = {"X-Request-Id": "mine-1"}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
+        assert answer.headers["X-Request-Id"] == "mine-1"
+        unfit = httpx.get(f"{server.url}/v1/models", headers={"X-Request-Id": "a b"}).headers["X-Request-Id"]
         server.signal(signal.SIGTERM)
         code, out, err = server.wait()
-    assert (code, err) == (0, "") and '"GET /v1/models HTTP/1.1" 200' in out
+    assert (code, err) == (0, "") and "secret" not in out
+    first, second = map(json.loads, out.splitlines())
+    assert first["request_id"] == "mine-1" and first["message"] == "POST /v1/completions"
+    assert (first["status"], first["prompt_tokens"], first["completion_tokens"]) == (200, 15, 3)
+    assert 0 < first["first_token_seconds"] <= first["seconds"]
+    assert second["request_id"] == unfit and unfit != "a b"
+
+
+def test_prompts_are_logged_when_asked_for() -> None:
+    with running_server("--access-log", "--log-prompts") as server:
+        httpx.post(f"{server.url}/v1/completions", json={"model": NAME, "prompt": "the secret word"})
+        server.signal(signal.SIGTERM)
+        _, out, _ = server.wait()
+    assert "POST /v1/completions request_id=" in out and "the secret word" in out
 
 
 def test_serving_what_is_not_an_artifact(tmp_path: Path) -> None:

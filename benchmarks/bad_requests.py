@@ -1,0 +1,169 @@
+"""Bad requests by the thousand: what a server must refuse without a 5xx, a traceback or a lost connection.
+
+usage: python -m benchmarks.bad_requests [ARTIFACT] [--requests 20000] [--seed 0]
+
+Hypothesis makes them, in three kinds: good bodies with fields replaced by anything, bodies that are hardly JSON, and
+requests that are hardly HTTP. Each goes to a real server on loopback over a connection of its own or one that is kept.
+Without an artifact, a tiny random model. Prints a table, then one JSON line; the exit code is 1 if a demand is not met.
+"""
+
+import argparse
+import json
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from benchmarks.serving import Server, served, tiny_artifact
+from runtime.errors import HeadraceError
+from runtime.progress import progress_bar
+from runtime.roofline import describe_machine
+from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS
+from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+
+REPLY_S = 60
+Json = dict[str, Any]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 400),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["user", "system", "text", "json_schema", "\ud800", "auto", 2**64, -(2**63), "", "\x00", "[" * 50]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "1", "schema", "name"]), inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+PATHS: dict[str, tuple[Json, Any]] = {
+    "/v1/completions": ({"prompt": "hi", "max_tokens": 2}, COMPLETION_FIELDS),
+    "/v1/chat/completions": ({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}, CHAT_FIELDS),
+    "/tokenize": ({"prompt": "hi"}, TOKENIZE_FIELDS),
+    "/detokenize": ({"tokens": [1]}, DETOKENIZE_FIELDS),
+}
+
+
+@st.composite
+def requests(draw: st.DrawFn, model: str) -> bytes:
+    """One request as bytes: head and body."""
+    path = draw(st.sampled_from(sorted(PATHS)))
+    good, table = PATHS[path]
+    names = [field.name for field in table]
+    changes = draw(
+        st.dictionaries(st.one_of(st.sampled_from(names), st.text(max_size=4)), VALUES, min_size=1, max_size=4)
+    )
+    # An answer of thousands of tokens would be right, and take the time of a hundred requests.
+    limited = {
+        name: value for name, value in changes.items() if name not in ("max_tokens", "max_completion_tokens", "n")
+    }
+    body = json.dumps({"model": model, **good, **(limited or {"x": 1})}).encode()
+    kind = draw(st.integers(0, 9))
+    if kind >= 7:
+        body = _mangle(draw, body)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n".encode()
+    if kind == 9:
+        return _mangle(draw, head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _mangle(draw: st.DrawFn, data: bytes) -> bytes:
+    """Cut a piece out and put noise in its place."""
+    start = draw(st.integers(0, len(data)))
+    end = draw(st.integers(start, min(len(data), start + 20)))
+    return data[:start] + draw(st.binary(max_size=12)) + data[end:]
+
+
+def send(server: Server, data: bytes) -> str:
+    """Send the bytes, and say that no more will come; the status line's number, or what happened instead."""
+    with socket.create_connection((server.host, server.port), timeout=REPLY_S) as connection:
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            reply = b""
+            while piece := connection.recv(65536):
+                reply += piece
+        except ConnectionError:
+            return "closed"
+        except TimeoutError:
+            return "lost: no reply"
+    if not reply:
+        return "closed"
+    return reply[9:12].decode("ascii", "replace") if reply.startswith(b"HTTP/1.") else f"no HTTP: {reply[:50]!r}"
+
+
+def attack(server: Server, args: argparse.Namespace) -> Json:
+    """Send them all; outcomes by count, and the first request of each 5xx or loss."""
+    outcomes: Counter[str] = Counter()
+    worst: list[str] = []
+    started_s = time.perf_counter()
+    with progress_bar("bad requests", total=args.requests, unit="request") as bar:
+
+        @seed(args.seed)
+        @settings(
+            max_examples=args.requests,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(data=requests(server.model))
+        def one(data: bytes) -> None:
+            outcome = send(server, data)
+            outcomes[outcome] += 1
+            if outcome[0] not in "234c":
+                worst.append(f"{outcome}: {data!r}"[:1000])
+            bar.update(1)
+
+        one()
+    return {
+        "requests": sum(outcomes.values()),
+        "outcomes": dict(outcomes.most_common()),
+        "seconds": time.perf_counter() - started_s,
+        "worst": worst[:5],
+    }
+
+
+def measure(artifact: Path, args: argparse.Namespace, scratch: Path) -> Json:
+    errors = scratch / "errors"
+    with served(artifact, errors, ["--max-len", "1024", "--read-timeout", "5"]) as server:
+        found = attack(server, args)
+        live = server.metric("headrace_requests_running") + server.metric("headrace_requests_waiting")
+        found["stuck"] = int(live)
+        found["is_ready"] = b"ready" in server.get("/readyz")
+    found["tracebacks"] = errors.read_text().count("Traceback")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", nargs="?", type=Path)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = args.artifact or tiny_artifact(Path(scratch))
+        found = measure(artifact, args, Path(scratch))
+    for name, value in found.items():
+        print(f"{name:12}{value}")
+    is_met = not (found["worst"] or found["tracebacks"] or found["stuck"]) and found["is_ready"]
+    print("met" if is_met else "NOT MET")
+    print(json.dumps({"benchmark": "bad_requests", "machine": describe_machine()._asdict(), **found}))
+    return not is_met
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HeadraceError as error:
+        sys.exit(f"bad_requests: {error}")

@@ -1,0 +1,191 @@
+"""The models of one server by name: loaded, leased to requests, replaced without dropping one.
+
+    loading  ->  ready  ->  (reload: a second generation loads beside the first)  ->  ready
+       `-> the process ends, if it is the first load; after a reload that failed, the old one goes on
+
+A request leases the generation that is current when it arrives and keeps it to its end; a replaced generation
+is closed when its last lease is back. Knows `TextModel`, nothing of HTTP or of artifacts.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from runtime.errors import HeadraceError, ModelNotFound, Unavailable
+from runtime.text_model import TextModel
+from serve.fields import shown
+from serve.metrics import ServerMetrics
+
+log = logging.getLogger(__name__)
+
+OpenModel = Callable[[ServerMetrics], TextModel]
+"""Opens a model that is not started; the metrics are to be its observer."""
+
+
+class Generation:
+    """One loading of one model, and how many requests use it."""
+
+    def __init__(self, model: TextModel, created: int) -> None:
+        self.model = model
+        self.created = created
+        self.num_leases = 0
+
+
+class ServedModel:
+    """A name, how to open what is behind it, and the generation that is current."""
+
+    def __init__(self, name: str, open_model: OpenModel, metrics: ServerMetrics) -> None:
+        self.name = name
+        self.open_model = open_model
+        self.metrics = metrics
+        self.current: Generation | None = None
+
+    @property
+    def model(self) -> TextModel | None:
+        """The current generation's model, None before the first is loaded."""
+        return self.current.model if self.current is not None else None
+
+    @property
+    def status(self) -> str:
+        """loading, ready, failed or draining."""
+        if (model := self.model) is None:
+            return "loading"
+        if model.failure is not None:
+            return "failed"
+        return "ready" if model.is_ready else "draining"
+
+
+class ModelRegistry:
+    """Every model of a server. Methods may be called from any thread."""
+
+    def __init__(self, sources: Mapping[str, OpenModel]) -> None:
+        assert sources
+        self.served = {name: ServedModel(name, source, ServerMetrics()) for name, source in sources.items()}
+        self._changed = threading.Condition()
+        self._reloading = threading.Lock()
+        self._is_closing = False
+
+    @classmethod
+    def of_one(cls, model: TextModel, metrics: ServerMetrics | None = None) -> "ModelRegistry":
+        """A registry of one model that is loaded and started already; `metrics` is the observer it was given."""
+        registry = cls({model.name: lambda _: model})
+        served = registry.served[model.name]
+        served.metrics = metrics or served.metrics
+        served.current = Generation(model, int(time.time()))
+        return registry
+
+    @property
+    def default(self) -> ServedModel:
+        """The first one that was named."""
+        return next(iter(self.served.values()))
+
+    def find(self, name: str) -> ServedModel:
+        """The model of a name. Raises ModelNotFound with the names there are."""
+        if name not in self.served:
+            raise ModelNotFound(
+                f"this server has no model {shown(name)}; it serves {', '.join(map(shown, self.served))}", param="model"
+            )
+        return self.served[name]
+
+    def lease(self, name: str) -> Generation:
+        """The current generation of a model, which stays open until it is released.
+
+        Raises ModelNotFound, or Unavailable while it loads.
+        """
+        served = self.find(name)
+        with self._changed:
+            if served.current is None:
+                raise Unavailable(f"the model {name} is still loading; try again later")
+            served.current.num_leases += 1
+            return served.current
+
+    def release(self, generation: Generation) -> None:
+        """Give a lease back."""
+        with self._changed:
+            generation.num_leases -= 1
+            self._changed.notify_all()
+
+    def load(self) -> None:
+        """Open and start every model, one after another. Raises what opening raises."""
+        for served in self.served.values():
+            self._replace(served)
+
+    def reload(self) -> bool:
+        """Open every model anew and put it in the place of the old one. False if one could not be opened.
+
+        A second call while one is under way waits for it: what changed meanwhile is to be read too.
+        """
+        with self._reloading:
+            results = [self._try_replace(served) for served in self.served.values()]
+        return all(results)
+
+    def _try_replace(self, served: ServedModel) -> bool:
+        try:
+            self._replace(served)
+        except HeadraceError as error:
+            log.error("reload: %s stays as it was: %s", served.name, error)
+            return False
+        log.warning("reload: %s is new", served.name)
+        return True
+
+    def _replace(self, served: ServedModel) -> None:
+        model = served.open_model(served.metrics)
+        model.start()
+        with self._changed:
+            if self._is_closing:
+                model.close()
+                return
+            old, served.current = served.current, Generation(model, int(time.time()))
+        if old is not None:
+            # Not here: the next model need not wait for the slowest request of the last.
+            threading.Thread(target=self._retire, args=(old,), name=f"retire {served.name}", daemon=True).start()
+
+    def _retire(self, old: Generation) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: old.num_leases == 0 or self._is_closing)
+        old.model.close()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Stop accepting everywhere, wait for what runs, cancel the rest. True if nothing was cancelled."""
+        deadline = time.monotonic() + timeout_s
+        results: list[bool] = []
+        models = self.loaded()
+        # Together: a model that is to be waited for must not leave the next one accepting.
+        threads = [
+            threading.Thread(target=lambda m=model: results.append(m.drain(max(0.0, deadline - time.monotonic()))))
+            for model in models
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return all(results)
+
+    def loaded(self) -> list[TextModel]:
+        """The current model of every name that has one."""
+        return [served.model for served in self.served.values() if served.model is not None]
+
+    def close(self) -> None:
+        """Close every model, and the replaced ones that are still leased. Idempotent."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        for model in self.loaded():
+            model.close()
+
+    def statuses(self) -> dict[str, str]:
+        """The status of every model by its name."""
+        return {name: served.status for name, served in self.served.items()}
+
+    def failures(self) -> Iterable[str]:
+        """Why engines died, if any did."""
+        return [model.failure for model in self.loaded() if model.failure is not None]
+
+    def metrics_and_stats(self) -> list[tuple[str, ServerMetrics, Any]]:
+        """Per model: name, metrics and the engine's stats, None before it is loaded."""
+        return [
+            (name, served.metrics, served.model.stats() if served.model is not None else None)
+            for name, served in self.served.items()
+        ]

@@ -1,0 +1,60 @@
+"""GET /status: what runs now, for people; the page at / draws it. Counts and times, not a word of any prompt.
+
+With API keys each key sees its own requests, and of the others how many there are.
+"""
+
+import time
+
+from flask import Blueprint, Response, jsonify
+
+from serve.access import current_record
+from serve.model_registry import ServedModel
+from serve.openai_replies import Json
+from serve.record import RequestRecord
+from serve.replying import Context
+
+
+def status_blueprint(context: Context) -> Blueprint:
+    """The route of this module."""
+    blueprint = Blueprint("status", __name__)
+
+    @blueprint.get("/status")
+    def status() -> Response:
+        asking = current_record()
+        own = [record for record in context.live.records() if record.key == asking.key]
+        return jsonify(
+            {
+                "time": time.time(),
+                "models": [_model_status(served) for served in context.models.served.values()],
+                "requests": [_request_status(record) for record in own],
+            }
+        )
+
+    return blueprint
+
+
+def _model_status(served: ServedModel) -> Json:
+    stats = served.model.stats() if served.model is not None else None
+    return {
+        "name": served.name,
+        "status": served.status,
+        "running": stats.num_running if stats else 0,
+        "waiting": stats.num_waiting if stats else 0,
+        "slots": stats.num_slots if stats else 0,
+        "kv_tokens_used": stats.kv_used_tokens if stats else 0,
+        "kv_tokens": stats.kv_total_tokens if stats else 0,
+    }
+
+
+def _request_status(record: RequestRecord) -> Json:
+    assert record.choices is not None  # a request is live from when it has some
+    return {
+        "request_id": record.request_id,
+        "model": record.model,
+        "route": record.route,
+        "seconds": round(record.seconds, 3),
+        "first_token_seconds": None if record.first_token_s is None else round(record.first_token_s, 3),
+        "choices": len(record.choices),
+        "prompt_tokens": record.choices.num_prompt_tokens,
+        "completion_tokens": record.choices.num_generated_tokens,
+    }
