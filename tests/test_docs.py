@@ -15,7 +15,8 @@ from runtime.artifact import PRECISIONS
 from serve.metrics import ServerMetrics
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = "".join(file.read_text() for file in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))))
+"""All of them: the main one for newcomers, and each directory's own."""
 
 
 @pytest.mark.parametrize("verb", VERBS)
