@@ -11,7 +11,7 @@ VERBS = {
     "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),
     "bench": ("runtime.bench", "prefill and decode speed, memory, fraction of the roofline"),
     "fit": ("runtime.fit", "which precision, context and batch fit a device's memory, with the sums"),
-    "verify": ("runtime.replay", "repeat the receipt's tokens on the device that will serve"),
+    "verify": ("runtime.verify_command", "repeat the receipt's tokens on the device that will serve"),
     "doctor": ("runtime.doctor", "which devices can run a model here, and what the others want"),
     "key": ("serve.key_command", "make an API key for a server"),
     "inspect": ("runtime.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from jsonschema import Draft202012Validator
 
-from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParams
+from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParams, Usage
 from runtime.progress import progress_bar
 from runtime.roofline import describe_machine
 from runtime.settings import EngineSettings
@@ -70,7 +70,9 @@ class StepTimes:
     def on_first_token(self, *, ttft_s: float) -> None:
         pass
 
-    def on_finish(self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None) -> None:
+    def on_finish(
+        self, *, reason: FinishReason, num_prompt: int, num_generated: int, tpot_s: float | None, usage: Usage
+    ) -> None:
         pass
 
 

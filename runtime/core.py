@@ -260,9 +260,9 @@ class RequestOptions:
     """Seconds after its submission at which it ends, finished or not."""
 
     def __post_init__(self) -> None:
-        _check("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _check("priority", self.priority, Range(-MAX_PRIORITY, MAX_PRIORITY))
         if self.timeout_s is not None:
-            _check("timeout", self.timeout_s, 0, None, low_open=True)
+            _check("timeout", self.timeout_s, Range(0, None, is_low_open=True))
 
 
 DEFAULT_OPTIONS = RequestOptions()

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from itertools import islice, zip_longest
+from itertools import islice, repeat
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class Engine:
 
     def _run(self, run: Run) -> Iterable[Row | TopRow]:
         """Whole rows of logits, or their likeliest tokens where those do for every sequence of the run."""
-        for sequence, draft in zip_longest(run.sequences, run.drafts, fillvalue=()):
+        for sequence, draft in zip(run.sequences, run.drafts or repeat(()), strict=False):
             sequence.prepare(draft)
         started_s = time.perf_counter()
         top, needs = self._top_session, [sequence.num_top for sequence in run.sequences]

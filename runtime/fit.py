@@ -24,22 +24,26 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 class Storage:
     """Bytes of a weight by kind, scales included, and the KV cache's type, for one precision of one runtime.
 
-    qkv: of those projections where they are wider than the other layers
+    qkv: of those projections where they are wider than the other layers; last_mlp: of the last layers' MLP, see
+    export/int4_model.py
     """
 
     linear: float
     embedding: float
     kv: str
     qkv: float | None = None
+    last_mlp: float | None = None
 
 
+LAST_SHARE = 1 / 16
+"""Of the layers, those whose MLP a 4-bit export keeps wider."""
 _BLOCK_INT8 = 1 + 4 / 32  # a float32 scale for 32 weights
 _BLOCK_INT4 = 0.5 + 4.5 / 32  # and a 4-bit zero point
 STORAGE = {
     ("ort", "fp32"): Storage(4, 4, "float32"),
     ("ort", "fp16"): Storage(2, 2, "float16"),
     ("ort", "w8a16"): Storage(_BLOCK_INT8, _BLOCK_INT8, "float32"),
-    ("ort", "w4a16"): Storage(_BLOCK_INT4, _BLOCK_INT8, "float32", _BLOCK_INT8),
+    ("ort", "w4a16"): Storage(_BLOCK_INT4, _BLOCK_INT8, "float32", _BLOCK_INT8, _BLOCK_INT8),
     ("ort", "w8a8"): Storage(1, _BLOCK_INT8, "float32"),
     ("trt", "fp32"): Storage(4, 4, "float32"),
     ("trt", "fp16"): Storage(2, 2, "float16"),
@@ -120,10 +124,13 @@ def _estimate(artifact: Artifact, storage: Storage) -> int:
     dims = artifact.manifest.dims
     q_size, kv_size = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
     qkv = dims.hidden_size * (q_size + 2 * kv_size) * (storage.qkv or storage.linear)
-    layer = qkv + dims.hidden_size * (q_size + 3 * dims.intermediate_size) * storage.linear
+    mlp = 3 * dims.hidden_size * dims.intermediate_size
+    layer = qkv + (dims.hidden_size * q_size + mlp) * storage.linear
+    num_last = max(1, round(dims.num_layers * LAST_SHARE)) if storage.last_mlp else 0
+    last = num_last * mlp * ((storage.last_mlp or 0) - storage.linear)
     table = dims.vocab_size * dims.hidden_size
     head = 0.0 if artifact.manifest.is_tied else table * storage.embedding
-    return int(dims.num_layers * layer + table * storage.embedding + head)
+    return int(dims.num_layers * layer + last + table * storage.embedding + head)
 
 
 def lines(artifact: Artifact, memory: int, max_batch: int) -> Iterator[str]:

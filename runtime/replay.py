@@ -1,24 +1,18 @@
-"""`headrace verify`: the receipt again, on the device that will serve.
+"""The receipt again, on the device that will serve.
 
 The receipt holds the prompts that were continued when the model was exported, and the tokens each graph gave. Here the
 device's own session is fed the same tokens, in prefilled chunks and then one by one with all prompts in a batch, and
 must choose each next one as the receipt says.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.artifact import Artifact, open_artifact
-from runtime.devices import open_session
-from runtime.errors import GateFailed, InvalidArtifact
+from runtime.artifact import Artifact
+from runtime.errors import InvalidArtifact
 from runtime.session import Batch, Session
-from runtime.settings import DEVICES, EngineSettings
 
 MIN_AGREEMENT = {"fp32": 0.995}
 """Other kernels add floats in another order; in float32 that turns no choice but a tie of the last digits."""
@@ -87,36 +81,3 @@ def _replay_batch(session: Session, pairs: Sequence[tuple[list[int], list[int]]]
         for row, choice in enumerate(logits.argmax(-1).tolist()):
             right[row][1] += choice == pairs[row][1][step + 1]
     return [(first, rest) for first, rest in right]
-
-
-def main(argv: list[str]) -> int:
-    """Verify on one device. GateFailed, with both figures, if it does not choose the receipt's tokens."""
-    parser = argparse.ArgumentParser(
-        prog="headrace verify", description="Check hashes and receipt, and repeat the receipt's tokens on this device."
-    )
-    parser.add_argument("artifact", help="directory written by `headrace export`")
-    parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
-    parser.add_argument("--max-batch", type=int, default=8, help="prompts decoded together (default: 8)")
-    parser.add_argument("--allow-failed", action="store_true", help="verify an artifact that failed its accuracy gate")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    artifact = open_artifact(args.artifact, allow_failed=args.allow_failed)
-    # The chunk is the scheduler's; here every prompt is cut in two.
-    session = open_session(artifact, EngineSettings(device=args.device, max_batch=args.max_batch, prefill_chunk=1))
-    try:
-        found = replay(artifact, session)
-    finally:
-        session.close()
-    figures: dict[str, Any] = {**asdict(found), "passed": found.passed}
-    sys.stdout.write((json.dumps(figures) if args.json else _sentence(found)) + "\n")
-    if not found.passed:
-        raise GateFailed(
-            f"{artifact.path} on {found.device}: {found.prefill:.1%} of first and {found.decode:.1%} of further tokens "
-            f"are the receipt's, {found.limit:.1%} must be; do not serve it here, build the engine or export it again"
-        )
-    return 0
-
-
-def _sentence(found: Replay) -> str:
-    shares = f"{found.prefill:.1%} of first and {found.decode:.1%} of further tokens, of {found.num_tokens}"
-    return f"{found.device}: {shares}, are the receipt's ({found.dialect} graph; at least {found.limit:.1%})"

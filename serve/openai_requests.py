@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.core import MAX_LOGPROBS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
+from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.tool_formats import GENERIC, ToolFormat
 from serve.fields import (
@@ -191,6 +191,11 @@ def _content(value: Any, path: str) -> str:
     return "\n".join(texts)
 
 
+@described(type="number", exclusiveMinimum=0)
+def _timeout(value: Any) -> float:
+    return float(number(value))  # RequestOptions checks the bound
+
+
 # Ranges are not repeated here: SamplingParams checks them.
 SAMPLING_FIELDS = (
     Field("temperature", number),
@@ -215,8 +220,8 @@ COMMON_FIELDS = (
     Field("stream_options", _stream_options),
     Field("user", string),
     Field("cache_salt", string),
-    Field("priority", integer),
-    Field("timeout", number),
+    Field("priority", between(-MAX_PRIORITY, MAX_PRIORITY)),
+    Field("timeout", _timeout),
 )
 COMPLETION_FIELDS = (
     *COMMON_FIELDS,

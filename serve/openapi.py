@@ -23,7 +23,11 @@ OPENAPI_VERSION = "3.2.0"
 """The first that can say what the events of a stream are."""
 JSON, EVENTS = "application/json", "text/event-stream"
 REQUEST_ERRORS = {400: "A field is wrong or not supported.", 404: "No such model.", 413: "The body is too large."}
-MODEL_ERRORS = {500: "The engine failed.", 503: "A model loads, or the server drains."}
+MODEL_ERRORS = {
+    500: "The engine failed.",
+    503: "A model loads, the server drains, or no slot came free.",
+    504: "The time is up.",
+}
 OTHER_ERRORS = {
     408: "The body did not arrive in time.",
     415: "The body is not JSON.",

@@ -33,9 +33,9 @@ def schema_text(value: Any) -> str:
 def _schema_or_text(value: Any) -> str:
     """vLLM takes the schema as JSON text, too."""
     if not isinstance(value, str):
-        return schema_text(value)
+        return str(schema_text(value))
     try:
-        return schema_text(json.loads(string(value)))
+        return str(schema_text(json.loads(string(value))))
     except (ValueError, RecursionError):
         raise MismatchError("a JSON schema: an object, or one as JSON text") from None
 

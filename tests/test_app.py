@@ -380,4 +380,4 @@ def test_the_usage_counts_cached_tokens_and_a_salt_hides_them() -> None:
     assert two["prompt_tokens_details"]["cached_tokens"] == 2 * 64  # a prompt counts once, whatever n is
     model.close()
     text = client.get("/metrics").text
-    assert "headrace_prefix_cached_tokens_total 320.0" in text
+    assert f'headrace_prefix_cached_tokens_total{{model="{NAME}"}} 320.0' in text

@@ -14,7 +14,7 @@ from openapi_spec_validator import validate
 
 from runtime.core import RANGES
 from serve.app import create_app
-from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS
+from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_NAMES
 from serve.openapi import document
 from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from tests.fake_text_model import NAME, fake_text_model
@@ -85,7 +85,9 @@ def test_every_field_is_in_it(name: str, table: Any) -> None:
 
 def test_ranges_are_those_of_the_checks(client: FlaskClient) -> None:
     properties = DOCUMENT["components"]["schemas"]["CompletionRequest"]["properties"]
-    for name, bounds in RANGES.items():
+    ranges = {name: bounds for name, bounds in RANGES.items() if name in SAMPLING_NAMES}
+    assert len(ranges) >= 8
+    for name, bounds in ranges.items():
         lowest = properties[name].get("minimum", properties[name].get("exclusiveMinimum"))
         assert lowest == max(bounds.low, 1 - 2**63)
         if bounds.high is not None:
@@ -158,7 +160,7 @@ def test_what_the_document_refuses_the_server_refuses(
     changes = data.draw(st.dictionaries(st.sampled_from(names), SMALL, max_size=2))
     body = BODIES[path] | changes
     status = client.post(path, json=body).status_code
-    assert status in (200, 400, 404)
+    assert status in (200, 400, 404) or (status == 504 and "timeout" in changes)
     if status == 200:
         assert takes(name, body), body
 

@@ -11,8 +11,9 @@ from runtime.artifact import Artifact
 from runtime.errors import InvalidArtifact
 from runtime.ort_device_session import HostCopier, OrtDeviceSession, load_graph
 from runtime.ort_session import OrtSession
-from runtime.replay import main, replay
+from runtime.replay import replay
 from runtime.session import Batch, Session, SessionInfo
+from runtime.verify_command import main
 from tests.sim_cuda import SimCuda
 from tests.sim_session import export_tiny, open_simulated, write_engine
 
