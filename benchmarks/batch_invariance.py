@@ -40,7 +40,7 @@ def requests_for(artifact: Artifact, count: int) -> list[Request]:
     """Beginnings of random places in the project's texts; the same at every call."""
     rng = random.Random(SEED)
     tokenizer = Tokenizer.from_directory(artifact.path)
-    texts = [tokenizer.encode(text) for text in calibration_data.evaluation_texts().values()]
+    texts = [tokenizer.encode(calibration_data.verification_text(name)) for name in calibration_data.EVALUATION_TEXTS]
     requests = []
     for _ in range(count):
         ids, length = rng.choice(texts), rng.randint(*PROMPT_TOKENS)
