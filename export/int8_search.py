@@ -88,11 +88,12 @@ def smoothing_vectors(
     checkpoint: Checkpoint, config: ModelConfig, statistics: Statistics, ranges: Mapping[Site, Range]
 ) -> dict[Site, Array]:
     """Each site's vector at its strength, from the maxima of all folds."""
-    vectors = {}
-    for site, chosen in ranges.items():
-        highest = weight_highest(checkpoint, config, site)
-        vectors[site] = smoothing_vector(statistics[site].highest, highest, chosen.strength, site=site, config=config)
-    return vectors
+
+    def vector(site: Site) -> Array:
+        highest, strength = weight_highest(checkpoint, config, site), ranges[site].strength
+        return smoothing_vector(statistics[site].highest, highest, strength, site=site, config=config)
+
+    return dict(zip(ranges, in_order(vector, ranges), strict=True))
 
 
 def weight_highest(checkpoint: Checkpoint, config: ModelConfig, site: Site) -> Array:

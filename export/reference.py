@@ -165,10 +165,11 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 
 def _silu(x: Array) -> Array:
     """x / (1 + exp(-x)); beyond float32's end exp is infinite, and the quotient 0, as it should be."""
+    out = np.negative(x)
     with np.errstate(over="ignore"):
-        out = np.exp(-x)
+        np.exp(out, out=out)
     out += 1
-    return np.asarray(x / out)
+    return np.divide(x, out, out=out)
 
 
 def _rotate(x: Array, tables: RopeTables) -> Array:

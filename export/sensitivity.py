@@ -157,25 +157,33 @@ def _costs(
     head = checkpoint.load(weight_names(config, site)[0])
     norm = checkpoint.load("model.norm.weight")
     exact = rms_norm(streams[0], norm, config.rms_norm_eps)
-    log_p = log_softmax(np.asarray(exact @ head.T))
+    exact_logits = np.asarray(exact @ head.T)
+    p = np.exp(log_softmax(exact_logits))
     costs = []
     with progress_bar("compare", total=len(sites) + 1) as bar:
 
         def cost(x: Array) -> float:
-            return _kl(log_p, np.asarray(rms_norm(x, norm, config.rms_norm_eps) @ head.T))
+            return _kl(p, np.asarray(rms_norm(x, norm, config.rms_norm_eps) @ head.T) - exact_logits)
 
         for each, kl in zip(sites, in_order(cost, streams[1:]), strict=True):
             costs.append(LayerCost(each, kl, num_macs(config, each)))
             bar.update(1)
         if site in ranges:
             logits = _int8_product(site, head, statistics, ranges, config)(exact)
-            costs.append(LayerCost(site, _kl(log_p, logits), num_macs(config, site)))
+            costs.append(LayerCost(site, _kl(p, logits - exact_logits), num_macs(config, site)))
         bar.update(1)
     return costs
 
 
-def _kl(log_p: Array, logits: Array) -> float:
-    return float((np.exp(log_p) * (log_p - log_softmax(logits))).sum(dtype=np.float64)) / len(log_p)
+def _kl(p: Array, change: Array) -> float:
+    """KL(p || softmax(log p + change)), mean over the rows of `[n, V]`, in nats: log E[exp(change - E[change])].
+
+    `change` is overwritten. A fifth of the time of two log-softmaxes, and no large numbers that cancel.
+    """
+    change -= (p * change).sum(-1, keepdims=True)
+    np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # beyond, float32 ends
+    change *= p
+    return float(np.log(change.sum(-1, dtype=np.float64)).mean())
 
 
 def num_macs(config: ModelConfig, site: Site) -> int:
