@@ -25,7 +25,7 @@ from export.search_pass import NUM_SEQUENCES
 from export.sensitivity import FOLD as MEASURED_FOLD
 from export.sensitivity import LENGTH as MEASURED_LENGTH
 from export.sensitivity import NUM_SEQUENCES as NUM_MEASURED
-from export.verify import BATCH, WINDOW
+from export.verify import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.errors import InvalidSetting
 from runtime.kv_budget import available_memory, format_bytes, kv_bytes_per_token
 from runtime.scoring import CHUNK
@@ -136,13 +136,11 @@ def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
 
 def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated) -> float:
     """The graph runs, then the reference: what the first held is not all given back."""
-    cache = (
-        BATCH
-        * WINDOW
-        * kv_bytes_per_token(
-            num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
-        )
+    per_token = kv_bytes_per_token(
+        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
     )
+    # What is written: one slot's window, and a prompt with its continuation in each.
+    cache = (WINDOW + BATCH * (MAX_PROMPT + NUM_GREEDY)) * per_token
     layers = s.weights * config.num_layers * (1 if scheme is Calibrated.INT8 else 0.625)
     heads = s.head * (1 if config.tie_word_embeddings and scheme is Calibrated.BLOCKS else 2) * 1.125
     return _RUN * (layers + heads) + cache + 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
