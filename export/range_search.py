@@ -32,7 +32,7 @@ FINE_STEPS = 254
 WIDE_END = 1.5
 
 # Output rows judged on: candidates differ alike in all of them, and the LM head has more than all other layers.
-MAX_OUTPUTS = 512
+MAX_OUTPUTS = 1024
 # Every second fold is held out in turn: the others only add the time.
 _HELD_OUT = (0, 1)
 
