@@ -58,6 +58,24 @@ def test_a_copied_slot_goes_on_as_its_source(tiny: Artifact) -> None:
     session.close()
 
 
+def test_rows_that_were_read_go_on_in_another_slot(tiny: Artifact) -> None:
+    """Positions 2 to 7 of slot 1, out to plain memory and back into slot 3, whose first two are its own."""
+    session = on_host(tiny)
+    one = np.ones(1, np.int32)
+    ids = np.array([[5, 6, 7, 8, 9, 10, 11]])
+    session.run(Batch(1, ids, 0 * one, 7 * one, np.array([6])))
+    rows = session.read_slot(1, 2, 7)
+    assert rows.nbytes == 5 * session.info.kv_bytes_per_token
+    session.run(Batch(3, ids[:, :2], 0 * one, 2 * one, np.array([1])))
+    expected = session.run(Batch(1, np.array([[12]]), 7 * one, one, np.array([0])))
+    session.run(Batch(1, np.full((1, 7), 99), 0 * one, 7 * one, np.array([6])))
+    session.write_slot(3, 2, rows)
+    np.testing.assert_array_equal(session.run(Batch(3, np.array([[12]]), 7 * one, one, np.array([0]))), expected)
+    again = session.read_slot(3, 2, 7)
+    assert all(np.array_equal(a, b) for a, b in zip(rows.arrays, again.arrays, strict=True))
+    session.close()
+
+
 @pytest.mark.parametrize(("width", "query"), [(2, [2, 1]), (1, [1, 0])])
 def test_ragged_batches_are_our_bug(tiny: Artifact, width: int, query: list[int]) -> None:
     session = on_host(tiny)
