@@ -91,11 +91,18 @@ def dequantize_rows(rows: QuantizedRows, *, bits: int) -> NDArray[np.float32]:
     values, zeros = rows.values, rows.zero_points
     n, num_blocks = rows.scales.shape
     middle = np.float32(1 << (bits - 1))
-    offsets = middle if zeros is None else _unpack(zeros, bits)[:, :num_blocks, None]
-    return ((_unpack(values, bits) - offsets) * rows.scales[..., None]).reshape(n, -1)
+    offsets = middle if zeros is None else unpack(zeros, bits).astype(np.float32)[:, :num_blocks, None]
+    return ((unpack(values, bits).astype(np.float32) - offsets) * rows.scales[..., None]).reshape(n, -1)
 
 
-def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
-    if bits == 8:
-        return packed.astype(np.float32)
-    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1).astype(np.float32)
+def signed_codes(rows: QuantizedRows, *, bits: int) -> NDArray[np.int8]:
+    """int8 `[N, K]` of a symmetric matrix: 0 stands for 0."""
+    assert rows.zero_points is None, "an asymmetric matrix"
+    n = len(rows.values)
+    # Modulo 256, so that 8-bit values need no wider type on the way.
+    return (unpack(rows.values, bits) - np.uint8(1 << (bits - 1))).astype(np.int8).reshape(n, -1)
+
+
+def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The inverse of `pack`, but for padding."""
+    return packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)

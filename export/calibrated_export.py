@@ -3,7 +3,7 @@
 Which calibrated scheme a precision is, its row in precision.py says; both use the same text and the same files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +25,13 @@ from export.calibration_set import (
 )
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.int4_model import account_of, block_calibration, int4_model, plan_of
+from export.int4_model import Stores, account_of, block_calibration, int4_model, plan_of
 from export.int8_linear import Int8Layers
 from export.int8_model import Int8Options, calibrate, int8_model, summary
 from export.memory_plan import check_memory
 from export.precision import Calibrated, Precision
 from export.rotation import RotatedCheckpoint, rotated_config
+from export.trt_precision import trt_precision_named
 from runtime.errors import InvalidSetting
 
 
@@ -50,9 +51,10 @@ class QuantizationOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedModel:
-    """What the `ort` graph of a calibrated precision is built from.
+    """What the graphs of a calibrated precision are built from.
 
-    precision: how to build it; int8_layers: those that multiply in int8; account: the receipt's, JSON-able
+    precision: how to build the `ort` graph; int8_layers: those that multiply in int8; account: the receipt's, JSON-able
+    trt_checkpoint: what the TensorRT graphs read where that is another
     """
 
     checkpoint: Checkpoint
@@ -61,6 +63,7 @@ class CalibratedModel:
     int8_layers: Int8Layers
     calibration: Calibration
     account: Mapping[str, Any]
+    trt_checkpoint: Checkpoint | None = None
 
 
 def workdir_of(out: Path) -> Path:
@@ -83,10 +86,15 @@ def prepare(
     *,
     max_len: int,
     generate: Generate,
+    dialects: Sequence[str] = ("ort",),
 ) -> CalibratedModel:
     """Calibrate, or read a calibration, then choose and round. `generate` samples from the model for `--calib self`."""
     assert precision.calibrated is not None
-    plan = plan_of(checkpoint, config, precision)  # which may refuse the model: better before the text than after
+    stores: dict[str, Stores] = {"ort": precision} if "ort" in dialects else {}
+    if set(dialects) - {"ort"}:
+        stores["trt"] = trt_precision_named(precision.name)
+    # This may refuse the model: better before the text than after.
+    plans = {dialect: plan_of(checkpoint, config, row) for dialect, row in stores.items()}
     check_memory(
         config,
         precision.calibrated,
@@ -102,9 +110,14 @@ def prepare(
         found, material = None, calibration_material(checkpoint, config, options.calib, max_len, generate)
     if precision.calibrated is Calibrated.BLOCKS:
         found = found or block_calibration(material)
-        rounded = int4_model(checkpoint, config, plan, found.sequences, workdir)
+        # Blocks and zero points differ, and so do the errors that each layer finds in its input.
+        rounded = {
+            dialect: int4_model(checkpoint, config, plan, found.sequences, workdir / dialect)
+            for dialect, plan in plans.items()
+        }
         return CalibratedModel(
-            checkpoint=rounded.checkpoint,
+            checkpoint=rounded["ort" if "ort" in rounded else "trt"].checkpoint,
+            trt_checkpoint=rounded["trt"].checkpoint if "trt" in rounded else None,
             config=config,
             precision=replace(precision, keeps_imported=True),
             int8_layers={},

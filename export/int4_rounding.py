@@ -17,7 +17,7 @@ import numpy as np
 
 from export.activation_stats import Site
 from export.block_quant import QuantizedRows, dequantize_rows, quantize_rows
-from export.block_rounding import compensated_rows
+from export.block_rounding import compensated_rows, nearest_rows
 from export.calibrate import token_bytes
 from export.calibration_set import sequences_digest
 from export.checkpoint import Checkpoint
@@ -165,8 +165,10 @@ class _LayerRounder:
         return out
 
     def _rounded(self, kind: str, x: Array, matrix: Array, blocks: Blocks) -> QuantizedRows:
-        if blocks.symmetric or matrix.shape[1] > MAX_COMPENSATED:
-            return quantize_rows(matrix, bits=blocks.bits, block_size=blocks.block_size, symmetric=blocks.symmetric)
+        if blocks.bits == 8:
+            return quantize_rows(matrix, bits=8, block_size=blocks.block_size, symmetric=True)
+        if matrix.shape[1] > MAX_COMPENSATED:
+            return nearest_rows(matrix, blocks)
         moments = Moments(matrix.shape[1], aims_at_exact=True)
         moments.update(self._exact.inputs[kind], x, self._token_weight(kind))
         return compensated_rows(matrix, moments, blocks)

@@ -25,7 +25,7 @@ from export.calibration_set import Generate
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
 from export.decoder import DecoderGraph
-from export.gates import check_limits
+from export.gates import check_limits, failure
 from export.graph_builder import ORT_OPSETS, GraphBuilder
 from export.int8_attention import INT8_KV_OPSETS
 from export.int8_linear import Int8Layers
@@ -41,7 +41,7 @@ from export.kv_calibration import (
     with_kv_statistics,
 )
 from export.kv_scales import PER_CHANNEL, KvScales
-from export.precision import EXPORTABLE, Calibrated, Precision, precision_named
+from export.precision import EXPORTABLE, Precision, precision_named
 from export.self_samples import artifact_generator
 from export.trt_dialect import write_trt_graph
 from export.trt_precision import trt_precision_named
@@ -97,16 +97,16 @@ def export_model(options: ExportOptions) -> Artifact:
     check_dialects(options.dialects, options.precision)
     check_kv(options.kv, options.dialects, options.precision)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
-    stored_bits = getattr(checkpoint, "stored_bits", None)
-    precision = precision_named(options.precision, stored_bits=stored_bits) if "ort" in options.dialects else None
+    row = _row(options, getattr(checkpoint, "stored_bits", None))
+    precision = row if "ort" in options.dialects else None
     check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
-    _check_quantization(options, precision)
+    _check_quantization(options, row)
     config = parse_config(checkpoint.config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out) as staging:
         model = None
-        if (calibrated := _calibrated(options.precision, precision)) is not None:
-            model = _calibrated_model(staging, checkpoint, config, calibrated, options, max_len)
+        if row is not None and row.calibrated is not None:
+            model = _calibrated_model(staging, checkpoint, config, row, options, max_len)
         kv = _kv_calibration(staging, checkpoint, config, options, max_len, model) if options.kv == INT8 else None
         draft = write_unverified(
             staging,
@@ -125,7 +125,7 @@ def export_model(options: ExportOptions) -> Artifact:
         if kv is not None:
             receipt["kv_calibration"] = kv.provenance
         if not receipt["passed"] and not options.force:
-            raise GateFailed(_failure(receipt))
+            raise GateFailed(failure(receipt))
         write_json(staging / RECEIPT, receipt)
         manifest = replace(draft, files={**draft.files, RECEIPT: file_entry(staging / RECEIPT)})
         write_manifest(staging, manifest)
@@ -154,14 +154,17 @@ def write_unverified(
     if model is not None:
         checkpoint, config = model.checkpoint, model.config
         precision = None if precision is None else model.precision
+    trt_checkpoint = (model and model.trt_checkpoint) or checkpoint
     calibration = kv if kv is not None or model is None else model.calibration
     if calibration is not None:
         save_calibration(directory, calibration)
     scales = scales_of(kv, checkpoint, config) if kv is not None else None
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
+    int8_layers = model.int8_layers if model else {}
+    checkpoints = {"ort": checkpoint, "trt": trt_checkpoint, "trt-plain": trt_checkpoint}
     step_weight_bytes = _write_graphs(
-        directory, checkpoint, config, precision, max_len, dialects, name, model.int8_layers if model else {}, scales
+        directory, checkpoints, config, precision, max_len, dialects, name, int8_layers, scales
     )
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
     if scales is not None:
@@ -169,12 +172,11 @@ def write_unverified(
     return Artifact(directory, manifest, {})
 
 
-def _calibrated(name: str, precision: Precision | None) -> Precision | None:
-    """The precision to calibrate for, if it needs that. TensorRT's graph has int8 ranges too, but no such int4."""
-    if precision is not None:
-        return precision if precision.calibrated is not None else None
-    row = EXPORTABLE.get(name)
-    return row if row is not None and row.calibrated is Calibrated.INT8 else None
+def _row(options: ExportOptions, stored_bits: int | None) -> Precision | None:
+    """The precision's row in the `ort` table, which says what is calibrated; None for one of TensorRT's alone."""
+    if "ort" not in options.dialects and options.precision not in EXPORTABLE:
+        return None
+    return precision_named(options.precision, stored_bits=stored_bits)
 
 
 def _calibrated_model(
@@ -187,7 +189,10 @@ def _calibrated_model(
 ) -> CalibratedModel:
     generate = _generator(staging, checkpoint, config, max_len)
     workdir = workdir_of(options.out)
-    return prepare(checkpoint, config, precision, options.quantization, workdir, max_len=max_len, generate=generate)
+    quantization, dialects = options.quantization, options.dialects
+    return prepare(
+        checkpoint, config, precision, quantization, workdir, max_len=max_len, generate=generate, dialects=dialects
+    )
 
 
 def _generator(staging: Path, checkpoint: Checkpoint, config: ModelConfig, max_len: int) -> Generate:
@@ -251,7 +256,7 @@ def _check_quantization(options: ExportOptions, precision: Precision | None) -> 
 
 def _write_graphs(
     staging: Path,
-    checkpoint: Checkpoint,
+    checkpoints: Mapping[str, Checkpoint],
     config: ModelConfig,
     precision: Precision | None,
     max_len: int,
@@ -261,17 +266,17 @@ def _write_graphs(
     kv_scales: Sequence[KvScales] | None,
 ) -> int:
     """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(dialects)
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoints["ort"].tensors) * len(dialects)
     others = [dialect for dialect in dialects if dialect != "ort"]
     step_weight_bytes: dict[str, int] = {}
     with (
         WeightFile(staging, is_shared=bool(others)) as weights,
         progress_bar("export", total=num_reads, unit="tensor") as bar,
     ):
-        counting = _Counting(checkpoint, bar)
+        counting = {dialect: _Counting(checkpoint, bar) for dialect, checkpoint in checkpoints.items()}
         if precision is not None:
             step_weight_bytes["ort"] = _write_ort_graph(
-                staging, counting, config, precision, max_len, weights, int8_layers, kv_scales
+                staging, counting["ort"], config, precision, max_len, weights, int8_layers, kv_scales
             )
         if others:
             with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
@@ -279,7 +284,7 @@ def _write_graphs(
                     step_weight_bytes[dialect] = write_trt_graph(
                         staging,
                         dialect,
-                        counting,
+                        counting[dialect],
                         config,
                         name,
                         max_len=max_len,
@@ -381,18 +386,3 @@ def _eos_ids(generation: Mapping[str, Any], config: ModelConfig) -> tuple[int, .
     listed = generation.get("eos_token_id")
     ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
     return tuple(sorted({*config.eos_ids, *ids}))
-
-
-def _failure(receipt: Mapping[str, Any]) -> str:
-    failed = [
-        {**check, "bound": "at most" if check["at_most"] else "at least"}
-        for check in receipt["checks"]
-        if not check["passed"]
-    ]
-    words = "; ".join(
-        f"{check['figure']} is {check['value']:.4g}, allowed {check['bound']} {check['limit']:g}"
-        if isinstance(check["value"], float)
-        else f"{check['figure']} is {check['value']}"
-        for check in failed
-    )
-    return f"{receipt['precision']} is too far from the reference: {words}. Try a wider precision, or --force"

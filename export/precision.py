@@ -53,6 +53,10 @@ class Precision:
         """The blocks a layer kind is stored in."""
         return self.overrides.get(kind, self.blocks)
 
+    def wide_blocks(self, num_inputs: int) -> Blocks:
+        """The blocks of a layer for which 4 bits are too few."""
+        return INT8_BLOCKS
+
 
 INT8_BLOCKS = Blocks(bits=8, block_size=32, symmetric=True)
 _INT4 = Blocks(bits=4, block_size=32, symmetric=False)

@@ -5,7 +5,9 @@ one is byte for byte the `ort` dialect's, and a calibrated one too: same integer
 compute type (the network is strongly typed). Integers that are rounded here are rounded with the scale as stored, so
 that a half-precision scale costs no accuracy of its own; in calibrated ones it costs a few parts in ten thousand.
 
-A layer that the `ort` dialect runs in two int8 passes keeps its int8 weights, and its activations stay wide.
+A layer that the `ort` dialect runs in two int8 passes keeps its int8 weights, and its activations stay wide. Layers of
+a checkpoint that int4_model.py has rounded for TensorRT are its integers; others are rounded here, each weight for
+itself.
 """
 
 from typing import Any
@@ -14,19 +16,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.block_quant import check_divisible
+from export.block_quant import QuantizedRows, check_divisible, signed_codes
+from export.block_rounding import SMALLEST_SCALE, nearest_rows
 from export.graph_builder import GraphBuilder
 from export.int8_linear import Int8Layers, layer_of
 from export.int8_rounding import Int8Rows
 from export.layer_weights import Weight
-from export.trt_precision import Scheme, TrtPrecision
-
-INT4_BLOCK = 64
-"""Inputs that share an int4 scale. TensorRT documents 64 and 128; the smaller loses less."""
-
-
-_SMALLEST = np.float32(np.finfo(np.float16).tiny)
-"""Of the normal half-precision numbers: below it a scale loses digits, and at 0 a channel of zeros divides by it."""
+from export.precision import Blocks
+from export.trt_precision import INT4_BLOCKS, INT4_SIZES, Scheme, TrtPrecision
 
 _SCALE_ERROR = 2.0**-10
 """Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""
@@ -69,7 +66,7 @@ class TrtLinear:
         """The `ort` dialect's integers, or, where half precision has no such scale, others for one that it has."""
         assert rows.values.shape == weight.shape, (weight.name, rows.values.shape, weight.shape)
         scales, values = self._stored_scales(rows.scales), np.ascontiguousarray(rows.values.T)
-        if (np.abs(scales.astype(np.float32) - rows.scales) > _SCALE_ERROR * rows.scales).any():
+        if not self._can_store(rows.scales):
             values = _rounded_with(rows.dequantized().T, scales)
         return self._dequantized(weight, values, scales)
 
@@ -85,44 +82,39 @@ class TrtLinear:
         return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=1)
 
     def _int4(self, weight: Weight) -> ir.Value:
-        """One scale a block of INT4_BLOCK inputs of one output channel; -7 to 7, so that the sign costs nothing."""
-        check_divisible(weight.name, weight.shape[1], INT4_BLOCK)
+        """The checkpoint's own integers where it has such as TensorRT takes, or those nearest to its weights."""
+        imported = weight.imported()
+        if imported is not None and imported.blocks.symmetric and imported.input_order is None:
+            rows, blocks = imported.rows, imported.blocks
+            if blocks.bits == 8 and blocks.block_size == weight.shape[1]:
+                return self._calibrated(weight, Int8Rows(signed_codes(rows, bits=8), rows.scales[:, 0]))
+            if blocks.bits == 4 and blocks.block_size in INT4_SIZES and self._can_store(rows.scales):
+                return self._int4_blocks(weight, rows, blocks)
+        check_divisible(weight.name, weight.shape[1], INT4_BLOCKS.block_size)
+        return self._int4_blocks(weight, nearest_rows(weight.load(), INT4_BLOCKS), INT4_BLOCKS)
+
+    def _int4_blocks(self, weight: Weight, rows: QuantizedRows, blocks: Blocks) -> ir.Value:
+        """One scale a block of inputs of one output channel."""
         n, k = weight.shape
-        blocks = weight.load().T.reshape(k // INT4_BLOCK, INT4_BLOCK, n)
-        scales = self._stored_scales(best_int4_scales(blocks))
-        values = np.clip(np.rint(blocks / scales[:, None].astype(np.float32)), -8, 7).reshape(k, n)
-        packed = _pack_int4(values.astype(np.int8))
+        packed = _pack_int4(np.ascontiguousarray(signed_codes(rows, bits=4).T))
         stored = self._g.weight(f"{weight.name}.int4", self._g.write([packed]), ir.DataType.INT4, (k, n))
+        scales = np.ascontiguousarray(self._stored_scales(rows.scales).T)
         inputs = [stored, self._g.array(f"{weight.name}.int4.scales", scales)]
-        return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=0, block_size=INT4_BLOCK)
+        return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=0, block_size=blocks.block_size)
 
     def _stored_scales(self, scales: NDArray[np.float32]) -> NDArray[Any]:
         """In the compute type, and never 0."""
-        return np.maximum(scales, _SMALLEST).astype(self._precision.numpy_dtype)
+        return np.maximum(scales, SMALLEST_SCALE).astype(self._precision.numpy_dtype)
+
+    def _can_store(self, scales: NDArray[np.float32]) -> bool:
+        """Whether scales that integers were made for survive in the compute type."""
+        stored = self._stored_scales(scales).astype(np.float32)
+        return bool((np.abs(stored - scales) <= _SCALE_ERROR * scales).all())
 
 
 def _rounded_with(matrix: NDArray[np.float32], scales: NDArray[Any]) -> NDArray[np.int8]:
     """`[K, N]` to the nearest multiples of its columns' scales, -127 to 127."""
     return np.clip(np.rint(matrix / scales.astype(np.float32)), -127, 127).astype(np.int8)
-
-
-# Candidates for the end of a block's range, as shares of its largest magnitude: clipping one value a little often
-# costs less than coarser steps for the others. Beyond 1 lie ranges that use -8 as well.
-_INT4_SHRINK = np.linspace(0.75, 1.0, 11, dtype=np.float32)
-
-
-def best_int4_scales(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scales `[blocks, N]` with the least squared error for float32 `[blocks, block, N]`, -8 or +7 at the ends."""
-    top = np.abs(blocks).max(1)
-    best_error, best = np.full(top.shape, np.inf, np.float32), np.zeros_like(top)
-    for shrink in _INT4_SHRINK:
-        for steps in (7, 8):
-            scale = np.maximum(top * shrink / steps, np.float32(1e-30))
-            values = np.clip(np.rint(blocks / scale[:, None]), -8, 7)
-            error = np.square(values * scale[:, None] - blocks).sum(1)
-            is_better = error < best_error
-            best_error, best = np.where(is_better, error, best_error), np.where(is_better, scale, best)
-    return np.asarray(best, np.float32)
 
 
 def _pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:

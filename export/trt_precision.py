@@ -13,7 +13,14 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from export.precision import Blocks
 from runtime.errors import InvalidSetting
+
+INT4_SIZES = (64, 128)
+"""Inputs that may share an int4 scale: what TensorRT documents. tensorrt-rtx 1.7.1 builds 16, 32, 48, 96 and 256 as
+well, but no GPU was there to run them."""
+
+INT4_BLOCKS = Blocks(bits=4, block_size=INT4_SIZES[0], symmetric=True)
 
 
 class Scheme(Enum):
@@ -46,6 +53,14 @@ class TrtPrecision:
     def scheme_of(self, kind: str) -> Scheme:
         """What a layer kind is stored as."""
         return self.overrides.get(kind, self.scheme)
+
+    def blocks_of(self, kind: str) -> Blocks | None:
+        """The blocks a layer kind is stored in, None if it is not."""
+        return INT4_BLOCKS if self.scheme_of(kind) is Scheme.INT4_WEIGHTS else None
+
+    def wide_blocks(self, num_inputs: int) -> Blocks:
+        """The form of a layer for which 4 bits are too few: TensorRT's int8 has a scale an output channel."""
+        return Blocks(bits=8, block_size=num_inputs, symmetric=True)
 
 
 _NUMPY: Mapping[ir.DataType, np.dtype[Any]] = {

@@ -25,7 +25,7 @@ class Storage:
     """Bytes of a weight by kind, scales included, and the KV cache's type, for one precision of one runtime.
 
     qkv: of those projections where they are wider than the other layers; last_mlp: of the last layers' MLP, see
-    export/int4_model.py
+    export/int4_model.py; head: of an LM head of its own, where it is not stored as the embedding is
     """
 
     linear: float
@@ -33,6 +33,7 @@ class Storage:
     kv: str
     qkv: float | None = None
     last_mlp: float | None = None
+    head: float | None = None
 
 
 LAST_SHARE = 1 / 16
@@ -47,9 +48,9 @@ STORAGE = {
     ("ort", "w8a8"): Storage(1, _BLOCK_INT8, "float32"),
     ("trt", "fp32"): Storage(4, 4, "float32"),
     ("trt", "fp16"): Storage(2, 2, "float16"),
-    ("trt", "w8a16"): Storage(1, 2, "float16"),
-    ("trt", "w4a16"): Storage(0.5 + 2 / 64, 2, "float16", 1),
-    ("trt", "w8a8"): Storage(1, 2, "float16"),
+    ("trt", "w8a16"): Storage(1, 2, "float16", head=1),
+    ("trt", "w4a16"): Storage(0.5 + 2 / 64, 2, "float16", 1, 1, head=1),
+    ("trt", "w8a8"): Storage(1, 2, "float16", head=1),
 }
 
 
@@ -129,7 +130,7 @@ def _estimate(artifact: Artifact, storage: Storage) -> int:
     num_last = max(1, round(dims.num_layers * LAST_SHARE)) if storage.last_mlp else 0
     last = num_last * mlp * ((storage.last_mlp or 0) - storage.linear)
     table = dims.vocab_size * dims.hidden_size
-    head = 0.0 if artifact.manifest.is_tied else table * storage.embedding
+    head = 0.0 if artifact.manifest.is_tied else table * (storage.head or storage.embedding)
     return int(dims.num_layers * layer + last + table * storage.embedding + head)
 
 

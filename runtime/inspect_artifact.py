@@ -76,9 +76,10 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
     yield f"calibrated on {origin['source']}: {origin.get('num_sequences', '?')} sequences"
     if "two_pass_share" in found:
         yield f"  {found['two_pass_share']:.1%} of the multiply-adds in two int8 passes (LM head not counted)"
-    if errors := found.get("layer_errors"):
-        worst = sorted(errors.items(), key=lambda item: -float(item[1]))[:5]
-        yield "  largest output errors: " + ", ".join(f"{name} {error:.2%}" for name, error in worst)
+    for figure, words in (("layer_errors", ""), ("trt.layer_errors", " for TensorRT")):
+        if errors := found.get(figure):
+            worst = sorted(errors.items(), key=lambda item: -float(item[1]))[:5]
+            yield f"  largest output errors{words}: " + ", ".join(f"{name} {error:.2%}" for name, error in worst)
     if calibration["layers"]:
         yield from sensitivity_lines(calibration, two_pass)
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from export.calibrated_export import QuantizationOptions
+from export.calibration_set import CalibrationOptions
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import Artifact, FileEntry, sha256_of
 from runtime.cuda import Cuda
@@ -26,8 +28,15 @@ def export_tiny(
 ) -> Artifact:
     """A random model of three layers in the dialects that are compared; `changes` are of its config.json."""
     source = write_checkpoint(directory / "checkpoint", config_of(variant, **changes))
-    out = directory / "artifact"
-    return export_model(ExportOptions(model=str(source), out=out, precision=precision, dialects=dialects, force=True))
+    options = ExportOptions(
+        model=str(source),
+        out=directory / "artifact",
+        precision=precision,
+        dialects=dialects,
+        force=True,
+        quantization=QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64)),
+    )
+    return export_model(options)
 
 
 def write_engine(

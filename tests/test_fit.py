@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime.artifact import WEIGHTS, Artifact
+from runtime.artifact import TRT_WEIGHTS, WEIGHTS, Artifact
 from runtime.errors import InvalidSetting
 from runtime.fit import CONTEXTS, main, rows
 from runtime.kv_budget import FREE_FRACTION, plan_slots
@@ -32,16 +32,19 @@ def test_the_artifacts_own_row_is_what_the_server_would_do(tiny: Artifact) -> No
     assert min(CONTEXTS) > 256
 
 
-@pytest.mark.parametrize("precision", ["fp32", "w8a16", "w4a16"])
-def test_estimates_are_near_what_the_export_takes(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("dialect", "precision"), [("ort", "fp32"), ("ort", "w8a16"), ("ort", "w4a16"), ("trt", "w4a16")]
+)
+def test_estimates_are_near_what_the_export_takes(tmp_path: Path, dialect: str, precision: str) -> None:
     """Within a twentieth: norms, rotary tables and padding between tensors are not counted."""
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048}
-    artifact = export_tiny(tmp_path / precision, precision=precision, dialects=("ort",), **sizes)
-    other = export_tiny(tmp_path / "other", precision="fp16", dialects=("ort",), **sizes)
-    (row,) = (row for row in rows(other, MEMORY, 8) if (row.runtime, row.precision) == ("ort", precision))
+    artifact = export_tiny(tmp_path / precision, precision=precision, dialects=(dialect,), **sizes)
+    other = export_tiny(tmp_path / "other", precision="fp16", dialects=(dialect,), **sizes)
+    (row,) = (row for row in rows(other, MEMORY, 8) if (row.runtime, row.precision) == (dialect, precision))
     assert row.is_estimate
-    assert row.weight_bytes == pytest.approx(artifact.manifest.files[WEIGHTS].size, rel=0.05)
-    assert row.kv_dtype == artifact.manifest.kv.dtype
+    file = WEIGHTS if dialect == "ort" else TRT_WEIGHTS
+    assert row.weight_bytes == pytest.approx(artifact.manifest.files[file].size, rel=0.05)
+    assert row.kv_dtype == artifact.manifest.kv_of(dialect).dtype
 
 
 def test_an_engine_that_was_built_is_counted(tmp_path: Path) -> None:
