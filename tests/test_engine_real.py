@@ -25,7 +25,7 @@ pytestmark = pytest.mark.real
 if platform.machine() != "x86_64":
     pytest.skip("tensorrt-rtx is installed for tests on x86-64 only", allow_module_level=True)
 
-NUM_LAYERS, NUM_TOKENS = 3, 4096
+NUM_LAYERS, NUM_TOKENS = 2, 2048
 OPTIONS = EngineOptions(gpus=("sm86",), limits=EngineLimits(max_batch=8, prefill_chunk=64, max_len=512))
 
 
