@@ -101,6 +101,7 @@ def prepare(
         num_samples=options.calib.num_samples,
         length=options.calib.length_within(max_len),
         is_ignored=options.ignore_memory,
+        dialects=dialects,
     )
     if options.calibration is not None:
         found = load_calibration(options.calibration, config.vocab_size)

@@ -47,6 +47,8 @@ _SWEPT = 17  # an output's target, what is left of it, its errors and its intege
 _SEEN = 14  # an input, rounded in two passes and weighted
 _COMPARED = 24  # of a logit: both models', their logarithms, and what the divergence is summed from
 _RUN = 2.5  # int8 weights: mapped from the file, and packed for the kernel
+_HALF_TABLE = 6  # of a TensorRT graph, which runs as written: mapped in half precision, widened for the product
+_HEAD = 9  # that, and an LM head of its own beside it: int8, and widened in its stead
 
 
 class Phase(NamedTuple):
@@ -90,13 +92,20 @@ class _Sizes:
 
 
 def phases(
-    config: ModelConfig, scheme: Calibrated, *, num_samples: int, length: int, workers: int | None = None
+    config: ModelConfig,
+    scheme: Calibrated,
+    *,
+    num_samples: int,
+    length: int,
+    workers: int | None = None,
+    dialects: Sequence[str] = ("ort",),
 ) -> list[Phase]:
     """Peak of each phase of an export that calibrates on `num_samples` sequences of `length` tokens."""
     sizes = _Sizes(config, workers or num_workers())
     found = _int8_phases if scheme is Calibrated.INT8 else _int4_phases
     overhead = _PROCESS + _WORKER * (sizes.workers if scheme is Calibrated.INT8 else 0)
-    sizes_of = {**found(sizes, config, num_samples, length), "verification": _verification(sizes, config, scheme)}
+    verification = _verification(sizes, config, scheme, dialects)
+    sizes_of = {**found(sizes, config, num_samples, length), "verification": verification}
     return [Phase(name, int(size + overhead)) for name, size in sizes_of.items()]
 
 
@@ -134,8 +143,8 @@ def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
     return {"rounding": streams + max(4 * s.head, working, s.layer + tokens * 2 * s.inputs + rounded)}
 
 
-def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated) -> float:
-    """The graph runs, then the reference: what the first held is not all given back."""
+def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated, dialects: Sequence[str]) -> float:
+    """Each graph runs, then the reference: what they held is not all given back."""
     per_token = kv_bytes_per_token(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
     )
@@ -143,14 +152,26 @@ def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated) -> float:
     cache = (WINDOW + BATCH * (MAX_PROMPT + NUM_GREEDY)) * per_token
     layers = s.weights * config.num_layers * (1 if scheme is Calibrated.INT8 else 0.625)
     heads = s.head * (1 if config.tie_word_embeddings and scheme is Calibrated.BLOCKS else 2) * 1.125
-    return _RUN * (layers + heads) + cache + 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
+    graphs = 0.0
+    if "ort" in dialects:
+        graphs += _RUN * (layers + heads)
+    if set(dialects) - {"ort"}:
+        graphs += layers + s.head * (_HALF_TABLE if config.tie_word_embeddings else _HEAD)
+    return graphs + cache + 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
 
 
 def check_memory(
-    config: ModelConfig, scheme: Calibrated, *, num_samples: int, length: int, is_ignored: bool = False
+    config: ModelConfig,
+    scheme: Calibrated,
+    *,
+    num_samples: int,
+    length: int,
+    is_ignored: bool = False,
+    dialects: Sequence[str] = ("ort",),
 ) -> None:
     """Say on standard error what the export will take; InvalidSetting, with the numbers, if that is not free."""
-    highest = max(phases(config, scheme, num_samples=num_samples, length=length), key=lambda phase: phase.size)
+    found = phases(config, scheme, num_samples=num_samples, length=length, dialects=dialects)
+    highest = max(found, key=lambda phase: phase.size)
     free = available_memory()
     words = f"needs about {format_bytes(highest.size)} of memory ({highest.name}), {format_bytes(free)} are free"
     if highest.size > free and not is_ignored:

@@ -34,12 +34,13 @@ def test_it_does_not_grow_with_the_text_but_with_the_model(scheme: Calibrated) -
         assert highest(scheme, **{name: value}) > highest(scheme), name
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
-def test_it_is_near_what_an_export_takes(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "dialects"), [("w8a8", "ort"), ("w4a16", "ort"), ("w4a16", "ort,trt")])
+def test_it_is_near_what_an_export_takes(precision: str, dialects: str, tmp_path: Path) -> None:
     """A vocabulary that outweighs the libraries; benchmarks/calibration_memory.py holds larger models to 20 %."""
-    raw = config_of("llama", hidden_size=128, vocab_size=60_000, num_hidden_layers=1)
+    raw = config_of("llama", hidden_size=128, intermediate_size=256, vocab_size=60_000, num_hidden_layers=1)
     model = write_checkpoint(tmp_path / "model", raw)
     command = [sys.executable, "-m", "headrace", "export", str(model), "--precision", precision, "--force"]
+    command += ["--dialect", dialects]
     command += ["--out", str(tmp_path / "artifact"), "--calib-samples", "4", "--calib-length", "64"]
     # A process of its own, whose children's peak is the export's alone.
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
@@ -47,5 +48,6 @@ def test_it_is_near_what_an_export_takes(precision: str, tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     peak = int(done.stdout) * 1024
     scheme = Calibrated.INT8 if precision == "w8a8" else Calibrated.BLOCKS
-    predicted = max(phase.size for phase in phases(parse_config(raw), scheme, num_samples=4, length=64))
+    found = phases(parse_config(raw), scheme, num_samples=4, length=64, dialects=dialects.split(","))
+    predicted = max(phase.size for phase in found)
     assert 0.75 < predicted / peak < 1.3, (predicted, peak)
