@@ -39,6 +39,7 @@ REPLY_S = 120
 SETTLE_S = 20
 """After the last client has gone, until every slot must be free."""
 MAX_GROWTH = 0.03
+NUM_SLOTS, MAX_LEN, ANSWER = 16, 1024, 100
 PREFIX_CACHE = "4MB"
 """Some 150 blocks of the tiny model: full, and evicting, long before the warm-up is over."""
 SHORTCUTS = ("prompt_tokens", "prefix_cached_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens")
@@ -82,9 +83,27 @@ async def fire(server: Server, shot: Shot, rng: random.Random, hang_up: float) -
     return "answered" if status != OK or is_whole(shot, reply) else f"lost: cut short: {reply[-200:]!r}"
 
 
+async def fill(server: Server) -> None:
+    """Use to its end what the server reserves: slots, prefix cache, room for the logits of a chunk.
+
+    Linux gives memory when it is first written, so what was promised at the start would pass for growth later.
+    """
+    rng = random.Random()
+    for has_scores in (False, True):
+        prompts = [[rng.randrange(200) for _ in range(MAX_LEN - ANSWER)] for _ in range(NUM_SLOTS)]
+        body: Json = {"model": server.model, "max_tokens": ANSWER, "ignore_eos": True}
+        body |= {"echo": True, "logprobs": 0} if has_scores else {}
+        outcomes = await asyncio.gather(
+            *(fire(server, Shot(COMPLETIONS, body | {"prompt": prompt}), rng, 0.0) for prompt in prompts)
+        )
+        if set(outcomes) != {"answered"}:
+            raise HeadraceError(f"the server could not be filled: {outcomes}")
+
+
 async def storm(server: Server, args: argparse.Namespace) -> Json:
     """The first part. Counts of outcomes, requests a second, memory after the warm-up and at the end."""
     rng = random.Random(args.seed)
+    await fill(server)
     outcomes: Counter[str] = Counter()
     memory: list[int] = []
     shots = iter(range(args.requests))
@@ -172,7 +191,7 @@ def count_5xx(server: Server) -> dict[str, int]:
 
 
 def measure(artifact: Path, args: argparse.Namespace, scratch: Path) -> Json:
-    flags = ["--max-len", "1024", "--max-batch", "16", "--max-waiting", "1000", "--read-timeout", "10"]
+    flags = ["--max-len", str(MAX_LEN), "--max-batch", str(NUM_SLOTS), "--max-waiting", "1000", "--read-timeout", "10"]
     flags += ["--speculate", "--prefix-cache", PREFIX_CACHE]
     errors = scratch / "errors"
     with served(artifact, errors, flags) as server:
