@@ -9,9 +9,9 @@ One engine of its own. Greedy streams run all the time; three situations in turn
     short    the same, and in the middle of each long prompt a short one arrives
 
 Measured are the times between two tokens of a stream, and from the arrival of the short prompts to their first token.
-Every step decodes all streams and prefills at most one chunk, so the bound of the first is a decode step and a chunk,
-and of the second two of those: the chunk under way, and its own turn. Both runs are measured beside the engine, in the
-same process, and the bounds are made of their medians. Prints a table, then one JSON line.
+Every step decodes all streams and prefills at most one chunk. So the first is bounded by a decode step and a chunk, and
+the second by two of those, for a short prompt arrives between two steps: a long prompt's turn, and its own. Both runs
+are measured in the same process, and the bounds are made of their medians. Prints a table, then one JSON line.
 """
 
 import argparse
