@@ -98,6 +98,7 @@ class Speculator:
         self.cost = RunCost()
         self._draft_model = draft_model
         self._min_gain = min_gain
+        self._modelled: list[Sequence] = []  # whose draft in this step is the model's
 
     def draft(self, sequences: Rows[Sequence], num_rows: int, max_width: int) -> list[list[int]] | None:
         """One draft for each sequence, some of them empty; None if no draft pays.
@@ -114,14 +115,17 @@ class Speculator:
                 sequence.model_odds += ODDS_RECOVERY * (MODEL_ODDS - sequence.model_odds)
             return None
         limits = [min(prospect.limit, width - 1) for prospect in known]
+        # Where the draft model is to guess and has not caught up yet, nothing is drafted.
         drafts = [
-            sequence.ngrams.guess(limit) if limit and sequence.ngrams is not None else []
-            for sequence, limit in zip(sequences, limits, strict=True)
+            sequence.ngrams.guess(limit) if limit and sequence.ngrams is not None and not prospect.is_modelled else []
+            for sequence, limit, prospect in zip(sequences, limits, known, strict=True)
         ]
+        self._modelled = []
         if self._draft_model is not None:
             modelled = [limit if prospect.is_modelled else 0 for limit, prospect in zip(limits, known, strict=True)]
             if any(modelled):
                 guesses = self._guesses(self._draft_model, sequences, modelled)
+                self._modelled = [sequence for sequence, guess in zip(sequences, guesses, strict=True) if guess]
                 drafts = [guess or draft for guess, draft in zip(guesses, drafts, strict=True)]
         return drafts if any(drafts) else None
 
@@ -135,7 +139,7 @@ class Speculator:
 
     def hear(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         """So much of a draft was right. Copied drafts are judged by the index itself, token by token."""
-        if num_drafted and self._draft_model is not None:
+        if num_drafted and any(sequence is one for one in self._modelled):
             for is_right in [True] * num_accepted + [False] * (num_accepted < num_drafted):
                 sequence.model_odds += ODDS_GAIN * (is_right - sequence.model_odds)
 

@@ -183,9 +183,10 @@ def _content(operation: Operation) -> Json:
     content: Json = {JSON: {"schema": ref(operation.reply)}}
     if operation.chunk is not None:
         data: Json = {"type": "string", "description": f"A {operation.chunk} or an Error as JSON; at the end [DONE]."}
+        # A `schema` beside it would describe all the events, as an array (OpenAPI 3.2, sequential media types).
+        event: Json = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         content[EVENTS] = {
-            "schema": {"type": "string", "description": "The answer in pieces, if `stream` is true."},
-            "itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]},
+            "itemSchema": event | {"description": "A piece of the answer, if `stream` is true."},
         }
     return content
 

@@ -100,6 +100,28 @@ def test_a_prompt_must_fit_in_what_is_left(client: FlaskClient) -> None:
     assert complete(client, CAROL, prompt="x" * 6, max_tokens=1).status_code == 200
 
 
+def test_nobody_finds_anothers_prompt_in_the_prefix_cache() -> None:
+    """Reuse is seen in the usage and in the time to the first token; it is within a key, and there within a salt."""
+    model = fake_text_model(capacity=256, prefix_cache=10**6)
+    model.start()
+    keys = KeyRing([make_key("alice", ALICE), make_key("bob", BOB)])
+    client = create_app(model, access=Access(keys)).test_client()
+
+    def num_cached(secret: str, **fields: Any) -> int:
+        answer = complete(client, secret, prompt="the launch code is 7319, tell nobody about it. " * 2, **fields)
+        cached: int = answer.get_json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return cached
+
+    assert [num_cached(ALICE) for _ in range(2)] == [0, 64]
+    assert [num_cached(BOB) for _ in range(2)] == [0, 64]
+    # A salt is no way into another's cache: neither a name nor what separates it from the salt.
+    for guess in ("alice", "alice\0", "\0", "", "bob"):
+        assert num_cached(BOB, cache_salt=guess) == (0 if guess else 64), guess
+    assert num_cached(ALICE, cache_salt="team") == 0
+    assert num_cached(ALICE, cache_salt="team") == 64
+    model.close()
+
+
 def test_pages_of_other_origins_may_not_read(client: FlaskClient) -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     allowed = client.options("/v1/chat/completions", headers={"Origin": "https://chat.example", **asked})

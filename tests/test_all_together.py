@@ -1,0 +1,248 @@
+"""Every feature in the same batches on a real graph: each request gets what it gets alone, on an engine with none.
+
+Greedy, sampled, schema-bound, copying, cached, scored and cancelled requests join one engine in random order at random
+steps; it has few slots, a small prefix cache, and takes every draft along, of the text's own or of a draft model.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from export.pipeline import ExportOptions, export_model
+from runtime.artifact import Artifact, open_artifact
+from runtime.core import Constraint, ConstraintKind, FinishReason, Request, RequestOptions, SamplingParams, TokenEvent
+from runtime.draft_model import DraftModel
+from runtime.engine import Engine
+from runtime.grammar import GrammarCompiler
+from runtime.ort_session import OrtSession
+from runtime.speculation import Speculator
+from runtime.stop_strings import RequestText
+from tests.byte_tokenizer import byte_level_hf, byte_tokenizer
+from tests.test_engine import Recorder, check_cache, check_slots
+from tests.tiny_checkpoint import config_of, write_checkpoint
+
+EOS_ID, CAPACITY, NUM_SLOTS, CHUNK, CACHE_BYTES = 257, 320, 6, 48, 300_000
+TOKENIZER = byte_tokenizer()
+LOGPROB_ERROR = 1e-4
+"""A token of a draft goes through another attention kernel than a single one; log-probabilities of 3e-5 and less."""
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["anna", "tom"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+PERSON = '{"name": "anna", "age": 34}\n'
+HEAD = (
+    "Every prompt that begins like this one shares three blocks of the cache with the others, if the salt is the same. "
+)
+
+
+class Asked(NamedTuple):
+    """One request; a `cancelled_at` is the number of events after which its client leaves."""
+
+    prompt: str
+    params: SamplingParams
+    options: RequestOptions = RequestOptions()
+    cancelled_at: int | None = None
+
+
+def constraint(kind: ConstraintKind, source: Any) -> Constraint:
+    return Constraint(kind, source if isinstance(source, str) else json.dumps(source), "structured_outputs")
+
+
+def greedy(max_tokens: int, **settings: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **settings)
+
+
+def sampled(max_tokens: int, seed: int, **settings: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.8, "seed": seed, "logprobs": 1, **settings})
+
+
+PERSONS = constraint(ConstraintKind.JSON_SCHEMA, SCHEMA)
+CODE = constraint(ConstraintKind.REGEX, "[ab]{3}-[0-9]{2}(;[ab]{3}-[0-9]{2}){0,4}")
+WORD = constraint(ConstraintKind.CHOICE, ["left", "right", "left and right"])
+LONG = "This sentence is long enough to be cut into several chunks, whatever its neighbours are. " * 2
+OTHER_SALT = RequestOptions(cache_salt="another")
+ASKED = {
+    "greedy": Asked("One, two,", greedy(30)),
+    "greedy, penalties": Asked("three, four,", greedy(25, repetition_penalty=1.2, frequency_penalty=0.5, logprobs=2)),
+    "sampled": Asked("five", sampled(30, 1, top_p=0.9)),
+    "sampled, stop": Asked("six, seven", sampled(40, 2, top_k=12, min_p=0.02, stop=("q", "zz"))),
+    "copy": Asked("the same words again and " * 5, greedy(60)),
+    "copy, sampled": Asked("the same words again and " * 4, sampled(50, 3, temperature=0.3)),
+    "schema": Asked(PERSON * 3, greedy(140, constraint=PERSONS)),
+    "schema, sampled": Asked(PERSON * 3, sampled(140, 4, temperature=1.5, constraint=PERSONS)),
+    "schema, cut": Asked(PERSON * 2, greedy(9, constraint=PERSONS)),
+    "regex": Asked("aab-12;abb-13;aab-12;abb-13;", greedy(40, constraint=CODE, logprobs=1)),
+    "regex, cached": Asked(HEAD + "aab-12;aab-12;", sampled(40, 5, constraint=CODE)),
+    "choice": Asked("left and right and left and right", greedy(20, constraint=WORD)),
+    "cached": Asked(HEAD + "A", greedy(20)),
+    "cached, sampled": Asked(HEAD + "Bb", sampled(20, 6, presence_penalty=0.4)),
+    "cached, another salt": Asked(HEAD + "A", greedy(20), OTHER_SALT),
+    "cached, urgent": Asked(HEAD * 2 + "C", sampled(20, 7), RequestOptions(priority=-5)),
+    "scored": Asked(HEAD + "A", greedy(0, prompt_logprobs=1)),
+    "scored, answered": Asked(LONG, sampled(12, 8, prompt_logprobs=0)),
+    "scored, schema": Asked(PERSON * 3, greedy(140, prompt_logprobs=0, constraint=PERSONS)),
+    "long": Asked(LONG, greedy(40)),
+    "cancelled": Asked("eight, nine", greedy(200), cancelled_at=7),
+    "cancelled copy": Asked("the same words again and " * 5, greedy(150), cancelled_at=20),
+    "cancelled schema": Asked(PERSON * 3, greedy(140, constraint=PERSONS), cancelled_at=3),
+    "cancelled cached": Asked(HEAD + "D", sampled(100, 9), cancelled_at=2),
+    "cancelled at once": Asked(LONG, greedy(100, prompt_logprobs=0), cancelled_at=0),
+}
+
+
+def exported(path: Path, precision: str) -> Artifact:
+    source = write_checkpoint(path / "checkpoint", config_of("llama", max_position_embeddings=512, eos_token_id=EOS_ID))
+    byte_level_hf().save(str(source / "tokenizer.json"))
+    export_model(ExportOptions(model=str(source), out=path / precision, precision=precision, force=True))
+    return open_artifact(path / precision, allow_failed=True)
+
+
+def opened(artifact: Artifact) -> OrtSession:
+    return OrtSession.open(artifact, num_slots=NUM_SLOTS, capacity=CAPACITY, keeps_single_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrtSession]:
+    session = opened(exported(tmp_path_factory.mktemp("target"), "fp32"))
+    yield session
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def draft_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrtSession]:
+    """The same model with rounded weights: often right, not always."""
+    session = opened(exported(tmp_path_factory.mktemp("draft"), "w4a16"))
+    yield session
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def grammars(session: OrtSession) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(TOKENIZER, vocab_size=session.info.vocab_size, eos_ids=frozenset({EOS_ID}))
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture(scope="module")
+def alone(session: OrtSession, grammars: GrammarCompiler) -> dict[str, list[TokenEvent]]:
+    """What each request gets from an engine of its own, without cache and drafts, its prompt in one piece."""
+    events = {}
+    for name, asked in ASKED.items():
+        engine = Engine(session, prefill_chunk=CAPACITY)
+        _, recorder = submit(engine, grammars, name, asked)
+        while engine.has_work:
+            engine.step()
+        events[name] = recorder.events
+    return events
+
+
+def submit(engine: Engine, grammars: GrammarCompiler, name: str, asked: Asked) -> tuple[Request, Recorder]:
+    recorder, prompt_ids, params = Recorder(), TOKENIZER.encode(asked.prompt), asked.params
+    request = Request(
+        request_id=name,
+        prompt_ids=prompt_ids,
+        params=params,
+        eos_ids=frozenset({EOS_ID}),
+        sink=recorder,
+        text=RequestText(TOKENIZER.detokenizer(prompt_ids), params.stop),
+        options=asked.options,
+        guide=None if params.constraint is None else grammars.guide(params.constraint),
+    )
+    engine.add(engine.prepare(request))
+    return request, recorder
+
+
+class Trace:
+    """One engine, to which the requests come in random order, some with every step."""
+
+    def __init__(self, engine: Engine, grammars: GrammarCompiler, seed: int) -> None:
+        self.engine = engine
+        self.requests: dict[str, Request] = {}
+        self.recorders: dict[str, Recorder] = {}
+        self.company: set[str] = set()
+        """The most kinds of request, by the first word of their name, that held slots at one time."""
+        rng = np.random.default_rng(seed)
+        names = rng.permutation(list(ASKED)).tolist()
+        while names or engine.has_work:
+            for name in [names.pop() for _ in range(min(len(names), int(rng.integers(0, 4))))]:
+                self.requests[name], self.recorders[name] = submit(engine, grammars, name, ASKED[name])
+            engine.step()
+            self._cancel()
+            self._check()
+
+    def _cancel(self) -> None:
+        for name, recorder in self.recorders.items():
+            limit = ASKED[name].cancelled_at
+            if limit is not None and len(recorder.events) >= limit:
+                self.engine.cancel(name)
+
+    def _check(self) -> None:
+        check_slots(self.engine)
+        check_cache(self.engine, CACHE_BYTES)
+        running = {re.split("[ ,]", name)[0] for name, item in self.engine.live.items() if item.slot is not None}
+        self.company = max(self.company, running, key=len)
+
+
+def check_same(got: list[TokenEvent], expected: list[TokenEvent], *, is_exact: bool) -> None:
+    """The same tokens, texts and reasons; log-probabilities to the bit, or as near as another kernel rounds."""
+    error = 0.0 if is_exact else LOGPROB_ERROR
+    for one, other in zip(got, expected, strict=True):
+        assert one[:2] == other[:2] and one.finish_reason == other.finish_reason and one.error is other.error is None
+        assert one.prompt_logprobs == other.prompt_logprobs, "drafts begin after the prompt"
+        for (a_id, a), (b_id, b) in zip(one.top_logprobs, other.top_logprobs, strict=True):
+            assert a_id == b_id and a == pytest.approx(b, abs=error, rel=0)
+        assert one.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=error, rel=0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("has_draft_model", [False, True], ids=["copied drafts", "draft model"])
+def test_everything_together_gets_what_each_gets_alone(
+    session: OrtSession,
+    draft_session: OrtSession,
+    grammars: GrammarCompiler,
+    alone: dict[str, list[TokenEvent]],
+    seed: int,
+    *,
+    has_draft_model: bool,
+) -> None:
+    draft_model = DraftModel(draft_session, prefill_chunk=32) if has_draft_model else None
+    speculator = Speculator(draft_model, min_gain=0.0)
+    engine = Engine(session, prefill_chunk=CHUNK, prefix_cache=CACHE_BYTES, speculator=speculator)
+    trace = Trace(engine, grammars, seed)
+    for name, asked in ASKED.items():
+        got, usage = trace.recorders[name].events, trace.requests[name].usage
+        if asked.cancelled_at is not None:
+            assert got[-1].finish_reason is FinishReason.CANCELLED and len(got) > asked.cancelled_at
+            check_same(got[:-1], alone[name][: len(got) - 1], is_exact=not usage.num_drafted)
+            continue
+        check_same(got, alone[name], is_exact=not usage.num_drafted)
+        if asked.params.prompt_logprobs is not None:
+            assert usage.num_cached == 0, "every position of it is computed"
+    usages = {name: request.usage for name, request in trace.requests.items()}
+    assert len(trace.company) >= 4, "kinds that shared batches"
+    for name in ("copy", "copy, sampled", "schema", "regex", "long"):
+        assert usages[name].num_drafted > 0, name
+    assert sum(usage.num_accepted for usage in usages.values()) > 50
+    assert usages["schema"].num_accepted > 0
+    assert sum(usages[name].num_cached for name in ASKED if "cached" in name) >= 96
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
+def test_answers_alone_are_what_was_asked_for(alone: dict[str, list[TokenEvent]]) -> None:
+    """So that the comparison compares something: forms are kept, and requests end in every way."""
+    texts = {name: "".join(event.text for event in events) for name, events in alone.items()}
+    for name in ("schema", "schema, sampled", "scored, schema"):
+        Draft202012Validator(SCHEMA).validate(json.loads(texts[name]))
+    assert not texts["schema, cut"].endswith("}")
+    assert re.fullmatch(CODE.source, texts["regex"]) and texts["choice"] in json.loads(WORD.source)
+    reasons = {name: events[-1].finish_reason for name, events in alone.items()}
+    assert reasons["schema"] is FinishReason.STOP and reasons["greedy"] is FinishReason.LENGTH
+    assert alone["scored"][0].prompt_logprobs is not None and texts["scored"] == ""
