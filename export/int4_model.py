@@ -21,7 +21,8 @@ where nothing is left of those blocks, round to nearest costs +21.0 % and +25.3 
 measured there.
 
 TensorRT's graph is rounded apart, in symmetric blocks of 64, the last MLPs with a scale an output channel: to nearest
-+21.3 % on the project's two texts, as here +7.6 % (KL 0.077); see trt_precision.py for blocks of 32.
++21.3 % on the project's two texts, as here +6.7 and +7.6 % (KL 0.080, 0.077) in two
+runs whose sums differed in order; see trt_precision.py for blocks of 32.
 """
 
 from collections.abc import Mapping, Sequence

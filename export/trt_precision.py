@@ -19,7 +19,7 @@ from runtime.errors import InvalidSetting
 INT4_SIZES = (64, 128)
 """Inputs that may share an int4 scale: what TensorRT documents. The builder of tensorrt-rtx 1.7.1 takes any divisor of
 the rows (16, 32, 48, 64, 96, 128 and 256 were tried) but runs nothing. In SmolLM2-135M blocks of 32 raise perplexity by
-5.9 % (KL 0.063 nats) instead of 7.6 % (0.077), for 2.1 % more bytes: worth it once a GPU has run them."""
+5.9 % (KL 0.063 nats) instead of 7 % (0.08), for 2.1 % more bytes: worth it once a GPU has run them."""
 
 INT4_BLOCKS = Blocks(bits=4, block_size=INT4_SIZES[0], symmetric=True)
 
