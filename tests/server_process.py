@@ -52,13 +52,21 @@ def spawn(*flags: str, module: str = "tests.fake_server") -> "subprocess.Popen[s
     )
 
 
+def _first_line(process: "subprocess.Popen[str]") -> str:
+    """Byte by byte: what a buffer had read beyond the line would be missing from what `communicate` returns."""
+    assert process.stdout is not None
+    line = b""
+    while not line.endswith(b"\n") and (piece := os.read(process.stdout.fileno(), 1)):
+        line += piece
+    return line.decode()
+
+
 @contextmanager
 def running_server(*flags: str, module: str = "tests.fake_server") -> Iterator[ServerProcess]:
     """A server that is ready; killed in the end if the test has not stopped it."""
     process = spawn("--port", "0", *flags, module=module)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
+        line = _first_line(process)
         match = READY.match(line)
         assert match, (line, process.communicate(timeout=PATIENCE_S) if not line else "")
         yield ServerProcess(process, match[2])
