@@ -13,6 +13,8 @@ NUM_SALTS = 300
 """Tenants that share no prefix: more than a small cache holds."""
 NUM_SCHEMAS = 60
 """Different constraints: more than the server keeps compiled."""
+MAX_BESIDE_TOOLS = 100
+"""Characters of a prompt: with a token for each byte, a description of three tools fills most of the context."""
 PERSON = '{"name": "anna", "age": 34}\n'
 
 
@@ -50,7 +52,7 @@ def make_shot(rng: random.Random, model: str) -> Shot:
         if rng.random() < 0.2:
             body |= {"logprobs": True, "top_logprobs": 3}
         elif rng.random() < 0.2:
-            form = _tools(rng)
+            form, text = _tools(rng), text[:MAX_BESIDE_TOOLS]
         return Shot(CHAT, body | form | {"messages": [{"role": "user", "content": text}]}, statuses)
     scores = rng.random()
     if scores < 0.15:

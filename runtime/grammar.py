@@ -163,7 +163,8 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id = min(eos_ids)
         known = min(tokenizer.vocab_size, vocab_size)
-        self.special_token_ids = [i for i in range(known) if tokenizer.is_special(i)]
+        # What ends the text is never text, even where its token is an ordinary one.
+        self.special_token_ids = [i for i in range(known) if tokenizer.is_special(i) or i in eos_ids]
         specials = frozenset(self.special_token_ids)
         self.tokens = [
             tokenizer.token_text(i).encode() if i in specials else tokenizer.token_bytes(i) for i in range(known)

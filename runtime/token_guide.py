@@ -100,7 +100,8 @@ class GrammarGuide:
         started_s = time.thread_time()
         self._masks, self._draft = [self._mask()], draft
         for token_id in draft:
-            if not self._masks[-1][token_id] or not self._matcher.consume_token(token_id):
+            # Behind the end nothing is computed: a token taken there counts for no rollback.
+            if self._matcher.is_stopped() or not self._masks[-1][token_id] or not self._matcher.consume_token(token_id):
                 break
             self._masks.append(self._mask())
         if len(self._masks) > 1:

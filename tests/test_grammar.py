@@ -148,6 +148,23 @@ def test_a_draft_is_looked_at_ahead_and_a_step_back_is_a_step_back(compiler: Gra
     assert not guide.is_stopped and np.array_equal(guide.allowed(), masks[-1])
 
 
+@pytest.mark.parametrize(("source", "text"), [("a?", "a"), ("ab", "ab"), ("a+", "aaa")])
+@pytest.mark.parametrize("behind", [[EOS_ID], [EOS_ID, EOS_ID], [EOS_ID, 5], [5]])
+def test_a_draft_may_go_on_behind_the_end(compiler: GrammarCompiler, source: str, text: str, behind: list[int]) -> None:
+    guide = compiler.guide(constraint(REGEX, source))
+    guide.prepare([*ids_of(text), *behind])
+    assert follow(guide, text) and (guide.is_stopped or guide.allowed()[EOS_ID])
+
+
+def test_an_ordinary_token_that_ends_the_text_is_no_text() -> None:
+    """Tiny and odd models have such: `#` is token 2 here, and the end. Inside a string it must not be offered."""
+    compiler = GrammarCompiler(TOKENIZER, vocab_size=VOCAB_SIZE, eos_ids=frozenset(ids_of("#")))
+    guide = compiler.guide(constraint(SCHEMA, {"type": "string"}))
+    assert follow(guide, '"a') and not guide.allowed()[ids_of("#")[0]]
+    guide.prepare(ids_of('b#c"'))
+    assert follow(guide, 'bc"') and (guide.is_stopped or guide.allowed()[ids_of("#")[0]])
+
+
 def test_grammars_are_kept_but_not_without_end(compiler: GrammarCompiler) -> None:
     first = compiler.guide(constraint(REGEX, "kept"))
     assert follow(first, "ke")
