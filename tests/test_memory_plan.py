@@ -29,7 +29,7 @@ def highest(scheme: Calibrated, *, num_samples: int = 128, length: int = 512, **
 def test_it_does_not_grow_with_the_text_but_with_the_model(scheme: Calibrated) -> None:
     assert highest(scheme, num_samples=100_000) == highest(scheme)
     assert highest(scheme, num_samples=1, length=16) <= highest(scheme)
-    larger = {"vocab_size": 128_000, "hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 200}
+    larger = {"vocab_size": 1_000_000, "hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 200}
     for name, value in larger.items():
         assert highest(scheme, **{name: value}) > highest(scheme), name
 
