@@ -41,7 +41,6 @@ from werkzeug.wsgi import ClosingIterator
 
 from runtime.errors import HeadraceError, InvalidSetting
 from serve.access import Access
-from serve.allocator import limit_arenas
 from serve.api_keys import KeyRing, read_keys
 from serve.app import create_app
 from serve.logs import configure_logging
@@ -187,7 +186,6 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
     def load(self) -> Flask:
         """Called by the worker once it runs. Requests are answered from now on, with 503 until the models are there."""
         configure_logging(self.settings.log_format)
-        limit_arenas()
         threading.Thread(target=self._load_models, name="load", daemon=True).start()
         if (endpoint := endpoint_of(self.settings.otlp_endpoint)) is not None:
             self._traces = Traces(endpoint)
