@@ -130,6 +130,7 @@ def test_what_cannot_be_measured_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     artifact = exported(tmp_path, "llama")
+    capsys.readouterr()  # a slow export draws progress bars
     assert main(["bench", str(artifact.path), "--prompt", "8", *flags]) == 2
     out, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and not out
