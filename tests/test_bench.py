@@ -138,6 +138,7 @@ def test_what_cannot_be_measured_is_one_line(
 
 def test_an_artifact_without_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = exported(tmp_path, "llama", has_tokenizer=False)
+    capsys.readouterr()
     assert main(["bench", str(artifact.path), "--prompt", "8"]) == 2
     error = capsys.readouterr().err
     assert "tokenizer.json" in error and error.count("\n") == 1
