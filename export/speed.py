@@ -46,10 +46,9 @@ def measure_speed(artifact: Artifact, work: Workload) -> Speed:
     Where memory does not hold all rows' caches fewer are decoded together, and the step is charged for all of them.
     """
     from runtime.bench_runs import decode, prefill
-    from runtime.inspect_artifact import bytes_per_token
 
     capacity = min(work.prompt_len + max(work.new_tokens, 1), artifact.manifest.dims.max_len)
-    rows = max(1, min(work.rows, int(default_budget() // (capacity * bytes_per_token(artifact)))))
+    rows = max(1, min(work.rows, int(default_budget() // (capacity * artifact.kv_bytes_per_token))))
     session = OrtSession.open(artifact, num_slots=rows, capacity=capacity)
     try:
         prefill(session, work.prompt_len)  # the first run of a length allocates

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import InvalidArtifact
+from runtime.kv_budget import kv_bytes_per_token
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -167,6 +168,17 @@ class Artifact:
     def weight_bytes(self) -> int:
         """Size of the weight file."""
         return self.manifest.files[WEIGHTS].size if WEIGHTS in self.manifest.files else 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache a token takes, in the `ort` dialect."""
+        dims = self.manifest.dims
+        return kv_bytes_per_token(
+            num_layers=dims.num_layers,
+            num_kv_heads=dims.num_kv_heads,
+            head_dim=dims.head_dim,
+            dtype=self.manifest.kv.dtype,
+        )
 
     def model_file(self, dialect: str = "ort") -> Path:
         """Path of the graph of one dialect; InvalidArtifact if the artifact has no such dialect."""

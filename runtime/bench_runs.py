@@ -17,7 +17,6 @@ import numpy as np
 from runtime.artifact import Artifact
 from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
-from runtime.inspect_artifact import bytes_per_token
 from runtime.kv_budget import default_budget, format_bytes
 from runtime.ort_session import OrtSession
 from runtime.session import Batch, Session
@@ -120,7 +119,7 @@ def opened(
     Raises InvalidArtifact without a tokenizer (requests of the engine carry text), InvalidSetting if the cache does not
     fit in memory: with fewer slots the engine would measure something else.
     """
-    wanted, room = batch * capacity * bytes_per_token(artifact), default_budget()
+    wanted, room = batch * capacity * artifact.kv_bytes_per_token, default_budget()
     if wanted > room:
         raise InvalidSetting(
             f"{batch} rows of {capacity:,} tokens take {format_bytes(wanted)} of KV cache and {format_bytes(room)} "

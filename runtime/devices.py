@@ -11,7 +11,6 @@ from runtime.cuda import Cuda, load_cuda
 from runtime.engine_files import TARGETS, EngineFile, find_engine
 from runtime.environment import Environment
 from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
-from runtime.inspect_artifact import bytes_per_token
 from runtime.kv_budget import DEVICE_FREE_FRACTION, default_budget, plan_slots
 from runtime.session import Session
 from runtime.settings import EngineSettings
@@ -143,7 +142,7 @@ def _slots(artifact: Artifact, settings: EngineSettings, budget: int) -> tuple[i
     num_slots = plan_slots(
         max_batch=settings.max_batch,
         capacity=capacity,
-        bytes_per_token=bytes_per_token(artifact),
+        bytes_per_token=artifact.kv_bytes_per_token,
         budget=budget if settings.kv_memory is None else settings.kv_memory,
     )
     return num_slots, capacity

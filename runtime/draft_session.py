@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from runtime.artifact import Artifact, open_artifact
 from runtime.errors import InvalidSetting
-from runtime.inspect_artifact import bytes_per_token
 from runtime.kv_budget import default_budget
 from runtime.session import Session, SessionInfo
 from runtime.settings import EngineSettings
@@ -36,7 +35,7 @@ def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) ->
     budget = settings.kv_memory
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
-    ours, its = bytes_per_token(target), bytes_per_token(draft)
+    ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token
     return replace(settings, device="cpu", kv_memory=max(1, budget * ours // (ours + its)))
 
 

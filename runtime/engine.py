@@ -154,9 +154,9 @@ class Engine:
         for sequence, draft in zip(run.sequences, run.drafts or repeat(()), strict=False):
             sequence.prepare(draft)
         started_s = time.perf_counter()
-        top, needs = self._top_session, [sequence.num_top for sequence in run.sequences]
+        top = self._top_session
         rows: Iterable[Row | TopRow]
-        if top is not None and not run.scored and all(num is not None and num <= top.num_top for num in needs):
+        if top is not None and not run.scored and _suffices(top.num_top, run.sequences):
             rows = top.run_top(run.batch)
         else:
             rows = self._session.run(run.batch)
@@ -249,6 +249,11 @@ class Engine:
     def _new_scheduler(self) -> Scheduler:
         cache = PrefixCache(self._session, self._prefix_cache)
         return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, speculator=self._speculator)
+
+
+def _suffices(num_top: int, sequences: Iterable[Sequence]) -> bool:
+    """Whether so many of the likeliest tokens are enough for every one of them."""
+    return all(sequence.num_top is not None and sequence.num_top <= num_top for sequence in sequences)
 
 
 def _timed_out(sequence: Sequence, now_s: float) -> TokenEvent:

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.artifact import CALIBRATION, Artifact, open_artifact
 from runtime.choice import choice_lines, read_choice
-from runtime.kv_budget import format_bytes, kv_bytes_per_token
+from runtime.kv_budget import format_bytes
 from runtime.sensitivity_picture import sensitivity_lines
 
 
@@ -41,25 +41,14 @@ def num_parameters(artifact: Artifact) -> int:
     return dims.num_layers * (attention + mlp) + heads * dims.vocab_size * dims.hidden_size
 
 
-def bytes_per_token(artifact: Artifact) -> int:
-    """Bytes of KV cache a token takes."""
-    dims = artifact.manifest.dims
-    return kv_bytes_per_token(
-        num_layers=dims.num_layers,
-        num_kv_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        dtype=artifact.manifest.kv.dtype,
-    )
-
-
 def as_json(artifact: Artifact) -> dict[str, Any]:
     """Manifest, receipt and what follows from them."""
     return {
         "path": str(artifact.path),
         "passed": artifact.passed,
         "parameters": num_parameters(artifact),
-        "kv_bytes_per_token": bytes_per_token(artifact),
-        "kv_bytes_per_slot": bytes_per_token(artifact) * artifact.manifest.dims.max_len,
+        "kv_bytes_per_token": artifact.kv_bytes_per_token,
+        "kv_bytes_per_slot": artifact.kv_bytes_per_token * artifact.manifest.dims.max_len,
         "manifest": asdict(artifact.manifest),
         "receipt": _finite(dict(artifact.receipt)),
         "choice": read_choice(artifact),
@@ -96,7 +85,7 @@ def _finite(value: Any) -> Any:
 def as_lines(artifact: Artifact) -> Iterator[str]:
     """The same for people."""
     manifest, dims, receipt = artifact.manifest, artifact.manifest.dims, artifact.receipt
-    per_token = bytes_per_token(artifact)
+    per_token = artifact.kv_bytes_per_token
     yield f"{manifest.name}  ({artifact.path})"
     rows = {
         "source": manifest.source,

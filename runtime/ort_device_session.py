@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from runtime.artifact import Artifact
 from runtime.cuda import PinnedMemory
 from runtime.errors import DeviceUnavailable, InvalidArtifact
-from runtime.kv_budget import item_bytes, kv_bytes_per_token
+from runtime.kv_budget import item_bytes
 from runtime.kv_rows import HostRows, RowCopier, RowStage
 from runtime.onnx_edit import without_inputs
 from runtime.session import Batch, KvRows, SessionInfo
@@ -102,9 +102,7 @@ class OrtDeviceSession:
             vocab_size=dims.vocab_size,
             is_ragged=False,
             is_cut_exact=False,
-            kv_bytes_per_token=kv_bytes_per_token(
-                num_layers=dims.num_layers, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv.dtype
-            ),
+            kv_bytes_per_token=artifact.kv_bytes_per_token,
         )
 
     @property

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.artifact import WEIGHTS, Artifact
-from runtime.inspect_artifact import bytes_per_token, num_parameters
+from runtime.artifact import Artifact
+from runtime.inspect_artifact import num_parameters
 
 MIN_BUFFER_BYTES = 256 << 20
 """Read in about 10 ms on two cores: long enough to time."""
@@ -146,7 +146,7 @@ def decode_cost(artifact: Artifact, *, batch: int, context: int) -> StepCost:
     attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * context
     counted = manifest.step_weight_bytes
     return StepCost(
-        weight_bytes=manifest.files[WEIGHTS].size if counted is None else counted,
-        kv_bytes=batch * context * bytes_per_token(artifact),
+        weight_bytes=artifact.weight_bytes if counted is None else counted,
+        kv_bytes=batch * context * artifact.kv_bytes_per_token,
         flop=batch * (2 * used + attention),
     )

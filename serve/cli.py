@@ -85,15 +85,26 @@ def read_paths(args: argparse.Namespace) -> dict[str, str]:
 
 
 def share_memory(engine: EngineSettings, paths: list[str], *, allow_failed: bool) -> EngineSettings:
-    """With several models, a --kv-memory for each: caches fill slowly, so each would count the same memory free."""
-    if len(paths) == 1 or engine.kv_memory is not None:
+    """With several models, a share of the default caches for each: they fill slowly, so each would count the same
+    memory free."""
+    if len(paths) == 1:
         return engine
-    from runtime.artifact import WEIGHTS, open_artifact
-    from runtime.kv_budget import default_budget
+    from runtime.artifact import open_artifact
+    from runtime.kv_budget import FREE_FRACTION, PREFIX_CACHE_FRACTION, default_budget
 
-    manifests = [open_artifact(path, allow_failed=allow_failed, check_hashes=False).manifest for path in paths]
-    weight_bytes = sum(manifest.files[WEIGHTS].size for manifest in manifests if WEIGHTS in manifest.files)
-    return replace(engine, kv_memory=max(1, default_budget(weight_bytes=weight_bytes) // len(paths)))
+    artifacts = [open_artifact(path, allow_failed=allow_failed, check_hashes=False) for path in paths]
+    weight_bytes = sum(artifact.weight_bytes for artifact in artifacts)
+
+    def share(given: int | None, fraction: float) -> int:
+        if given is not None:
+            return given
+        return max(1, default_budget(weight_bytes=weight_bytes, fraction=fraction) // len(paths))
+
+    return replace(
+        engine,
+        kv_memory=share(engine.kv_memory, FREE_FRACTION),
+        prefix_cache=share(engine.prefix_cache, PREFIX_CACHE_FRACTION),
+    )
 
 
 def serve(

@@ -29,7 +29,7 @@ from export.smoothing import SmoothedCheckpoint
 from headrace import main
 from runtime.artifact import MANIFEST, Artifact, open_artifact
 from runtime.errors import InvalidSetting
-from runtime.inspect_artifact import as_lines, bytes_per_token
+from runtime.inspect_artifact import as_lines
 from runtime.kv_budget import plan_slots
 from runtime.ort_session import WHOLE_ROWS, OrtSession
 from tests.tiny_checkpoint import config_of, write_checkpoint
@@ -170,12 +170,12 @@ def test_where_a_prompt_is_cut_reorders_sums_and_nothing_else(tmp_path: Path) ->
 
 def test_a_slot_takes_a_quarter_of_the_bytes(tmp_path: Path) -> None:
     small, wide = export_kv(tmp_path, "llama-tied"), export_kv(tmp_path, "llama-tied", kv="compute")
-    assert 4 * bytes_per_token(small) == bytes_per_token(wide)
+    assert 4 * small.kv_bytes_per_token == wide.kv_bytes_per_token
     session = open_session(small)
-    assert session.info.kv_bytes_per_token == bytes_per_token(small) == 2 * 3 * 2 * 16
-    budget = 3 * CAPACITY * bytes_per_token(wide)
+    assert session.info.kv_bytes_per_token == small.kv_bytes_per_token == 2 * 3 * 2 * 16
+    budget = 3 * CAPACITY * wide.kv_bytes_per_token
     slots = [
-        plan_slots(max_batch=100, capacity=CAPACITY, bytes_per_token=bytes_per_token(artifact), budget=budget)
+        plan_slots(max_batch=100, capacity=CAPACITY, bytes_per_token=artifact.kv_bytes_per_token, budget=budget)
         for artifact in (wide, small)
     ]
     assert slots == [3, 12]
