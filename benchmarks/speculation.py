@@ -136,7 +136,7 @@ def measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(template.render([{"role": "user", "content": text}]), add_special_tokens=False)
 
-    session = OrtSession.open(artifact, num_slots=8, capacity=CAPACITY, threads=args.threads, keeps_single_tokens=True)
+    session = OrtSession.open(artifact, num_slots=8, capacity=CAPACITY, threads=args.threads, is_run_exact=True)
     comparison = Comparison(session, frozenset(artifact.manifest.eos_ids), args)
     rows = []
     with progress_bar("speculation", total=(2 * ALONE + 1) * (args.repeat + 1), unit="round") as bar:

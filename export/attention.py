@@ -15,11 +15,11 @@ from export.graph_builder import MICROSOFT, GraphBuilder
 class AttentionInputs(NamedTuple):
     """What every layer's attention reads.
 
-    input_ids int64 [B, S]; past_len, query_len int32 [B]; last_idx int32 [B], past_len + query_len - 1 and at least 0;
-    capacity int32 []; cos and sin [max_len, head_dim / 2]
+    token_idx int64 [B, S], for its shape; past_len, query_len int32 [B]; last_idx int32 [B], past_len + query_len - 1
+    and at least 0; capacity int32 []; cos and sin [max_len + 1, head_dim / 2]
     """
 
-    input_ids: ir.Value
+    token_idx: ir.Value
     past_len: ir.Value
     query_len: ir.Value
     last_idx: ir.Value

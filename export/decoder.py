@@ -1,15 +1,19 @@
 """The decoder as a graph for ONNX Runtime: one signature for prefill, decode, chunked prefill and ragged rows.
 
-    inputs   input_ids   int64 [B, S]   new tokens, left-aligned in each row
+    inputs   input_ids   int64 [N]      new tokens of all rows, packed: no padding
+             token_idx   int64 [B, S]   which of them stands at each place of each row, left-aligned; any as padding
+             place_idx   int64 [N, 2]   row and place of each token, the reverse
              past_len    int32 [B]      tokens already in the row's cache
              query_len   int32 [B]      new tokens of the row, 0 = idle
-             logits_idx  int64 [R]      positions in the flattened [B * S] whose logits are wanted
+             logits_idx  int64 [R]      tokens whose logits are wanted
              past.L.k/v  [B, kv_heads, capacity, head_dim], in the compute type or int8
     outputs  logits      float32 [R, vocab_size]
              present.L.k/v              bind to the memory of past.L.k/v: written in place
 
 Attention is com.microsoft.GroupQueryAttention with its rotary embedding, packed QKV and `query_seqlens`; attention.py
-and int8_attention.py add it.
+and int8_attention.py add it. Only attention knows rows: all else runs over packed tokens, so that rows of different
+lengths share a run without paying for padding. Laying tokens out in rows and back costs less than can be measured in a
+step of 15 ms.
 """
 
 from collections.abc import Sequence
@@ -58,8 +62,7 @@ class DecoderGraph:
         hidden = self._norm(residual, "model.layers.0.input_layernorm", "hidden.0")
         for layer in range(c.num_layers):
             hidden, residual = self._layer(layer, hidden, residual)
-        flat = g.op("Reshape", [hidden, g.shape_constant(-1, c.hidden_size)], "hidden.flat")
-        wanted = g.op("Gather", [flat, self.logits_idx], "hidden.wanted", axis=0)
+        wanted = g.op("Gather", [hidden, self.logits_idx], "hidden.wanted", axis=0)
         if c.tie_word_embeddings:
             logits = tied_lm_head(g, wanted, embed, shared, self.precision, "logits.raw")
         else:
@@ -72,7 +75,9 @@ class DecoderGraph:
 
     def _declare_inputs(self) -> None:
         g, c = self.g, self.config
-        self.ids = g.input("input_ids", ir.DataType.INT64, ["B", "S"])
+        self.ids = g.input("input_ids", ir.DataType.INT64, ["N"])
+        self.token_idx = g.input("token_idx", ir.DataType.INT64, ["B", "S"])
+        self.place_idx = g.input("place_idx", ir.DataType.INT64, ["N", 2])
         past_len = g.input("past_len", ir.DataType.INT32, ["B"])
         query_len = g.input("query_len", ir.DataType.INT32, ["B"])
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
@@ -87,10 +92,11 @@ class DecoderGraph:
         last_idx = g.op("Sub", [g.op("Max", [total, one], "total_len.min1"), one], "last_idx")
         shape = g.op("Shape", [self.past[0]["k"]], "capacity.long", start=2, end=3)
         capacity = g.op("Cast", [g.op("Squeeze", [shape], "capacity.scalar")], "capacity", to=ir.DataType.INT32)
-        tables = rope_tables(c.rope, c.head_dim, self.max_len)
+        # One position more than a slot may hold: a run may write a token of padding behind a full one.
+        tables = rope_tables(c.rope, c.head_dim, self.max_len + 1)
         cos = g.array("rope.cos", tables.cos.astype(self.precision.numpy_dtype, copy=False))
         sin = g.array("rope.sin", tables.sin.astype(self.precision.numpy_dtype, copy=False))
-        inputs = AttentionInputs(self.ids, past_len, query_len, last_idx, capacity, cos, sin)
+        inputs = AttentionInputs(self.token_idx, past_len, query_len, last_idx, capacity, cos, sin)
         self.attention: Attention = (
             FloatAttention(g, c, inputs) if self.kv_scales is None else Int8Attention(g, c, inputs, self.kv_scales)
         )
@@ -108,7 +114,8 @@ class DecoderGraph:
         c, g, prefix = self.config, self.g, f"model.layers.{layer}.self_attn"
         names = [f"{prefix}.{proj}_proj" for proj in "qkv"]
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        packed = self._linear(names, "qkv", hidden, q_size + 2 * kv_size, c.hidden_size, c.qkv_bias, f"qkv.{layer}")
+        tokens = self._linear(names, "qkv", hidden, q_size + 2 * kv_size, c.hidden_size, c.qkv_bias, f"qkv.{layer}")
+        packed = g.op("Gather", [tokens, self.token_idx], f"qkv.{layer}.rows", axis=0)
         query: list[ir.Value | None] = [packed, None, None]
         if c.qk_norm:
             sizes = g.shape_constant(q_size, kv_size, kv_size)
@@ -117,7 +124,8 @@ class DecoderGraph:
                      self._head_norm(k, f"{prefix}.k_norm", c.num_kv_heads, f"k_normed.{layer}"), v]  # fmt: skip
         out, key, value = self.attention.attend(layer, query, self.past[layer])
         self.present.append({"k": key, "v": value})
-        return self._linear([f"{prefix}.o_proj"], "o", out, c.hidden_size, q_size, c.o_bias, f"o.{layer}")
+        tokens = g.op("GatherND", [out, self.place_idx], f"attn.{layer}.tokens")
+        return self._linear([f"{prefix}.o_proj"], "o", tokens, c.hidden_size, q_size, c.o_bias, f"o.{layer}")
 
     def _mlp(self, layer: int, hidden: ir.Value) -> ir.Value:
         """down(silu(gate(x)) * up(x)); QuickGelu with alpha 1 is SiLU in one kernel."""

@@ -41,7 +41,7 @@ class Int8Attention:
         self._g, self._config, self._inputs, self._scales = g, config, inputs, scales
         self._zero = g.constant("nought", np.array(0, np.int64))
         one = g.constant("one.long", np.array(1, np.int64))
-        size = g.op("Squeeze", [g.op("Shape", [inputs.input_ids], "chunk.shape", start=1, end=2)], "chunk.len")
+        size = g.op("Squeeze", [g.op("Shape", [inputs.token_idx], "chunk.shape", start=1, end=2)], "chunk.len")
         self._is_chunk = g.op("Greater", [size, one], "is_chunk")
         self._write_idx = g.op("Cast", [inputs.past_len], "write_idx", to=ir.DataType.INT64)
         first = g.op("Unsqueeze", [self._write_idx, g.shape_constant(1)], "first_position")

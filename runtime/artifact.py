@@ -23,7 +23,7 @@ from typing import Any
 from runtime.errors import InvalidArtifact
 from runtime.kv_budget import kv_bytes_per_token
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 WEIGHTS = "weights.bin"

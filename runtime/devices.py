@@ -132,7 +132,7 @@ def open_on_cpu(artifact: Artifact, settings: EngineSettings) -> Session:
         num_slots=num_slots,
         capacity=capacity,
         threads=settings.threads,
-        keeps_single_tokens=settings.speculate or settings.draft is not None,
+        is_run_exact=artifact.manifest.kv.dtype != "int8" and (settings.speculate or settings.draft is not None),
     )
 
 

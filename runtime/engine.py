@@ -163,7 +163,7 @@ class Engine:
         model_s = time.perf_counter() - started_s
         self._model_s += model_s
         if self._speculator is not None:
-            self._speculator.cost.hear(run.batch.token_ids.size, model_s)
+            self._speculator.cost.hear(int(run.batch.query_len.sum()), model_s)
         return rows
 
     def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:

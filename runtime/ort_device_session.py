@@ -19,8 +19,8 @@ from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.kv_budget import item_bytes
 from runtime.kv_rows import HostRows, RowCopier, RowStage
 from runtime.onnx_edit import without_inputs
+from runtime.ort_inputs import ort_inputs
 from runtime.session import Batch, KvRows, SessionInfo
-from runtime.trt_inputs import ort_inputs
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _MAX_BINDINGS = 256

@@ -25,11 +25,6 @@ from runtime.sequence import Sequence
 from runtime.session import Batch, Session
 from runtime.speculation import Speculator
 
-MIN_FILL = 0.75
-"""Prompts share a run only if at least this part of it is not padding. A padded token costs as much as a real
-one, so padding adds at most a third to the work, against one more pass over the weights for each prompt run
-by itself."""
-
 RESTORE_SPEED = 16
 """Tokens that a step may copy out of the prefix cache for each one it may prefill: copying is more than 16 times as
 fast, so running streams wait no longer for a prompt that is reused than for one that is computed."""
@@ -99,7 +94,7 @@ class Scheduler:
         while pending and self._piece(pending[0]) <= budget:
             rows = self._share_run(pending, budget)
             run = self._plan_prefill(rows)
-            budget -= run.batch.token_ids.size
+            budget -= run.num_prefill_tokens
             pending = [s for s in pending if s not in rows]
             yield run
 
@@ -189,7 +184,7 @@ class Scheduler:
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
         if self._decode_run is not None and self._speculator is not None:
             room = self.slots.capacity - int(self.slots.past_len[:span].max())
-            drafts = self._speculator.draft(self._decode_run.sequences, span, room)
+            drafts = self._speculator.draft(self._decode_run.sequences, room - 1)
             if drafts is not None:
                 return self._plan_verify(self._decode_run, drafts)
         return self._decode_run
@@ -210,7 +205,8 @@ class Scheduler:
         return plain._replace(batch=batch, drafts=tuple(drafts))
 
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
-        """The first pending sequence, and neighbours that fit in its run with little padding, by slot."""
+        """The first pending sequence, and neighbours that fit in its run, by slot. Padding costs a session that is
+        ragged next to nothing."""
         rows = [pending[0]]
         if not self._is_ragged:
             return rows
@@ -226,13 +222,13 @@ class Scheduler:
     def _fits(self, rows: list[Sequence], budget: int) -> bool:
         """Whether the next pieces of these prompts may go in one run."""
         lens = [self._piece(s) for s in rows]
-        padded, width = len(rows) * max(lens), max(lens)
+        width = max(lens)
         if min(lens) == 1 < width:
             return False  # another kernel, see `_piece`
         if width > self._max_scored and any(s.wants_prompt_logits for s in rows):
             return False
         ends = [self.slots.past_len[s.slot] + width for s in rows]
-        return padded <= budget and sum(lens) >= MIN_FILL * padded and bool(max(ends) <= self.slots.capacity)
+        return sum(lens) <= budget and bool(max(ends) <= self.slots.capacity)
 
     def _left(self, sequence: Sequence) -> int:
         """Prompt tokens not yet in the cache."""

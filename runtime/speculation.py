@@ -10,9 +10,9 @@ Knows tokens and seconds; nothing of slots or text.
 """
 
 import logging
-import math
 from bisect import bisect_left
 from collections.abc import Sequence as Rows
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from runtime.draft_model import DraftModel
@@ -22,8 +22,7 @@ from runtime.sequence import Sequence
 log = logging.getLogger(__name__)
 
 MAX_DRAFT = 15
-WIDTHS = (2, 3, 4, 6, 8, 12, 16)
-"""Tokens a row that are considered, the one that is certain included; the largest is 1 + MAX_DRAFT."""
+"""Tokens that are guessed at most for a row."""
 
 MAX_MODELLED = 7
 """Tokens that the draft model guesses at most: each costs a run of it, and the chance that all are right falls."""
@@ -52,7 +51,7 @@ class RunCost:
         self._num_runs = 0
 
     def hear(self, num_tokens: int, seconds: float) -> None:
-        """A run of so many tokens, padding included, took so long."""
+        """A run of so many tokens took so long."""
         self._num_runs += 1
         known = self._seconds.get(num_tokens)
         if known is None:
@@ -100,29 +99,25 @@ class Speculator:
         self._min_gain = min_gain
         self._modelled: list[Sequence] = []  # whose draft in this step is the model's
 
-    def draft(self, sequences: Rows[Sequence], num_rows: int, max_width: int) -> list[list[int]] | None:
+    def draft(self, sequences: Rows[Sequence], max_len: int) -> list[list[int]] | None:
         """One draft for each sequence, some of them empty; None if no draft pays.
 
-        num_rows: rows of the run, those that do not decode included: each is as wide as the widest
-        max_width: tokens a row that the slots have room for
+        max_len: tokens of a draft that the slots have room for
         """
-        known = [self._prospect(sequence) for sequence in sequences]
-        if not any(prospect.limit for prospect in known):
-            return None
-        width = self._best_width(known, num_rows, max_width)
-        if width is None:
+        known = [self._prospect(sequence, max_len) for sequence in sequences]
+        lengths = self._best_lengths(known) if any(prospect.limit for prospect in known) else None
+        if lengths is None:
             for sequence in sequences:
                 sequence.model_odds += ODDS_RECOVERY * (MODEL_ODDS - sequence.model_odds)
             return None
-        limits = [min(prospect.limit, width - 1) for prospect in known]
         # Where the draft model is to guess and has not caught up yet, nothing is drafted.
         drafts = [
-            sequence.ngrams.guess(limit) if limit and sequence.ngrams is not None and not prospect.is_modelled else []
-            for sequence, limit, prospect in zip(sequences, limits, known, strict=True)
+            sequence.ngrams.guess(length) if length and sequence.ngrams is not None and not prospect.is_modelled else []
+            for sequence, length, prospect in zip(sequences, lengths, known, strict=True)
         ]
         self._modelled = []
         if self._draft_model is not None:
-            modelled = [limit if prospect.is_modelled else 0 for limit, prospect in zip(limits, known, strict=True)]
+            modelled = [length if prospect.is_modelled else 0 for length, prospect in zip(lengths, known, strict=True)]
             if any(modelled):
                 guesses = self._guesses(self._draft_model, sequences, modelled)
                 self._modelled = [sequence for sequence, guess in zip(sequences, guesses, strict=True) if guess]
@@ -143,46 +138,54 @@ class Speculator:
             for is_right in [True] * num_accepted + [False] * (num_accepted < num_drafted):
                 sequence.model_odds += ODDS_GAIN * (is_right - sequence.model_odds)
 
-    def _prospect(self, sequence: Sequence) -> Prospect:
+    def _prospect(self, sequence: Sequence, max_len: int) -> Prospect:
         ngrams = sequence.ngrams
         if ngrams is None:
             return Prospect(0, 0.0)
-        left = sequence.request.params.max_tokens - sequence.num_generated - 1
+        left = min(max_len, sequence.request.params.max_tokens - sequence.num_generated - 1)
         if ngrams.source is not None and (self._draft_model is None or ngrams.odds > sequence.model_odds):
             return Prospect(min(left, MAX_DRAFT), ngrams.odds)
         if self._draft_model is not None:
             return Prospect(min(left, MAX_MODELLED), sequence.model_odds, is_modelled=True)
         return Prospect(0, 0.0)
 
-    def _best_width(self, known: Rows[Prospect], num_rows: int, max_width: int) -> int | None:
-        """The width with the most expected tokens a second, None if that is a single token."""
+    def _best_lengths(self, known: Rows[Prospect]) -> list[int] | None:
+        """The lengths with the most expected tokens a second, None if that is no draft at all.
+
+        A guess counts if it and all before it are right. The likeliest guesses of all rows join one after the other,
+        and where the rate was best the rest is left out.
+        """
         if not self._min_gain:
-            return min(max_width, WIDTHS[-1]) if max_width > 1 else None
-        alone_s = self.cost.estimate(num_rows)
+            return [prospect.limit for prospect in known]
+        alone_s = self.cost.estimate(len(known))
         if alone_s is None:
             return None
-        best, best_width = self._min_gain * len(known) / alone_s, None
-        for width in WIDTHS:
-            if width > max_width:
-                break
-            seconds = self.cost.estimate(num_rows * width)
+        lengths, expected = [0] * len(known), float(len(known))
+        best, best_lengths = self._min_gain * expected / alone_s, None
+        # By what the next guess of a row adds, largest first.
+        gains = [(-prospect.odds, row) for row, prospect in enumerate(known) if prospect.limit]
+        heapify(gains)
+        num_modelled = 0
+        while gains:
+            gain, row = gains[0]
+            prospect = known[row]
+            lengths[row] += 1
+            expected -= gain
+            if lengths[row] < prospect.limit:
+                heapreplace(gains, (gain * prospect.odds, row))
+            else:
+                heappop(gains)
+            if prospect.is_modelled:
+                num_modelled = max(num_modelled, lengths[row])
+            seconds = self.cost.estimate(len(known) + sum(lengths))
             assert seconds is not None
-            seconds += self._model_seconds(known, width - 1, alone_s)
-            rate = sum(_expected(min(prospect.limit, width - 1), prospect.odds) for prospect in known) / seconds
+            rate = expected / (seconds + self._model_seconds(num_modelled, alone_s))
             if rate > best:
-                best, best_width = rate, width
-        return best_width
+                best, best_lengths = rate, list(lengths)
+        return best_lengths
 
-    def _model_seconds(self, known: Rows[Prospect], num_draft: int, alone_s: float) -> float:
-        """Time of the draft model for such a step."""
-        limit = max((prospect.limit for prospect in known if prospect.is_modelled), default=0)
-        if not limit or self._draft_model is None:
+    def _model_seconds(self, num_tokens: int, alone_s: float) -> float:
+        """Time of the draft model for so many guesses in a row."""
+        if not num_tokens or self._draft_model is None:
             return 0.0
-        num_steps = min(limit, num_draft)
-        return self._draft_model.seconds(num_steps) or num_steps * alone_s * MODEL_COST
-
-
-def _expected(num_draft: int, odds: float) -> float:
-    """Tokens that come of a run with such a draft, if each guess is right with the same chance: 1 + p + p^2 ..."""
-    odds = min(odds, 0.99)
-    return (1 - math.pow(odds, num_draft + 1)) / (1 - odds)
+        return self._draft_model.seconds(num_tokens) or num_tokens * alone_s * MODEL_COST

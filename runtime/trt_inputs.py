@@ -25,13 +25,3 @@ def trt_inputs(batch: Batch) -> Mapping[str, NDArray[np.int64]]:
         "write_idx": past,
         "logits_idx": batch.logits_idx,
     }
-
-
-def ort_inputs(batch: Batch) -> Mapping[str, NDArray[np.int64] | NDArray[np.int32]]:
-    """The `ort` dialect's inputs, as export/decoder.py names them."""
-    return {
-        "input_ids": batch.token_ids,
-        "past_len": batch.past_len,
-        "query_len": batch.query_len,
-        "logits_idx": batch.logits_idx,
-    }

@@ -29,8 +29,6 @@ from tests.tiny_checkpoint import config_of, write_checkpoint
 
 EOS_ID, CAPACITY, NUM_SLOTS, CHUNK, CACHE_BYTES = 257, 320, 6, 48, 300_000
 TOKENIZER = byte_tokenizer()
-LOGPROB_ERROR = 1e-4
-"""A token of a draft goes through another attention kernel than a single one; log-probabilities of 3e-5 and less."""
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"enum": ["anna", "tom"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -106,7 +104,7 @@ def exported(path: Path, precision: str) -> Artifact:
 
 
 def opened(artifact: Artifact) -> OrtSession:
-    return OrtSession.open(artifact, num_slots=NUM_SLOTS, capacity=CAPACITY, keeps_single_tokens=True)
+    return OrtSession.open(artifact, num_slots=NUM_SLOTS, capacity=CAPACITY, is_run_exact=True)
 
 
 @pytest.fixture(scope="module")
@@ -191,17 +189,6 @@ class Trace:
         self.company = max(self.company, running, key=len)
 
 
-def check_same(got: list[TokenEvent], expected: list[TokenEvent], *, is_exact: bool) -> None:
-    """The same tokens, texts and reasons; log-probabilities to the bit, or as near as another kernel rounds."""
-    error = 0.0 if is_exact else LOGPROB_ERROR
-    for one, other in zip(got, expected, strict=True):
-        assert one[:2] == other[:2] and one.finish_reason == other.finish_reason and one.error is other.error is None
-        assert one.prompt_logprobs == other.prompt_logprobs, "drafts begin after the prompt"
-        for (a_id, a), (b_id, b) in zip(one.top_logprobs, other.top_logprobs, strict=True):
-            assert a_id == b_id and a == pytest.approx(b, abs=error, rel=0)
-        assert one.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=error, rel=0))
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("has_draft_model", [False, True], ids=["copied drafts", "draft model"])
 def test_everything_together_gets_what_each_gets_alone(
@@ -221,9 +208,9 @@ def test_everything_together_gets_what_each_gets_alone(
         got, usage = trace.recorders[name].events, trace.requests[name].usage
         if asked.cancelled_at is not None:
             assert got[-1].finish_reason is FinishReason.CANCELLED and len(got) > asked.cancelled_at
-            check_same(got[:-1], alone[name][: len(got) - 1], is_exact=not usage.num_drafted)
+            assert got[:-1] == alone[name][: len(got) - 1], name
             continue
-        check_same(got, alone[name], is_exact=not usage.num_drafted)
+        assert got == alone[name], name
         if asked.params.prompt_logprobs is not None:
             assert usage.num_cached == 0, "every position of it is computed"
     usages = {name: request.usage for name, request in trace.requests.items()}

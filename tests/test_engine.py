@@ -251,13 +251,13 @@ def test_the_first_token_comes_in_the_step_of_the_last_chunk() -> None:
     assert recorder.reason is FinishReason.LENGTH
 
 
-def test_short_prompts_share_a_ragged_run_and_odd_ones_do_not() -> None:
-    session = FakeSession(num_slots=4)
-    engine = Engine(session, prefill_chunk=64)
-    for name, length in (("a", 10), ("b", 9), ("c", 2)):
+def test_prompts_share_a_ragged_run_as_far_as_the_chunk_goes_but_not_with_a_single_token() -> None:
+    session = FakeSession(num_slots=5)
+    engine = Engine(session, prefill_chunk=24)
+    for name, length in (("a", 10), ("b", 9), ("c", 2), ("d", 1), ("e", 30)):
         add(engine, name, [1] * length, greedy(2))
     engine.step()
-    assert [b.query_len.tolist() for b in session.batches] == [[10, 9], [2]]
+    assert [b.query_len.tolist() for b in session.batches] == [[10, 9, 2], [1]]
 
 
 def test_a_session_that_is_not_ragged_prefills_row_by_row_and_decodes_over_prompts_in_between() -> None:

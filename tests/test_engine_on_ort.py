@@ -149,36 +149,43 @@ def test_tokens_and_their_probabilities_are_the_same_out_of_the_prefix_cache(
     assert observer.num_cached == sum((min(len(prompt), 100 + 2) - 2) // block * block for prompt, _ in alike())
 
 
-@pytest.mark.parametrize("artifact", [("fp32", "compute")], ids=["fp32"], indirect=True)
-def test_greedy_tokens_are_the_same_with_drafts_in_float32(session: OrtSession) -> None:
-    """A run of several tokens takes another attention kernel than a run of one: the last bits of float32 differ, and
-    the choice does not unless two logits are that near. Rounding activations to int8 makes more of those bits, so
-    nothing of the kind is promised for w8a16."""
-    rng = np.random.default_rng(9)
-    asked = [
-        (rng.integers(3, 320, 8).tolist() * 3, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
-        for _ in range(10)
-    ]
-    observer = Counted()
-    engine = Engine(session, prefill_chunk=CHUNK, speculator=Speculator(min_gain=0.0), observer=observer)
-    tokens = [[token_id for token_id, _ in answer] for answer in together(engine, asked)]
-    assert tokens == [[token_id for token_id, _ in answer] for answer in alone(session, asked)]
-    assert observer.num_drafted > 100
+LOSSLESS = [("fp32", "compute"), ("w8a16", "compute"), ("w8a8", "compute")]
 
 
-@pytest.mark.parametrize("artifact", [("fp32", "compute"), ("w8a16", "compute")], ids=["fp32", "w8a16"], indirect=True)
-def test_a_row_of_one_token_has_the_same_logits_beside_rows_with_drafts(artifact: Artifact) -> None:
-    session = OrtSession.open(artifact, num_slots=4, capacity=64, keeps_single_tokens=True)
+@pytest.fixture
+def exact_session(artifact: Artifact) -> Iterator[OrtSession]:
+    session = OrtSession.open(artifact, num_slots=5, capacity=128, is_run_exact=True)
     assert WHOLE_ROWS not in os.environ
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("artifact", LOSSLESS, ids="-".join, indirect=True)
+def test_drafts_change_no_token_and_no_probability(exact_session: OrtSession) -> None:
+    asked = [(2 * prompt, params) for prompt, params in [*requests(), *alike()] if 2 * len(prompt) < 100]
+    observer = Counted()
+    speculator = Speculator(min_gain=0.0)
+    engine = Engine(exact_session, prefill_chunk=CHUNK, prefix_cache=10**7, speculator=speculator, observer=observer)
+    assert together(engine, asked) == alone(exact_session, asked)
+    assert observer.num_drafted > 100 and observer.num_cached > 0
+
+
+@pytest.mark.parametrize("artifact", LOSSLESS, ids="-".join, indirect=True)
+def test_a_token_has_the_same_logits_by_itself_and_among_others_of_its_row(exact_session: OrtSession) -> None:
+    session = exact_session
     rng = np.random.default_rng(5)
-    past = np.array([40, 17, 33, 9], np.int32)
+    past = np.array([40, 17, 122, 9], np.int32)  # the third fills its slot
     for slot, length in enumerate(past.tolist()):
         ids = rng.integers(3, 320, (1, length))
         session.run(Batch(slot, ids, np.zeros(1, np.int32), np.array([length], np.int32), np.array([length - 1])))
     token_ids = rng.integers(3, 320, (4, 6))
     ones = np.ones(4, np.int32)
-    single = session.run(Batch(0, token_ids[:, :1].copy(), past, ones, np.arange(4))).copy()
-    lens = np.array([1, 6, 3, 1], np.int32)
-    beside = session.run(Batch(0, token_ids, past, lens, np.array([0, 18])))
-    np.testing.assert_array_equal(beside, single[[0, 3]])
-    session.close()
+    single = np.stack(
+        [session.run(Batch(0, token_ids[:, [i]], past + np.int32(i), ones, np.arange(4))).copy() for i in range(6)], 1
+    )
+    for lens in ([6, 6, 6, 6], [1, 6, 3, 1], [2, 1, 0, 5]):
+        query_len = np.array(lens, np.int32)
+        wanted = np.flatnonzero(np.arange(6) < query_len[:, None])
+        np.testing.assert_array_equal(
+            session.run(Batch(0, token_ids, past, query_len, wanted)), single.reshape(24, -1)[wanted]
+        )
