@@ -83,7 +83,7 @@ class TrtDecoderGraph:
             {kv: g.input(f"past.{layer}.{kv}", self.precision.compute, self._cache_shape()) for kv in "kv"}
             for layer in range(c.num_layers)
         ]
-        tables = rope_tables(c.rope, c.head_dim, self.max_len)
+        tables = rope_tables(c.rope, c.head_dim, self.max_len + 1)  # as the `ort` dialect has them: stored once
         cos = g.array("rope.cos", tables.cos.astype(self.precision.numpy_dtype, copy=False))
         sin = g.array("rope.sin", tables.sin.astype(self.precision.numpy_dtype, copy=False))
         self.operators.begin(Tables(position_ids, write_idx, cos, sin), self.past[0]["k"])
