@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from serve.allocator import VARIABLE, tuned
+from serve.allocator import SETTINGS, VARIABLE, tuned
 
 NUM_THREADS = 8
 MAX_KEPT_BYTES = 16_000
@@ -53,7 +53,7 @@ sys.exit(headrace.main())
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 or newer tells what threads keep")
 def test_a_thread_of_the_server_keeps_little_of_what_it_frees() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GLIBC_", "MALLOC_"))}
     command = [sys.executable, "-c", PROBE, "serve", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     arguments, _, kept = done.stdout.rpartition(" ")
@@ -62,7 +62,8 @@ def test_a_thread_of_the_server_keeps_little_of_what_it_frees() -> None:
 
 
 def test_what_the_user_has_set_stays() -> None:
-    assert tuned({"A": "b"}) == {"A": "b", VARIABLE: "glibc.malloc.tcache_max=128"}
-    other = {VARIABLE: "glibc.malloc.arena_max=2"}
-    assert tuned(other) == {VARIABLE: "glibc.malloc.arena_max=2:glibc.malloc.tcache_max=128"}
+    assert tuned({"A": "b"}) == {"A": "b", VARIABLE: SETTINGS}
+    assert tuned({VARIABLE: "glibc.cpu.x86_shstk=off"}) == {VARIABLE: f"glibc.cpu.x86_shstk=off:{SETTINGS}"}
+    assert tuned({VARIABLE: SETTINGS}) is None, "it would begin again without end"
     assert tuned({VARIABLE: "glibc.malloc.tcache_count=3"}) is None
+    assert tuned({"MALLOC_ARENA_MAX": "8"}) is None
