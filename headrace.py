@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         sys.stderr.write(f"headrace: no verb {verb!r}; one of {', '.join(VERBS)}\n")
         return 2
+    if argv is None and verb == "serve":
+        from serve.allocator import begin_again_tuned
+
+        begin_again_tuned()
     from runtime.errors import HeadraceError
 
     try:
