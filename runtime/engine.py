@@ -162,8 +162,8 @@ class Engine:
             rows = self._session.run(run.batch)
         model_s = time.perf_counter() - started_s
         self._model_s += model_s
-        if self._speculator is not None:
-            self._speculator.cost.hear(int(run.batch.query_len.sum()), model_s)
+        if self._speculator is not None and run.num_decode:
+            self._speculator.cost.hear(run.num_decode, sum(map(len, run.drafts)), model_s)
         return rows
 
     def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:

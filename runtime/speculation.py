@@ -10,13 +10,13 @@ Knows tokens and seconds; nothing of slots or text.
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Sequence as Rows
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from runtime.draft_model import DraftModel
 from runtime.ngram import ODDS_GAIN
+from runtime.run_cost import RunCost
 from runtime.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -35,47 +35,6 @@ MODEL_COST = 0.3
 
 MIN_GAIN = 1.05
 """Tokens a second that a draft must be expected to win: estimates are not better than that."""
-
-COST_GAIN = 0.2
-STALE_RUNS = 200
-"""A measured time not renewed for so many runs is an estimate like any other: one slow run must not last."""
-
-
-class RunCost:
-    """Seconds of a run by its number of tokens: measured ones, and straight lines between them."""
-
-    def __init__(self) -> None:
-        self._sizes: list[int] = []
-        self._seconds: dict[int, float] = {}
-        self._heard: dict[int, int] = {}
-        self._num_runs = 0
-
-    def hear(self, num_tokens: int, seconds: float) -> None:
-        """A run of so many tokens took so long."""
-        self._num_runs += 1
-        known = self._seconds.get(num_tokens)
-        if known is None:
-            self._sizes.insert(bisect_left(self._sizes, num_tokens), num_tokens)
-        is_fresh = known is not None and self._is_fresh(num_tokens)
-        self._seconds[num_tokens] = known + COST_GAIN * (seconds - known) if known and is_fresh else seconds
-        self._heard[num_tokens] = self._num_runs
-
-    def estimate(self, num_tokens: int) -> float | None:
-        """Seconds such a run will take; None before anything was measured."""
-        if num_tokens in self._seconds and self._is_fresh(num_tokens):
-            return self._seconds[num_tokens]
-        idx = bisect_left(self._sizes, num_tokens)
-        below = next((size for size in reversed(self._sizes[:idx]) if self._is_fresh(size)), None)
-        above = next((size for size in self._sizes[idx:] if size > num_tokens), None)
-        if below is None:
-            return None
-        if above is None:
-            return self._seconds[below] * num_tokens / below
-        slope = (self._seconds[above] - self._seconds[below]) / (above - below)
-        return self._seconds[below] + max(0.0, slope) * (num_tokens - below)
-
-    def _is_fresh(self, num_tokens: int) -> bool:
-        return self._num_runs - self._heard[num_tokens] < STALE_RUNS
 
 
 class Prospect(NamedTuple):
@@ -157,7 +116,7 @@ class Speculator:
         """
         if not self._min_gain:
             return [prospect.limit for prospect in known]
-        alone_s = self.cost.estimate(len(known))
+        alone_s = self.cost.estimate(len(known), 0)
         if alone_s is None:
             return None
         lengths, expected = [0] * len(known), float(len(known))
@@ -177,7 +136,7 @@ class Speculator:
                 heappop(gains)
             if prospect.is_modelled:
                 num_modelled = max(num_modelled, lengths[row])
-            seconds = self.cost.estimate(len(known) + sum(lengths))
+            seconds = self.cost.estimate(len(known), sum(lengths))
             assert seconds is not None
             rate = expected / (seconds + self._model_seconds(num_modelled, alone_s))
             if rate > best:
