@@ -4,9 +4,9 @@ usage: python benchmarks/speculation.py ARTIFACT [ARTIFACT ...] [--new-tokens 12
 
 Chat requests, greedy, one at a time: three that copy their prompt (edit a text, extract to JSON, continue a log) and
 three that do not; then eight at a time, four of each kind: 24 requests in all, prompts out of the prefix cache,
-measured while all eight slots are taken. One session, an engine with drafts and one without, in turn; medians of ratios of the
-same round. Tokens a second from the first token on. `same` is the share of requests with the very same tokens. Three to
-eight minutes an artifact. Prints a table, then one JSON line.
+measured while all eight slots are taken. One session, an engine with drafts and one without, in turn; medians of
+ratios of the same round. Tokens a second from the first token on. `same` is the share of requests with the very same
+tokens. Three to eight minutes an artifact. Prints a table, then one JSON line.
 """
 
 import argparse
