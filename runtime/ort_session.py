@@ -31,7 +31,7 @@ costs a tenth of a prefill there, and changes nothing on other processors."""
 WHOLE_ROWS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime reads when it makes attention kernels, its only switch for this: with more
 threads than rows times heads its tiled kernel shares one row's cache out among threads, so that sums are added in
-another order alone than in a batch (1e-5 of a logit); and it rounds a single token otherwise than one among several.
+another order alone than in a batch (1e-5 of a logit); and it rounds a row's single token otherwise beside longer rows.
 The other kernel does neither; one token in 32 rows took 0.7 to 0.9 of the time, a chunk of 128 the same, for up to
 1,000 tokens. Its scores take rows * heads * chunk * capacity floats."""
 

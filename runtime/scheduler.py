@@ -25,6 +25,10 @@ from runtime.sequence import Sequence
 from runtime.session import Batch, Session
 from runtime.speculation import Speculator
 
+MAX_PLACES = 2
+"""Places of a run, padding included, for each token of a chunk. Padding takes no time, but room: attention's scores may
+take rows * width * heads * capacity floats."""
+
 RESTORE_SPEED = 16
 """Tokens that a step may copy out of the prefix cache for each one it may prefill: copying is more than 16 times as
 fast, so running streams wait no longer for a prompt that is reused than for one that is computed."""
@@ -184,7 +188,8 @@ class Scheduler:
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
         if self._decode_run is not None and self._speculator is not None:
             room = self.slots.capacity - int(self.slots.past_len[:span].max())
-            drafts = self._speculator.draft(self._decode_run.sequences, room - 1)
+            width = min(room, MAX_PLACES * self._prefill_chunk // span)
+            drafts = self._speculator.draft(self._decode_run.sequences, max(0, width - 1))
             if drafts is not None:
                 return self._plan_verify(self._decode_run, drafts)
         return self._decode_run
@@ -205,8 +210,7 @@ class Scheduler:
         return plain._replace(batch=batch, drafts=tuple(drafts))
 
     def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
-        """The first pending sequence, and neighbours that fit in its run, by slot. Padding costs a session that is
-        ragged next to nothing."""
+        """The first pending sequence, and neighbours that fit in its run, by slot."""
         rows = [pending[0]]
         if not self._is_ragged:
             return rows
@@ -228,7 +232,8 @@ class Scheduler:
         if width > self._max_scored and any(s.wants_prompt_logits for s in rows):
             return False
         ends = [self.slots.past_len[s.slot] + width for s in rows]
-        return sum(lens) <= budget and bool(max(ends) <= self.slots.capacity)
+        num_places = len(rows) * width
+        return sum(lens) <= budget and num_places <= MAX_PLACES * budget and bool(max(ends) <= self.slots.capacity)
 
     def _left(self, sequence: Sequence) -> int:
         """Prompt tokens not yet in the cache."""

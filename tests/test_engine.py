@@ -260,6 +260,15 @@ def test_prompts_share_a_ragged_run_as_far_as_the_chunk_goes_but_not_with_a_sing
     assert [b.query_len.tolist() for b in session.batches] == [[10, 9, 2], [1]]
 
 
+def test_padding_is_bounded_for_it_takes_memory() -> None:
+    session = FakeSession(num_slots=5)
+    engine = Engine(session, prefill_chunk=24)
+    for name, length in (("a", 14), ("b", 2), ("c", 2), ("d", 2), ("e", 2)):
+        add(engine, name, [1] * length, greedy(2))
+    engine.step()
+    assert [b.query_len.tolist() for b in session.batches] == [[14, 2, 2], [2, 2]]
+
+
 def test_a_session_that_is_not_ragged_prefills_row_by_row_and_decodes_over_prompts_in_between() -> None:
     session = FakeSession(num_slots=3, is_ragged=False)
     engine = Engine(session, prefill_chunk=4)
