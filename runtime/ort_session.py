@@ -99,7 +99,8 @@ class OrtSession:
             once at load; slower, and half the memory
         is_run_exact: a token gets the same logits, bit for bit, in a run by itself as in one with others of its row,
             so that speculation is lossless. The kernel for a single query rounds otherwise; this does without. A decode
-            step takes 6 % longer after 200 tokens, 15 to 25 % after 900 (30 layers of 9 heads, AVX2)
+            step takes 5 to 8 % longer after 200 tokens, 8 to 25 % after 900 (30 layers of 9 heads, 1 to 8 rows, AVX2).
+            Not for an int8 cache, whose kernel for a single token is the fast one
         dialect: another than `ort` runs too, though slowly: to check what TensorRT will compile
         """
         import onnxruntime

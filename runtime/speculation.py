@@ -124,11 +124,12 @@ class Speculator:
         # By what the next guess of a row adds, largest first.
         gains = [(-prospect.odds, row) for row, prospect in enumerate(known) if prospect.limit]
         heapify(gains)
-        num_modelled = 0
+        num_guesses = num_modelled = 0
         while gains:
             gain, row = gains[0]
             prospect = known[row]
             lengths[row] += 1
+            num_guesses += 1
             expected -= gain
             if lengths[row] < prospect.limit:
                 heapreplace(gains, (gain * prospect.odds, row))
@@ -136,7 +137,7 @@ class Speculator:
                 heappop(gains)
             if prospect.is_modelled:
                 num_modelled = max(num_modelled, lengths[row])
-            seconds = self.cost.estimate(len(known), sum(lengths))
+            seconds = self.cost.estimate(len(known), num_guesses)
             assert seconds is not None
             rate = expected / (seconds + self._model_seconds(num_modelled, alone_s))
             if rate > best:
