@@ -97,10 +97,9 @@ class OrtSession:
         threads: None is one a physical core
         saves_memory: keep half-precision weights as they are, and widen them for this CPU at every run instead of
             once at load; slower, and half the memory
-        is_run_exact: a token gets the same logits, bit for bit, in a run by itself as in one with others of its row,
-            so that speculation is lossless. The kernel for a single query rounds otherwise; this does without. A decode
-            step takes 5 to 8 % longer after 200 tokens, 8 to 25 % after 900 (30 layers of 9 heads, 1 to 8 rows, AVX2).
-            Not for an int8 cache, whose kernel for a single token is the fast one
+        is_run_exact: a token gets the same logits, bit for bit, in a run by itself as in one with others of its row, so
+            that speculation is lossless; a decode step takes 5 to 8 % longer after 200 tokens, 8 to 25 % after 900 (30
+            layers of 9 heads, 1 to 8 rows, AVX2). Not for an int8 cache: its fast kernel is the one for single tokens
         dialect: another than `ort` runs too, though slowly: to check what TensorRT will compile
         """
         import onnxruntime
