@@ -213,12 +213,12 @@ class Engine:
         return event.token_id
 
     def _end(self, sequence: Sequence, event: TokenEvent) -> None:
-        """Free what the sequence holds, then send its last event."""
+        """Count it and free what it holds, then send its last event: who has the answer finds all that done."""
         assert event.finish_reason is not None
+        self._tell_end(sequence, event.finish_reason)  # while it lives: if the observer breaks, it hears of that
         self._scheduler.remove(sequence)
         del self.live[sequence.request.request_id]
         sequence.request.sink(event)
-        self._tell_end(sequence, event.finish_reason)
 
     def _expire(self, now_s: float) -> None:
         """End the requests whose time is up, and note when to look again."""

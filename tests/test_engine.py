@@ -400,6 +400,16 @@ def test_every_request_hears_of_a_failure_even_if_the_observer_is_what_failed() 
     assert not engine.has_work
 
 
+def test_a_request_whose_end_cannot_be_counted_still_hears_of_it() -> None:
+    engine = Engine(FakeSession(), observer=BrokenObserver())
+    recorder = add(engine, "only", [1], greedy(1))
+    with pytest.raises(OSError, match="disk full"):
+        engine.step()
+    with pytest.raises(OSError, match="disk full"):
+        engine.fail("broken")
+    assert [event.error for event in recorder.events] == ["broken"]
+
+
 class BrokenText:
     """A text stream that fails on its second token."""
 
@@ -460,3 +470,14 @@ def test_the_observer_hears_steps_first_tokens_and_ends() -> None:
     assert observer.steps == [(0, 8), (0, 5), (1, 0), (1, 0)]
     assert len(observer.ttfts) == 2 and min(observer.ttfts) >= 0
     assert observer.ends == [(FinishReason.LENGTH, 1, 1, True), (FinishReason.LENGTH, 12, 3, False)]
+
+
+def test_who_has_the_answer_finds_it_counted() -> None:
+    observer, counted = Observer(), list[int]()
+    engine = Engine(FakeSession(), observer=observer)
+    request, _ = make_request("a", [1], greedy(2))
+    request.sink = lambda event: counted.append(len(observer.ends))
+    engine.add(engine.prepare(request))
+    while engine.has_work:
+        engine.step()
+    assert counted == [0, 1]
