@@ -1,12 +1,13 @@
 """What speculation is worth: tokens a second with drafts against without, on text to copy and on text with none.
 
-usage: python benchmarks/speculation.py ARTIFACT [ARTIFACT ...] [--new-tokens 128] [--repeat 3]
+usage: python -m benchmarks.speculation ARTIFACT [ARTIFACT ...] [--new-tokens 128] [--repeat 3]
 
-Chat requests, greedy, one at a time: three that copy their prompt (edit a text, extract to JSON, continue a log) and
-three that do not; then eight at a time, four of each kind: 24 requests in all, prompts out of the prefix cache,
-measured while all eight slots are taken. One session, an engine with drafts and one without, in turn; medians of
+Chat requests (benchmarks/speculation_tasks.py), greedy, one at a time: three that copy their prompt (edit a text,
+extract to JSON, continue a log), three that do not, and three held to a schema or a tool's arguments; then eight at a
+time, four of each of the first two kinds: 24 requests in all, prompts out of the prefix cache, measured while all
+eight slots are taken. One session, an engine with drafts and one without, in turn; medians of
 ratios of the same round. Tokens a second from the first token on. `same` is the share of requests with the very same
-tokens. Three to eight minutes an artifact. Prints a table, then one JSON line.
+tokens. Four to ten minutes an artifact. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -17,43 +18,19 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.speculation_tasks import COPY, HELD, PLAIN, Task
 from runtime.artifact import open_artifact
 from runtime.chat_template import load_chat_template
-from runtime.core import Request, SamplingParams, TokenEvent, Usage
+from runtime.core import Constraint, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine import Engine
 from runtime.errors import HeadraceError
+from runtime.grammar import GrammarCompiler
 from runtime.ort_session import OrtSession
 from runtime.progress import progress_bar
 from runtime.roofline import describe_machine
 from runtime.speculation import Speculator
 from runtime.tokenizer import Tokenizer
 
-STORY = (
-    "The ferry to the island leaves at nine in the morning and returns at six in the evening. Tickets cost twelve "
-    "euros for adults and five euros for children under fourteen. Dogs travel free of charge, bicycles cost three "
-    "euros. In winter the ferry runs on Saturdays only, and in heavy storms it does not run at all. Passengers should "
-    "be at the pier twenty minutes before departure and keep their tickets ready for inspection."
-)
-PEOPLE = (
-    "Anna Keller, 34, lives in Basel and works as a surveyor. Tom Briggs, 51, lives in Leeds and works as a baker. "
-    "Mira Novak, 27, lives in Zagreb and works as a nurse. Luis Ortega, 45, lives in Murcia and works as a gardener."
-)
-LOG = "\n".join(
-    f"2026-03-01T10:{minute:02}:00Z INFO worker-{minute % 3} finished job {1000 + minute} in {200 + 7 * minute} ms"
-    for minute in range(12)
-)
-COPY = {
-    "edit": f"Repeat this text exactly, but write the word ferry as boat.\n\n{STORY}",
-    "extract": f"List the people in this text as JSON with the fields name, age, city and job.\n\n{PEOPLE}",
-    "log": f"Continue this log with twelve more lines of the same form.\n\n{LOG}",
-    "repeat": f"Repeat this text exactly.\n\n{STORY}",
-}
-PLAIN = {
-    "explain": "Why is the sky blue, and why are sunsets red?",
-    "story": "Write a short story about a lighthouse keeper who finds a letter.",
-    "advice": "What should a beginner know before planting a vegetable garden?",
-    "history": "Describe how bread is made, from the field to the oven.",
-}
 ALONE = 3
 """Tasks of each kind that are measured one at a time; the batch takes all four."""
 CAPACITY = 1024
@@ -64,6 +41,13 @@ PREFIX_CACHE_BYTES = 1 << 28
 TARGETS = {"copy": 2.0, "nothing to copy": 0.97, "8 at a time": 1.2}
 
 
+class Asked(NamedTuple):
+    """A task as it goes to the engine."""
+
+    prompt_ids: list[int]
+    constraint: Constraint | None
+
+
 class Answers(NamedTuple):
     """Tokens of every request, tokens a second after the first, and what was drafted."""
 
@@ -72,21 +56,18 @@ class Answers(NamedTuple):
     usages: list[Usage]
 
 
-def answer(engine: Engine, prompts: list[list[int]], num_tokens: int, eos_ids: frozenset[int]) -> Answers:
-    """Run the prompts together. The clock runs from when all that have a slot have their first token, and until
+def answer(engine: Engine, requests: list[Request]) -> Answers:
+    """Run the requests together. The clock runs from when all that have a slot have their first token, and until
     nobody waits for one; where nobody does, to the end."""
-    params = SamplingParams(max_tokens=num_tokens, temperature=0)
-    requests, events = [], [list[TokenEvent]() for _ in prompts]
-    for idx, prompt in enumerate(prompts):
-        requests.append(
-            Request(request_id=str(idx), prompt_ids=prompt, params=params, eos_ids=eos_ids, sink=events[idx].append)
-        )
-        engine.add(engine.prepare(requests[-1]))
-    num_first = min(len(prompts), NUM_SLOTS)
+    events = [list[TokenEvent]() for _ in requests]
+    for request, own in zip(requests, events, strict=True):
+        request.sink = own.append
+        engine.add(engine.prepare(request))
+    num_first = min(len(requests), NUM_SLOTS)
     while not all(events[:num_first]):
         engine.step()
     num_before, started_s = sum(map(len, events)), time.perf_counter()
-    has_queue = len(prompts) > NUM_SLOTS
+    has_queue = len(requests) > NUM_SLOTS
     while engine.stats().num_waiting if has_queue else engine.has_work:
         engine.step()
     rate = (sum(map(len, events)) - num_before) / (time.perf_counter() - started_s)
@@ -99,19 +80,21 @@ def answer(engine: Engine, prompts: list[list[int]], num_tokens: int, eos_ids: f
 class Comparison:
     """Rounds of the same requests with drafts and without."""
 
-    def __init__(self, session: OrtSession, eos_ids: frozenset[int], args: argparse.Namespace) -> None:
+    def __init__(
+        self, session: OrtSession, compiler: GrammarCompiler, eos_ids: frozenset[int], args: argparse.Namespace
+    ) -> None:
         self._plain = Engine(session, prefix_cache=PREFIX_CACHE_BYTES)
         self._drafting = Engine(session, prefix_cache=PREFIX_CACHE_BYTES, speculator=Speculator())
-        self._eos_ids = eos_ids
+        self._compiler, self._eos_ids = compiler, eos_ids
         self._args = args
 
-    def measure(self, name: str, prompts: list[list[int]], bar: Any) -> dict[str, Any]:
+    def measure(self, name: str, asked: list[Asked], bar: Any) -> dict[str, Any]:
         """Ratio of the rates, share of equal answers, share of right drafts."""
         rounds = []
         for turn in range(self._args.repeat + 1):
             engines = [self._plain, self._drafting]
             answers = {
-                engine: answer(engine, prompts, self._args.new_tokens, self._eos_ids)
+                engine: answer(engine, [self._request(idx, one) for idx, one in enumerate(asked)])
                 for engine in (engines if turn % 2 else engines[::-1])
             }
             bar.update(1)
@@ -133,6 +116,17 @@ class Comparison:
             "same": sum(one == other for one, other in pairs) / len(pairs),
         }
 
+    def _request(self, idx: int, asked: Asked) -> Request:
+        params = SamplingParams(max_tokens=self._args.new_tokens, temperature=0, constraint=asked.constraint)
+        return Request(
+            request_id=str(idx),
+            prompt_ids=asked.prompt_ids,
+            params=params,
+            eos_ids=self._eos_ids,
+            sink=lambda event: None,
+            guide=None if asked.constraint is None else self._compiler.guide(asked.constraint),
+        )
+
 
 def measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each task, and one for all together."""
@@ -142,25 +136,29 @@ def measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     if template is None:
         raise HeadraceError(f"{path} has no chat template; its requests would not be followed")
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(template.render([{"role": "user", "content": text}]), add_special_tokens=False)
+    def encode(task: Task) -> Asked:
+        text = template.render([{"role": "user", "content": task.text}])
+        return Asked(tokenizer.encode(text, add_special_tokens=False), task.constraint)
 
     session = OrtSession.open(artifact, num_slots=NUM_SLOTS, capacity=CAPACITY, threads=args.threads, is_run_exact=True)
-    comparison = Comparison(session, frozenset(artifact.manifest.eos_ids), args)
+    eos_ids, vocab_size = frozenset(artifact.manifest.eos_ids), session.info.vocab_size
+    compiler = GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
+    comparison = Comparison(session, compiler, eos_ids, args)
     rows = []
-    with progress_bar("speculation", total=(2 * ALONE + 1) * (args.repeat + 1), unit="round") as bar:
-        for kind, tasks in (("copy", COPY), ("nothing to copy", PLAIN)):
-            for name in list(tasks)[:ALONE]:
-                rows.append(comparison.measure(name, [encode(tasks[name])], bar) | {"kind": kind})
-        together = [encode(text) for pair in zip(COPY.values(), PLAIN.values(), strict=True) for text in pair]
+    with progress_bar("speculation", total=(3 * ALONE + 1) * (args.repeat + 1), unit="round") as bar:
+        for kind, tasks in (("copy", COPY), ("nothing to copy", PLAIN), ("held to a form", HELD)):
+            for task in tasks[:ALONE]:
+                rows.append(comparison.measure(task.name, [encode(task)], bar) | {"kind": kind})
+        together = [encode(task) for pair in zip(COPY, PLAIN, strict=True) for task in pair]
         rows.append(comparison.measure("all", together * TURNS, bar) | {"kind": "8 at a time"})
+    compiler.close()
     session.close()
     return [row | {"artifact": Path(path).name} for row in rows]
 
 
 def show(row: dict[str, Any]) -> None:
     """One line of the table."""
-    target = f">= {TARGETS[row['kind']]}x"
+    target = f">= {TARGETS[row['kind']]}x" if row["kind"] in TARGETS else "-"
     share = "-" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
     print(
         f"{row['artifact']:10}{row['kind']:17}{row['task']:10}{row['plain_tokens_per_s']:8.1f}{row['tokens_per_s']:8.1f}"

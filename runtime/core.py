@@ -230,6 +230,15 @@ class TokenGuide(Protocol):
         """Forget the last tokens taken."""
         ...
 
+    def forced(self) -> Sequence[int]:
+        """Tokens that probably come next since nothing but their text may; empty where there is a choice, or where
+        finding out takes too long. The text is certain, its division into tokens is the tokenizer's. Never raises."""
+        ...
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may follow one another, all where finding out takes too long. Never raises."""
+        ...
+
 
 EventSink = Callable[[TokenEvent], None]
 """Called on the engine's thread, once per event; must not block and must not raise."""

@@ -30,6 +30,9 @@ MAX_SOURCE_CHARS = 100_000
 MAX_MULTIPLE = 20_000
 """Bounds the states of an automaton that divides: `multipleOf: 9973` compiles in 60 ms, 100 million in an hour. Holds
 for the sum and for the least common multiple of all of a schema's, counted in units of their last decimal place."""
+MAX_FORESEEN_CHARS = 10_000
+"""Longest source whose forced tokens are searched for, by the engine's thread: a constant of 100,000 characters would
+hold it up for 0.3 s before `MAX_FORESIGHT_S` is noticed."""
 COMPILE_TIMEOUT_S = 5.0
 MAX_COMPILING = 4
 """Compilations at once. One that runs out of time goes on until llguidance's own limits end it, and keeps its place."""
@@ -89,7 +92,13 @@ class GrammarCompiler:
                 self._kept[key] = compiled
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)
-        return GrammarGuide(compiled.matcher.deep_copy(), compiled.first, self._pool, param=constraint.param)
+        return GrammarGuide(
+            compiled.matcher.deep_copy(),
+            compiled.first,
+            self._pool,
+            param=constraint.param,
+            has_foresight=len(constraint.source) <= MAX_FORESEEN_CHARS,
+        )
 
     def prepare(self) -> None:
         """Make llguidance's view of the vocabulary now. It takes 0.4 s for 49,152 tokens and 2 s for 150,000, in which

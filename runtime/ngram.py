@@ -56,6 +56,17 @@ class NgramIndex:
             guess += guess[: max_len - len(guess)]
         return guess
 
+    def guess_behind(self, token_ids: Sequence[int], max_len: int) -> tuple[list[int], float]:
+        """So many tokens that may come once the text has gone on with these, and the chance that each is right."""
+        num = len(token_ids)
+        guess = self.guess(num + max_len)
+        if guess and guess[:num] == list(token_ids):
+            return guess[num:], self.odds
+        place, streak = self._find([*self.ids[-3:], *token_ids][-3:])
+        if place is None:
+            return [], 0.0
+        return self.ids[place : place + max_len], self._odds[streak + 3]
+
     def push(self, token_id: int) -> None:
         """The text goes on with this token."""
         ids = self.ids
@@ -77,14 +88,17 @@ class NgramIndex:
             self._look_up()
 
     def _look_up(self) -> None:
-        """Find a source by the last three tokens, else by two, else by one."""
-        ids = self.ids
-        if len(ids) >= 3 and (place := self._triples.get((ids[-3], ids[-2], ids[-1]))) is not None:
-            self.source, self._streak = place, -1
-        elif len(ids) >= 2 and (place := self._pairs.get((ids[-2], ids[-1]))) is not None:
-            self.source, self._streak = place, -2
-        elif ids and (place := self._singles.get(ids[-1])) is not None:
-            self.source, self._streak = place, -3
+        place, streak = self._find(self.ids[-3:])
+        if place is not None:
+            self.source, self._streak = place, streak
+
+    def _find(self, last: list[int]) -> tuple[int | None, int]:
+        """A source by the last three tokens, else by two, else by one, and the streak that says which."""
+        if len(last) == 3 and (place := self._triples.get((last[0], last[1], last[2]))) is not None:
+            return place, -1
+        if len(last) >= 2 and (place := self._pairs.get((last[-2], last[-1]))) is not None:
+            return place, -2
+        return (self._singles.get(last[-1]) if last else None), -3
 
     def _kind(self) -> int:
         """Which of the odds holds: by how the place was found, later by how long it has been right."""

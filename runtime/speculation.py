@@ -14,8 +14,9 @@ from collections.abc import Sequence as Rows
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
+from runtime.core import TokenGuide
 from runtime.draft_model import DraftModel
-from runtime.ngram import ODDS_GAIN
+from runtime.ngram import ODDS_GAIN, NgramIndex
 from runtime.run_cost import RunCost
 from runtime.sequence import Sequence
 
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 MAX_DRAFT = 15
 """Tokens that are guessed at most for a row."""
+
+FORCED_ODDS = 0.95
+"""Chance that a token a grammar forces is right: its text is, but the model may divide it into tokens otherwise."""
 
 MAX_MODELLED = 7
 """Tokens that the draft model guesses at most: each costs a run of it, and the chance that all are right falls."""
@@ -38,16 +42,24 @@ MIN_GAIN = 1.05
 
 
 class Prospect(NamedTuple):
-    """What may be guessed for one row: at most so many tokens, each right with the same chance."""
+    """What may be guessed for one row: at most so many tokens, each right with the same chance, but for those at the
+    beginning that a grammar forces."""
 
-    limit: int
-    odds: float
+    limit: int = 0
+    odds: float = 0.0
+    token_ids: Rows[int] = ()
+    """The guess, `limit` tokens; empty if the draft model is yet to make it."""
+    num_forced: int = 0
     is_modelled: bool = False
-    """Guessed by the draft model, not copied from the text."""
+
+    def chance(self, idx: int) -> float:
+        """That the token at `idx` is right, if those before it are."""
+        return FORCED_ODDS if idx < self.num_forced else self.odds
 
 
 class Speculator:
-    """Chooses the drafts of a step: copied from the request's text where it repeats itself, else the draft model's.
+    """Chooses the drafts of a step: what a grammar forces, what can be copied from the text where it repeats
+    itself, else what the draft model guesses.
 
     `min_gain` 0 takes every draft along, whatever it costs: for tests.
     """
@@ -70,10 +82,7 @@ class Speculator:
                 sequence.model_odds += ODDS_RECOVERY * (MODEL_ODDS - sequence.model_odds)
             return None
         # Where the draft model is to guess and has not caught up yet, nothing is drafted.
-        drafts = [
-            sequence.ngrams.guess(length) if length and sequence.ngrams is not None and not prospect.is_modelled else []
-            for sequence, length, prospect in zip(sequences, lengths, known, strict=True)
-        ]
+        drafts = [list(prospect.token_ids[:length]) for length, prospect in zip(lengths, known, strict=True)]
         self._modelled = []
         if self._draft_model is not None:
             modelled = [length if prospect.is_modelled else 0 for length, prospect in zip(lengths, known, strict=True)]
@@ -98,15 +107,13 @@ class Speculator:
                 sequence.model_odds += ODDS_GAIN * (is_right - sequence.model_odds)
 
     def _prospect(self, sequence: Sequence, max_len: int) -> Prospect:
-        ngrams = sequence.ngrams
-        if ngrams is None:
-            return Prospect(0, 0.0)
         left = min(max_len, sequence.request.params.max_tokens - sequence.num_generated - 1)
-        if ngrams.source is not None and (self._draft_model is None or ngrams.odds > sequence.model_odds):
-            return Prospect(min(left, MAX_DRAFT), ngrams.odds)
-        if self._draft_model is not None:
-            return Prospect(min(left, MAX_MODELLED), sequence.model_odds, is_modelled=True)
-        return Prospect(0, 0.0)
+        if sequence.ngrams is None or left <= 0:
+            return Prospect()
+        copied = _copied(sequence.ngrams, sequence.request.guide, min(left, MAX_DRAFT))
+        if self._draft_model is None or copied.num_forced or (copied.limit and copied.odds > sequence.model_odds):
+            return copied
+        return Prospect(min(left, MAX_MODELLED), sequence.model_odds, is_modelled=True)
 
     def _best_lengths(self, known: Rows[Prospect]) -> list[int] | None:
         """The lengths with the most expected tokens a second, None if that is no draft at all.
@@ -122,7 +129,7 @@ class Speculator:
         lengths, expected = [0] * len(known), float(len(known))
         best, best_lengths = self._min_gain * expected / alone_s, None
         # By what the next guess of a row adds, largest first.
-        gains = [(-prospect.odds, row) for row, prospect in enumerate(known) if prospect.limit]
+        gains = [(-prospect.chance(0), row) for row, prospect in enumerate(known) if prospect.limit]
         heapify(gains)
         num_guesses = num_modelled = 0
         while gains:
@@ -132,7 +139,7 @@ class Speculator:
             num_guesses += 1
             expected -= gain
             if lengths[row] < prospect.limit:
-                heapreplace(gains, (gain * prospect.odds, row))
+                heapreplace(gains, (gain * prospect.chance(lengths[row]), row))
             else:
                 heappop(gains)
             if prospect.is_modelled:
@@ -149,3 +156,13 @@ class Speculator:
         if not num_tokens or self._draft_model is None:
             return 0.0
         return self._draft_model.seconds(num_tokens) or num_tokens * alone_s * MODEL_COST
+
+
+def _copied(ngrams: NgramIndex, guide: TokenGuide | None, limit: int) -> Prospect:
+    """What is forced, and behind it what the text has had there before, as far as the grammar allows it."""
+    forced = list(guide.forced()[:limit]) if guide is not None else []
+    copy, odds = ngrams.guess_behind(forced, limit - len(forced))
+    guess = forced + copy
+    if guide is not None and copy:
+        guess = guess[: max(len(forced), guide.num_allowed(guess))]
+    return Prospect(len(guess), odds, guess, len(forced))

@@ -111,6 +111,7 @@ def followed(compiler: GrammarCompiler, constraint: Constraint) -> bool:
             if token_id == EOS_ID or guide.is_stopped:
                 break
             guide.advance(token_id)
+            guide.num_allowed(guide.forced()[:15])
     except InvalidRequest:
         return False
     return True

@@ -12,7 +12,7 @@ import pytest
 from runtime import token_guide
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
-from runtime.grammar import MAX_KEPT, MAX_SOURCE_CHARS, GrammarCompiler
+from runtime.grammar import MAX_FORESEEN_CHARS, MAX_KEPT, MAX_SOURCE_CHARS, GrammarCompiler
 from runtime.token_guide import GrammarGuide
 from tests.byte_tokenizer import byte_tokenizer
 from tests.grammar_bombs import nested
@@ -229,6 +229,40 @@ def test_masks_may_not_take_more_than_their_share_of_time(
     guide.advance(ids_of("a")[0])
     with pytest.raises(InvalidRequest, match="1 tokens took"):
         guide.allowed()
+
+
+def test_what_is_forced_is_seen_ahead(compiler: GrammarCompiler) -> None:
+    guide = compiler.guide(constraint(REGEX, "ab(cd|ce)fg"))
+    assert guide.forced() == ids_of("abc")
+    assert guide.num_allowed(ids_of("abcefg")) == 6 and guide.num_allowed(ids_of("abxdfg")) == 2
+    assert follow(guide, "abc") and guide.forced() == []
+    assert follow(guide, "d") and guide.forced() == ids_of("fg")
+    assert guide.num_allowed(ids_of("fgfg")) == 2, "nothing comes behind the end"
+    assert follow(guide, "fg") and guide.is_stopped
+
+
+def test_looking_ahead_is_given_up_where_it_takes_long(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = compiler.guide(constraint(CHOICE, ["xyz" * (MAX_FORESEEN_CHARS // 3)]))
+    assert long.forced() == [] and long.num_allowed([1, 2]) == 2
+    monkeypatch.setattr(token_guide, "MAX_FORESIGHT_S", -1.0)
+    guide = compiler.guide(constraint(REGEX, "abc"))
+    assert guide.forced() == ids_of("abc"), "the first look tells how long it takes"
+    assert guide.forced() == [] and guide.num_allowed(ids_of("xx")) == 2
+    assert follow(guide, "abc") and guide.is_stopped
+
+
+def test_looking_ahead_never_fails(compiler: GrammarCompiler) -> None:
+    busy = compiler.guide(constraint(REGEX, "abc"))
+    busy.advance(ids_of("a")[0])
+    busy.prepare()
+    assert busy.forced() == [] and busy.num_allowed(ids_of("bc")) == 2
+    assert busy.allowed()[ids_of("b")[0]] and busy.forced() == ids_of("bc")
+    broken = compiler.guide(constraint(REGEX, "abc"))
+    with pytest.raises(InvalidRequest):
+        broken.advance(ids_of("x")[0])
+    assert broken.forced() == [] and broken.num_allowed(ids_of("bc")) == 2
 
 
 def test_bombs_are_bounded_in_time_and_memory() -> None:

@@ -1,6 +1,7 @@
 """Speculation: the same tokens with drafts and without, the same distribution, and no drafts where they do not pay."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import replace
 from typing import Any
 
@@ -108,11 +109,29 @@ def test_a_new_guess_is_what_followed_the_last_time(prompt: list[int], answer: l
         index.push(token_id)
 
 
-def _last_place(ids: list[int], size: int) -> int | None:
-    """Behind the last earlier occurrence of the last `size` tokens."""
+def _last_place(ids: list[int], size: int, end: int | None = None) -> int | None:
+    """Behind the last earlier occurrence of the last `size` tokens, and before `end`."""
     tail = ids[len(ids) - size :] if len(ids) >= size else None
-    found = [place for place in range(size, len(ids)) if ids[place - size : place] == tail]
+    found = [place for place in range(size, len(ids) if end is None else end) if ids[place - size : place] == tail]
     return found[-1] if found else None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.integers(0, 2), min_size=1, max_size=5))
+def test_a_guess_behind_other_tokens_is_what_followed_the_same_in_the_text(
+    prompt: list[int], between: list[int]
+) -> None:
+    index = NgramIndex(prompt)
+    guess, odds = index.guess_behind(between, 4)
+    straight_on = index.guess(len(between) + 4)
+    if straight_on and straight_on[: len(between)] == between:
+        assert guess == straight_on[len(between) :] and odds == index.odds
+        return
+    tail = [*prompt[-3:], *between][-3:]
+    places = (_last_place([*prompt, *tail[-size:]], size, len(prompt)) for size in (3, 2, 1) if size <= len(tail))
+    place = next((place for place in places if place is not None), None)
+    assert guess == ([] if place is None else prompt[place : place + 4])
+    assert (odds > 0) == bool(guess)
 
 
 def test_the_odds_follow_what_happens_also_while_nothing_is_drafted() -> None:
@@ -128,6 +147,74 @@ def test_the_odds_follow_what_happens_also_while_nothing_is_drafted() -> None:
         if random.source is not None:
             odds.append(random.odds)
     assert np.median(odds[-100:]) < 0.3
+
+
+class Dictation:
+    """A `TokenGuide` that lets nothing but these tokens come."""
+
+    def __init__(self, token_ids: list[int], *, says_so: bool) -> None:
+        self._left, self._says_so = token_ids, says_so
+
+    @property
+    def is_stopped(self) -> bool:
+        return not self._left
+
+    def prepare(self, draft_ids: Rows[int] = ()) -> None:
+        assert list(draft_ids) == self._left[: len(draft_ids)], "only what may come is drafted"
+
+    def allowed(self) -> NDArray[np.bool_]:
+        return np.isin(np.arange(VOCAB), self._left[0])
+
+    def advance(self, token_id: int) -> None:
+        assert token_id == self._left[0]
+        self._left = self._left[1:]
+
+    def rollback(self, num_tokens: int) -> None:
+        raise NotImplementedError
+
+    def forced(self) -> list[int]:
+        return self._left[:8] if self._says_so else []
+
+    def num_allowed(self, token_ids: Rows[int]) -> int:
+        wanted = [*self._left, *[-1] * len(token_ids)]
+        return next((idx for idx, one in enumerate(token_ids) if one != wanted[idx]), len(token_ids))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_runs", "num_drafted", "num_accepted"),
+    [
+        # The prefill gives a token, each further run one and its draft: 8 that are forced, or 15 where copying goes on
+        # from there. The last token of all is not counted where it was drafted.
+        ("forced", 3, 15, 14),
+        ("forced, then copied", 2, 15, 15),
+        ("copied", 2, 15, 15),
+        ("forbidden", 17, 0, 0),
+    ],
+)
+def test_what_a_grammar_forces_is_drafted_and_what_it_forbids_is_not(
+    kind: str, num_runs: int, num_drafted: int, num_accepted: int
+) -> None:
+    text = np.random.default_rng(0).permutation(VOCAB)[:17].tolist()
+    prompt = {
+        "forced": [text[0], 1],
+        "forced, then copied": [*text, 1],
+        "copied": [*text, 1],
+        "forbidden": [*text[::-1], 1],
+    }[kind]
+
+    def dictate(engine: Engine) -> tuple[Request, Recorder]:
+        request, recorder = make_request("a", prompt, greedy(40))
+        request.guide = Dictation(text, says_so=kind.startswith("forced"))
+        engine.add(engine.prepare(request))
+        finish(engine)
+        return request, recorder
+
+    session = FakeSession(capacity=160, vocab_size=VOCAB, memory=1)
+    request, recorder = dictate(engine_for(session))
+    assert recorder.token_ids == text
+    assert recorder.events == dictate(Engine(FakeSession(capacity=160, vocab_size=VOCAB, memory=1)))[1].events
+    assert len(session.batches) == num_runs
+    assert (request.usage.num_drafted, request.usage.num_accepted) == (num_drafted, num_accepted)
 
 
 def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:
