@@ -1,11 +1,12 @@
 """Structured output on a real artifact: are answers valid, and what do masks cost?
 
-usage: python -m benchmarks.structured_output ARTIFACT [--repeat 5] [--new-tokens 96] [--max-tokens 400]
+usage: python -m benchmarks.structured_output ARTIFACT [--repeat 21] [--new-tokens 32] [--max-tokens 1500]
 
 1. The 200 schemas of tests/graded_schemas.py, eight requests at a time, sampled at temperature 0.7; each answer is
    parsed and validated by `jsonschema`. Answers cut by --max-tokens are counted apart: they may be fine so far.
 2. The time of a decode step of eight rows, free and held to a schema, in turn: A B A B. Rows generate as many tokens
-   from the same prompts; medians over the steps of a round, the ratio of neighbouring rounds.
+   from the same prompts; medians over the steps of a round, the ratio of neighbouring rounds. The rounds are short, two
+   seconds, since a machine that others share changes its pace by more than a mask costs.
 
 Prints a table, then one JSON line. Needs `jsonschema`; a few minutes.
 """
@@ -168,12 +169,12 @@ def print_answers(answers: Sequence[Answer]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--repeat", type=int, default=21)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=1500)
     args = parser.parse_args()
     times = StepTimes()
-    model = open_text_model(args.artifact, EngineSettings(max_batch=BATCH, max_len=1024), observer=times)
+    model = open_text_model(args.artifact, EngineSettings(max_batch=BATCH, max_len=2048), observer=times)
     model.start()
     try:
         cost = mask_cost(model, times, repeat=args.repeat, new_tokens=args.new_tokens)
