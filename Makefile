@@ -18,6 +18,7 @@ NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
 OUT ?= artifacts/$(NAME)-$(PRECISION)$(if $(KV),-kv-$(KV))
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
+JOBS ?= 2
 TARGET ?= tensorrt-rtx
 DEVICE ?= cpu
 GPU ?=
@@ -29,14 +30,14 @@ EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU DEVICE PORT PYTHON'
+	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU DEVICE PORT JOBS PYTHON'
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
 	@exec $(BIN)/headrace serve '$(OUT)' --port $(PORT) --ask 'What is the capital of France?'
 
-test: $(VENV)/.tested  ## set up what the tests need and run them
-	@$(BIN)/python -m pytest
+test: $(VENV)/.tested  ## set up what the tests need and run them, JOBS files at a time
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-gpu: $(VENV)/.tested  ## the tests that need a GPU; they say so and skip where there is none
 	@$(BIN)/python -m pytest -m gpu -rs

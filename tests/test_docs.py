@@ -62,6 +62,7 @@ def test_every_make_target_and_variable_is_named() -> None:
         "GPU",
         "DEVICE",
         "PORT",
+        "JOBS",
     ):
         assert re.search(rf"^{variable} \?=", makefile, re.M)
         assert f"{variable}=" in README
