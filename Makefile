@@ -18,7 +18,7 @@ NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
 OUT ?= artifacts/$(NAME)-$(PRECISION)$(if $(KV),-kv-$(KV))
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
-JOBS ?= 2
+JOBS ?= 1
 TARGET ?= tensorrt-rtx
 DEVICE ?= cpu
 GPU ?=
@@ -37,7 +37,7 @@ run: $(VENV)/.installed  ## set up, export the default model, serve it and ask i
 	@exec $(BIN)/headrace serve '$(OUT)' --port $(PORT) --ask 'What is the capital of France?'
 
 test: $(VENV)/.tested  ## set up what the tests need and run them, JOBS files at a time
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
 
 test-gpu: $(VENV)/.tested  ## the tests that need a GPU; they say so and skip where there is none
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -121,7 +121,7 @@ def page(browser: webdriver.Chrome, server: ServerProcess) -> Iterator[Page]:
 
 def test_an_answer_streams_and_is_measured(page: Page, server: ServerProcess) -> None:
     page.until(lambda: "fake: fp32, 1,024 tokens of context" in page.find("#welcome-model").text, "what the model is")
-    page.set("max_tokens", "60")
+    page.set("max_tokens", "240")
     page.set("stop_text", "never-comes")
     page.ask("hello")
     page.until(lambda: len(page.find(".assistant .text").text) > 3, "the first tokens")
@@ -135,6 +135,7 @@ def test_an_answer_streams_and_is_measured(page: Page, server: ServerProcess) ->
     assert re.fullmatch(r"\d+ tokens in, \d+ out", page.find("#counts").text)
     # The conversation goes on with what was said.
     before = int(page.find("#counts").text.split()[0])
+    page.set("max_tokens", "60")
     page.ask("and then?")
     page.until(lambda: len(page.texts(".assistant")) == 2 and not page.is_answering(), "the second answer")
     assert int(page.find("#counts").text.split()[0]) > before + 10
