@@ -226,10 +226,6 @@ class TokenGuide(Protocol):
         """Take a token, which must be allowed."""
         ...
 
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last tokens taken."""
-        ...
-
     def forced(self) -> Sequence[int]:
         """Tokens that probably come next since nothing but their text may; empty where there is a choice, or where
         finding out takes too long. The text is certain, its division into tokens is the tokenizer's. Never raises."""

@@ -82,14 +82,6 @@ class GrammarGuide:
         self._check()
         self._num_tokens += 1
 
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last tokens taken; masks ahead are dropped."""
-        self._settle()
-        self._masks, self._draft = [], []
-        self._matcher.rollback(num_tokens)
-        self._check()
-        self._num_tokens -= num_tokens
-
     def forced(self) -> list[int]:
         return self._look_ahead(self._matcher.compute_ff_tokens, [])
 

@@ -121,7 +121,7 @@ def test_multiples_that_people_use_are_taken(compiler: GrammarCompiler) -> None:
     assert follow(compiler.guide(constraint(SCHEMA, {"type": "integer", "multipleOf": 25})), "175")
 
 
-def test_a_draft_is_looked_at_ahead_and_a_step_back_is_a_step_back(compiler: GrammarCompiler) -> None:
+def test_a_draft_is_looked_at_ahead_and_another_takes_its_place(compiler: GrammarCompiler) -> None:
     source = constraint(SCHEMA, {"type": "object", "properties": {"ab": {"type": "integer"}}, "required": ["ab"]})
     text = '{"ab": 12'
     plain = compiler.guide(source)
@@ -134,18 +134,13 @@ def test_a_draft_is_looked_at_ahead_and_a_step_back_is_a_step_back(compiler: Gra
     for count, token_id in enumerate(ids_of(text)):
         assert np.array_equal(guide.allowed(), masks[count])
         guide.advance(token_id)
-        if count == 5:  # leave the draft, and come back
-            guide.rollback(3)
+        if count == 2:  # two others: one that is wrong in its middle, and one that is right
+            guide.prepare(ids_of('b"x 12'))
             assert np.array_equal(guide.allowed(), masks[3])
             guide.prepare(ids_of(text)[3:6])
-            for position in range(3, 6):
-                assert np.array_equal(guide.allowed(), masks[position])
-                guide.advance(ids_of(text)[position])
     assert np.array_equal(guide.allowed(), masks[-1])
     follow(guide, "}")
     assert guide.is_stopped
-    guide.rollback(1)
-    assert not guide.is_stopped and np.array_equal(guide.allowed(), masks[-1])
 
 
 @pytest.mark.parametrize(("source", "text"), [("a?", "a"), ("ab", "ab"), ("a+", "aaa")])

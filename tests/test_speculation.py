@@ -169,9 +169,6 @@ class Dictation:
         assert token_id == self._left[0]
         self._left = self._left[1:]
 
-    def rollback(self, num_tokens: int) -> None:
-        raise NotImplementedError
-
     def forced(self) -> list[int]:
         return self._left[:8] if self._says_so else []
 
