@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1_000
+"""Longest stop string. A stop string marks where an answer ends; a longer text is no mark, but costs memory."""
 MAX_PRIORITY = 100
 
 
@@ -126,6 +128,10 @@ class SamplingParams:
             _check(f"logit_bias[{token_id}]", bias, Range(-100, 100))
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
+        if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop: a string of {longest:,} characters; at most {MAX_STOP_CHARS:,} are taken", param="stop"
+            )
 
     @property
     def is_greedy(self) -> bool:

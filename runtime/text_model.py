@@ -135,9 +135,14 @@ class TextModel:
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model expects around it."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model expects around it.
+
+        Raises PromptTooLong, before most of it is tokenized, for a text that certainly has more than `max_tokens`
+        tokens, by default those of the context.
+        """
+        max_tokens = self.max_len if max_tokens is None else max_tokens
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     def encode_chat(
         self,

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import InvalidArtifact, InvalidRequest
+from runtime.bounded_encoding import BoundedEncoder
+from runtime.errors import InvalidArtifact
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
@@ -47,6 +48,7 @@ class Tokenizer:
         self._hf = tokenizer
         self._hf.no_truncation()
         self._hf.no_padding()
+        self._encoder = BoundedEncoder(tokenizer)
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         self._decode_steps = _flatten_decoder(decoder, where)
         self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
@@ -77,21 +79,15 @@ class Tokenizer:
         """Tokens the tokenizer knows; a model's vocabulary may be padded beyond it."""
         return self._hf.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. InvalidRequest if the text is not valid Unicode.
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text.
 
         `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token
         where tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
+        `max_tokens` bounds the work, as runtime/bounded_encoding.py says. Raises PromptTooLong if the text certainly
+        has more tokens, InvalidRequest if it is not valid Unicode, Overloaded if too much text is being tokenized.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}; remove it",
-                param="prompt",
-            ) from error
-        # As a batch of one: only this call lets other threads run meanwhile, and a text of 1 MB takes a second.
-        ids: list[int] = self._hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        ids = self._encoder.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         bos_id = self._added_bos_id
         if add_special_tokens and bos_id is not None and ids[:1] != [bos_id]:
             ids.insert(0, bos_id)

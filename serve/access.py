@@ -17,8 +17,8 @@ from serve.rate_limits import RateLimits
 from serve.record import RequestRecord, request_id_of
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
-LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""What costs a model's time; the rest is not counted against a key."""
+LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
+"""What costs a model's or a tokenizer's time; the rest is not counted against a key."""
 TRACE_HEADERS = ("traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-Id",

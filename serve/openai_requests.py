@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RequestOptions, SamplingParams
+from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_CHARS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.tool_formats import GENERIC, ToolFormat
 from serve.fields import (
@@ -47,9 +47,10 @@ Prompt = str | tuple[int, ...]
 
 TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+STOP_TEXT: dict[str, Any] = {**TEXT, "maxLength": MAX_STOP_CHARS}
 
 
-@described(anyOf=[TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOP_STRINGS}])
+@described(anyOf=[STOP_TEXT, {"type": "array", "items": STOP_TEXT, "maxItems": MAX_STOP_STRINGS}])
 def _stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]

@@ -11,6 +11,9 @@ from serve.openai_requests import read_messages
 from serve.replying import Context, lease_model, read_json
 
 MAX_TOKENS = 2**20
+"""Longest list of token ids that is read at all."""
+MIN_DETOKENIZED = 2**16
+"""Token ids that /detokenize takes where the context is shorter."""
 TOKENIZE_FIELDS = (
     Field("model", string),
     Field("prompt", string),
@@ -44,6 +47,9 @@ def tokenize_blueprint(context: Context) -> Blueprint:
         raw = read_json(request)
         model = lease_model(context, raw)
         ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
+        most = max(model.max_len, MIN_DETOKENIZED)
+        if len(ids) > most:
+            raise InvalidRequest(f"{len(ids):,} token ids are too many; at most {most:,} are taken", param="tokens")
         if bad := [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]:
             raise InvalidRequest(
                 f"token id {bad[0]} is not in the vocabulary, 0 to {model.vocab_size - 1}", param="tokens"
