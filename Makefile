@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 MODEL ?= smollm2-135m-instruct
-PRECISION ?= fp32
+PRECISION ?= w8a16
 MAX_LEN ?=
 KV ?=
 CALIB ?=

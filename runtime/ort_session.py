@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
+from runtime.cpu_features import int8_options
 from runtime.errors import InvalidArtifact, InvalidSetting
 from runtime.kv_rows import HostRows
 from runtime.ort_inputs import ort_inputs
@@ -22,11 +23,6 @@ from runtime.trt_inputs import trt_inputs
 # prefill one a slot; the rest are rare shapes.
 _MAX_BINDINGS = 256
 
-
-EXACT_INT8 = ("session.x64quantprecision", "1")
-"""Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16
-bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
-costs a tenth of a prefill there, and changes nothing on other processors."""
 
 WHOLE_ROWS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime reads when it makes attention kernels, its only switch for this: with more
@@ -112,7 +108,8 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
-        options.add_session_config_entry(*EXACT_INT8)
+        for name, value in int8_options().items():
+            options.add_session_config_entry(name, value)
         if is_run_exact or (threads or os.cpu_count() or 1) > artifact.manifest.dims.num_heads:
             os.environ[WHOLE_ROWS] = "1"
         if saves_memory:
