@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from runtime.artifact import Artifact
 from runtime.cpu_features import int8_options
 from runtime.errors import InvalidArtifact, InvalidSetting
+from runtime.kv_pages import lazy_zeros
 from runtime.kv_rows import HostRows
 from runtime.ort_inputs import ort_inputs
 from runtime.session import Batch, KvRows, SessionInfo
@@ -62,7 +63,7 @@ class OrtSession:
                     kv.present_name.format(layer=layer, kv=part),
                 )
                 self._names.append(names)
-                self._pool.append(np.zeros(shape, np.dtype(kv.dtype)))
+                self._pool.append(lazy_zeros(shape, kv.dtype))
         self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._logits = np.empty((num_slots, dims.vocab_size), np.float32)
         per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * np.dtype(kv.dtype).itemsize
