@@ -106,22 +106,9 @@ class OrtSession:
                 f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
                 f"{artifact.manifest.dims.max_len:,} (export it again with a larger --max-len)"
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
-        for name, value in int8_options().items():
-            options.add_session_config_entry(name, value)
+        options = _session_options(dialect, threads=threads, saves_memory=saves_memory)
         if is_run_exact or (threads or os.cpu_count() or 1) > artifact.manifest.dims.num_heads:
             os.environ[WHOLE_ROWS] = "1"
-        if saves_memory:
-            # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
-            # time, just before its use, each is freed after it, where the default order widens all of them first.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        if dialect != "ort":
-            # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             session = onnxruntime.InferenceSession(
                 str(artifact.model_file(dialect)),
@@ -202,3 +189,24 @@ class OrtSession:
         self._bindings.clear()
         self._pool.clear()
         self._session = None
+
+
+def _session_options(dialect: str, *, threads: int | None, saves_memory: bool) -> Any:
+    """ONNX Runtime's SessionOptions for this processor; the arguments are those of `OrtSession.open`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    for name, value in int8_options().items():
+        options.add_session_config_entry(name, value)
+    if saves_memory:
+        # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
+        # time, just before its use, each is freed after it, where the default order widens all of them first.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    if dialect != "ort":
+        # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
