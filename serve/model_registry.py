@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime.errors import HeadraceError, ModelNotFound, Unavailable
 from runtime.text_model import TextModel
+from serve.allocator import release_free_memory
 from serve.fields import shown
 from serve.metrics import ServerMetrics
 
@@ -172,6 +173,7 @@ class ModelRegistry:
         with self._changed:
             self._changed.wait_for(lambda: old.num_leases == 0 or self._is_closing)
         old.model.close()
+        release_free_memory()
 
     def drain(self, timeout_s: float) -> bool:
         """Stop accepting everywhere, wait for what runs, cancel the rest. True if nothing was cancelled."""
