@@ -265,8 +265,10 @@ class RequestOptions:
     cache_salt: str = ""
     """Prompts share the prefix cache only with prompts of the same salt: without it one client could find out by the
     time to the first token what another has sent."""
+    tenant: str = ""
+    """Whose request it is: a free slot goes to the tenant that has the fewest, among equal priorities."""
     priority: int = 0
-    """Lower is served earlier; among equals, who came first."""
+    """Lower is served earlier; among equals of a tenant, who came first."""
     timeout_s: float | None = None
     """Seconds after its submission at which it ends, finished or not."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.artifact import open_artifact
 from runtime.chat_template import ChatTemplate, load_chat_template
@@ -92,6 +92,13 @@ class Generation(Iterator[TokenEvent]):
         self.close()
 
 
+class MemoryUse(NamedTuple):
+    """Most bytes that a model's caches may take: K and V of all slots, and the prompt beginnings kept for reuse."""
+
+    kv_bytes: int
+    prefix_cache_bytes: int
+
+
 class TextModel:
     """A loaded model and its engine. `start` it, `generate` from any thread, `close` it."""
 
@@ -115,6 +122,7 @@ class TextModel:
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
+        self._draft_session = draft_session
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._eos_ids = eos_ids
@@ -132,6 +140,7 @@ class TextModel:
         )
         self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
+        self._prefix_cache_bytes = settings.prefix_cache or 0
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
@@ -228,10 +237,16 @@ class TextModel:
         """Why the engine died, if it did."""
         return self._thread.failure
 
+    def memory_use(self) -> MemoryUse:
+        """What its caches may take, filled or not."""
+        infos = [session.info for session in (self._session, self._draft_session) if session is not None]
+        kv_bytes = sum(info.num_slots * info.capacity * info.kv_bytes_per_token for info in infos)
+        return MemoryUse(kv_bytes, self._prefix_cache_bytes)
+
     def describe(self) -> str:
         """One line for the start: slots, their length, memory, precision and device."""
         info = self._session.info
-        size = format_bytes(info.num_slots * info.capacity * info.kv_bytes_per_token)
+        size = format_bytes(self.memory_use().kv_bytes)
         slots = "slot" if info.num_slots == 1 else "slots"
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
         return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))

@@ -13,7 +13,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
-from serve.access import Access, LiveRequests, current_record, on_end
+from serve.access import Access, current_record, on_end
 from serve.choices import Choices, Client, submit
 from serve.errors import ClientGoneError, error_body
 from serve.fields import read_object
@@ -33,7 +33,6 @@ class Context:
     settings: ServerSettings
     metrics: HttpMetrics
     access: Access
-    live: LiveRequests
 
 
 def read_json(request: Request, *, is_logged: bool = False) -> dict[str, Any]:
@@ -79,26 +78,30 @@ def start(
         for prompt_ids in prompts
     ]
     record = current_record()
-    if record.key is not None:
-        context.access.limits.take_prompt(record.key, sum(map(len, prompts)))
-    options = replace(wanted.options, cache_salt=_salt(record.tenant, wanted.options.cache_salt))
+    _check_priority(record, wanted.options.priority, context.settings.priority)
+    if record.reservation is not None:
+        context.access.limits.reserve_prompt(record.reservation, sum(map(len, prompts)))
+    salt = _salt(record.tenant, wanted.options.cache_salt)
+    options = replace(wanted.options, cache_salt=salt, tenant=record.tenant)
     choices = submit(model, planned, Client(request.environ.get("gunicorn.socket")), options=options)
     record.choices = choices
-    context.live.add(record)
-    on_end(lambda record: _settle(context, record))
+    context.access.live.add(record)
+    on_end(context.access.live.remove)
     return choices
+
+
+def _check_priority(record: RequestRecord, asked: int, for_everybody: int) -> None:
+    """Being served before others is a right, of a key or by --priority of everybody. InvalidRequest without it."""
+    most_urgent, whom = for_everybody, "requests to this server"
+    if record.key is not None and record.key.priority is not None:
+        most_urgent, whom = record.key.priority, f"the key {record.key.name}"
+    if asked < most_urgent:
+        raise InvalidRequest(f"priority must be at least {most_urgent} for {whom}, got {asked}", param="priority")
 
 
 def _salt(tenant: str, own: str) -> str:
     """What separates prefix caches: whoever holds a key, and within that what the client says."""
     return f"{tenant}\0{own}" if tenant else own
-
-
-def _settle(context: Context, record: RequestRecord) -> None:
-    """Book what was generated, and take the request out of the live view."""
-    context.live.remove(record)
-    if record.key is not None and record.choices is not None:
-        context.access.limits.book_answer(record.key, record.choices.num_generated_tokens)
 
 
 def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> Response:
