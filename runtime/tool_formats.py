@@ -113,7 +113,8 @@ def _without_calls(messages: Sequence[Mapping[str, Any]], form: ToolFormat) -> I
             function = call["function"]
             names[call.get("id", "")] = function["name"]
             written.append(_written(function["name"], json.dumps(function["arguments"], ensure_ascii=False), form))
-        yield {"role": message["role"], "content": form.separator.join([*([text] if text else []), *written])}
+        others = {key: value for key, value in message.items() if key != "tool_calls"}
+        yield {**others, "content": form.separator.join([*([text] if text else []), *written])}
 
 
 def _written(name: str, arguments: str, form: ToolFormat) -> str:
