@@ -1,9 +1,9 @@
 """What a client may ask for: the fields of OpenAI's two generation calls, as tables, and what they become.
 
-Knows nothing of HTTP or of generation. A field that is not in a table, or that asks for something this server
-does not do, is a 400: a request that is half honoured is worse than one refused. The reference for names and
-meanings is https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`,
-`ignore_eos` and `stop_token_ids` are what the field's other servers call these.
+Knows nothing of HTTP or of generation. The rows here are the honoured fields; those taken without effect and those
+refused are in serve/field_classes.py. The reference for names and meanings is
+https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
+`stop_token_ids` are what the field's other servers call these.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from typing import Any
 from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, ModelNotFound
 from runtime.tool_formats import GENERIC, ToolFormat
+from serve.field_classes import CHAT, COMPLETION, MESSAGE, PART, REQUEST, STREAM_OPTIONS, table
 from serve.fields import (
     Field,
     MismatchError,
@@ -28,7 +29,6 @@ from serve.fields import (
     shown,
     string,
     table_schema,
-    unsupported,
 )
 from serve.output_format import OUTPUT_FIELDS, wanted_form
 from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, any_calls, read_call_id, read_calls, wanted_tools
@@ -101,7 +101,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-STREAM_OPTIONS_FIELDS = (Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
+STREAM_OPTIONS_FIELDS = table(STREAM_OPTIONS, Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
 """The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
 
 
@@ -114,7 +114,8 @@ def _stream_options(value: Any) -> frozenset[str]:
     return frozenset(name for name, is_on in options.items() if is_on)
 
 
-CONTENT_PART_FIELDS = (
+CONTENT_PART_FIELDS = table(
+    PART,
     Field("type", one_of("text"), is_required=True),
     Field("text", string, is_required=True),
 )
@@ -129,16 +130,11 @@ def _any_content(value: Any) -> Any:
     return value
 
 
-NO_FUNCTIONS = "tools is the newer word for functions"
-MESSAGE_FIELDS = (
+MESSAGE_FIELDS = table(
+    MESSAGE,
     Field("role", one_of(*ROLES), is_required=True),
     Field("content", _any_content),
     Field("name", string),
-    # What clients send back when they append the reply to the conversation.
-    Field("refusal", unsupported("this model does not refuse")),
-    Field("annotations", unsupported("annotations are not supported", [])),
-    Field("audio", unsupported("text only")),
-    Field("function_call", unsupported(NO_FUNCTIONS)),
     Field("tool_calls", any_calls),
     Field("tool_call_id", string),
 )
@@ -218,12 +214,12 @@ COMMON_FIELDS = (
     Field("n", between(1, MAX_N)),
     Field("stream", boolean),
     Field("stream_options", _stream_options),
-    Field("user", string),
     Field("cache_salt", string),
     Field("priority", between(-MAX_PRIORITY, MAX_PRIORITY)),
     Field("timeout", _timeout),
 )
-COMPLETION_FIELDS = (
+COMPLETION_FIELDS = table(
+    COMPLETION,
     *COMMON_FIELDS,
     Field("max_tokens", between(0, 2**31)),
     *SAMPLING_FIELDS,
@@ -231,9 +227,10 @@ COMPLETION_FIELDS = (
     Field("logprobs", between(0, MAX_LOGPROBS)),
     Field("echo", boolean),
     Field("best_of", between(1, MAX_N)),
-    Field("suffix", unsupported("filling in the middle is not supported", "")),
+    also=REQUEST,
 )
-CHAT_FIELDS = (
+CHAT_FIELDS = table(
+    CHAT,
     *COMMON_FIELDS,
     Field("max_tokens", between(1, 2**31)),
     *SAMPLING_FIELDS,
@@ -241,12 +238,8 @@ CHAT_FIELDS = (
     Field("max_completion_tokens", between(1, 2**31)),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
-    Field("modalities", unsupported("text only", ["text"])),
     *TOOL_USE_FIELDS,
-    Field("functions", unsupported(NO_FUNCTIONS, [])),
-    Field("function_call", unsupported(NO_FUNCTIONS, "none", "auto")),
-    Field("store", unsupported("nothing is stored", False)),
-    Field("service_tier", unsupported("there is one tier", "auto", "default")),
+    also=REQUEST,
 )
 
 

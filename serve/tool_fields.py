@@ -13,6 +13,7 @@ from typing import Any
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
+from serve.field_classes import CALL, CALLED, FUNCTION, TOOL, table
 from serve.fields import (
     Field,
     MismatchError,
@@ -66,7 +67,8 @@ def _parameters(value: Any) -> dict[str, Any]:
     return {"type": "object", **value}
 
 
-FUNCTION_FIELDS = (
+FUNCTION_FIELDS = table(
+    FUNCTION,
     Field("name", _name, is_required=True),
     Field("description", string),
     Field("parameters", _parameters),
@@ -81,7 +83,8 @@ def _function(value: Any) -> Any:
     return value
 
 
-TOOL_FIELDS = (
+TOOL_FIELDS = table(
+    TOOL,
     Field("type", one_of("function"), is_required=True),
     Field("function", _function, is_required=True),
 )
@@ -183,7 +186,7 @@ def _arguments(value: Any) -> dict[str, Any]:
     return parsed
 
 
-CALLED_FIELDS = (Field("name", _name, is_required=True), Field("arguments", _arguments, is_required=True))
+CALLED_FIELDS = table(CALLED, Field("name", _name, is_required=True), Field("arguments", _arguments, is_required=True))
 
 
 @described(**table_schema(CALLED_FIELDS))
@@ -192,16 +195,11 @@ def _called(value: Any) -> Any:
     return value
 
 
-@described(description="What a stream's deltas have; not looked at.")
-def _anything(value: Any) -> Any:
-    return value
-
-
-CALL_FIELDS = (
+CALL_FIELDS = table(
+    CALL,
     Field("id", string, is_required=True),
     Field("type", one_of("function"), is_required=True),
     Field("function", _called, is_required=True),
-    Field("index", _anything),
 )
 
 
