@@ -23,6 +23,7 @@ CALL = "messages[].tool_calls[]"
 CALLED = "messages[].tool_calls[].function"
 TOOL = "tools[]"
 FUNCTION = "tools[].function"
+CHOICE = "tool_choice"
 STREAM_OPTIONS = "stream_options"
 STRUCTURED = "structured_outputs"
 
@@ -51,8 +52,8 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
             "keep_alive ttl num_ctx num_keep num_gpu num_thread num_batch use_mmap use_mlock draft_model cache_prompt "
             "id_slot slot_id n_keep n_discard provider route models transforms usage fallbacks cache "
             "kv_transfer_params extra_key data_parallel_rank bootstrap_host bootstrap_port bootstrap_room "
-            "session_params guided_decoding_backend backend_sampling speculative.n_max speculative.n_min speculative.p_min "
-            "truncation_length max_context_length prompt_truncate_len",
+            "session_params guided_decoding_backend backend_sampling speculative.n_max speculative.n_min "
+            "speculative.p_min truncation_length max_context_length prompt_truncate_len",
         ),
         *_taken(
             "belongs to a sampler or an input that is refused or off",
@@ -213,7 +214,6 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("documents", "documents belong into messages", []),
         refused("echo", "the template's text is not repeated", False),
         refused("suffix", "filling in the middle is not supported", ""),
-        refused("best_of", "use n", 1),
         refused("add_special_tokens", "the chat template writes them", False),
         refused("system", "write a message of the role system", "", []),
         refused("prompt", "use messages, or /v1/completions", "", []),
@@ -243,6 +243,7 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("experimental_attachments", "send their text as content", []),
         refused("documents", "send their text as content", []),
     ),
+    CHOICE: (refused("disable_parallel_tool_use", "write parallel_tool_calls beside tools", False),),
     STRUCTURED: (
         refused("whitespace_pattern", "whitespace is JSON's", ""),
         refused("disable_any_whitespace", "whitespace is JSON's", False),

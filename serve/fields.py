@@ -245,6 +245,24 @@ def string(value: Any) -> str:
     return value
 
 
+def check_utf8(value: Any) -> None:
+    """MismatchError if a string anywhere inside JSON is none that UTF-8 can carry."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise MismatchError("JSON without lone surrogates") from None
+    except RecursionError:
+        raise MismatchError("JSON that is nested less deeply") from None
+
+
+@described(type="object")
+def any_object(value: Any) -> dict[str, Any]:
+    """An object whose fields are checked elsewhere, if at all."""
+    if not isinstance(value, dict):
+        raise MismatchError("an object")
+    return value
+
+
 def between(low: int, high: int) -> Check:
     """An integer with both bounds included."""
 

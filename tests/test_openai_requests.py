@@ -268,9 +268,8 @@ def test_neutral_values_of_unsupported_fields_pass() -> None:
             "service_tier": "auto",
             "max_completion_tokens": 2,
         },
-        model_name=NAME,
     )
-    wanted = read_completion({**COMPLETION, "suffix": "", "best_of": 3, "n": 3}, model_name=NAME)
+    wanted = read_completion({**COMPLETION, "suffix": "", "best_of": 3, "n": 3})
     assert wanted.n == 3
 
 
@@ -290,8 +289,8 @@ def test_every_sampling_field_arrives() -> None:
         "ignore_eos": True,
     }
     for wanted in (
-        read_completion({**COMPLETION, **sampling, "logprobs": 4}, model_name=NAME),
-        read_chat({**CONVERSATION, **sampling, "logprobs": True, "top_logprobs": 4}, model_name=NAME),
+        read_completion({**COMPLETION, **sampling, "logprobs": 4}),
+        read_chat({**CONVERSATION, **sampling, "logprobs": True, "top_logprobs": 4}),
     ):
         params = wanted.for_choice(0, prompt_len=3, max_len=100)
         arrived = {name: getattr(params, name) for name in sampling}
