@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.chat_options import NO_VARIABLES, OWN_NAMES, REASONING, cut_at_open_end, opened, with_reasoning
 from runtime.errors import InvalidArtifact, InvalidRequest
 
 if TYPE_CHECKING:
@@ -31,16 +32,31 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, where: str = TEMPLATE_FILE) -> None:
         """Compile; InvalidArtifact if the template is not valid Jinja."""
-        from jinja2 import TemplateError, meta
+        from jinja2 import TemplateError, meta, nodes
 
         self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             environment = _environment()
             self._template: Template = environment.from_string(source)
-            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+            parsed = environment.parse(source)
+            self.reads = frozenset(meta.find_undeclared_variables(parsed))
+            """The variables that it reads."""
+            self._words = {node.attr for node in parsed.find_all(nodes.Getattr)}
+            self._words |= {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
+            self._own_names = frozenset({*OWN_NAMES, *environment.globals, *special_tokens})
         except TemplateError as error:
             raise InvalidArtifact(f"the chat template in {where} does not compile: {error}") from error
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it can be told of tools."""
+        return "tools" in self.reads
+
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether it looks at the reasoning of earlier turns."""
+        return not self._words.isdisjoint(REASONING)
 
     def render(
         self,
@@ -48,18 +64,30 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str:
-        """The prompt for a list of messages (`role`, `content`...), ending where the assistant is to speak.
+        """The prompt for a list of messages (`role`, `content`...), ending where the assistant is to speak, or inside
+        the last message, which is to be continued.
 
-        `tools` are functions in OpenAI's form; a template for which `knows_tools` is false ignores them.
-        InvalidRequest if the template refuses the messages, fails on them or writes too much.
+        `tools` are functions in OpenAI's form; a template for which `knows_tools` is false ignores them. `variables`
+        are the client's. InvalidRequest if one of those has a name that is not the client's to set, or if the template
+        refuses the messages, fails on them or writes too much.
         """
+        for name in variables:
+            if name in self._own_names:
+                raise InvalidRequest(
+                    f"chat_template_kwargs.{name} cannot be set: the server gives the template a value of its own",
+                    param="chat_template_kwargs",
+                )
+        shown = opened(messages) if continue_final_message else messages
         values = {
             **self._special_tokens,
-            "messages": [dict(message) for message in messages],
+            "documents": None,
+            **variables,
+            "messages": [with_reasoning(message) for message in shown],
             "add_generation_prompt": add_generation_prompt,
             "tools": list(tools) or None,
-            "documents": None,
         }
         pieces, num_chars = [], 0
         try:
@@ -77,7 +105,8 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the model's chat template does not take these messages: {error}", param="messages"
             ) from error
-        return "".join(pieces)
+        prompt = "".join(pieces)
+        return cut_at_open_end(prompt, messages[-1]["content"]) if continue_final_message else prompt
 
 
 def load_chat_template(path: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:

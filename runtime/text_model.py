@@ -5,13 +5,14 @@ What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
 
 import itertools
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from runtime.artifact import open_artifact
+from runtime.chat_options import DEFAULT_CHAT, REASONING, ChatOptions
 from runtime.chat_template import ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
@@ -20,6 +21,7 @@ from runtime.core import (
     Request,
     RequestOptions,
     SamplingParams,
+    TextStream,
     TokenEvent,
     Usage,
 )
@@ -32,12 +34,14 @@ from runtime.errors import InvalidRequest, InvalidSetting
 from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
 from runtime.model_card import model_card
+from runtime.one_call import OneCallText
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
 from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format, plain_messages
+from runtime.tool_parser import ToolCallParser
 
 
 class Generation(Iterator[TokenEvent]):
@@ -130,7 +134,7 @@ class TextModel:
         template = None if chat_template is None else chat_template.source
         self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
         self._draft_model = None if draft_session is None else DraftModel(draft_session)
-        engine = Engine(
+        self._engine = Engine(
             session,
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
@@ -138,7 +142,7 @@ class TextModel:
             speculator=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
             observer=observer,
         )
-        self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
+        self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
         self._prefix_cache_bytes = settings.prefix_cache or 0
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
@@ -158,8 +162,10 @@ class TextModel:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Tool] = (),
+        options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template.
+        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template, or for options
+        that cannot be had with it.
 
         Tools, calls and results go through the template if it knows of them, else through messages in plain words.
         """
@@ -170,8 +176,24 @@ class TextModel:
             )
         if not self._chat_template.knows_tools:
             messages, tools = plain_messages(messages, tools, self.tool_format), ()
-        text = self._chat_template.render(messages, tools=[tool.as_json() for tool in tools])
+        text = self._chat_template.render(
+            messages,
+            tools=[tool.as_json() for tool in tools],
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            variables=options.values(self._chat_template.reads),
+        )
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
+        """The fields of a chat that are without effect, since this model's chat template does not read them."""
+        if self._chat_template is None:
+            return []
+        fields = options.unread(self._chat_template.reads)
+        if not self._chat_template.knows_reasoning:
+            found = {name for message in messages for name in REASONING if name in message}
+            fields += [f"messages.{name}" for name in sorted(found)]
+        return fields
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text: possibly a part of a character; empty for a special token."""
@@ -188,8 +210,10 @@ class TextModel:
         *,
         request_id: str | None = None,
         options: RequestOptions = DEFAULT_OPTIONS,
+        one_call_of: Collection[str] = (),
     ) -> Generation:
-        """Start generating; returns at once.
+        """Start generating; returns at once. The answer ends with its first call of one of the functions
+        `one_call_of`.
 
         Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty
         prompt, a token id outside the vocabulary or a constraint that cannot be used, Overloaded if too many wait,
@@ -202,6 +226,8 @@ class TextModel:
                     f"{param}: token id {token_id} is not in the vocabulary, 0 to {self.vocab_size - 1}",
                     param=param,
                 )
+        named = self._named_stops(params)
+        params = replace(params, stop_token_ids=params.stop_token_ids | named.keys()) if named else params
         request_id = f"request-{next(self._request_numbers)}" if request_id is None else request_id
         generation = Generation(self._thread, request_id, len(prompt_ids))
         request = Request(
@@ -210,13 +236,42 @@ class TextModel:
             params=params,
             eos_ids=self._eos_ids,
             sink=generation.put,
-            text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
+            text=self._text_stream(prompt_ids, params, named, one_call_of),
             options=self._bounded(options),
             usage=generation.usage,
             guide=None if params.constraint is None else self._grammars.guide(params.constraint),
         )
         self._thread.submit(request)
         return generation
+
+    def _named_stops(self, params: SamplingParams) -> dict[int, str]:
+        """The stop strings that are names of special tokens, by the ids of those: they end at the token, for it may add
+        no text."""
+        ids = self._tokenizer.special_id_of
+        return {ids[stop]: stop for stop in params.stop if stop in ids}
+
+    def _text_stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        named_stops: Mapping[int, str],
+        one_call_of: Collection[str],
+    ) -> TextStream:
+        text = RequestText(
+            self._tokenizer.detokenizer(prompt_ids, skips_special=params.skip_special_tokens),
+            params.stop,
+            min_tokens=params.min_tokens,
+            keeps_end=params.include_stop_str_in_output,
+            end_texts=named_stops if params.skip_special_tokens else None,
+        )
+        return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
+
+    def encode_prediction(self, text: str) -> list[int]:
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`: as many as an answer can have. None if
+        nothing is speculated here: they would be without effect."""
+        if not self._engine.is_speculating:
+            return []
+        return self._tokenizer.encode(text, add_special_tokens=False)[: self.max_len]
 
     def _bounded(self, options: RequestOptions) -> RequestOptions:
         """The request's own time limit, or the server's if that is less."""

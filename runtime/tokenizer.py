@@ -11,7 +11,7 @@ An artifact with another decoder is refused.
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,10 @@ class Tokenizer:
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         self._decode_steps = _flatten_decoder(decoder, where)
         self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
-        self._special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(i for i, token in added if token.special)
+        self.special_id_of: Mapping[str, int] = {token.content: i for i, token in added if token.special}
+        """The ids of control tokens, by the text that names them."""
         self._bytes: dict[int, bytes] = {}
         self._added_bos_id = self._bos_to_add()
 
@@ -115,14 +118,19 @@ class Tokenizer:
             return str(self._hf.id_to_token(token_id))
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> "Detokenizer":
-        """A decoder for the tokens that follow a prompt.
+    def shown_bytes(self, token_id: int) -> bytes:
+        """The same as `token_bytes`, with special tokens by their names."""
+        return self.token_bytes(token_id) or self.token_text(token_id).encode()
+
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skips_special: bool = True) -> "Detokenizer":
+        """A decoder for the tokens that follow a prompt; it writes special tokens by their names unless it skips them.
 
         SentencePiece models write a space before the first word. It is dropped where a text begins: after no
         prompt, or one that ends in a special token, as a chat turn does.
         """
         is_beginning = not prompt_ids or self.is_special(prompt_ids[-1])
-        return Detokenizer(self, strip_first=is_beginning and self._strips_first)
+        token_bytes = self.token_bytes if skips_special else self.shown_bytes
+        return Detokenizer(token_bytes, strip_first=is_beginning and self._strips_first)
 
     @property
     def _is_byte_level(self) -> bool:
@@ -170,8 +178,9 @@ class Detokenizer:
     16, section 3.9), as the decoder of byte-level tokenizers does. Time and memory are constant per token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, strip_first: bool = False) -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, token_bytes: Callable[[int], bytes], *, strip_first: bool = False) -> None:
+        """`token_bytes` says what a token adds to the text."""
+        self._token_bytes = token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._strip_first = strip_first
 

@@ -156,6 +156,8 @@ class ToolCallParser:
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
         self.num_calls = 0
+        self.num_ended = 0
+        """Calls whose end has come, or which broke off after they had begun."""
         self._form = form
         self._names = frozenset(names)
         self._held = ""  # not yet decided
@@ -262,12 +264,14 @@ class ToolCallParser:
         return reader.is_complete
 
     def _end_call(self) -> None:
+        self.num_ended += 1
         self._raw, self._has_begun = "", False
         self._step = self._before_closing if self._form.closing else self._between
 
     def _break_call(self) -> None:
         """No call after all: its text is said. If it has begun it cannot be taken back; the rest of it is dropped."""
         if self._has_begun:
+            self.num_ended += 1
             self._step = self._to_closing
             return
         self._say(self._raw)

@@ -49,7 +49,7 @@ def create_app(
     settings = settings or ServerSettings()
     access = access or Access()
     if isinstance(models, TextModel):
-        models = ModelRegistry.of_one(models, metrics)
+        models = ModelRegistry.of_one(models, metrics, aliases=settings.alias, takes_any_name=settings.any_model_name)
     context = Context(models, settings, HttpMetrics(), access)
     app = Flask("headrace", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
@@ -65,7 +65,9 @@ def _at_end(context: Context, traces: Traces | None) -> OnEnd:
     """What is noted of every request when its last byte is out, or when the client has gone."""
 
     def note(record: RequestRecord) -> None:
-        context.metrics.on_response(route=record.route, status=record.status, request_s=record.seconds)
+        context.metrics.on_response(
+            route=record.route, status=record.status, request_s=record.seconds, ignored=record.ignored
+        )
         if context.settings.access_log:
             write_access_line(record)
         if traces is not None:

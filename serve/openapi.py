@@ -13,7 +13,7 @@ from flask import Blueprint, Response, jsonify
 
 from runtime.core import RANGES, SamplingParams
 from serve.access import OPEN_ROUTES
-from serve.fields import Field, table_schema
+from serve.fields import Field, integer, number, table_schema
 from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_NAMES
 from serve.openapi_replies import REPLIES, TEXT, Json, ref
 from serve.replying import Context
@@ -136,10 +136,11 @@ def _request_schema(table: Sequence[Field]) -> Json:
     """The table's schema, with the ranges and help texts of SamplingParams where a field is one of its."""
     schema = table_schema(table)
     helps = {item.name: item.metadata.get("help", "") for item in fields(SamplingParams)}
-    for name, value in schema["properties"].items():
+    for row in table:
+        name, value = row.name, schema["properties"][row.name]
         if name in SAMPLING_NAMES and helps[name]:
             value.setdefault("description", helps[name])
-        if name in SAMPLING_NAMES and name in RANGES:
+        if name in SAMPLING_NAMES and name in RANGES and row.check in (number, integer):
             bounds = RANGES[name]
             value["exclusiveMinimum" if bounds.is_low_open else "minimum"] = _at_most_64_bits(bounds.low)
             if bounds.high is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
+from serve.field_classes import STRUCTURED, table
 from serve.fields import Field, MismatchError, boolean, described, list_of, one_of, read_fields, string, table_schema
 
 MAX_CHOICES = 5000
@@ -94,7 +95,8 @@ def response_format(value: Any) -> Constraint | None:
     return Constraint(ConstraintKind.JSON_SCHEMA, source, "response_format")
 
 
-STRUCTURED_FIELDS = (
+STRUCTURED_FIELDS = table(
+    STRUCTURED,
     Field("json", _schema_or_text),
     Field("json_object", boolean),
     Field("regex", _some_text),

@@ -7,8 +7,8 @@ from flask import Blueprint, Response, jsonify, request
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
-from serve.openai_requests import read_messages
-from serve.replying import Context, lease_model, read_json
+from serve.message_fields import read_messages
+from serve.replying import Context, lease_model, noted, read_json
 
 MAX_TOKENS = 2**20
 """Longest list of token ids that is read at all."""
@@ -35,7 +35,8 @@ def tokenize_blueprint(context: Context) -> Blueprint:
     def tokenize() -> Response:
         raw = read_json(request)
         model = lease_model(context, raw)
-        values = read_fields(raw, TOKENIZE_FIELDS)
+        with noted(context):
+            values = read_fields(raw, TOKENIZE_FIELDS)
         ids = _encode(model, values)
         answer = {"count": len(ids), "max_model_len": model.max_len, "tokens": ids}
         if values.get("return_token_strs", False):
@@ -46,7 +47,8 @@ def tokenize_blueprint(context: Context) -> Blueprint:
     def detokenize() -> Response:
         raw = read_json(request)
         model = lease_model(context, raw)
-        ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
+        with noted(context):
+            ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
         most = max(model.max_len, MIN_DETOKENIZED)
         if len(ids) > most:
             raise InvalidRequest(f"{len(ids):,} token ids are too many; at most {most:,} are taken", param="tokens")
