@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from runtime.artifact import open_artifact
 from runtime.chat_options import DEFAULT_CHAT, REASONING, ChatOptions
+from runtime.chat_prompt import ChatPrompts
 from runtime.chat_template import ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
@@ -40,7 +41,7 @@ from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
-from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format, plain_messages
+from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format
 from runtime.tool_parser import ToolCallParser
 
 
@@ -131,8 +132,12 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
-        template = None if chat_template is None else chat_template.source
+        template = None if chat_template is None else chat_template.with_tools.source
         self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
+        self._chats = None
+        if chat_template is not None:
+            trusts = settings.trust_special_tokens
+            self._chats = ChatPrompts(tokenizer, chat_template, self.tool_format, trust_special_tokens=trusts)
         self._draft_model = None if draft_session is None else DraftModel(draft_session)
         self._engine = Engine(
             session,
@@ -164,26 +169,16 @@ class TextModel:
         tools: Sequence[Tool] = (),
         options: ChatOptions = DEFAULT_CHAT,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template, or for options
-        that cannot be had with it.
-
-        Tools, calls and results go through the template if it knows of them, else through messages in plain words.
+        """Token ids of a chat, up to where the assistant speaks. Control tokens in messages and tools are text
+        (runtime/chat_prompt.py). InvalidRequest without a chat template, or for options that cannot be had with it;
+        PromptTooLong for a chat that certainly does not fit.
         """
-        if self._chat_template is None:
+        if self._chats is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        if not self._chat_template.knows_tools:
-            messages, tools = plain_messages(messages, tools, self.tool_format), ()
-        text = self._chat_template.render(
-            messages,
-            tools=[tool.as_json() for tool in tools],
-            add_generation_prompt=options.add_generation_prompt,
-            continue_final_message=options.continue_final_message,
-            variables=options.values(self._chat_template.reads),
-        )
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._chats.encode(messages, tools=tools, options=options, max_tokens=self.max_len)
 
     def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
         """The fields of a chat that are without effect, since this model's chat template does not read them."""
@@ -309,6 +304,8 @@ class TextModel:
     def prepare_constraints(self) -> None:
         """Get ready for requests with constraints, which would otherwise hold up everybody once."""
         self._grammars.prepare()
+        if self._chats is not None:
+            self._chats.prepare()
 
     def start(self) -> None:
         """Start the engine's thread. Once only."""
