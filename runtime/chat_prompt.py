@@ -6,7 +6,7 @@ two differ in their control tokens is it encoded in the secret spelling. Knows n
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runtime.chat_options import ChatOptions
@@ -79,24 +79,15 @@ class ChatPrompts:
 
         text = render(values)
         control = self._control
-        if control is None or (masked := control.masked(values)) == values:
+        if control is None:
             return self._tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-        try:
-            prompt = render(masked)
-        except InvalidRequest:
-            prompt = ""
-        if control.unmasked(prompt) == text:
-            is_ordinary = control.places(prompt) == control.places(text)
-        else:  # the template looks at these characters: what they say decides, unless there is a token in them
-            is_ordinary = not _holds_tokens(values, masked, control)
-            if not (is_ordinary or prompt):
-                raise InvalidRequest(
-                    "the messages contain the text of a control token, and the model's chat template does not take "
-                    "them with that as plain text",
-                    param="messages",
-                )
-        if is_ordinary:
-            return self._tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+        masked = control.masked(values)
+        prompt = text if masked == values else _trusted(text, values, masked, control, render)
+        if control.places(prompt) == control.places(text):
+            ids = self._tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+            # A normalizer may make such a token out of other characters.
+            if control.num_ids(ids) <= len(control.places(prompt)):
+                return ids
         secret = self._spelled(control)
         return secret.encode(control.unmasked(control.spelled(prompt, secret.spelling)), max_tokens=max_tokens)
 
@@ -116,6 +107,25 @@ def _control_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> ControlToke
     return ControlTokens(
         tokenizer.added_tokens, template="\n".join(sources), plain=plain, named=frozenset(tokenizer.named_tokens)
     )
+
+
+def _trusted(
+    text: str, values: Any, masked: Any, control: ControlTokens, render: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """The prompt `text` in which the template alone has written control tokens; `text` itself if no other is in it."""
+    try:
+        prompt = render(masked)
+    except InvalidRequest as error:
+        if _holds_tokens(values, masked, control):
+            raise InvalidRequest(
+                "the messages contain the text of a control token, and the model's chat template does not take that as "
+                "plain text",
+                param="messages",
+            ) from error
+        return text
+    # A template that looks at these characters writes another prompt; an ordinary conversation is to get its own.
+    is_same = control.unmasked(prompt) == text
+    return prompt if is_same or _holds_tokens(values, masked, control) else text
 
 
 def _has_calls(messages: Sequence[Mapping[str, Any]]) -> bool:

@@ -50,6 +50,7 @@ class ControlTokens:
         texts = self.control | self.structure
         self.ids = {token.text: token.token_id for token in added if token.text in texts}
         """Token ids by the texts of both kinds."""
+        self._all_ids = frozenset(self.ids.values())
         hidden = sorted({_mark_of(text) or text[0] for text in texts})
         table = {char: chr(_FIRST_SURROGATE + i) for i, char in enumerate(hidden)}
         self._unmasked = {ord(surrogate): char for char, surrogate in table.items()}
@@ -79,6 +80,10 @@ class ControlTokens:
     def places(self, text: str) -> list[tuple[int, str]]:
         """Where control and structure tokens are in a text, and which."""
         return [(match.start(), match[0]) for match in self._found.finditer(text)]
+
+    def num_ids(self, ids: Iterable[int]) -> int:
+        """How many of the ids are those of control and structure tokens."""
+        return sum(map(self._all_ids.__contains__, ids))
 
     def spelled(self, text: str, spelling: Mapping[str, str]) -> str:
         """A text with its control and structure tokens written another way."""

@@ -99,9 +99,13 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> list[AddedToken]:
-        """The tokens that are found in a text as a whole, before its words are."""
+        """The tokens that are found anywhere in a text as a whole, before its words are."""
         decoder = self._hf.get_added_tokens_decoder()
-        return [AddedToken(token_id, token.content, token.special) for token_id, token in decoder.items()]
+        return [
+            AddedToken(token_id, token.content, token.special)
+            for token_id, token in decoder.items()
+            if not token.single_word
+        ]
 
     @property
     def named_tokens(self) -> frozenset[str]:
