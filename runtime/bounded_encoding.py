@@ -84,7 +84,7 @@ class BoundedEncoder:
         long may be encoded all the same. InvalidRequest if it is not valid Unicode, Overloaded if too much text is
         being tokenized.
         """
-        num_bytes = _num_bytes(text)
+        num_bytes = num_bytes_of(text)
         if max_tokens is not None:
             self._refuse_too_long(text, num_bytes, max_tokens)
         with self._budget.take(num_bytes):
@@ -105,7 +105,7 @@ class BoundedEncoder:
             chunk = text[start : start + CHUNK_CHARS]
             # Where text can vanish it is space beside a token that takes it, perhaps on the other side of the cut.
             counted = chunk if longest is not None else chunk.strip()
-            with self._budget.take(_num_bytes(counted)):
+            with self._budget.take(num_bytes_of(counted)):
                 num_tokens += max(0, len(self._ids(counted, False)) - CUT_TOKENS)
             if num_tokens > max_tokens:
                 raise PromptTooLong(
@@ -120,8 +120,8 @@ class BoundedEncoder:
         return ids
 
 
-def _num_bytes(text: str) -> int:
-    """Length in UTF-8. InvalidRequest for a lone surrogate, which has none."""
+def num_bytes_of(text: str) -> int:
+    """Length of a text in UTF-8. InvalidRequest for a lone surrogate, which has none."""
     try:
         return len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from runtime.bounded_encoding import num_bytes_of
 from runtime.chat_options import ChatOptions
 from runtime.chat_template import ChatTemplate
 from runtime.control_tokens import ControlTokens
@@ -81,6 +82,7 @@ class ChatPrompts:
         control = self._control
         if control is None:
             return self._tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+        num_bytes_of(text)  # a surrogate of the client's own is refused: below, surrogates are masks
         masked = control.masked(values)
         prompt = text if masked == values else _trusted(text, values, masked, control, render)
         if control.places(prompt) == control.places(text):

@@ -2,10 +2,15 @@
 
 from flask import Blueprint, Response, request
 
+from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.openai_replies import CompletionShape, Echo
 from serve.openai_requests import CompletionRequest, read_completion
 from serve.replying import Context, check_choices, lease_model, noted, read_json, respond, start
+
+MAX_SCORED = 2**19
+"""Log-probabilities in the reply to one request that scores its prompts: some 16 MB of JSON, made in 120 MB of memory.
+Evaluators ask for one or two of each token: 128,000 tokens and more at once."""
 
 
 def completions_blueprint(context: Context) -> Blueprint:
@@ -23,11 +28,26 @@ def completions_blueprint(context: Context) -> Blueprint:
             model.encode(item, add_special_tokens=wanted.add_special_tokens) if isinstance(item, str) else list(item)
             for item in wanted.prompts
         ]
+        _check_scored(wanted, prompts)
         choices = start(context, request, model, wanted, prompts)
         shape = CompletionShape(model, _echo(model, wanted, prompts), is_scored=wanted.is_scored)
         return respond(choices, shape, wanted)
 
     return blueprint
+
+
+def _check_scored(wanted: CompletionRequest, prompts: list[list[int]]) -> None:
+    """Bound the reply of a request that scores its prompts. Raises InvalidRequest."""
+    if not wanted.is_scored:
+        return
+    per_token = (wanted.params.logprobs or 0) + 1
+    num_scored = sum(map(len, prompts)) * wanted.n * per_token
+    if num_scored > MAX_SCORED:
+        raise InvalidRequest(
+            f"{sum(map(len, prompts)):,} prompt tokens times n={wanted.n} with {per_token} log-probabilities each are "
+            f"{num_scored:,}; at most {MAX_SCORED:,} fit in one reply: send fewer prompts at once",
+            param="logprobs",
+        )
 
 
 def _echo(model: TextModel, wanted: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
