@@ -1,18 +1,35 @@
 """The chat template: what transformers' environment offers, and what the sandbox refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.chat_options import ChatOptions
+from runtime.chat_prompt import ChatPrompts
 from runtime.chat_template import ChatTemplate, load_chat_template
 from runtime.errors import InvalidArtifact, InvalidRequest
-from runtime.tool_formats import GENERIC, plain_messages
+from runtime.template_needs import SHORT_ID, short_id
+from runtime.tool_formats import GENERIC, Tool, plain_messages
+from tests.byte_tokenizer import byte_tokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "H\u00e9 <b>"}]
+
+BYTES = byte_tokenizer()
+CLOCK = Tool(name="clock", description="", parameters={"type": "object"})
+CALLED: list[dict[str, Any]] = [
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": {"a": "\u00e9"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+]
 
 
 def render(source: str) -> str:
@@ -54,8 +71,6 @@ def test_templates_find_what_transformers_gives_them(source: str, expected: str)
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].content.missing.field }}", "no attribute"),
         ("{% for i in range(10000000) %}{% endfor %}", "[Rr]ange"),
-        ("{{ 'x' * 10000000 }}", "too long"),
-        ("{{ 9 ** 9 ** 9 }}", "too large"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "characters"),
         ("{{ 1 // 0 }}", "zero"),
     ],
@@ -182,3 +197,98 @@ def test_the_file_comes_before_the_configuration(tmp_path: Path) -> None:
         load({"chat_template": 3})
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load({"chat_template": "string"}) == "file"
+
+
+def test_a_model_with_several_templates_has_one_for_tools(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "{{ tools }}tools"}, {"name": "default", "template": "plain"}]
+    template = load_chat_template(tmp_path, {"chat_template": named}, TOKENS)
+    assert template is not None and template.render(MESSAGES) == "plain"
+    assert template.with_tools.knows_tools and not template.knows_tools
+    (tmp_path / "chat_template.jinja").write_text("file")
+    template = load_chat_template(tmp_path, {"chat_template": named}, TOKENS)
+    assert template is not None and template.render(MESSAGES) == "file" and template.with_tools is not template
+    prompts = ChatPrompts(BYTES, template, GENERIC)
+    assert BYTES.decode(prompts.encode(MESSAGES, tools=(), options=ChatOptions())) == "file"
+    assert BYTES.decode(prompts.encode(MESSAGES, tools=(CLOCK,), options=ChatOptions())).endswith("tools")
+    assert BYTES.decode(prompts.encode([*MESSAGES, *CALLED], tools=(), options=ChatOptions())).endswith("tools")
+    with pytest.raises(InvalidArtifact, match="tool_use does not compile"):
+        load_chat_template(tmp_path, {"chat_template": [{"name": "tool_use", "template": "{% if %}"}]}, TOKENS)
+
+
+JOINING = """{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}
+{%- for call in m.tool_calls %}{{ 'CALL ' + call.function.name + ' ' + call.function.arguments + ';' }}{% endfor %}
+{%- else %}{{ m.role + ':' + m.content + ';' }}{% endif %}{% endfor %}{% if tools %}{% endif %}"""
+"""As DeepSeek's: calls of a message without content alone, their arguments joined as text."""
+NINE = """{% for m in messages %}{% for call in m.tool_calls or [] %}
+{%- if call.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}
+{{- call.function.name + (call.function.arguments | tojson) + call.id }}{% endfor %}
+{%- if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}
+{{- m.tool_call_id }}{% endif %}{{ m.content }};{% endfor %}{% if tools %}{% endif %}"""
+"""As Mistral's."""
+EITHER = """{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.name }}
+{%- if call.function.arguments is string %}{{ call.function.arguments }}{% else %}
+{{- call.function.arguments | tojson }}{% endif %}{% endfor %}{{ m.content }};{% endfor %}{{ tools }}"""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            JOINING,
+            'user:u;assistant:Let me see;CALL clock {"a": "\u00e9"};tool:12;assistant:ok;'
+            'CALL clock {"a": "\u00e9"};tool:12;',
+        ),
+        (EITHER, 'u;clock{"a": "\u00e9"}Let me see;12;ok;clock{"a": "\u00e9"};12;'),
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "u;Let me see;12;ok;;12;"),
+    ],
+    ids=["joining", "either", "knows no calls"],
+)
+def test_calls_of_three_turns_are_given_as_the_template_takes_them(source: str, expected: str) -> None:
+    said = {**CALLED[0], "content": "Let me see"}
+    conversation = [{"role": "user", "content": "u"}, said, CALLED[1], {"role": "assistant", "content": "ok"}, *CALLED]
+    assert ChatTemplate(source, {}).render(conversation).removesuffix("None") == expected
+
+
+@pytest.mark.parametrize("arguments", ['{"a"', "London"])
+def test_arguments_that_do_not_parse_reach_a_template_that_takes_text(arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert ChatTemplate(JOINING, {}).render([message]) == f"CALL clock {arguments};"
+
+
+def test_ids_of_calls_have_nine_letters_and_digits_where_the_template_wants_them() -> None:
+    template = ChatTemplate(NINE, {})
+    assert template.has_short_ids and not ChatTemplate(EITHER, {}).has_short_ids
+    text = template.render([{"role": "user", "content": "u"}, *CALLED])
+    assert re.fullmatch(r'u;clock\{"a": "\u00e9"\}(\w{9});\n?(\1)12;', text), text
+    assert short_id("call_1") == short_id("call_1") != short_id("call_2")
+    assert short_id("aB3dE6gH9") == "aB3dE6gH9"
+    assert all(SHORT_ID.fullmatch(short_id(text)) for text in ("", "x" * 500, "\u00e9", "1234567890"))
+
+
+ALTERNATING = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate') }}{% endif %}{{ m.role }}:{{ m.content }};{% endfor %}"""
+NO_SYSTEM = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{{- m.content }};{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("source", "roles", "expected"),
+    [
+        (ALTERNATING, "user user assistant", "user:0\n\n1;assistant:2;"),
+        (ALTERNATING, "system user assistant user user", "user:0\n\n1;assistant:2;user:3\n\n4;"),
+        (ALTERNATING, "system", "user:0;"),
+        (NO_SYSTEM, "system user assistant", "0\n\n1;2;"),
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "system user user", "0;1;2;"),
+    ],
+)
+def test_a_template_that_refuses_the_roles_is_given_them_in_a_milder_form(
+    source: str, roles: str, expected: str
+) -> None:
+    messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles.split())]
+    assert ChatTemplate(source, {}).render(messages) == expected
+
+
+def test_a_template_that_refuses_the_milder_forms_too_is_heard() -> None:
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        ChatTemplate(ALTERNATING, {}).render([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])
