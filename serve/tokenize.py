@@ -8,7 +8,7 @@ from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
 from serve.message_fields import read_messages
-from serve.replying import Context, lease_model, noted, read_json
+from serve.replying import Context, blaming, lease_model, noted, read_json
 
 MAX_TOKENS = 2**20
 """Longest list of token ids that is read at all."""
@@ -70,4 +70,5 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
     if "add_special_tokens" in values:
         raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
-    return model.encode_chat(values["messages"])
+    with blaming("messages"):
+        return model.encode_chat(values["messages"])
