@@ -1,4 +1,4 @@
-"""Requests that would cost more than they are worth: long texts, stop strings and scores are refused before the work."""
+"""Requests that would cost more than they are worth: long texts, stop strings, scores: refused before the work."""
 
 import re
 from collections.abc import Iterator
@@ -121,10 +121,10 @@ def test_detokenizing_is_bounded(client: FlaskClient) -> None:
 SCRIPT = '[{"name": "clock", "arguments": {}}, {"name": "clock", "arguments": {}}]'
 TOOLS = [{"type": "function", "function": {"name": "clock"}}]
 WANTS_NINE = """{% for m in messages %}{% for call in m.tool_calls or [] %}
-{%- if call.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{{ call.function.name + call.id + (call.function.arguments | tojson) }}
-{%- endfor %}{{ m.content }}{% if m.tool_call_id and m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}
-{%- endif %}{% endfor %}{% if tools %}{% endif %}
-assistant: """
+{%- if call.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}
+{{- call.function.name + call.id + (call.function.arguments | tojson) }}{% endfor %}{{ m.content }}
+{%- if m.tool_call_id and m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{% endfor %}
+{%- if tools %}{{ '\\nassistant: ' }}{% endif %}"""
 
 
 def test_a_conversation_with_calls_goes_three_turns_where_ids_have_nine_letters() -> None:
