@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.control_groups import control_group_paths, read_number
 from runtime.errors import InvalidSetting
 
 FREE_FRACTION = 0.6
@@ -78,29 +79,15 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> Iterator[int]:
-    """Limit minus use for each control group around this process that has a limit (v2, then v1)."""
-    for base, limit_name, used_name in (
-        ("sys/fs/cgroup", "memory.max", "memory.current"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        top = root / base
-        for group in (top, *(top / part for part in _own_groups(root))):
-            limit, used = _read_int(group / limit_name), _read_int(group / used_name)
+    """Limit minus use for each control group around this process that has a limit."""
+    for group in control_group_paths(root, "memory"):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = read_number(group / limit_name), read_number(group / used_name)
             if limit is not None and used is not None:
                 yield max(0, limit - used + _reclaimable(group))
-
-
-def _own_groups(root: Path) -> Iterator[str]:
-    """Paths of this process's control groups and their parents, relative to the hierarchy's root."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory") and ".." not in path:
-            parts = path.strip("/").split("/")
-            yield from ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1) if parts[0])
 
 
 def _reclaimable(group: Path) -> int:
@@ -110,14 +97,6 @@ def _reclaimable(group: Path) -> int:
     except OSError:
         return 0
     return int(stat.get("inactive_file", 0))
-
-
-def _read_int(file: Path) -> int | None:
-    """The number in a file; None if there is none (no such file, or the word `max`)."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def format_bytes(count: int) -> str:

@@ -147,12 +147,14 @@ def share_memory(engine: EngineSettings, paths: list[str], *, allow_failed: bool
 def serve(
     sources: "Mapping[str, ModelSource]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
-    """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had."""
+    """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had, or must not."""
+    from serve.hosts import check_exposure
     from serve.wsgi import listen, run_server
 
     # More choices than the queue holds would be refused as overload, however often the client tries again.
     server = replace(server, max_choices=min(server.max_choices, max(1, engine.max_waiting)))
     listener = listen(server.host, server.port)
+    check_exposure(server.host, has_keys=server.api_keys is not None, allow_anonymous=server.allow_anonymous)
     return run_server(sources, listener, server, on_ready=_announcer(listener, question))
 
 

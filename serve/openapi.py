@@ -158,6 +158,7 @@ def _operation(path: str, operation: Operation) -> Json:
         errors |= REQUEST_ERRORS | OTHER_ERRORS
     if operation.missing is not None:
         errors[404] = operation.missing
+    errors[403] = "The request's Host is not one of this server's names, or its API key may not do this."
     if path not in OPEN_ROUTES and path != "/page/{name}":
         errors[401] = "The server has API keys, and the request brings none that it knows."
     replies = {str(status): _error(text) for status, text in sorted(errors.items())}
