@@ -17,6 +17,7 @@ from serve.fields import Field, refused, taken
 REQUEST = "request"
 CHAT = "chat request"
 COMPLETION = "completion request"
+TOKENIZE = "tokenize request"
 MESSAGE = "messages[]"
 PART = "messages[].content[]"
 CALL = "messages[].tool_calls[]"
@@ -242,6 +243,11 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("attachments", "send their text as content", []),
         refused("experimental_attachments", "send their text as content", []),
         refused("documents", "send their text as content", []),
+    ),
+    TOKENIZE: (
+        refused("chat_template", NO_TEMPLATE, ""),
+        refused("with_pieces", "use return_token_strs", False),
+        refused("content", "use prompt", ""),
     ),
     CHOICE: (refused("disable_parallel_tool_use", "write parallel_tool_calls beside tools", False),),
     STRUCTURED: (

@@ -75,6 +75,8 @@ def _json_schema(value: Any) -> str:
 RESPONSE_FORMAT_FIELDS = (
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
     Field("json_schema", _json_schema),
+    # Of llama.cpp, Together and others: the schema beside the type, without a name.
+    Field("schema", schema_text),
 )
 
 
@@ -85,6 +87,8 @@ def response_format(value: Any) -> Constraint | None:
         raise MismatchError("an object")
     path = "response_format."
     found = read_fields(value, RESPONSE_FORMAT_FIELDS, path)
+    if found["type"] != "text" and "json_schema" not in found and "schema" in found:
+        return Constraint(ConstraintKind.JSON_SCHEMA, found["schema"], "response_format")
     is_schema = found["type"] == "json_schema"
     if is_schema != ("json_schema" in found):
         needs = "is required" if is_schema else f"needs the type json_schema, not {found['type']}"

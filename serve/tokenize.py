@@ -6,15 +6,19 @@ from flask import Blueprint, Response, jsonify, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
+from serve.field_classes import TOKENIZE, table
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
 from serve.message_fields import read_messages
 from serve.replying import Context, lease_model, noted, read_json
+from serve.tool_fields import tools
 
 MAX_TOKENS = 2**20
-TOKENIZE_FIELDS = (
+TOKENIZE_FIELDS = table(
+    TOKENIZE,
     Field("model", string),
     Field("prompt", string),
     Field("messages", read_messages),
+    Field("tools", tools),
     Field("add_special_tokens", boolean),
     Field("return_token_strs", boolean),
 )
@@ -62,6 +66,6 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if "prompt" in values:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
-    if "add_special_tokens" in values:
+    if values.get("add_special_tokens", False):
         raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
-    return model.encode_chat(values["messages"])
+    return model.encode_chat(values["messages"], tools=values.get("tools", ()))
