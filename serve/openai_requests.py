@@ -199,7 +199,7 @@ COMMON_FIELDS = (
     Field("timeout", _timeout),
     Field("extra_body", any_object),
 )
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "num_predict")
 """The smallest of those that are given counts."""
 COMPLETION_FIELDS = table(
     COMPLETION,

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
-from serve.field_classes import STRUCTURED, table
+from serve.field_classes import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
 from serve.fields import Field, MismatchError, boolean, described, list_of, one_of, read_fields, string, table_schema
 
 MAX_CHOICES = 5000
@@ -56,7 +56,8 @@ def _some_text(value: Any) -> str:
     return str(value)
 
 
-JSON_SCHEMA_FIELDS = (
+JSON_SCHEMA_FIELDS = table(
+    JSON_SCHEMA,
     Field("name", string, is_required=True),
     Field("schema", schema_text, is_required=True),
     Field("description", string),
@@ -72,7 +73,8 @@ def _json_schema(value: Any) -> str:
     return str(read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")["schema"])
 
 
-RESPONSE_FORMAT_FIELDS = (
+RESPONSE_FORMAT_FIELDS = table(
+    RESPONSE_FORMAT,
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
     Field("json_schema", _json_schema),
     # Of llama.cpp, Together and others: the schema beside the type, without a name.

@@ -6,7 +6,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
-from serve.field_classes import TOKENIZE, table
+from serve.field_classes import DETOKENIZE, TOKENIZE, table
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
 from serve.message_fields import read_messages
 from serve.replying import Context, lease_model, noted, read_json
@@ -22,7 +22,8 @@ TOKENIZE_FIELDS = table(
     Field("add_special_tokens", boolean),
     Field("return_token_strs", boolean),
 )
-DETOKENIZE_FIELDS = (
+DETOKENIZE_FIELDS = table(
+    DETOKENIZE,
     Field("model", string),
     Field("tokens", list_of(integer, "token ids", max_len=MAX_TOKENS), is_required=True),
 )

@@ -85,8 +85,10 @@ def test_every_field_is_in_it(name: str, table: Any) -> None:
 
 def test_ranges_are_those_of_the_checks(client: FlaskClient) -> None:
     properties = DOCUMENT["components"]["schemas"]["CompletionRequest"]["properties"]
-    ranges = {name: bounds for name, bounds in RANGES.items() if name in SAMPLING_NAMES}
-    assert len(ranges) >= 8
+    own = {"top_k": -1, "top_p": 0, "seed": 1 - 2**63}  # -1 is no limit, 0 the smallest nucleus
+    assert {name: properties[name]["minimum"] for name in own} == own
+    ranges = {name: bounds for name, bounds in RANGES.items() if name in SAMPLING_NAMES - own.keys()}
+    assert len(ranges) >= 5
     for name, bounds in ranges.items():
         lowest = properties[name].get("minimum", properties[name].get("exclusiveMinimum"))
         assert lowest == max(bounds.low, 1 - 2**63)
@@ -182,7 +184,7 @@ def test_tokenize_and_back(client: FlaskClient) -> None:
     [
         ("/tokenize", {}, "either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "either prompt or messages"),
-        ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": False}, "goes with prompt"),
+        ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "goes with prompt"),
         ("/detokenize", {"tokens": [1, 258]}, "258"),
         ("/detokenize", {"tokens": [-1]}, "-1"),
     ],
