@@ -112,7 +112,8 @@ class CallReader:
             # Some models write the arguments as a string that holds JSON, or null for none.
             value = self._decoded()
             self.is_broken |= not isinstance(value, str | None) or _is_no_object(value)
-            self._arguments = value if isinstance(value, str) else "{}"
+            if not self.is_broken:
+                self._arguments = value if isinstance(value, str) else "{}"
 
     def _after_value(self, char: str) -> None:
         if char == "}":

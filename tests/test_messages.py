@@ -8,11 +8,14 @@ import httpx2 as httpx
 import openai
 import pytest
 from flask import Flask
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from runtime.chat_template import ChatTemplate
 from runtime.errors import InvalidRequest, UnsupportedField
-from runtime.tool_formats import GENERIC, HERMES, plain_messages
+from runtime.tool_formats import GENERIC, HERMES, TOOL_FORMATS, ToolFormat, plain_messages
+from runtime.tool_parser import ToolCallParser
 from serve.app import create_app
 from serve.fields import Notes, reading
 from serve.message_fields import read_messages
@@ -104,6 +107,7 @@ def test_what_an_assistant_thought_is_noted() -> None:
         ("London", "London"),
         ("{'a': 1}", "{'a': 1}"),
         ('{"a": 1}{"b": 2}', '{"a": 1}{"b": 2}'),
+        ('{"a": "\\ud800"}', '{"a": "\\ud800"}'),
         ("[" * 100_000, "[" * 100_000),
     ],
     ids=lambda value: repr(value)[:20],
@@ -116,6 +120,27 @@ def test_arguments_of_earlier_calls(value: Any, expected: Any) -> None:
 def test_arguments_that_are_json_of_another_kind_are_refused(value: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"messages\[0\].tool_calls\[0\].function.arguments"):
         arguments(value)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["[1]", '{"a": 1}', "{}", "5", "{"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(form=st.sampled_from([*TOOL_FORMATS.values()]), value=JSON, more=JSON, cut=st.integers(0, 120))
+def test_what_the_parser_finds_comes_back(form: ToolFormat, value: Any, more: Any, cut: int) -> None:
+    written = f'{form.opening}{{"name": "f", "arguments": {json.dumps(value)}, "parameters": {json.dumps(more)}}}'
+    parser = ToolCallParser(form, ["f"])
+    pieces = [*parser.push(written[:cut]), *parser.finish()]
+    if parser.num_calls:
+        assert isinstance(arguments("".join(piece.arguments for piece in pieces)), str | dict)
 
 
 def test_calls_without_ids_and_types_and_results_by_order_and_name() -> None:
@@ -236,3 +261,15 @@ def test_calls_of_the_official_client_come_back_whole_and_cut(client: openai.Ope
     with pytest.raises(ValueError, match="Unterminated"):
         json.loads(cut.function.arguments)
     goes_on(client, choice.message, {"role": "tool", "tool_call_id": cut.id, "content": "x"})
+
+
+@pytest.mark.parametrize("name", ["github/git_commit", "ns.sub", "mcp:server-1:do", "@scope/x$y", "a" * 128])
+def test_names_of_tools(client: openai.OpenAI, name: str) -> None:
+    tool: Any = {"type": "function", "function": {"name": name}}
+    answer = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=1000
+    )
+    message = answer.choices[0].message
+    assert message.tool_calls and message.tool_calls[0].type == "function"
+    assert message.tool_calls[0].function.name == name and json.loads(message.tool_calls[0].function.arguments) == {}
+    goes_on(client, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "x"})
