@@ -43,7 +43,10 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
             "metadata store service_tier prompt_cache_key prompt_cache_retention prompt_cache_options "
             "safety_identifier user",
         ),
-        *_taken("the model has no such switch", "verbosity include_reasoning separate_reasoning stream_reasoning"),
+        *_taken(
+            "the model has no such switch",
+            "verbosity include_reasoning separate_reasoning stream_reasoning reasoning_format",
+        ),
         *_taken(
             "bookkeeping of other servers, routers and clients",
             "request_id rid session_id conversation_id chat_id tags litellm_metadata litellm_session_id "

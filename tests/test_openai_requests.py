@@ -96,7 +96,7 @@ BAD_FIELDS = [
     ("response_format", {"type": "json"}, '"json_schema"'),
     ("response_format", {"type": "json_schema"}, "json_schema is required"),
     ("response_format", {"type": "text", "json_schema": {"name": "n", "schema": {}}}, "not text"),
-    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "name is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}, "name": 5}}, "name must be a string"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}, "schema is required"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": []}}, "an object"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}, "type: x"),
