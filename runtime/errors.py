@@ -3,6 +3,8 @@
     HeadraceError                    exit code 2; HTTP status from serve/errors.py
     |- InvalidRequest                a request field or prompt that cannot be served (400)
     |  |- PromptTooLong              prompt plus max_tokens exceed the context (400)
+    |  |- UnsupportedField           a request field that asks for what this server does not do (400)
+    |  |- UnknownField               a request field that no server is known to have, under --strict-fields (400)
     |  `- ModelNotFound              the request names another model (404)
     |- Overloaded                    the waiting queue is full (429, Retry-After)
     |- Unavailable                   starting, draining or broken (503, Retry-After)
@@ -37,6 +39,14 @@ class InvalidRequest(HeadraceError):
 
 class PromptTooLong(InvalidRequest):
     """The prompt does not fit the context; the message gives both lengths."""
+
+
+class UnsupportedField(InvalidRequest):
+    """A request field, or a kind of it, that cannot be honoured: the answer would not be what was asked for."""
+
+
+class UnknownField(InvalidRequest):
+    """A request field that is in no table, where such fields are refused."""
 
 
 class ModelNotFound(InvalidRequest):

@@ -105,17 +105,19 @@ def _without_calls(messages: Sequence[Mapping[str, Any]], form: ToolFormat) -> I
     for message in messages:
         text = message.get("content") or ""
         if message["role"] == "tool":
-            name = names.get(message.get("tool_call_id", ""), "the function")
+            name = names.get(message.get("tool_call_id", ""), message.get("name", "the function"))
             yield {"role": "user", "content": f"Result of {name}: {text}"}
             continue
         written = []
         for call in message.get("tool_calls", ()):
             function = call["function"]
             names[call.get("id", "")] = function["name"]
-            written.append(_written(function["name"], json.dumps(function["arguments"], ensure_ascii=False), form))
+            arguments = function["arguments"]  # text if the model wrote no JSON
+            text_of = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            written.append(_written(function["name"], text_of, form))
         yield {"role": message["role"], "content": form.separator.join([*([text] if text else []), *written])}
 
 
 def _written(name: str, arguments: str, form: ToolFormat) -> str:
-    call = f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}'
+    call = f'{{"name": {_quoted(name)}, "{form.arguments_key}": {arguments}}}'
     return f"{form.opening}\n{call}\n{form.closing}" if form.opening else call

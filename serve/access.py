@@ -14,6 +14,7 @@ from flask import Flask, Response, g, request
 from flask_cors import CORS
 from werkzeug.exceptions import BadRequest
 
+from serve import ignored
 from serve.api_keys import ApiKey, KeyRing
 from serve.errors import NotAllowedError, UnauthorizedError
 from serve.hosts import ANY, HostRule, plain_origin
@@ -29,6 +30,7 @@ FIRST_REFUSAL = 400
 TRACE_HEADERS = ("traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-Id",
+    ignored.HEADER,
     "Retry-After",
     *(f"x-ratelimit-{figure}-{what}" for figure in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
 )
@@ -150,6 +152,8 @@ def register_access(app: Flask, access: Access, settings: ServerSettings, on_eve
         response.headers["X-Content-Type-Options"] = "nosniff"
         if record.reservation is not None:
             access.limits.settle(record.reservation, is_refused=record.status >= FIRST_REFUSAL)
+        if record.ignored:
+            response.headers[ignored.HEADER] = ignored.header_text(record.ignored)
         if record.key is not None:
             response.headers.extend(access.limits.headers(record.key))
 

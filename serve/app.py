@@ -22,6 +22,7 @@ from serve.openapi import openapi_blueprint
 from serve.page_routes import page_blueprint
 from serve.record import RequestRecord
 from serve.replying import Context
+from serve.routes import register_routes
 from serve.settings import ServerSettings
 from serve.status import status_blueprint
 from serve.tokenize import tokenize_blueprint
@@ -66,12 +67,13 @@ def create_app(
     settings = settings or ServerSettings()
     access = access or Access()
     if isinstance(models, TextModel):
-        models = ModelRegistry.of_one(models, metrics)
+        models = ModelRegistry.of_one(models, metrics, aliases=settings.alias, takes_any_name=settings.any_model_name)
     context = Context(models, settings, HttpMetrics(), access)
     app = Application("headrace", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     app.json.sort_keys = False  # type: ignore[attr-defined]  # DefaultJSONProvider has it, the base class does not
     register_errors(app)
+    register_routes(app)
     register_access(app, access, settings, _at_end(context, traces))
     for make_blueprint in BLUEPRINTS:
         app.register_blueprint(make_blueprint(context))
@@ -82,7 +84,9 @@ def _at_end(context: Context, traces: Traces | None) -> OnEnd:
     """What is noted of every request when its last byte is out, or when the client has gone."""
 
     def note(record: RequestRecord) -> None:
-        context.metrics.on_response(route=record.route, status=record.status, request_s=record.seconds)
+        context.metrics.on_response(
+            route=record.route, status=record.status, request_s=record.seconds, ignored=record.ignored
+        )
         if context.settings.access_log:
             write_access_line(record)
         if traces is not None:

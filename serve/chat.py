@@ -1,10 +1,16 @@
 """POST /v1/chat/completions: messages in, the assistant's message out."""
 
+from collections.abc import Sequence
+
 from flask import Blueprint, Response, request
 
+from runtime.errors import InvalidRequest
+from runtime.text_model import TextModel
+from runtime.tool_formats import Tool
 from serve.openai_replies import ChatShape
-from serve.openai_requests import read_chat
-from serve.replying import Context, lease_model, read_json, respond, start
+from serve.openai_requests import ChatRequest, read_chat
+from serve.replying import Context, blaming, lease_model, noted, read_json, respond, start
+from serve.tool_fields import objects_for_text
 
 
 def chat_blueprint(context: Context) -> Blueprint:
@@ -15,9 +21,23 @@ def chat_blueprint(context: Context) -> Blueprint:
     def chat() -> Response:
         raw = read_json(request, is_logged=context.settings.log_prompts)
         model = lease_model(context, raw)
-        wanted = read_chat(raw, model_name=model.name, tool_format=model.tool_format)
+        with noted(context):
+            wanted = read_chat(raw, tool_format=model.tool_format)
         tools = () if wanted.tool_use is None else wanted.tool_use.tools
-        choices = start(context, request, model, wanted, [model.encode_chat(wanted.messages, tools=tools)])
+        with blaming("messages"):
+            choices = start(context, request, model, wanted, [_prompt(model, wanted, tools)])
         return respond(choices, ChatShape(model, [tool.name for tool in tools]), wanted)
 
     return blueprint
+
+
+def _prompt(model: TextModel, wanted: ChatRequest, tools: Sequence[Tool]) -> list[int]:
+    """The token ids of the conversation. Arguments that are no JSON go to the template as text, which some templates
+    do not take; then as objects that hold it."""
+    try:
+        return model.encode_chat(wanted.messages, tools=tools)
+    except InvalidRequest:
+        wrapped = objects_for_text(wanted.messages)
+        if wrapped == list(wanted.messages):
+            raise
+        return model.encode_chat(wrapped, tools=tools)

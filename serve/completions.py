@@ -5,7 +5,7 @@ from flask import Blueprint, Response, request
 from runtime.text_model import TextModel
 from serve.openai_replies import CompletionShape, Echo
 from serve.openai_requests import CompletionRequest, read_completion
-from serve.replying import Context, lease_model, read_json, respond, start
+from serve.replying import Context, lease_model, noted, read_json, respond, start
 
 
 def completions_blueprint(context: Context) -> Blueprint:
@@ -16,8 +16,12 @@ def completions_blueprint(context: Context) -> Blueprint:
     def complete() -> Response:
         raw = read_json(request, is_logged=context.settings.log_prompts)
         model = lease_model(context, raw)
-        wanted = read_completion(raw, model_name=model.name)
-        prompts = [model.encode(item) if isinstance(item, str) else list(item) for item in wanted.prompts]
+        with noted(context):
+            wanted = read_completion(raw)
+        prompts = [
+            model.encode(item, add_special_tokens=wanted.add_special_tokens) if isinstance(item, str) else list(item)
+            for item in wanted.prompts
+        ]
         choices = start(context, request, model, wanted, prompts)
         shape = CompletionShape(model, _echo(model, wanted, prompts), is_scored=wanted.is_scored)
         return respond(choices, shape, wanted)

@@ -18,6 +18,8 @@ from runtime.errors import (
     PromptTooLong,
     TimedOut,
     Unavailable,
+    UnknownField,
+    UnsupportedField,
 )
 from serve.hosts import ForeignHostError
 from serve.rate_limits import RateLimitedError
@@ -52,6 +54,8 @@ class ErrorKind(NamedTuple):
 KINDS: dict[type[BaseException], ErrorKind] = {
     InvalidRequest: ErrorKind(400, "invalid_request_error", None),
     PromptTooLong: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
+    UnsupportedField: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
+    UnknownField: ErrorKind(400, "invalid_request_error", "unknown_parameter"),
     ModelNotFound: ErrorKind(404, "invalid_request_error", "model_not_found"),
     ForeignHostError: ErrorKind(403, "invalid_request_error", "host_not_allowed"),
     UnauthorizedError: ErrorKind(401, "authentication_error", "invalid_api_key"),

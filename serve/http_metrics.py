@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from runtime.core import EngineStats
+from serve.ignored import label
 from serve.metrics import REQUEST_BUCKETS, ServerMetrics
 
 ModelFigures = tuple[str, ServerMetrics, EngineStats | None]
@@ -32,11 +33,20 @@ class HttpMetrics:
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
+        self._ignored = Counter(
+            "headrace_ignored_fields",
+            "Request fields that were taken without effect, `other` for those in no table",
+            ["field"],
+            registry=self.registry,
+        )
 
-    def on_response(self, *, route: str, status: int, request_s: float) -> None:
-        """A reply was sent, or given up: the route's rule, the status, seconds from the request's arrival."""
+    def on_response(self, *, route: str, status: int, request_s: float, ignored: Iterable[str] = ()) -> None:
+        """A reply was sent, or given up: the route's rule, the status, seconds from the request's arrival, and the
+        fields that were taken without effect."""
         self._responses.labels(route, str(status)).inc()
         self._request_s.labels(route).observe(request_s)
+        for name in ignored:
+            self._ignored.labels(label(name)).inc()
 
     def render(self, models: Iterable[ModelFigures]) -> tuple[bytes, str]:
         """The exposition text and its content type, with every gauge as of now."""

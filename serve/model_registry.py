@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.errors import HeadraceError, ModelNotFound, Unavailable
+from runtime.errors import HeadraceError, InvalidSetting, ModelNotFound, Unavailable
 from runtime.text_model import TextModel
 from serve.allocator import release_free_memory
 from serve.fields import shown
@@ -72,19 +72,28 @@ class ServedModel:
 
 
 class ModelRegistry:
-    """Every model of a server. Methods may be called from any thread."""
+    """Every model of a server. Methods may be called from any thread.
 
-    def __init__(self, sources: Mapping[str, ModelSource]) -> None:
+    `aliases` are further names, each NAME for the default model or NAME=MODEL; with `takes_any_name` the default model
+    answers to every name that no other has. Raises InvalidSetting for an alias of no model, or of a name that is taken.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, ModelSource], *, aliases: Iterable[str] = (), takes_any_name: bool = False
+    ) -> None:
         assert sources
+        self.aliases = _read_aliases(aliases, list(sources))
+        self.takes_any_name = takes_any_name
         self.served = {name: ServedModel(name, source, ServerMetrics()) for name, source in sources.items()}
         self._changed = threading.Condition()
         self._reloading = threading.Lock()
         self._is_closing = False
 
     @classmethod
-    def of_one(cls, model: TextModel, metrics: ServerMetrics | None = None) -> "ModelRegistry":
-        """A registry of one model that is loaded and started already; `metrics` is the observer it was given."""
-        registry = cls({model.name: ModelSource(lambda _: model)})
+    def of_one(cls, model: TextModel, metrics: ServerMetrics | None = None, **names: Any) -> "ModelRegistry":
+        """A registry of one model that is loaded and started already; `metrics` is the observer it was given, `names`
+        are the keyword arguments of the constructor."""
+        registry = cls({model.name: ModelSource(lambda _: model)}, **names)
         served = registry.served[model.name]
         served.metrics = metrics or served.metrics
         served.current = Generation(model, int(time.time()))
@@ -96,12 +105,18 @@ class ModelRegistry:
         return next(iter(self.served.values()))
 
     def find(self, name: str) -> ServedModel:
-        """The model of a name. Raises ModelNotFound with the names there are."""
-        if name not in self.served:
-            raise ModelNotFound(
-                f"this server has no model {shown(name)}; it serves {', '.join(map(shown, self.served))}", param="model"
-            )
-        return self.served[name]
+        """The model of a name or an alias. Raises ModelNotFound with the names there are."""
+        served = self.served.get(self.aliases.get(name, name))
+        if served is not None:
+            return served
+        if self.takes_any_name:
+            return self.default
+        names = ", ".join(map(shown, (*self.served, *self.aliases)))
+        raise ModelNotFound(
+            f"this server has no model {shown(name)}; it serves {names}; started with --alias NAME or "
+            "--any-model-name it answers to other names, too",
+            param="model",
+        )
 
     def lease(self, name: str) -> Generation:
         """The current generation of a model, which stays open until it is released.
@@ -217,3 +232,19 @@ class ModelRegistry:
             (name, served.metrics, served.model.stats() if served.model is not None else None)
             for name, served in self.served.items()
         ]
+
+
+def _read_aliases(words: Iterable[str], names: list[str]) -> dict[str, str]:
+    """Model names by alias."""
+    aliases: dict[str, str] = {}
+    for word in words:
+        alias, sign, name = word.partition("=")
+        name = name if sign else names[0]
+        if not alias or name not in names:
+            raise InvalidSetting(
+                f"--alias must be NAME or NAME=MODEL, with a MODEL of {', '.join(map(repr, names))}; got {word!r}"
+            )
+        if alias in names or alias in aliases:
+            raise InvalidSetting(f"--alias {word!r}: the name {alias!r} is taken; give another one")
+        aliases[alias] = name
+    return aliases

@@ -1,47 +1,52 @@
 """What a client may ask for: the fields of OpenAI's two generation calls, as tables, and what they become.
 
-Knows nothing of HTTP or of generation. A field that is not in a table, or that asks for something this server
-does not do, is a 400: a request that is half honoured is worse than one refused. The reference for names and
-meanings is https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`,
-`ignore_eos` and `stop_token_ids` are what the field's other servers call these.
+Knows nothing of HTTP or of generation. The rows here are the honoured fields; those taken without effect and those
+refused are in serve/field_classes.py. The reference for names and meanings is
+https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
+`stop_token_ids` are what the field's other servers call these.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RequestOptions, SamplingParams
-from runtime.errors import InvalidRequest, ModelNotFound
+from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import GENERIC, ToolFormat
+from serve.field_classes import CHAT, COMPLETION, REQUEST, STREAM_OPTIONS, table
 from serve.fields import (
+    INT_BOUND,
+    Check,
     Field,
     MismatchError,
+    any_object,
     between,
     boolean,
-    check_value,
     described,
     integer,
     list_of,
+    note_ignored,
     number,
-    one_of,
     read_fields,
     shown,
     string,
     table_schema,
-    unsupported,
 )
+from serve.message_fields import read_messages
 from serve.output_format import OUTPUT_FIELDS, wanted_form
-from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, any_calls, read_call_id, read_calls, wanted_tools
+from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, wanted_tools
 
 MAX_N = 16
-MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024
+MAX_LIMIT = 2**31
+NO_LIMIT = (-1, -2)
+ANY_SEED = -1
 MAX_BIASES = 1024
 """Bounds the work the sampler does per token for one request."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat gets what is left of the context."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 Prompt = str | tuple[int, ...]
 
 
@@ -49,14 +54,12 @@ TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "mini
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 
 
-@described(anyOf=[TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOP_STRINGS}])
+@described(anyOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}])
 def _stop(value: Any) -> tuple[str, ...]:
+    """Empty strings stop nothing: programs send them for "none"."""
     if isinstance(value, str):
         value = [value]
-    strings: tuple[str, ...] = list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)
-    if not all(strings):
-        raise MismatchError("a string or a list of strings, none of them empty")
-    return strings
+    return tuple(filter(None, list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)))
 
 
 @described(**TOKEN_IDS)
@@ -84,13 +87,21 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
 
 
 @described(
-    type="object",
+    anyOf=[
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_BIASES,
+        },
+        {"type": "array", "maxItems": 0},
+    ],
     description="Token ids, as text, and what is added to their logits.",
-    propertyNames={"pattern": "^[0-9]{1,9}$"},
-    additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
-    maxProperties=MAX_BIASES,
 )
 def _logit_bias(value: Any) -> dict[int, float]:
+    """An empty list is what PHP and some forms make of an empty object."""
+    if value == []:
+        return {}
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise MismatchError(f"an object of at most {MAX_BIASES} token ids and numbers")
     biases = {}
@@ -101,7 +112,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-STREAM_OPTIONS_FIELDS = (Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
+STREAM_OPTIONS_FIELDS = table(STREAM_OPTIONS, Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
 """The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
 
 
@@ -114,81 +125,45 @@ def _stream_options(value: Any) -> frozenset[str]:
     return frozenset(name for name, is_on in options.items() if is_on)
 
 
-CONTENT_PART_FIELDS = (
-    Field("type", one_of("text"), is_required=True),
-    Field("text", string, is_required=True),
-)
-CONTENT: dict[str, Any] = {
-    "anyOf": [{"type": "string"}, {"type": "array", "items": table_schema(CONTENT_PART_FIELDS), "minItems": 1}]
-}
+def _token_limit(low: int) -> Check:
+    """A number of tokens; None for llama.cpp's -1 and -2, which mean no limit but the context's."""
+
+    @described(
+        anyOf=[{"type": "integer", "minimum": low, "maximum": MAX_LIMIT}, {"enum": list(NO_LIMIT)}],
+        description="Most tokens to generate; -1: as many as fit.",
+    )
+    def check(value: Any) -> int | None:
+        found: int = integer(value)
+        if found in NO_LIMIT:
+            return None
+        if not low <= found <= MAX_LIMIT:
+            raise MismatchError(f"at least {low} and at most {MAX_LIMIT}, or -1 for no limit")
+        return found
+
+    return check
 
 
-@described(**CONTENT)
-def _any_content(value: Any) -> Any:
-    """Checked later, where the index of the message is known."""
-    return value
+@described(type="integer", minimum=-1, maximum=INT_BOUND - 1, description="0 or -1: all tokens.")
+def _top_k(value: Any) -> int:
+    found = int(integer(value))
+    return 0 if found == -1 else found
 
 
-NO_FUNCTIONS = "tools is the newer word for functions"
-MESSAGE_FIELDS = (
-    Field("role", one_of(*ROLES), is_required=True),
-    Field("content", _any_content),
-    Field("name", string),
-    # What clients send back when they append the reply to the conversation.
-    Field("refusal", unsupported("this model does not refuse")),
-    Field("annotations", unsupported("annotations are not supported", [])),
-    Field("audio", unsupported("text only")),
-    Field("function_call", unsupported(NO_FUNCTIONS)),
-    Field("tool_calls", any_calls),
-    Field("tool_call_id", string),
-)
+@described(type="number", minimum=0, maximum=1, description="0: the likeliest token alone.")
+def _top_p(value: Any) -> float:
+    """The smallest nucleus there is stands for 0: it holds the likeliest token."""
+    return float(number(value)) or sys.float_info.min
 
 
-@described(type="array", items=table_schema(MESSAGE_FIELDS), minItems=1, maxItems=MAX_MESSAGES)
-def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
-    """Messages with their content as plain text. `developer` is the newer word for `system`."""
-    if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
-        raise MismatchError(f"a list of 1 to {MAX_MESSAGES} messages")
-    messages = []
-    for idx, item in enumerate(value):
-        path = f"messages[{idx}]"
-        if not isinstance(item, dict):
-            raise InvalidRequest(f"{path} must be an object, got {shown(item)}", param=path)
-        messages.append(_message(read_fields(item, MESSAGE_FIELDS, f"{path}."), f"{path}."))
-    return tuple(messages)
+@described(type="integer", minimum=1 - INT_BOUND, maximum=INT_BOUND - 1, description="-1: another one every time.")
+def _seed(value: Any) -> int | None:
+    return None if (found := integer(value)) == ANY_SEED else int(found)
 
 
-def _message(found: dict[str, Any], path: str) -> dict[str, Any]:
-    """One message as chat templates take it: role, content, and name, tool_calls or tool_call_id where it has them."""
-    role = found["role"]
-    message: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    calls = read_calls(found.get("tool_calls", []), f"{path}tool_calls")
-    if calls and role != "assistant":
-        raise InvalidRequest(f"{path}tool_calls belong to the role assistant, not {role}", param=f"{path}tool_calls")
-    if "content" not in found and not calls:
-        raise InvalidRequest(f"{path}content is required", param=f"{path}content")
-    message["content"] = _content(found["content"], f"{path}content") if "content" in found else ""
-    if "name" in found:
-        message["name"] = found["name"]
-    if calls:
-        message["tool_calls"] = calls
-    if role == "tool":
-        message["tool_call_id"] = read_call_id(found.get("tool_call_id"), f"{path}tool_call_id")
-    return message
-
-
-def _content(value: Any, path: str) -> str:
-    """A string, or content parts of type text, joined by newlines."""
-    if not isinstance(value, list):
-        return str(check_value(value, string, path))
-    if not value:
-        raise InvalidRequest(f"{path} must not be an empty list", param=path)
-    texts = []
-    for idx, part in enumerate(value):
-        if not isinstance(part, dict):
-            raise InvalidRequest(f"{path}[{idx}] must be an object, got {shown(part)}", param=path)
-        texts.append(read_fields(part, CONTENT_PART_FIELDS, f"{path}[{idx}].")["text"])
-    return "\n".join(texts)
+@described(anyOf=[{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}])
+def _num_logprobs(value: Any) -> int | None:
+    """The completions' `logprobs`. A chat's is true or false, and the latter is sent here as well."""
+    return None if value is False else int(between(0, MAX_LOGPROBS)(value))
 
 
 @described(type="number", exclusiveMinimum=0)
@@ -199,14 +174,14 @@ def _timeout(value: Any) -> float:
 # Ranges are not repeated here: SamplingParams checks them.
 SAMPLING_FIELDS = (
     Field("temperature", number),
-    Field("top_p", number),
-    Field("top_k", integer),
+    Field("top_p", _top_p),
+    Field("top_k", _top_k),
     Field("min_p", number),
     Field("repetition_penalty", number),
     Field("presence_penalty", number),
     Field("frequency_penalty", number),
     Field("logit_bias", _logit_bias),
-    Field("seed", integer),
+    Field("seed", _seed),
     Field("stop", _stop),
     Field("stop_token_ids", list_of(integer, "token ids", max_len=MAX_BIASES)),
     Field("ignore_eos", boolean),
@@ -216,37 +191,37 @@ COMMON_FIELDS = (
     *OUTPUT_FIELDS,
     Field("model", string, is_required=True),
     Field("n", between(1, MAX_N)),
+    Field("best_of", between(1, MAX_N)),
     Field("stream", boolean),
     Field("stream_options", _stream_options),
-    Field("user", string),
     Field("cache_salt", string),
     Field("priority", between(-MAX_PRIORITY, MAX_PRIORITY)),
     Field("timeout", _timeout),
+    Field("extra_body", any_object),
 )
-COMPLETION_FIELDS = (
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "num_predict")
+"""The smallest of those that are given counts."""
+COMPLETION_FIELDS = table(
+    COMPLETION,
     *COMMON_FIELDS,
-    Field("max_tokens", between(0, 2**31)),
+    *(Field(name, _token_limit(0)) for name in TOKEN_LIMITS),
     *SAMPLING_FIELDS,
     Field("prompt", _prompts, is_required=True),
-    Field("logprobs", between(0, MAX_LOGPROBS)),
+    Field("logprobs", _num_logprobs),
     Field("echo", boolean),
-    Field("best_of", between(1, MAX_N)),
-    Field("suffix", unsupported("filling in the middle is not supported", "")),
+    Field("add_special_tokens", boolean),
+    also=REQUEST,
 )
-CHAT_FIELDS = (
+CHAT_FIELDS = table(
+    CHAT,
     *COMMON_FIELDS,
-    Field("max_tokens", between(1, 2**31)),
+    *(Field(name, _token_limit(1)) for name in TOKEN_LIMITS),
     *SAMPLING_FIELDS,
     Field("messages", read_messages, is_required=True),
-    Field("max_completion_tokens", between(1, 2**31)),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
-    Field("modalities", unsupported("text only", ["text"])),
     *TOOL_USE_FIELDS,
-    Field("functions", unsupported(NO_FUNCTIONS, [])),
-    Field("function_call", unsupported(NO_FUNCTIONS, "none", "auto")),
-    Field("store", unsupported("nothing is stored", False)),
-    Field("service_tier", unsupported("there is one tier", "auto", "default")),
+    also=REQUEST,
 )
 
 
@@ -254,7 +229,6 @@ CHAT_FIELDS = (
 class GenerationRequest:
     """What both calls share. `params.max_tokens` means nothing until `for_choice` has set it."""
 
-    model: str
     params: SamplingParams
     max_tokens: int | None
     """None: what is left of the context after the prompt."""
@@ -284,6 +258,7 @@ class CompletionRequest(GenerationRequest):
 
     prompts: tuple[Prompt, ...]
     is_echo: bool
+    add_special_tokens: bool
 
     @property
     def is_scored(self) -> bool:
@@ -299,38 +274,35 @@ class ChatRequest(GenerationRequest):
     tool_use: ToolUse | None
 
 
-def read_completion(raw: Mapping[str, Any], *, model_name: str) -> CompletionRequest:
-    """Check a completion request. Raises InvalidRequest or ModelNotFound."""
-    values = read_fields(raw, COMPLETION_FIELDS)
-    common = _common(values, values.get("logprobs"), model_name=model_name)
+def read_completion(raw: Mapping[str, Any]) -> CompletionRequest:
+    """Check a completion request. Raises InvalidRequest."""
+    values = read_fields(_flat(raw), COMPLETION_FIELDS)
+    logprobs = values.get("logprobs")
+    common = _common(values, logprobs)
     is_echo = values.get("echo", False)
-    if values.get("max_tokens") == 0 and not is_echo:
+    max_tokens = common["max_tokens"]
+    if max_tokens == 0 and not is_echo:
         raise InvalidRequest("max_tokens must be at least 1, unless echo is true", param="max_tokens")
-    if is_echo and ("logprobs" in values or values.get("max_tokens") == 0):
-        common["params"] = replace(common["params"], prompt_logprobs=values.get("logprobs", 0))
-    best_of = values.get("best_of", common["n"])
-    if best_of != common["n"]:
-        raise InvalidRequest(f"best_of must be absent or equal n ({common['n']}), got {best_of}", param="best_of")
-    if common["max_tokens"] is None:
+    if is_echo and (logprobs is not None or max_tokens == 0):
+        common["params"] = replace(common["params"], prompt_logprobs=logprobs or 0)
+    if not values.keys() & set(TOKEN_LIMITS):
         common["max_tokens"] = DEFAULT_COMPLETION_TOKENS
-    return CompletionRequest(prompts=values["prompt"], is_echo=is_echo, **common)
+    return CompletionRequest(
+        prompts=values["prompt"],
+        is_echo=is_echo,
+        add_special_tokens=values.get("add_special_tokens", True),
+        **common,
+    )
 
 
-def read_chat(raw: Mapping[str, Any], *, model_name: str, tool_format: ToolFormat = GENERIC) -> ChatRequest:
-    """Check a chat request for a model that writes calls in `tool_format`. Raises InvalidRequest or ModelNotFound."""
-    values = read_fields(raw, CHAT_FIELDS)
+def read_chat(raw: Mapping[str, Any], *, tool_format: ToolFormat = GENERIC) -> ChatRequest:
+    """Check a chat request for a model that writes calls in `tool_format`. Raises InvalidRequest."""
+    values = read_fields(_flat(raw), CHAT_FIELDS)
     wants_logprobs = values.get("logprobs", False)
-    if "top_logprobs" in values and not wants_logprobs:
+    if values.get("top_logprobs", 0) and not wants_logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = values.get("top_logprobs", 0) if wants_logprobs else None
-    common = _common(values, logprobs, model_name=model_name)
-    newer = values.get("max_completion_tokens")
-    if newer is not None and common["max_tokens"] not in (None, newer):
-        raise InvalidRequest(
-            f"max_tokens ({common['max_tokens']}) and max_completion_tokens ({newer}) differ; give one",
-            param="max_completion_tokens",
-        )
-    common["max_tokens"] = newer or common["max_tokens"]
+    common = _common(values, logprobs)
     tool_use = wanted_tools(values)
     if tool_use is not None:
         if common["params"].constraint is not None:
@@ -341,23 +313,31 @@ def read_chat(raw: Mapping[str, Any], *, model_name: str, tool_format: ToolForma
     return ChatRequest(messages=values["messages"], tool_use=tool_use, **common)
 
 
-def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str) -> dict[str, Any]:
-    if values["model"] != model_name:
-        raise ModelNotFound(
-            f"this server has no model {shown(values['model'])}; it serves {shown(model_name)}", param="model"
-        )
-    if "stream_options" in values and not values.get("stream", False):
-        raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+def _flat(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The request with the fields of `extra_body` beside its own, where the official Python client puts them."""
+    extra = raw.get("extra_body")
+    if not isinstance(extra, dict):
+        return raw
+    return {**raw, **{name: value for name, value in extra.items() if raw.get(name) is None}}
+
+
+def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
+    num_choices = values.get("n", 1)
+    best_of = values.get("best_of", num_choices)
+    if best_of != num_choices:
+        raise UnsupportedField(f"best_of must be absent or equal n ({num_choices}), got {best_of}", param="best_of")
+    is_stream = values.get("stream", False)
     options = values.get("stream_options", frozenset())
+    if "stream_options" in values and not is_stream:
+        note_ignored("stream_options")  # a reply in one piece has its usage anyway
     sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {
-        "model": values["model"],
         "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling),
-        "max_tokens": values.get("max_tokens"),
-        "n": values.get("n", 1),
-        "is_stream": values.get("stream", False),
+        "max_tokens": _max_tokens(values),
+        "n": num_choices,
+        "is_stream": is_stream,
         "include_usage": "include_usage" in options,
         "has_running_usage": {"include_usage", "continuous_usage_stats"} <= options,
         "options": RequestOptions(
@@ -366,3 +346,8 @@ def _common(values: Mapping[str, Any], logprobs: int | None, *, model_name: str)
             timeout_s=values.get("timeout"),
         ),
     }
+
+
+def _max_tokens(values: Mapping[str, Any]) -> int | None:
+    """The smallest of the limits given; None: no limit."""
+    return min((values[name] for name in TOKEN_LIMITS if values.get(name) is not None), default=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
+from serve.field_classes import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
 from serve.fields import Field, MismatchError, boolean, described, list_of, one_of, read_fields, string, table_schema
 
 MAX_CHOICES = 5000
@@ -55,8 +56,9 @@ def _some_text(value: Any) -> str:
     return str(value)
 
 
-JSON_SCHEMA_FIELDS = (
-    Field("name", string, is_required=True),
+JSON_SCHEMA_FIELDS = table(
+    JSON_SCHEMA,
+    Field("name", string),
     Field("schema", schema_text, is_required=True),
     Field("description", string),
     # Either way the answer follows the schema; OpenAI's other mode only tries to.
@@ -71,9 +73,12 @@ def _json_schema(value: Any) -> str:
     return str(read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")["schema"])
 
 
-RESPONSE_FORMAT_FIELDS = (
+RESPONSE_FORMAT_FIELDS = table(
+    RESPONSE_FORMAT,
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
     Field("json_schema", _json_schema),
+    # Of llama.cpp, Together and others: the schema beside the type, without a name.
+    Field("schema", schema_text),
 )
 
 
@@ -84,6 +89,8 @@ def response_format(value: Any) -> Constraint | None:
         raise MismatchError("an object")
     path = "response_format."
     found = read_fields(value, RESPONSE_FORMAT_FIELDS, path)
+    if found["type"] != "text" and "json_schema" not in found and "schema" in found:
+        return Constraint(ConstraintKind.JSON_SCHEMA, found["schema"], "response_format")
     is_schema = found["type"] == "json_schema"
     if is_schema != ("json_schema" in found):
         needs = "is required" if is_schema else f"needs the type json_schema, not {found['type']}"
@@ -94,7 +101,8 @@ def response_format(value: Any) -> Constraint | None:
     return Constraint(ConstraintKind.JSON_SCHEMA, source, "response_format")
 
 
-STRUCTURED_FIELDS = (
+STRUCTURED_FIELDS = table(
+    STRUCTURED,
     Field("json", _schema_or_text),
     Field("json_object", boolean),
     Field("regex", _some_text),

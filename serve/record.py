@@ -7,7 +7,7 @@ Made in serve/access.py for every request and kept in Flask's `g`; knows nothing
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from serve.api_keys import ApiKey
@@ -39,6 +39,8 @@ class RequestRecord:
     reservation: Reservation | None = None
     """What the request holds of its key's limits."""
     body: str | None = None
+    ignored: Collection[str] = ()
+    """Fields of the body that were taken without effect."""
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     """The client's traceparent and tracestate."""
     status: int = 0

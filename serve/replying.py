@@ -4,20 +4,21 @@ The only module that knows both Flask and the generator of chunks.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flask import Request, Response, jsonify
 from werkzeug.exceptions import UnsupportedMediaType
 
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.text_model import TextModel
 from serve.access import Access, current_record, on_end
 from serve.bodies import read_body
 from serve.choices import Choices, Client, submit
 from serve.errors import ClientGoneError, error_body, kind_of
-from serve.fields import read_object
+from serve.fields import read_object, reading
 from serve.http_metrics import HttpMetrics
 from serve.model_registry import ModelRegistry
 from serve.openai_replies import Json, ReplyShape, chunks_of, usage
@@ -47,13 +48,33 @@ def read_json(request: Request, *, is_logged: bool = False) -> dict[str, Any]:
     return read_object(body)
 
 
-def lease_model(context: Context, raw: Mapping[str, Any]) -> TextModel:
-    """The model that a request names, kept open until its reply is out.
+@contextmanager
+def noted(context: Context) -> Iterator[None]:
+    """Read the fields of the current request inside; its record has the names of those taken without effect."""
+    with reading(is_strict=context.settings.strict_fields) as notes:
+        current_record().ignored = notes.ignored
+        yield
+
+
+@contextmanager
+def blaming(param: str) -> Iterator[None]:
+    """Let a PromptTooLong name the field that the prompt came from; the engine knows prompts alone."""
+    try:
+        yield
+    except PromptTooLong as error:
+        error.param = param
+        raise
+
+
+def lease_model(context: Context, raw: dict[str, Any]) -> TextModel:
+    """The model that a request names, kept open until its reply is out. Where any name will do, a missing one is set.
 
     Raises ModelNotFound, or Unavailable while it loads. A name that is missing or no text gives the default
     model: the table of fields will say what is wrong.
     """
     name = raw.get("model")
+    if name is None and context.models.takes_any_name:
+        name = raw["model"] = context.models.default.name
     generation = context.models.lease(name if isinstance(name, str) else context.models.default.name)
     on_end(lambda _: context.models.release(generation))
     current_record().model = generation.model.name

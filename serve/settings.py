@@ -32,6 +32,11 @@ class ServerSettings:
     exit_on_failure: bool = setting(
         False, "end with exit code 70 when an engine fails, for a supervisor that starts the server again"
     )
+    alias: tuple[str, ...] = setting(
+        (), "further name of the first model, or NAME=MODEL of another; may be repeated", metavar="NAME"
+    )
+    any_model_name: bool = setting(False, "answer requests for any other model name, or none, with the first model")
+    strict_fields: bool = setting(False, "refuse request fields that no server is known to have")
     drain_timeout: float = setting(30.0, "seconds running requests get to finish after SIGTERM or SIGINT")
     read_timeout: float = setting(20.0, "seconds a client gets to send its whole request")
     write_timeout: float = setting(20.0, "seconds a client may take nothing of its reply before it counts as gone")

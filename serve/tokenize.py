@@ -6,19 +6,24 @@ from flask import Blueprint, Response, jsonify, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
+from serve.field_classes import DETOKENIZE, TOKENIZE, table
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
-from serve.openai_requests import read_messages
-from serve.replying import Context, lease_model, read_json
+from serve.message_fields import read_messages
+from serve.replying import Context, lease_model, noted, read_json
+from serve.tool_fields import tools
 
 MAX_TOKENS = 2**20
-TOKENIZE_FIELDS = (
+TOKENIZE_FIELDS = table(
+    TOKENIZE,
     Field("model", string),
     Field("prompt", string),
     Field("messages", read_messages),
+    Field("tools", tools),
     Field("add_special_tokens", boolean),
     Field("return_token_strs", boolean),
 )
-DETOKENIZE_FIELDS = (
+DETOKENIZE_FIELDS = table(
+    DETOKENIZE,
     Field("model", string),
     Field("tokens", list_of(integer, "token ids", max_len=MAX_TOKENS), is_required=True),
 )
@@ -32,7 +37,8 @@ def tokenize_blueprint(context: Context) -> Blueprint:
     def tokenize() -> Response:
         raw = read_json(request)
         model = lease_model(context, raw)
-        values = read_fields(raw, TOKENIZE_FIELDS)
+        with noted(context):
+            values = read_fields(raw, TOKENIZE_FIELDS)
         ids = _encode(model, values)
         answer = {"count": len(ids), "max_model_len": model.max_len, "tokens": ids}
         if values.get("return_token_strs", False):
@@ -43,7 +49,8 @@ def tokenize_blueprint(context: Context) -> Blueprint:
     def detokenize() -> Response:
         raw = read_json(request)
         model = lease_model(context, raw)
-        ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
+        with noted(context):
+            ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
         if bad := [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]:
             raise InvalidRequest(
                 f"token id {bad[0]} is not in the vocabulary, 0 to {model.vocab_size - 1}", param="tokens"
@@ -60,6 +67,6 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if "prompt" in values:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
-    if "add_special_tokens" in values:
+    if values.get("add_special_tokens", False):
         raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
-    return model.encode_chat(values["messages"])
+    return model.encode_chat(values["messages"], tools=values.get("tools", ()))

@@ -159,7 +159,7 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
         self._access = access
         self._on_ready = on_ready
         self._goodbye = os.pipe()
-        self._models = ModelRegistry(sources)
+        self._models = ModelRegistry(sources, aliases=settings.alias, takes_any_name=settings.any_model_name)
         self._traces: Traces | None = None
         super().__init__()
 
