@@ -20,7 +20,7 @@ def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifac
         raise InvalidSetting(f"--draft works on the CPU alone so far; leave it out, or --device {settings.device}")
     draft, capacity = open_artifact(path), settings.max_len or target.manifest.dims.max_len
     ours, its = target.manifest, draft.manifest
-    if its.dims.vocab_size != ours.dims.vocab_size or its.files[TOKENIZER].sha256 != ours.files[TOKENIZER].sha256:
+    if its.dims.vocab_size != ours.dims.vocab_size or its.files.get(TOKENIZER) != ours.files.get(TOKENIZER):
         raise InvalidSetting(f"--draft {path}: {its.name} has other tokens than {ours.name}; both need one tokenizer")
     if its.dims.max_len < capacity:
         raise InvalidSetting(

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from runtime.artifact import open_artifact
-from runtime.chat_template import ChatTemplate, load_chat_template
+from runtime.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
     EngineObserver,
@@ -279,8 +279,8 @@ def open_text_model(
     if settings.draft is not None:
         draft = open_draft(settings.draft, artifact, settings)
         settings = beside_draft(settings, artifact, draft)
-    tokenizer = Tokenizer.from_directory(artifact.path)
-    template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    tokenizer = Tokenizer.from_artifact(artifact)
+    template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
     session = open_session(artifact, settings, backends=backends)
     return TextModel(
         name=name or manifest.name,

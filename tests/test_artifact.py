@@ -65,7 +65,7 @@ def test_a_bad_manifest_is_named(artifact: Path) -> None:
         (json.dumps({**good, "schema_version": 99}), "schema version 99"),
         (json.dumps({**good, "dims": {}}), "malformed"),
         (json.dumps({**good, "dims": {**good["dims"], "head_dim": 0}}), "head_dim"),
-        (json.dumps({**good, "files": {**good["files"], "../x": {"size": 1, "sha256": ""}}}), "outside"),
+        (json.dumps({**good, "files": {**good["files"], "../x": {"size": 1, "sha256": "0" * 64}}}), "outside"),
     ]
     for text, message in bad:
         file.write_text(text)
