@@ -22,7 +22,9 @@ from export.calibration_set import (
     Generate,
     check_sizes,
     load_calibration_set,
+    sequences_digest,
 )
+from export.calibration_text import RANDOM, with_text
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int4_model import Stores, account_of, block_calibration, int4_model, plan_of
@@ -106,6 +108,12 @@ def prepare(
     if options.calibration is not None:
         found = load_calibration(options.calibration, config.vocab_size)
         _check_fits(found, config, options.calibration)
+        found = with_text(
+            found,
+            options.calibration,
+            options.calib,
+            lambda text: calibration_material(checkpoint, config, text, max_len, generate),
+        )
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
         found, material = None, calibration_material(checkpoint, config, options.calib, max_len, generate)
@@ -178,4 +186,11 @@ def _random_material(config: ModelConfig, options: CalibrationOptions, max_len: 
         )
     rng = np.random.default_rng(1)
     ids = rng.integers(0, config.vocab_size, (options.num_samples, length)).tolist()
-    return CalibrationSet(ids, {"source": "random ids: the checkpoint has no tokenizer", "num_sequences": len(ids)})
+    provenance = {
+        "source": f"{RANDOM}: the checkpoint has no tokenizer",
+        "num_sequences": len(ids),
+        "num_samples": options.num_samples,
+        "length": length,
+        "sequences_sha256": sequences_digest(ids),
+    }
+    return CalibrationSet(ids, provenance)

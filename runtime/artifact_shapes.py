@@ -117,9 +117,7 @@ def read_receipt(file: Path) -> dict[str, Any]:
     raw = read_json(file)
     receipt = shaped(raw, Receipt, str(file))
     if receipt["passed"] and not (receipt["checks"] and all(check["passed"] for check in receipt["checks"])):
-        raise InvalidArtifact(
-            f"{file} says that the model passed, and a gate in it says otherwise; export it again"
-        )
+        raise InvalidArtifact(f"{file} says that the model passed, and a gate in it says otherwise; export it again")
     return dict(raw)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from runtime.artifact import CALIBRATION, Artifact, open_artifact
 from runtime.artifact_shapes import read_calibration_account
 from runtime.choice import choice_lines, read_choice
+from runtime.json_shape import finite
 from runtime.kv_budget import format_bytes
 from runtime.sensitivity_picture import sensitivity_lines
 
@@ -51,7 +52,7 @@ def as_json(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_token": artifact.kv_bytes_per_token,
         "kv_bytes_per_slot": artifact.kv_bytes_per_token * artifact.manifest.dims.max_len,
         "manifest": asdict(artifact.manifest),
-        "receipt": _finite(dict(artifact.receipt)),
+        "receipt": finite(dict(artifact.receipt)),
         "choice": read_choice(artifact),
     }
 
@@ -74,15 +75,6 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
             yield f"  largest output errors{words}: " + ", ".join(f"{name} {error:.2%}" for name, error in worst)
     if calibration["layers"]:
         yield from sensitivity_lines(calibration, two_pass)
-
-
-def _finite(value: Any) -> Any:
-    """The same with NaN and infinity as text: Python's reader takes them, JSON does not know them."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_lines(artifact: Artifact) -> Iterator[str]:

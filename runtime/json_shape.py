@@ -3,6 +3,7 @@
 The types are dataclasses and TypedDicts, their limits `Annotated[..., msgspec.Meta(...)]`. Knows none of them.
 """
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,15 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise InvalidArtifact(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
         raise InvalidArtifact(f"{where} is not JSON of an export: it is nested too deeply") from error
+
+
+def finite(value: Any) -> Any:
+    """The same with NaN and infinity as text: Python writes and reads them, JSON does not know them."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shaped(raw: Any, kind: type[T], where: str) -> T:

@@ -83,12 +83,12 @@ def test_a_failed_receipt_needs_a_flag(tmp_path: Path, monkeypatch: pytest.Monke
     out = tmp_path / "artifact"
     wrong = np.float32(1.05)
 
-    def spoiled(checkpoint: Any, config: Any, draft: Any, limits: Any) -> dict[str, Any]:
+    def spoiled(reference: Any, config: Any, draft: Any, limits: Any) -> dict[str, Any]:
         """The real verification of a graph whose weights were changed after they were written."""
         file = draft.path / WEIGHTS
         data = np.fromfile(file, np.float32)
         (data * wrong).tofile(file)
-        return real_verify(checkpoint, config, draft, limits)
+        return real_verify(reference, config, draft, limits)
 
     real_verify = verify
     monkeypatch.setattr(export.pipeline, "verify", spoiled)
