@@ -43,14 +43,15 @@ class Calibration:
     is_rotated: bool = False
 
 
-def save_calibration(directory: Path, calibration: Calibration) -> None:
-    """Write both files."""
+def save_calibration(directory: Path, calibration: Calibration, vocab_size: int) -> None:
+    """Write both files; `vocab_size` is the model's."""
     costs = {cost.site: cost for cost in calibration.costs}
     write_json(
         directory / CALIBRATION,
         {
             "version": _VERSION,
             "is_rotated": calibration.is_rotated,
+            "vocab_size": vocab_size,
             "provenance": calibration.provenance,
             "layers": [
                 {
@@ -90,7 +91,9 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
         provenance = _without_path(dict(raw["provenance"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationFailed(f"{file} is damaged: {error!r}; calibrate again") from error
-    if max((max(ids, default=0) for ids in sequences), default=0) >= vocab_size:
+    highest = max((max(ids, default=0) for ids in sequences), default=0)
+    # Releases before this one did not write the size.
+    if highest >= vocab_size or raw.get("vocab_size", vocab_size) != vocab_size:
         raise CalibrationFailed(f"{file} was made for another vocabulary than this model's {vocab_size:,} tokens")
     return Calibration(statistics, ranges, costs, sequences, provenance, raw.get("is_rotated") is True)
 

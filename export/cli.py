@@ -104,9 +104,9 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """Export; prints the receipt's figures and where the artifact is."""
+    args = _parser().parse_args(argv)
     from export.identity import check_replaceable, default_name, identity_of
 
-    args = _parser().parse_args(argv)
     suffix = "-kv-int8" if args.kv == "int8" else ""
     out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
     wanted = identity_of(args.model, revision=args.revision, precision=args.precision, has_int8_kv=args.kv == "int8")

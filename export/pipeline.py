@@ -187,7 +187,7 @@ def write_unverified(
     trt_checkpoint = (model and model.trt_checkpoint) or checkpoint
     calibration = kv if kv is not None or model is None else model.calibration
     if calibration is not None:
-        save_calibration(directory, calibration)
+        save_calibration(directory, calibration, config.vocab_size)
     scales = scales_of(kv, checkpoint, config) if kv is not None else None
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())

@@ -229,6 +229,14 @@ def weight_files(manifest: Manifest) -> Mapping[str, str]:
     return {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(".bin")}
 
 
+def device_weight_bytes(artifact: Artifact) -> int:
+    """Bytes that the artifact's weights take on a GPU: its largest usable engine, before one is built its weight files."""
+    plans = [engine.info.plan.size for engine in engine_files(artifact) if engine.info and not engine.problem]
+    if plans:
+        return max(plans)
+    return sum(entry.size for name, entry in artifact.manifest.files.items() if name.endswith(".bin"))
+
+
 def _check_origin(info: EngineInfo, artifact: Artifact, plan: Path) -> None:
     manifest = artifact.manifest
     graph = manifest.files.get(manifest.dialects.get(info.dialect, ""))

@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from runtime.errors import InvalidSetting
+from runtime.kv_budget import MemoryShare
 
 T = TypeVar("T")
 
@@ -69,6 +70,8 @@ class EngineSettings:
     tool_format: str = setting(
         "auto", "how tool calls are written: auto (as the chat template says), hermes, llama3, json"
     )
+    share: MemoryShare | None = field(default=None, metadata={"is_flag": False})
+    """What this model may take beside others in the process; None where it is alone."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -83,10 +86,26 @@ class EngineSettings:
         check_at_least("prefix_cache", self.prefix_cache, 0)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
+        self._check_device()
         if self.tool_format not in TOOL_FORMAT_NAMES:
             raise InvalidSetting(
                 f"--tool-format must be one of {', '.join(TOOL_FORMAT_NAMES)}, got {self.tool_format!r}"
             )
+
+    def _check_device(self) -> None:
+        """A flag that the named device would not heed is refused; what `auto` chose is looked at once it is open."""
+        if self.device in ("auto", "cpu"):
+            return
+        given = {
+            "--speculate": self.speculate,
+            "--draft": self.draft is not None,
+            "--threads": self.threads is not None,
+        }
+        for flag, is_given in given.items():
+            if is_given:
+                raise InvalidSetting(
+                    f"{flag} works on the CPU alone, and --device says {self.device}; leave one of the two out"
+                )
 
 
 def check_at_least(name: str, value: float | None, low: float) -> None:
@@ -115,7 +134,7 @@ def add_flags(
     """
     hints = get_type_hints(cls)
     for item in fields(cls):
-        if item.name not in skip:
+        if item.name not in skip and item.metadata.get("is_flag", True):
             default = (defaults or {}).get(item.name, _default(item))
             _add_flag(parser, item, hints[item.name], default)
 

@@ -120,7 +120,7 @@ def test_a_corrupt_graph_is_refused_in_one_line(artifact: Path) -> None:
 def test_an_export_that_is_killed_leaves_the_old_artifact_and_nothing_loadable(artifact: Path) -> None:
     before = (artifact / MANIFEST).read_bytes()
     source = write_checkpoint(artifact.parent / "big", config_of("llama", num_hidden_layers=24, vocab_size=4000))
-    command = [sys.executable, "-m", "headrace", "export", str(source), "--out", str(artifact)]
+    command = [sys.executable, "-m", "headrace", "export", str(source), "--out", str(artifact), "--replace"]
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
