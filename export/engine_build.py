@@ -29,7 +29,7 @@ from runtime.engine_files import (
     read_engine_info,
     weight_files,
 )
-from runtime.errors import EngineBuildFailed, InvalidArtifact, InvalidEngine
+from runtime.errors import EngineBuildFailed, InvalidEngine
 from runtime.progress import progress_bar
 from runtime.trt_library import TrtLibrary, TrtLogger, open_library
 
@@ -65,7 +65,7 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
     """
     library = open_library(options.target)
     gpus, device = chosen_gpus(library, options.gpus)
-    graph = read_graph(artifact, _dialect(library, artifact))
+    graph = read_graph(artifact, wanted_dialect(library, artifact))
     identity = EngineIdentity(
         target=library.target,
         version=library.version,
@@ -115,16 +115,13 @@ def check_plausible(library: TrtLibrary, plan: bytes | None, graph: Graph) -> No
         )
 
 
-def _dialect(library: TrtLibrary, artifact: Artifact) -> str:
-    """The graph for a library, or the plain one, which every release compiles."""
+def wanted_dialect(library: TrtLibrary, artifact: Artifact) -> str:
+    """Of the artifact's graphs the one for a library: its own, or the plain one, which every release compiles.
+
+    The library's own if the artifact has neither.
+    """
     there = artifact.manifest.dialects
-    for dialect in (library.dialect, "trt-plain"):
-        if dialect in there:
-            return dialect
-    raise InvalidArtifact(
-        f"{artifact.path} has no {library.dialect} graph, only {', '.join(there)}; "
-        f"export it with --dialect ort,{library.dialect}"
-    )
+    return next((dialect for dialect in (library.dialect, "trt-plain") if dialect in there), library.dialect)
 
 
 def _whole(artifact: Artifact, plan: Path) -> EngineInfo | None:

@@ -47,6 +47,7 @@ class Identity:
 
     def is_same(self, other: "Identity") -> bool:
         """Whether an export of this one may take the other's place."""
+        # What was exported before the place was noted has none.
         is_same_place = None in (self.origin, other.origin) or self.origin == other.origin
         is_same_precision = self.precision == other.precision or (
             self.precision == _IMPORTED and other.precision in PRECISIONS

@@ -230,7 +230,7 @@ def weight_files(manifest: Manifest) -> Mapping[str, str]:
 
 
 def device_weight_bytes(artifact: Artifact) -> int:
-    """Bytes that the artifact's weights take on a GPU: its largest usable engine, before one is built its weight files."""
+    """Bytes that the artifact's weights take on a GPU: its largest usable engine, or else its weight files."""
     plans = [engine.info.plan.size for engine in engine_files(artifact) if engine.info and not engine.problem]
     if plans:
         return max(plans)
