@@ -145,6 +145,7 @@ def _load(model: str, checkpoint: Checkpoint) -> Any:
 
     name, options = _location(model, checkpoint)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         loaded, account = transformers.AutoModelForCausalLM.from_pretrained(
             name,
