@@ -4,7 +4,7 @@ The manifest has its own types, in artifact.py. Fields that nobody reads are not
 """
 
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -13,7 +13,7 @@ from runtime.json_shape import read_json, shaped
 
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
 
-Figure = float | str
+Figure = float | Literal["nan", "inf", "-inf"]
 """A measured figure; as text where it is not finite, for which JSON has no word."""
 
 

@@ -79,6 +79,7 @@ def read_paths(args: argparse.Namespace) -> dict[str, str]:
             raise InvalidSetting(f"--model must be NAME=PATH, got {word!r}")
         if name in paths:
             raise InvalidSetting(f"two models are named {name!r}; give each its own name with --model NAME=PATH")
+        open_artifact(path, allow_failed=args.allow_failed, check_hashes=False)
         paths[name] = path
     if not paths:
         raise InvalidSetting("give an artifact directory, or --model NAME=PATH; `headrace export` writes one")
