@@ -7,7 +7,8 @@ transformers    shares nothing with the graph but the checkpoint's files; needs 
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -42,7 +43,7 @@ class Reference(Protocol):
         """What it is, for the receipt."""
         ...
 
-    def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> ReferenceLogits:
+    def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> AbstractContextManager[ReferenceLogits]:
         """Read the sequences, each alone and causal. `directory` has room for what memory has not."""
         ...
 
@@ -58,10 +59,12 @@ class NumpyReference:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint, self._config = checkpoint, config
 
-    def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> ReferenceLogits:
+    @contextmanager
+    def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> Iterator[ReferenceLogits]:
         """One layer's weights in memory at a time; the last hidden states stay there."""
         with progress_bar("reference", total=self._config.num_layers) as bar:
-            return run_reference(self._checkpoint, self._config, sequences, on_layer=lambda: bar.update(1))
+            states = run_reference(self._checkpoint, self._config, sequences, on_layer=lambda: bar.update(1))
+        yield states
 
 
 class TransformersReference:
@@ -84,24 +87,27 @@ class TransformersReference:
         )
         self._model, self._checkpoint = model, checkpoint
 
-    def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> ReferenceLogits:
+    @contextmanager
+    def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> Iterator[ReferenceLogits]:
         """The whole model in memory, then gone; the logits in a nameless file in `directory`."""
         import torch
 
-        model = _load(self._model, self._checkpoint)
-        logits = _SpooledLogits(directory)
-        with progress_bar("reference", total=len(sequences)) as bar, torch.inference_mode():
-            for ids in sequences:
-                logits.add(model(torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy())
-                bar.update(1)
-        return logits
+        with tempfile.TemporaryFile(dir=directory) as file:
+            logits = _SpooledLogits(file)
+            model = _load(self._model, self._checkpoint)
+            with progress_bar("reference", total=len(sequences)) as bar, torch.inference_mode():
+                for ids in sequences:
+                    logits.add(model(torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy())
+                    bar.update(1)
+            del model
+            yield logits
 
 
 class _SpooledLogits:
-    """Logits of whole sequences in a file that has no name and goes with this object."""
+    """Logits of whole sequences, one behind the other in a file."""
 
-    def __init__(self, directory: Path) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # it lives as long as this
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._starts: list[int] = []
         self._vocab_size = 0
 

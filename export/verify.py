@@ -100,9 +100,8 @@ def verify(
     the graph's weights and the reference's in memory together.
     """
     material = material_for(artifact, config)
-    is_exact, dialects = artifact.manifest.is_exact, tuple(artifact.manifest.dialects)
+    dialects = tuple(artifact.manifest.dialects)
     runs: dict[str, GraphRun] = {}
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryFile(dir=artifact.path) as spool:
         for dialect in dialects:
             with runnable(artifact, dialect) as what_runs:
@@ -112,19 +111,36 @@ def verify(
             for run in runs.values()
             for prompt, tokens in zip(material.prompts, run.generated, strict=False)
         ]
-        states = reference.run(material.windows + continued, artifact.path)
-        spool.seek(0)
-        offset = len(material.windows)
-        for dialect, run in runs.items():
-            by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
-            distance = by_text[ALL_TEXTS]
-            # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
-            tie = 2 * distance.max_logit_error if is_exact else 0.0
-            agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
-            offset += len(run.generated)
-            found = run.figures | _figures(distance) | _text_figures(by_text)
-            found |= {"greedy_agreement": agreement, "greedy_prefix": prefix}
-            figures |= {figure_name(dialect, name): value for name, value in found.items()}
+        with reference.run(material.windows + continued, artifact.path) as states:
+            figures = _compare(artifact, material, runs, states, spool)
+    receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits, reference.name)
+    # What runtime/replay.py repeats where the model is to be served.
+    tokens = {dialect: run.generated for dialect, run in runs.items()}
+    return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
+
+
+def _compare(
+    artifact: Artifact,
+    material: Material,
+    runs: Mapping[str, GraphRun],
+    states: ReferenceLogits,
+    spool: IO[bytes],
+) -> dict[str, Any]:
+    """Every figure of every dialect."""
+    is_exact = artifact.manifest.is_exact
+    figures: dict[str, Any] = {}
+    spool.seek(0)
+    offset = len(material.windows)
+    for dialect, run in runs.items():
+        by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
+        distance = by_text[ALL_TEXTS]
+        # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
+        tie = 2 * distance.max_logit_error if is_exact else 0.0
+        agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
+        offset += len(run.generated)
+        found = run.figures | _figures(distance) | _text_figures(by_text)
+        found |= {"greedy_agreement": agreement, "greedy_prefix": prefix}
+        figures |= {figure_name(dialect, name): value for name, value in found.items()}
     head = states.logits(0, 0, min(HEAD, len(material.windows[0])))
     expected = runs["ort"].ways if is_exact and "ort" in runs else reference_ways(head)
     for dialect, run in runs.items():
@@ -133,10 +149,7 @@ def verify(
             if "ort" in runs:
                 equal = [a == b for a, b in zip(run.generated, runs["ort"].generated, strict=False)]
                 figures[figure_name(dialect, "tokens_equal_to_ort")] = float(np.mean(equal))
-    receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits, reference.name)
-    # What runtime/replay.py repeats where the model is to be served.
-    tokens = {dialect: run.generated for dialect, run in runs.items()}
-    return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
+    return figures
 
 
 def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:

@@ -1,7 +1,6 @@
 """Artifacts that somebody spoiled, and paths that are none: one line and exit code 2 from every verb."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,7 +209,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any, *, is_removed: bool) -
 
 @pytest.mark.parametrize("name", [MANIFEST, RECEIPT, CHOICE, CALIBRATION])
 @settings(
-    max_examples=int(os.environ.get("EXAMPLES", "25")),
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # every example puts the files back
 )
