@@ -259,8 +259,9 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         if not path.is_dir():
-            what = "does not exist" if not path.exists() else "is not a directory"
-            raise InvalidArtifact(f"{path} {what}; `headrace export MODEL --out {path}` writes an artifact there")
+            raise InvalidArtifact(
+                f"{path} is not a directory; `headrace export MODEL --out {path}` writes an artifact there"
+            )
         if not file.is_file():
             raise InvalidArtifact(f"{path} has no {MANIFEST}: not an artifact, or half of one; export it again")
     except OSError as error:

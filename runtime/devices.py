@@ -13,7 +13,7 @@ from runtime.environment import Environment
 from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
 from runtime.kv_budget import ALONE, default_budget, plan_slots
 from runtime.session import Session, SessionInfo
-from runtime.settings import EngineSettings
+from runtime.settings import EngineSettings, share_of
 from runtime.trt_library import TrtLibrary, open_library
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def open_on_tensorrt(
         max_batch=settings.max_batch,
         capacity=capacity,
         kv_memory=settings.kv_memory,
-        share=settings.share or ALONE,
+        share=share_of(settings) or ALONE,
     )
 
 
@@ -134,7 +134,7 @@ def open_on_cuda(artifact: Artifact, settings: EngineSettings, *, open_cuda: Cal
     cuda = open_cuda()
     try:
         graph = load_graph(artifact, "cuda")
-        budget = (settings.share or ALONE).of_device(cuda.free_memory())
+        budget = (share_of(settings) or ALONE).of_device(cuda.free_memory())
         num_slots, capacity = _slots(artifact, settings, budget)
         return OrtDeviceSession(graph, artifact, "cuda", cuda, num_slots=num_slots, capacity=capacity)
     except BaseException:
@@ -148,7 +148,7 @@ def open_on_cpu(artifact: Artifact, settings: EngineSettings) -> Session:
 
     budget = 0
     if settings.kv_memory is None:
-        share = settings.share
+        share = share_of(settings)
         budget = default_budget(weight_bytes=artifact.weight_bytes) if share is None else share.host_kv
     num_slots, capacity = _slots(artifact, settings, budget)
     return OrtSession.open(

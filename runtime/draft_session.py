@@ -10,7 +10,7 @@ from runtime.artifact import Artifact, open_artifact
 from runtime.errors import InvalidSetting
 from runtime.kv_budget import default_budget
 from runtime.session import Session, SessionInfo
-from runtime.settings import EngineSettings
+from runtime.settings import EngineSettings, share_of
 from runtime.tokenizer import TOKENIZER
 
 
@@ -31,8 +31,8 @@ def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifac
 def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) -> EngineSettings:
     """Settings for the target alone: on the CPU, and of the KV memory what leaves the draft as many slots."""
     budget = settings.kv_memory
-    if budget is None and settings.share is not None:
-        budget = settings.share.host_kv
+    if budget is None and (share := share_of(settings)) is not None:
+        budget = share.host_kv
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
     ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token

@@ -70,8 +70,6 @@ class EngineSettings:
     tool_format: str = setting(
         "auto", "how tool calls are written: auto (as the chat template says), hermes, llama3, json"
     )
-    share: MemoryShare | None = field(default=None, metadata={"is_flag": False})
-    """What this model may take beside others in the process; None where it is alone."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -108,6 +106,23 @@ class EngineSettings:
                 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSettings(EngineSettings):
+    """Settings of one of several models in a process, with what it may take of the memory they share; no flag."""
+
+    share: MemoryShare
+
+    @classmethod
+    def of(cls, settings: EngineSettings, share: MemoryShare) -> "SharedSettings":
+        """The same settings, for a model beside others."""
+        return cls(**{item.name: getattr(settings, item.name) for item in fields(settings)}, share=share)
+
+
+def share_of(settings: EngineSettings) -> MemoryShare | None:
+    """A model's share; None where it is alone."""
+    return settings.share if isinstance(settings, SharedSettings) else None
+
+
 def check_at_least(name: str, value: float | None, low: float) -> None:
     """Raise InvalidSetting, naming the flag, if a value that is set is below its lower bound."""
     if value is not None and value < low:
@@ -134,7 +149,7 @@ def add_flags(
     """
     hints = get_type_hints(cls)
     for item in fields(cls):
-        if item.name not in skip and item.metadata.get("is_flag", True):
+        if item.name not in skip:
             default = (defaults or {}).get(item.name, _default(item))
             _add_flag(parser, item, hints[item.name], default)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runtime.errors import InvalidSetting
-from runtime.settings import EngineSettings, add_flags, from_namespace
+from runtime.settings import EngineSettings, SharedSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -79,10 +79,12 @@ def read_paths(args: argparse.Namespace) -> dict[str, str]:
             raise InvalidSetting(f"--model must be NAME=PATH, got {word!r}")
         if name in paths:
             raise InvalidSetting(f"two models are named {name!r}; give each its own name with --model NAME=PATH")
-        open_artifact(path, allow_failed=args.allow_failed, check_hashes=False)
         paths[name] = path
     if not paths:
         raise InvalidSetting("give an artifact directory, or --model NAME=PATH; `headrace export` writes one")
+    for path in paths.values():
+        if path != args.artifact:
+            open_artifact(path, allow_failed=args.allow_failed, check_hashes=False)
     return paths
 
 
@@ -101,7 +103,8 @@ def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: 
     if prefix_cache is None:
         room = default_budget(weight_bytes=sum(weight_bytes), fraction=PREFIX_CACHE_FRACTION)
         prefix_cache = max(1, room // len(paths))
-    return [replace(engine, prefix_cache=prefix_cache, share=share) for share in shares]
+    engine = replace(engine, prefix_cache=prefix_cache)
+    return [SharedSettings.of(engine, share) for share in shares]
 
 
 def serve(
