@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
 def _build(artifact: Artifact, args: argparse.Namespace) -> None:
     from export.add_graph import add_graph
     from export.engine_build import EngineOptions, build_engine, wanted_dialect
-    from export.engine_gpus import parse_gpus
-    from export.engine_profiles import EngineLimits
+    from export.engine_gpus import chosen_gpus, parse_gpus
+    from export.engine_profiles import EngineLimits, derive_profiles
     from runtime.trt_library import open_library
 
     options = EngineOptions(
@@ -78,6 +78,9 @@ def _build(artifact: Artifact, args: argparse.Namespace) -> None:
         rebuild=args.rebuild,
     )
     library = open_library(options.target)
+    # What cannot be built is told before an export, which takes minutes.
+    chosen_gpus(library, options.gpus)
+    derive_profiles(options.limits, artifact.manifest.dims)
     if wanted_dialect(library, artifact) not in artifact.manifest.dialects:
         artifact = add_graph(artifact, library.dialect, model=args.model)
     built = build_engine(artifact, options)
