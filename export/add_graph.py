@@ -84,7 +84,8 @@ def _source(artifact: Artifact, dialect: str, model: str | None) -> tuple[str, s
     dialects = ",".join((*manifest.dialects, dialect))
     wrong = f"--model {model} is not the checkpoint" if model else "where the checkpoint lies is not recorded"
     raise InvalidSetting(
-        f"{artifact.path} has no {dialect} graph, and {wrong} ({manifest.source}); export it again: headrace export "
+        f"{artifact.path} has no {dialect} graph, and {wrong} ({manifest.source}); give its "
+        f"path with --model, or export it with --dialect {dialects}: headrace export "
         f"PATH/TO/{manifest.source} --precision {manifest.precision} --dialect {dialects} --max-len "
         f"{manifest.dims.max_len} --out {path} --replace"
     )

@@ -211,15 +211,18 @@ class Artifact:
             log.warning("%s is not used: %s does not list it", self.path / name, MANIFEST)
         return None
 
-    def model_file(self, dialect: str = "ort") -> Path:
-        """Path of the graph of one dialect.
-
-        InvalidArtifact if the artifact has no such dialect, or if the graph reads weights from a file that the manifest
-        does not list.
-        """
+    def graph_file(self, dialect: str) -> Path:
+        """Path of the graph of one dialect; InvalidArtifact if the artifact has no such dialect."""
         if dialect not in self.manifest.dialects:
             raise InvalidArtifact(f"{self.path} has no {dialect} graph, only {', '.join(self.manifest.dialects)}")
-        file = self.path / self.manifest.dialects[dialect]
+        return self.path / self.manifest.dialects[dialect]
+
+    def model_file(self, dialect: str = "ort") -> Path:
+        """The same of a graph that is to be loaded.
+
+        InvalidArtifact as well if the graph reads weights from a file that the manifest does not list.
+        """
+        file = self.graph_file(dialect)
         try:
             read = external_files(file.read_bytes())
         except (OSError, ValueError) as error:

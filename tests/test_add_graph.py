@@ -50,8 +50,11 @@ def test_the_graph_comes_and_everything_else_stays_as_it_was(model: Path, capsys
 
 def test_without_the_checkpoint_it_is_one_line_with_the_command(model: Path) -> None:
     artifact = exported(model)
-    wanted = r"has no trt graph, and where the checkpoint lies is not recorded \(tiny\); export it again: headrace "
-    wanted += r"export PATH/TO/tiny --precision fp32 --dialect ort,trt --max-len 256 --out .*artifact --replace$"
+    wanted = (
+        r"has no trt graph, and where the checkpoint lies is not recorded \(tiny\); give its path with --model, or "
+        r"export it with --dialect ort,trt: headrace export PATH/TO/tiny --precision fp32 --dialect ort,trt "
+        r"--max-len 256 --out .*artifact --replace$"
+    )
     with pytest.raises(InvalidSetting, match=wanted):
         add_graph(artifact, "trt", model=None)
 
