@@ -98,12 +98,14 @@ def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: 
 
     artifacts = [open_artifact(path, allow_failed=allow_failed, check_hashes=False) for path in paths]
     weight_bytes = [artifact.weight_bytes for artifact in artifacts]
-    shares = shares_of(weight_bytes, [device_weight_bytes(artifact) for artifact in artifacts])
     prefix_cache = engine.prefix_cache
     if prefix_cache is None:
         room = default_budget(weight_bytes=sum(weight_bytes), fraction=PREFIX_CACHE_FRACTION)
         prefix_cache = max(1, room // len(paths))
     engine = replace(engine, prefix_cache=prefix_cache)
+    if engine.kv_memory is not None:  # each model's, as it was given
+        return [engine] * len(paths)
+    shares = shares_of(weight_bytes, [device_weight_bytes(artifact) for artifact in artifacts])
     return [SharedSettings.of(engine, share) for share in shares]
 
 
