@@ -80,14 +80,19 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(path: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """chat_template.jinja, or else `chat_template` of tokenizer_config.json; None if the model has none.
+def load_chat_template(
+    file: Path | None, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    """The template of `file`, the artifact's chat_template.jinja, or else `chat_template` of tokenizer_config.json.
 
-    That field is a string, or a list of named templates of which `default` is taken.
+    That field is a string, or a list of named templates of which `default` is taken. None if the model has none.
     """
-    file = path / TEMPLATE_FILE
-    if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, where=str(file))
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArtifact(f"{file} cannot be read: {error}; export the model again") from error
+        return ChatTemplate(text, special_tokens, where=str(file))
     source = config.get("chat_template")
     if isinstance(source, list):
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}

@@ -1,6 +1,7 @@
 """How many KV slots fit in memory. Reads what the kernel says is free; of models it knows only sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.control_groups import control_group_paths, read_number
@@ -63,6 +64,42 @@ def default_budget(*, weight_bytes: int = 0, fraction: float = FREE_FRACTION, ro
     `root` is where /proc and /sys are found. InvalidSetting where the kernel does not say.
     """
     return max(0, int((available_memory(root) - weight_bytes) * fraction))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShare:
+    """What one of several models in a process may take by default, where nobody said how much.
+
+    host_kv: bytes of the machine's memory for its KV cache; counted once for all, since caches there fill slowly, and
+        each model would count the same memory as free
+    num_to_load: models that are still to take a GPU's memory, this one included: a cache there is taken whole at once,
+        so what is free then is free
+    weights_to_come: bytes that the weights of the models behind this one will take on it
+    """
+
+    host_kv: int
+    num_to_load: int
+    weights_to_come: int
+
+    def of_device(self, free: int) -> int:
+        """Bytes of a GPU's memory for the KV cache, of `free` once this model's weights are there."""
+        return max(0, int((free - self.weights_to_come) * DEVICE_FREE_FRACTION)) // self.num_to_load
+
+
+ALONE = MemoryShare(host_kv=0, num_to_load=1, weights_to_come=0)
+"""The one model of its process, on a GPU."""
+
+
+def shares_of(
+    host_weights: Sequence[int], device_weights: Sequence[int], *, root: Path = Path("/")
+) -> list[MemoryShare]:
+    """A share for each of several models, loaded in this order, by the bytes of weights here and on a GPU."""
+    count = len(host_weights)
+    host_kv = max(1, default_budget(weight_bytes=sum(host_weights), root=root) // count)
+    return [
+        MemoryShare(host_kv=host_kv, num_to_load=count - idx, weights_to_come=sum(device_weights[idx + 1 :]))
+        for idx in range(count)
+    ]
 
 
 def available_memory(root: Path = Path("/")) -> int:

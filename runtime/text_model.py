@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from runtime.artifact import open_artifact
-from runtime.chat_template import ChatTemplate, load_chat_template
+from runtime.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
     EngineObserver,
@@ -23,7 +23,7 @@ from runtime.core import (
     TokenEvent,
     Usage,
 )
-from runtime.devices import Backend, open_session
+from runtime.devices import Backend, check_speculation, open_session
 from runtime.draft_model import DraftModel
 from runtime.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine import Engine
@@ -290,13 +290,19 @@ def open_text_model(
     if settings.prefix_cache is None:
         share = default_budget(weight_bytes=artifact.weight_bytes, fraction=PREFIX_CACHE_FRACTION)
         settings = replace(settings, prefix_cache=share)
+    check_speculation(artifact, settings)
     draft = None
     if settings.draft is not None:
         draft = open_draft(settings.draft, artifact, settings)
         settings = beside_draft(settings, artifact, draft)
-    tokenizer = Tokenizer.from_directory(artifact.path)
-    template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    tokenizer = Tokenizer.from_artifact(artifact)
+    template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
     session = open_session(artifact, settings, backends=backends)
+    try:
+        check_speculation(artifact, settings, session.info)
+    except InvalidSetting:
+        session.close()
+        raise
     return TextModel(
         name=name or manifest.name,
         session=session,

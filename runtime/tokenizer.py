@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.artifact import Artifact
 from runtime.errors import InvalidArtifact, InvalidRequest
+from runtime.json_shape import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
@@ -55,19 +57,25 @@ class Tokenizer:
         self._added_bos_id = self._bos_to_add()
 
     @classmethod
-    def from_directory(cls, path: Path) -> "Tokenizer":
-        """Load tokenizer.json and, if it is there, tokenizer_config.json. Raises InvalidArtifact."""
+    def from_artifact(cls, artifact: Artifact) -> "Tokenizer":
+        """Load the artifact's tokenizer.json and, if it has one, tokenizer_config.json. Raises InvalidArtifact."""
+        file = artifact.listed(TOKENIZER)
+        if file is None:
+            raise InvalidArtifact(
+                f"{artifact.path} has no {TOKENIZER}, so it takes no text; export a checkpoint that has one"
+            )
+        return cls.from_files(file, artifact.listed(TOKENIZER_CONFIG))
+
+    @classmethod
+    def from_files(cls, file: Path, config_file: Path | None) -> "Tokenizer":
+        """Load a tokenizer.json and a tokenizer_config.json, or do without the second. Raises InvalidArtifact."""
         from tokenizers import Tokenizer as HfTokenizer
 
-        file, config_file = path / TOKENIZER, path / TOKENIZER_CONFIG
         try:
             tokenizer = HfTokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise InvalidArtifact(f"{file} cannot be loaded: {error}; export the model again") from error
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise InvalidArtifact(f"{config_file} cannot be read: {error}; export the model again") from error
+        config = {} if config_file is None else read_json(config_file)
         if not isinstance(config, dict):
             raise InvalidArtifact(f"{config_file} is not a JSON object; export the model again")
         return cls(tokenizer, config, where=str(file))

@@ -69,9 +69,11 @@ def test_a_template_that_does_not_compile_is_an_invalid_artifact() -> None:
 
 
 def test_the_file_comes_before_the_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.jinja"
+
     def load(config: object) -> str | None:
         parsed = json.loads(json.dumps(config))
-        template = load_chat_template(tmp_path, parsed, TOKENS)
+        template = load_chat_template(file if file.is_file() else None, parsed, TOKENS)
         return None if template is None else template.render(MESSAGES)
 
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "list"}]
@@ -81,5 +83,5 @@ def test_the_file_comes_before_the_configuration(tmp_path: Path) -> None:
     assert load({"chat_template": named[:1]}) is None
     with pytest.raises(InvalidArtifact, match="int"):
         load({"chat_template": 3})
-    (tmp_path / "chat_template.jinja").write_text("file")
+    file.write_text("file")
     assert load({"chat_template": "string"}) == "file"
