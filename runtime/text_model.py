@@ -178,12 +178,16 @@ class TextModel:
         fields = options.unread(self._chat_template.reads)
         if not self._chat_template.knows_reasoning:
             found = {name for message in messages for name in REASONING if name in message}
-            fields += [f"messages.{name}" for name in sorted(found)]
+            fields += [f"messages[].{name}" for name in sorted(found)]
         return fields
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text: possibly a part of a character; empty for a special token."""
         return self._tokenizer.token_bytes(token_id)
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """The same, with special tokens by their names."""
+        return self._tokenizer.shown_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
         """A token for people: a special token by its name, a part of a character as U+FFFD."""

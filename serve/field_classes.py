@@ -67,7 +67,7 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
     MESSAGE: (
         *_taken(
             "reply fields that clients send back",
-            "refusal annotations parsed provider_specific_fields extra_content reasoning_details reasoning thinking "
+            "refusal annotations parsed provider_specific_fields extra_content reasoning_details thinking "
             "thinking_blocks reasoning_items citations logprobs finish_reason index usage id type status",
         ),
         *_taken("a mark for another server's cache", "cache_control prompt_cache_breakpoint"),

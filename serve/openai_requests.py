@@ -6,17 +6,16 @@ https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_pe
 `stop_token_ids` are what the field's other servers call these.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RequestOptions, SamplingParams
+from runtime.chat_options import ChatOptions
+from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RANGES, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import GENERIC, ToolFormat
 from serve.field_classes import CHAT, COMPLETION, REQUEST, STREAM_OPTIONS, table
 from serve.fields import (
-    INT_BOUND,
     Check,
     Field,
     MismatchError,
@@ -35,23 +34,24 @@ from serve.fields import (
 )
 from serve.message_fields import read_messages
 from serve.output_format import OUTPUT_FIELDS, wanted_form
+from serve.prompt_fields import (
+    CHAT_TEMPLATE_FIELDS,
+    WHAT_FITS,
+    Prompt,
+    chat_options,
+    kept_tokens,
+    prediction,
+    prompts,
+)
 from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, wanted_tools
 
 MAX_N = 16
-MAX_PROMPTS = 1024
 MAX_LIMIT = 2**31
 NO_LIMIT = (-1, -2)
-ANY_SEED = -1
 MAX_BIASES = 1024
 """Bounds the work the sampler does per token for one request."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat gets what is left of the context."""
-
-Prompt = str | tuple[int, ...]
-
-
-TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 
 
 @described(anyOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}])
@@ -60,30 +60,6 @@ def _stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]
     return tuple(filter(None, list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)))
-
-
-@described(**TOKEN_IDS)
-def _token_ids(value: Any) -> tuple[int, ...]:
-    ids: tuple[int, ...] = list_of(integer, "token ids", max_len=2**20)(value)
-    return ids
-
-
-def _many(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1, "maxItems": MAX_PROMPTS}
-
-
-@described(anyOf=[TEXT, _many(TEXT), TOKEN_IDS, _many(TOKEN_IDS)])
-def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """The four forms of OpenAI's `prompt`, as a tuple of texts or of token id tuples."""
-    if isinstance(value, str):
-        return (string(value),)
-    if not isinstance(value, list) or not value:
-        raise MismatchError("a string, a list of strings, a list of token ids or a list of such lists; none empty")
-    if isinstance(value[0], int):
-        return (_token_ids(value),)
-    if isinstance(value[0], list):
-        return tuple(list_of(_token_ids, "lists of token ids", max_len=MAX_PROMPTS)(value))
-    return tuple(list_of(string, "strings", max_len=MAX_PROMPTS)(value))
 
 
 @described(
@@ -143,21 +119,14 @@ def _token_limit(low: int) -> Check:
     return check
 
 
-@described(type="integer", minimum=-1, maximum=INT_BOUND - 1, description="0 or -1: all tokens.")
-def _top_k(value: Any) -> int:
-    found = int(integer(value))
-    return 0 if found == -1 else found
-
-
-@described(type="number", minimum=0, maximum=1, description="0: the likeliest token alone.")
-def _top_p(value: Any) -> float:
-    """The smallest nucleus there is stands for 0: it holds the likeliest token."""
-    return float(number(value)) or sys.float_info.min
-
-
-@described(type="integer", minimum=1 - INT_BOUND, maximum=INT_BOUND - 1, description="-1: another one every time.")
-def _seed(value: Any) -> int | None:
-    return None if (found := integer(value)) == ANY_SEED else int(found)
+@described(
+    type="number",
+    minimum=RANGES["repetition_penalty"].low,
+    maximum=RANGES["repetition_penalty"].high,
+    description="llama.cpp's name for repetition_penalty.",
+)
+def _repeat_penalty(value: Any) -> float:
+    return float(number(value))
 
 
 @described(anyOf=[{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}])
@@ -174,17 +143,21 @@ def _timeout(value: Any) -> float:
 # Ranges are not repeated here: SamplingParams checks them.
 SAMPLING_FIELDS = (
     Field("temperature", number),
-    Field("top_p", _top_p),
-    Field("top_k", _top_k),
+    Field("min_tokens", integer),
+    Field("top_p", number),
+    Field("top_k", integer),
     Field("min_p", number),
+    Field("typical_p", number),
     Field("repetition_penalty", number),
     Field("presence_penalty", number),
     Field("frequency_penalty", number),
     Field("logit_bias", _logit_bias),
-    Field("seed", _seed),
+    Field("seed", integer),
     Field("stop", _stop),
     Field("stop_token_ids", list_of(integer, "token ids", max_len=MAX_BIASES)),
     Field("ignore_eos", boolean),
+    Field("skip_special_tokens", boolean),
+    Field("include_stop_str_in_output", boolean),
 )
 SAMPLING_NAMES = frozenset(field.name for field in SAMPLING_FIELDS)
 COMMON_FIELDS = (
@@ -198,15 +171,18 @@ COMMON_FIELDS = (
     Field("priority", between(-MAX_PRIORITY, MAX_PRIORITY)),
     Field("timeout", _timeout),
     Field("extra_body", any_object),
+    Field("repeat_penalty", _repeat_penalty),
+    Field("truncate_prompt_tokens", kept_tokens),
+    Field("prediction", prediction),
 )
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
 """The smallest of those that are given counts."""
 COMPLETION_FIELDS = table(
     COMPLETION,
     *COMMON_FIELDS,
     *(Field(name, _token_limit(0)) for name in TOKEN_LIMITS),
     *SAMPLING_FIELDS,
-    Field("prompt", _prompts, is_required=True),
+    Field("prompt", prompts, is_required=True),
     Field("logprobs", _num_logprobs),
     Field("echo", boolean),
     Field("add_special_tokens", boolean),
@@ -221,6 +197,7 @@ CHAT_FIELDS = table(
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
     *TOOL_USE_FIELDS,
+    *CHAT_TEMPLATE_FIELDS,
     also=REQUEST,
 )
 
@@ -238,6 +215,24 @@ class GenerationRequest:
     has_running_usage: bool
     """Whether every chunk has the usage so far."""
     options: RequestOptions
+    prediction: str | None
+    """What the client expects as the answer."""
+    truncate_prompt_tokens: int | None
+
+    @property
+    def one_call_of(self) -> tuple[str, ...]:
+        """Functions of which one call ends the answer; none: it ends by itself."""
+        return ()
+
+    def cut_prompt(self, prompt_ids: list[int], max_len: int) -> list[int]:
+        """The end of a prompt, as long as the client wants it."""
+        num_kept = self.truncate_prompt_tokens
+        if num_kept is None:
+            return prompt_ids
+        if num_kept == WHAT_FITS:
+            least = max(1, self.params.min_tokens)
+            num_kept = max(1, max_len - (least if self.max_tokens is None else self.max_tokens))
+        return prompt_ids[-num_kept:]
 
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
@@ -272,6 +267,17 @@ class ChatRequest(GenerationRequest):
 
     messages: tuple[Mapping[str, Any], ...]
     tool_use: ToolUse | None
+    chat_options: ChatOptions
+    may_call_or_answer: bool
+    """Whether the answer is held to calls or to a form, whichever it begins with."""
+
+    @property
+    def one_call_of(self) -> tuple[str, ...]:
+        """Under a grammar, that sees to it."""
+        use = self.tool_use
+        if use is None or use.is_parallel or self.params.constraint is not None:
+            return ()
+        return tuple(tool.name for tool in use.tools)
 
 
 def read_completion(raw: Mapping[str, Any]) -> CompletionRequest:
@@ -304,13 +310,18 @@ def read_chat(raw: Mapping[str, Any], *, tool_format: ToolFormat = GENERIC) -> C
     logprobs = values.get("top_logprobs", 0) if wants_logprobs else None
     common = _common(values, logprobs)
     tool_use = wanted_tools(values)
+    form = common["params"].constraint
     if tool_use is not None:
-        if common["params"].constraint is not None:
-            raise InvalidRequest(
-                "tools and a form of the answer exclude each other, unless tool_choice is none", param="tools"
-            )
-        common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format))
-    return ChatRequest(messages=values["messages"], tool_use=tool_use, **common)
+        common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format, form))
+        if tool_use.forced and form is not None:
+            note_ignored(form.param)  # calls are no answer
+    return ChatRequest(
+        messages=values["messages"],
+        tool_use=tool_use,
+        chat_options=chat_options(values),
+        may_call_or_answer=tool_use is not None and not tool_use.forced and form is not None,
+        **common,
+    )
 
 
 def _flat(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -331,6 +342,8 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
     if "stream_options" in values and not is_stream:
         note_ignored("stream_options")  # a reply in one piece has its usage anyway
     sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
+    if "repeat_penalty" in values:
+        sampling["repetition_penalty"] = _one_of_two(values, "repetition_penalty", "repeat_penalty")
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {
@@ -345,7 +358,18 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
             priority=values.get("priority", 0),
             timeout_s=values.get("timeout"),
         ),
+        "prediction": values.get("prediction"),
+        "truncate_prompt_tokens": values.get("truncate_prompt_tokens"),
     }
+
+
+def _one_of_two(values: Mapping[str, Any], name: str, alias: str) -> Any:
+    """The value of a field that has two names. InvalidRequest if they differ."""
+    if name in values and values[name] != values[alias]:
+        raise InvalidRequest(
+            f"{alias} ({values[alias]}) and {name} ({values[name]}) mean the same and differ; give one", param=alias
+        )
+    return values[alias]
 
 
 def _max_tokens(values: Mapping[str, Any]) -> int | None:

@@ -100,7 +100,10 @@ def start(
     if record.key is not None:
         context.access.limits.take_prompt(record.key, sum(map(len, prompts)))
     options = replace(wanted.options, cache_salt=_salt(record.tenant, wanted.options.cache_salt))
-    choices = submit(model, planned, Client(request.environ.get("gunicorn.socket")), options=options)
+    if wanted.prediction:
+        options = replace(options, prediction_ids=model.encode_prediction(wanted.prediction))
+    client = Client(request.environ.get("gunicorn.socket"))
+    choices = submit(model, planned, client, options=options, one_call_of=wanted.one_call_of)
     record.choices = choices
     context.live.add(record)
     on_end(lambda record: _settle(context, record))

@@ -8,7 +8,9 @@ from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
 from serve.message_fields import read_messages
+from serve.prompt_fields import CHAT_TEMPLATE_FIELDS, chat_options
 from serve.replying import Context, lease_model, noted, read_json
+from serve.tool_fields import tools
 
 MAX_TOKENS = 2**20
 TOKENIZE_FIELDS = (
@@ -17,6 +19,8 @@ TOKENIZE_FIELDS = (
     Field("messages", read_messages),
     Field("add_special_tokens", boolean),
     Field("return_token_strs", boolean),
+    Field("tools", tools),
+    *CHAT_TEMPLATE_FIELDS,
 )
 DETOKENIZE_FIELDS = (
     Field("model", string),
@@ -64,4 +68,4 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
     if "add_special_tokens" in values:
         raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
-    return model.encode_chat(values["messages"])
+    return model.encode_chat(values["messages"], tools=values.get("tools", ()), options=chat_options(values))

@@ -8,7 +8,7 @@ out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from runtime.core import Constraint, ConstraintKind
@@ -51,12 +51,16 @@ class ToolUse:
     forced: tuple[Tool, ...]
     is_parallel: bool
 
-    def constraint(self, form: ToolFormat) -> Constraint | None:
-        """What holds the answer to calls, if it has to be calls."""
-        if not self.forced:
+    def constraint(self, form: ToolFormat, answer: Constraint | None) -> Constraint | None:
+        """What holds the answer to calls, if it has to be calls; to calls or to the form of an `answer`, if it has to
+        have one."""
+        if self.forced:
+            source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
+            return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        if answer is None:
             return None
-        source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
-        return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        calls = calls_grammar(form, self.tools, is_parallel=self.is_parallel, may_answer=True)
+        return replace(answer, calls=calls)
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")
