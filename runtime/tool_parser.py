@@ -111,8 +111,9 @@ class CallReader:
         elif self._key in ARGUMENT_KEYS and self._value[0] != "{":
             # Some models write the arguments as a string that holds JSON, or null for none.
             value = self._decoded()
-            self.is_broken |= not isinstance(value, str | None)
-            self._arguments = value if isinstance(value, str) else "{}"
+            self.is_broken |= not isinstance(value, str | None) or _is_no_object(value)
+            if not self.is_broken:
+                self._arguments = value if isinstance(value, str) else "{}"
 
     def _after_value(self, char: str) -> None:
         if char == "}":
@@ -293,6 +294,14 @@ class ToolCallParser:
             self._raw, self._held, self._has_begun, self._step = "", after, False, self._in_text
             return True
         self._held = before[len(before) - _overlap(before, closing) :]
+        return False
+
+
+def _is_no_object(text: str | None) -> bool:
+    """Whether arguments that are text hold JSON of another kind: nobody could take such a call, the server neither."""
+    try:
+        return text is not None and not isinstance(json.loads(text), dict | None)
+    except (ValueError, RecursionError):
         return False
 
 

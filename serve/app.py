@@ -21,6 +21,7 @@ from serve.openapi import openapi_blueprint
 from serve.page_routes import page_blueprint
 from serve.record import RequestRecord
 from serve.replying import Context
+from serve.routes import register_routes
 from serve.settings import ServerSettings
 from serve.status import status_blueprint
 from serve.tokenize import tokenize_blueprint
@@ -55,6 +56,7 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     app.json.sort_keys = False  # type: ignore[attr-defined]  # DefaultJSONProvider has it, the base class does not
     register_errors(app)
+    register_routes(app)
     register_access(app, access, settings.cors_origin, _at_end(context, traces))
     for make_blueprint in BLUEPRINTS:
         app.register_blueprint(make_blueprint(context))

@@ -175,7 +175,14 @@ COMMON_FIELDS = (
     Field("truncate_prompt_tokens", kept_tokens),
     Field("prediction", prediction),
 )
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
+TOKEN_LIMITS = (
+    "max_tokens",
+    "max_completion_tokens",
+    "max_new_tokens",
+    "max_output_tokens",
+    "num_predict",
+    "n_predict",
+)
 """The smallest of those that are given counts."""
 COMPLETION_FIELDS = table(
     COMPLETION,

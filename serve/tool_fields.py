@@ -247,16 +247,21 @@ def _called_name(value: Any) -> str:
 @described(type=["string", "object"], description="A JSON object, or one as text; text that is no JSON stays text.")
 def _arguments(value: Any) -> dict[str, Any] | str:
     """Chat templates want an object; OpenAI's clients send its JSON text, and models write it with faults."""
-    text = value if isinstance(value, dict) else string(value).strip()
+    if isinstance(value, dict):
+        check_utf8(value)
+        return value
+    text = string(value)
     try:
-        parsed = json.loads(text or "{}") if isinstance(text, str) else text
+        parsed = json.loads(text.strip() or "{}")
     except (ValueError, RecursionError):
-        return str(value)
-    parsed = {} if parsed is None else parsed
-    if not isinstance(parsed, dict):
+        return str(text)
+    if not isinstance(parsed, dict | None):
         raise MismatchError("a JSON object, as text")
-    check_utf8(parsed)
-    return parsed
+    try:
+        check_utf8(parsed)
+    except MismatchError:
+        return str(text)  # a model may write half a surrogate pair
+    return parsed or {}
 
 
 CALLED_FIELDS = table(CALLED, Field("name", _called_name, is_required=True), Field("arguments", _arguments))

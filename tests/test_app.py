@@ -210,6 +210,7 @@ def test_prompt_too_long_names_both_numbers(client: FlaskClient) -> None:
     ):
         error = post(client, path, body, 400)["error"]
         assert error["code"] == "context_length_exceeded" and "256" in error["message"]
+        assert error["param"] == ("prompt" if path == COMPLETIONS else "messages")
         assert "258" in error["message"] or "319" in error["message"], error["message"]
 
 
