@@ -43,7 +43,10 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
             "metadata store service_tier prompt_cache_key prompt_cache_retention prompt_cache_options "
             "safety_identifier user",
         ),
-        *_taken("the model has no such switch", "verbosity include_reasoning separate_reasoning stream_reasoning"),
+        *_taken(
+            "the model has no such switch",
+            "verbosity include_reasoning separate_reasoning stream_reasoning reasoning_format",
+        ),
         *_taken(
             "bookkeeping of other servers, routers and clients",
             "request_id rid session_id conversation_id chat_id tags litellm_metadata litellm_session_id "
@@ -161,7 +164,7 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("vllm_xargs", "no code of clients is run", {}),
         refused("stop_regex", "use stop", "", []),
         refused("stop_sequences", "use stop", []),
-        refused("no_stop_trim", "stop strings are left out of the answer", False),
+        refused("no_stop_trim", "use include_stop_str_in_output", False),
         refused("random_seed", "use seed"),
         refused("sampler_seed", "use seed", -1),
         refused("max_tokens_to_sample", "use max_tokens"),

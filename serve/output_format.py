@@ -70,7 +70,7 @@ def _some_text(value: Any) -> str:
 
 JSON_SCHEMA_FIELDS = table(
     JSON_SCHEMA,
-    Field("name", string, is_required=True),
+    Field("name", string),
     Field("schema", schema_text, is_required=True),
     Field("description", string),
     # Either way the answer follows the schema; OpenAI's other mode only tries to.

@@ -133,7 +133,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(form=st.sampled_from([*TOOL_FORMATS.values()]), value=JSON, more=JSON, cut=st.integers(0, 120))
 def test_what_the_parser_finds_comes_back(form: ToolFormat, value: Any, more: Any, cut: int) -> None:
     written = f'{form.opening}{{"name": "f", "arguments": {json.dumps(value)}, "parameters": {json.dumps(more)}}}'

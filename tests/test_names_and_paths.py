@@ -1,5 +1,6 @@
 """Names that models answer to, and paths as clients write them."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,8 +117,11 @@ def test_spellings_of_paths(path: str, route: str) -> None:
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions/", "//v1/chat/completions"])
 def test_a_body_is_answered_under_any_of_them(client: FlaskClient, path: str) -> None:
     environ = {"PATH_INFO": path}  # the test client would read the host out of `//`
-    response = client.post(environ_overrides=environ, json={**CONVERSATION, "model": NAME})
+    response = client.post(environ_overrides=environ, json={**CONVERSATION, "model": NAME}, buffered=True)
     assert response.status_code == 200 and response.get_json()["choices"]
+    # Keys, limits, logs and metrics go by the route, so no spelling passes them by.
+    metrics = client.get("/metrics").get_data(as_text=True)
+    assert set(re.findall(r'headrace_http_responses_total\{route="([^"]*completions[^"]*)"', metrics)) == {CHAT}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ BAD_FIELDS = [
     ("top_p", 1.1, "at most 1"),
     ("repetition_penalty", 5e-324, "at least 0.01"),
     ("top_k", 1.5, "an integer"),
-    ("top_k", -2, "at least -1"),
+    ("top_k", -2, "top_k must be at least -1"),
     ("min_p", [1], "a list of 1"),
     ("seed", True, "an integer"),
     ("seed", 2**63, "an integer"),
@@ -96,7 +96,7 @@ BAD_FIELDS = [
     ("response_format", {"type": "json"}, '"json_schema"'),
     ("response_format", {"type": "json_schema"}, "json_schema is required"),
     ("response_format", {"type": "text", "json_schema": {"name": "n", "schema": {}}}, "not text"),
-    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "name is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}, "name": 5}}, "name must be a string"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}, "schema is required"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": []}}, "an object"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}, "type: x"),
@@ -310,7 +310,6 @@ def test_limits_of_tokens(fields: dict[str, Any], expected: int) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"top_k": -1}, {"top_k": 0}),
         ({"top_k": 40.0}, {"top_k": 40}),
         ({"seed": -1}, {"seed": None}),
         ({"seed": -2}, {"seed": -2}),
@@ -328,12 +327,13 @@ def test_odd_values_of_sampling_fields(fields: dict[str, Any], expected: dict[st
         assert {name: getattr(wanted.params, name) for name in expected} == expected
 
 
-def test_top_p_0_is_the_likeliest_token(client: FlaskClient) -> None:
+def test_top_p_0_is_the_likeliest_token_and_top_k_minus_1_all_of_them(client: FlaskClient) -> None:
     def text(**fields: Any) -> str:
-        body = {**COMPLETION, "max_tokens": 30, **fields}
+        body = {**COMPLETION, "max_tokens": 30, "temperature": 2, "seed": 1, **fields}
         return str(client.post(COMPLETIONS, json=body).get_json()["choices"][0]["text"])
 
-    assert text(top_p=0, temperature=2) == text(temperature=0) != text(temperature=2)
+    assert text(top_p=0) == text(temperature=0) != text()
+    assert text(top_k=-1) == text(top_k=0) == text() != text(top_k=1)
 
 
 def test_seed_minus_1_is_another_one_every_time(client: FlaskClient) -> None:
