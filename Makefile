@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 MODEL ?= smollm2-135m-instruct
-PRECISION ?= fp32
+PRECISION ?= w8a16
 MAX_LEN ?=
 KV ?=
 CALIB ?=
@@ -62,6 +62,8 @@ engine: $(VENV)/.installed  ## compile an artifact for TensorRT: make engine ART
 	@$(BIN)/headrace engine '$(ARTIFACT)' --target '$(TARGET)' $(if $(GPU),--gpu '$(GPU)')
 
 bundle: $(VENV)/.installed  ## pack an artifact for a device: make bundle ARTIFACT=... DEVICE=jetson-orin|jetson-thor|rtx|cpu
+	@$(BIN)/python -c 'import uv' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bundle]'
 	@$(BIN)/python deploy/bundle.py '$(ARTIFACT)' --device '$(DEVICE)' --out dist
 
 serve: $(VENV)/.installed  ## serve an artifact: make serve ARTIFACT=... PORT=...

@@ -2,9 +2,12 @@
 
 NAME-DEVICE/artifact/          the artifact, its hashes checked, engines of this stack included
 NAME-DEVICE/wheels/            Headrace itself
-NAME-DEVICE/requirements.txt   every package it needs, pinned to what this environment has
+NAME-DEVICE/requirements.txt   every package it needs, pinned to what this environment has, with hashes
+NAME-DEVICE/device.txt         what the device needs beyond that: TensorRT, CUDA's Python
 NAME-DEVICE/start.sh           install, doctor, engine, verify, serve; see the file
 NAME-DEVICE/headrace.env  headrace.service  Dockerfile  README.md
+
+Beside the archive lies its checksum, NAME-DEVICE.tar.gz.sha256.
 
 python deploy/bundle.py ARTIFACT --device cpu --out dist
 """
@@ -24,6 +27,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from deploy.hashes import with_hashes, write_checksum
 from runtime.artifact import Artifact, open_artifact
 from runtime.engine_files import ENGINES, engine_files
 from runtime.errors import HeadraceError, InvalidSetting
@@ -40,6 +44,8 @@ class Stack:
     target: of `headrace engine`, empty where none is built
     extra: packages beyond Headrace's own
     base: of the Dockerfile
+    platform, python: of the device, as uv names them
+    has_hashes: whether the index has the files of `extra`; TensorRT for Arm is a stub there, which fetches NVIDIA's own
     uses_system: whether the environment sees the system's Python packages, where TensorRT comes with the system
     """
 
@@ -48,11 +54,14 @@ class Stack:
     extra: tuple[str, ...]
     base: str
     dialects: tuple[str, ...]
+    platform: str = "x86_64-manylinux_2_39"
+    python: str = "3.12"
+    has_hashes: bool = True
     uses_system: bool = False
 
 
 STACKS: Mapping[str, Stack] = {
-    "cpu": Stack("cpu", "", (), "python:3.11-slim-bookworm", ("ort",)),
+    "cpu": Stack("cpu", "", (), "python:3.11-slim-bookworm", ("ort",), python="3.11"),
     "rtx": Stack(
         "tensorrt",
         "tensorrt-rtx",
@@ -66,6 +75,8 @@ STACKS: Mapping[str, Stack] = {
         ("tensorrt==10.15.1.29", "cuda-python==13.0.3"),
         "nvidia/cuda:13.0.1-base-ubuntu24.04",
         ("trt",),
+        platform="aarch64-manylinux_2_39",
+        has_hashes=False,
     ),
     "jetson-orin": Stack(
         "tensorrt",
@@ -73,6 +84,8 @@ STACKS: Mapping[str, Stack] = {
         ("cuda-python==12.6.2.post1",),
         "nvcr.io/nvidia/l4t-jetpack:r36.4.0",
         ("trt-plain",),
+        platform="aarch64-manylinux_2_35",
+        python="3.11",
         uses_system=True,
     ),
 }
@@ -85,9 +98,17 @@ def build_wheel(target: Path) -> None:
 
 
 def make_bundle(
-    artifact: Artifact, device: str, out: Path, *, write_wheel: Callable[[Path], None] = build_wheel
+    artifact: Artifact,
+    device: str,
+    out: Path,
+    *,
+    write_wheel: Callable[[Path], None] = build_wheel,
+    hashed: Callable[..., str] = with_hashes,
 ) -> Path:
-    """Write `out`/NAME-DEVICE.tar.gz; its path. InvalidSetting if the artifact has no graph for the device."""
+    """Write `out`/NAME-DEVICE.tar.gz and its checksum; its path.
+
+    InvalidSetting if the artifact has no graph for the device, or the hashes of the packages cannot be had.
+    """
     if device not in STACKS:
         raise InvalidSetting(f"DEVICE {device!r} is unknown; choose one of {', '.join(STACKS)}")
     stack = STACKS[device]
@@ -103,7 +124,10 @@ def make_bundle(
         root.mkdir()
         _copy_artifact(artifact, root / "artifact", stack)
         write_wheel(root / "wheels")
-        (root / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements(stack)))
+        where = {"platform": stack.platform, "python": stack.python}
+        (root / "requirements.txt").write_text(hashed(requirements(), **where, is_closed=True))
+        extra = hashed(stack.extra, **where, is_closed=False) if stack.has_hashes else "\n".join(stack.extra) + "\n"
+        (root / "device.txt").write_text(extra)
         (root / "headrace.env").write_text("".join(f"{line}\n" for line in environment(stack)))
         (root / "Dockerfile").write_text((HERE / "Dockerfile.in").read_text().replace("@BASE@", stack.base))
         for file in COPIED:
@@ -112,10 +136,12 @@ def make_bundle(
         draft = Path(temporary) / "bundle.tar.gz"
         with tarfile.open(draft, "w:gz", compresslevel=1) as archive:  # weights hardly compress
             archive.add(root, name)
-        return draft.rename(out / f"{name}.tar.gz")
+        archive_file = draft.rename(out / f"{name}.tar.gz")
+    write_checksum(archive_file)
+    return archive_file
 
 
-def requirements(stack: Stack) -> list[str]:
+def requirements() -> list[str]:
     """Every package Headrace needs, its dependencies' dependencies too, at the version that is installed here.
 
     For a stack with another processor or Python these are the same releases; what that lacks, pip names there.
@@ -133,7 +159,7 @@ def requirements(stack: Stack) -> list[str]:
             package = importlib.metadata.distribution(name)
             found[name] = package.version
             waiting += [Requirement(line) for line in package.requires or []]
-    return [*(f"{name}=={version}" for name, version in sorted(found.items())), *stack.extra]
+    return [f"{name}=={version}" for name, version in sorted(found.items())]
 
 
 def environment(stack: Stack) -> Iterator[str]:
@@ -147,6 +173,8 @@ def environment(stack: Stack) -> Iterator[str]:
     yield "# Tokens of prompt and answer together; empty is the model's limit."
     yield "MAX_LEN="
     yield "PREFILL_CHUNK=128"
+    yield "# File of hashed keys that `./start.sh key NAME` writes; needed where HOST is not this machine alone."
+    yield "API_KEYS="
     yield "SERVE_FLAGS="
     yield f"ENGINE_TARGET={stack.target}"
     yield f"VENV_FLAGS={'--system-site-packages' if stack.uses_system else ''}"

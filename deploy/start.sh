@@ -3,6 +3,7 @@
 #   ./start.sh                 all of it; what was done before is not done again
 #   ./start.sh --install-only  the virtual environment alone, for an image built where the device is not
 #   ./start.sh --check-only    everything but serving
+#   ./start.sh key NAME [...]  make an API key and add its hash to API_KEYS; see `headrace key --help`
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 set -a
@@ -15,13 +16,18 @@ if [ ! -e .venv/.installed ]; then
     { echo "Headrace needs Python 3.11 or newer; say PYTHON=/path/to/python3.11 $0"; exit 2; }
   # shellcheck disable=SC2086
   "$python" -m venv ${VENV_FLAGS:-} .venv || { echo 'no venv module: install python3-venv'; exit 2; }
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.txt
+  # Its hashes are checked too, where the package index has them.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement device.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps wheels/*.whl
   touch .venv/.installed
 fi
 [ "${1:-}" != --install-only ] || exit 0
 
 headrace=.venv/bin/headrace
+if [ "${1:-}" = key ]; then
+  exec $headrace key --file "${API_KEYS:-api_keys.txt}" "${@:2}"
+fi
 if [ "$DEVICE" = auto ]; then $headrace doctor; else $headrace doctor --require "$DEVICE"; fi
 
 if [ -n "${ENGINE_TARGET:-}" ]; then
@@ -32,12 +38,17 @@ if [ -n "${ENGINE_TARGET:-}" ]; then
     --prefill-chunk "$PREFILL_CHUNK" ${MAX_LEN:+--max-len "$MAX_LEN"} || [ "$DEVICE" = auto ]
 fi
 
-if [ ! -e .venv/.verified ]; then
+# What serves need not be able to write where the code is.
+state=state
+mkdir -p "$state"
+if [ ! -e "$state/verified" ]; then
   $headrace verify artifact --device "$DEVICE"
-  touch .venv/.verified
+  touch "$state/verified"
 fi
 [ "${1:-}" != --check-only ] || exit 0
 
+# Who supervises this (systemd, Docker, Kubernetes) starts it again when the engine has failed.
 # shellcheck disable=SC2086
 exec $headrace serve artifact --device "$DEVICE" --host "$HOST" --port "$PORT" --max-batch "$MAX_BATCH" \
-  --prefill-chunk "$PREFILL_CHUNK" ${MAX_LEN:+--max-len "$MAX_LEN"} ${SERVE_FLAGS:-}
+  --prefill-chunk "$PREFILL_CHUNK" ${MAX_LEN:+--max-len "$MAX_LEN"} ${API_KEYS:+--api-keys "$API_KEYS"} \
+  --exit-on-failure ${SERVE_FLAGS:-}

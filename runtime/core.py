@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1_000
+"""Longest stop string. A stop string marks where an answer ends; a longer text is no mark, but costs memory."""
 MAX_PRIORITY = 100
 
 
@@ -147,6 +149,10 @@ class SamplingParams:
             _check(f"logit_bias[{token_id}]", bias, Range(-100, 100))
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
+        if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop: a string of {longest:,} characters; at most {MAX_STOP_CHARS:,} are taken", param="stop"
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -281,8 +287,10 @@ class RequestOptions:
     cache_salt: str = ""
     """Prompts share the prefix cache only with prompts of the same salt: without it one client could find out by the
     time to the first token what another has sent."""
+    tenant: str = ""
+    """Whose request it is: a free slot goes to the tenant that has the fewest, among equal priorities."""
     priority: int = 0
-    """Lower is served earlier; among equals, who came first."""
+    """Lower is served earlier; among equals of a tenant, who came first."""
     timeout_s: float | None = None
     """Seconds after its submission at which it ends, finished or not."""
     prediction_ids: Sequence[int] = ()

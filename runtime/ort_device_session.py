@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
+from runtime.cpu_features import int8_options
 from runtime.cuda import PinnedMemory
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.kv_budget import item_bytes
@@ -201,6 +202,8 @@ def load_graph(artifact: Artifact, device: str) -> Any:
     file: Path = artifact.model_file("ort")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    for name, value in int8_options().items():  # of what the provider leaves to the CPU
+        options.add_session_config_entry(name, value)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
     try:
         model = without_inputs(file.read_bytes(), "GroupQueryAttention", _NUM_ATTENTION_INPUTS)

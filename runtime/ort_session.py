@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Artifact
+from runtime.cpu_features import int8_options
 from runtime.errors import InvalidArtifact, InvalidSetting
+from runtime.kv_pages import lazy_zeros
 from runtime.kv_rows import HostRows
 from runtime.ort_inputs import ort_inputs
 from runtime.session import Batch, KvRows, SessionInfo
@@ -22,11 +24,6 @@ from runtime.trt_inputs import trt_inputs
 # prefill one a slot; the rest are rare shapes.
 _MAX_BINDINGS = 256
 
-
-EXACT_INT8 = ("session.x64quantprecision", "1")
-"""Session option: exact sums of uint8 times int8 on x86 without VNNI, whose fast kernel adds pairs of products in 16
-bits and saturates (0.25 % of a typical output, several times as much where activations and weights are large). It
-costs a tenth of a prefill there, and changes nothing on other processors."""
 
 WHOLE_ROWS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """Environment variable that ONNX Runtime reads when it makes attention kernels, its only switch for this: with more
@@ -66,7 +63,7 @@ class OrtSession:
                     kv.present_name.format(layer=layer, kv=part),
                 )
                 self._names.append(names)
-                self._pool.append(np.zeros(shape, np.dtype(kv.dtype)))
+                self._pool.append(lazy_zeros(shape, kv.dtype))
         self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._logits = np.empty((num_slots, dims.vocab_size), np.float32)
         per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * np.dtype(kv.dtype).itemsize
@@ -109,21 +106,9 @@ class OrtSession:
                 f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
                 f"{artifact.manifest.dims.max_len:,} (export it again with a larger --max-len)"
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
-        options.add_session_config_entry(*EXACT_INT8)
+        options = _session_options(dialect, threads=threads, saves_memory=saves_memory)
         if is_run_exact or (threads or os.cpu_count() or 1) > artifact.manifest.dims.num_heads:
             os.environ[WHOLE_ROWS] = "1"
-        if saves_memory:
-            # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
-            # time, just before its use, each is freed after it, where the default order widens all of them first.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        if dialect != "ort":
-            # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             session = onnxruntime.InferenceSession(
                 str(artifact.model_file(dialect)),
@@ -204,3 +189,24 @@ class OrtSession:
         self._bindings.clear()
         self._pool.clear()
         self._session = None
+
+
+def _session_options(dialect: str, *, threads: int | None, saves_memory: bool) -> Any:
+    """ONNX Runtime's SessionOptions for this processor; the arguments are those of `OrtSession.open`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    for name, value in int8_options().items():
+        options.add_session_config_entry(name, value)
+    if saves_memory:
+        # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
+        # time, just before its use, each is freed after it, where the default order widens all of them first.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    if dialect != "ort":
+        # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.artifact import Artifact
+from runtime.cpu_features import cpu_flags, cpu_info
 from runtime.inspect_artifact import num_parameters
 
 MIN_BUFFER_BYTES = 256 << 20
@@ -56,12 +57,9 @@ class Peaks(NamedTuple):
 
 def describe_machine() -> Machine:
     """Name the processor, the instruction sets that matter here, and what is installed. Measures nothing."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = set((named.get("flags") or named.get("Features") or "").split())
+    flags = cpu_flags()
     return Machine(
-        cpu=named.get("model name") or platform.machine(),
+        cpu=cpu_info().get("model name") or platform.machine(),
         cores=num_cores(),
         instruction_sets=" ".join(name for name in _INSTRUCTION_SETS if name in flags),
         versions={

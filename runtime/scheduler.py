@@ -2,7 +2,7 @@
 
 Two queues: waiting and, by slot, those that prefill or decode. A step is
 
-    admit      waiting -> lowest free slots, by priority
+    admit      waiting -> lowest free slots, by priority, then fairly by tenant
     compact    decoding rows move down into free slots, so that they stay a tight span
     decode     one run over slots [0, highest decoding + 1), with drafts where they pay
     reuse      prompts skip the blocks that the prefix cache has
@@ -13,7 +13,9 @@ sampling, text or threads.
 """
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator
+from itertools import takewhile
 from math import lcm
 from typing import NamedTuple
 
@@ -142,10 +144,21 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and self.slots.num_free:
-            sequence = self.waiting.pop(0)
+            sequence = self._next_waiting()
+            self.waiting.remove(sequence)
             sequence.slot = self.slots.take()
             self._next_ids[sequence.slot, 0] = 0
             self._prefilling.append(sequence)
+
+    def _next_waiting(self) -> Sequence:
+        """Of the most urgent, the first one of the tenant that has the fewest slots: nobody keeps others out by asking
+        for all of them."""
+        first = self.waiting[0]
+        urgent = list(takewhile(lambda s: _priority(s) == _priority(first), self.waiting))
+        if all(_tenant(s) == _tenant(first) for s in urgent):
+            return first
+        running = Counter(_tenant(s) for s in (*self._prefilling, *self._decoding) if s is not None)
+        return min(urgent, key=lambda s: running[_tenant(s)])
 
     def _compact(self) -> None:
         """Move the highest decoding rows into free slots below; after admission, nobody else wants them."""
@@ -315,3 +328,7 @@ class Scheduler:
 
 def _priority(sequence: Sequence) -> int:
     return sequence.request.options.priority
+
+
+def _tenant(sequence: Sequence) -> str:
+    return sequence.request.options.tenant

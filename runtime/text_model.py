@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.artifact import open_artifact
 from runtime.chat_options import DEFAULT_CHAT, REASONING, ChatOptions
+from runtime.chat_prompt import ChatPrompts
 from runtime.chat_template import ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
@@ -30,7 +31,7 @@ from runtime.draft_model import DraftModel
 from runtime.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
-from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
 from runtime.model_card import model_card
@@ -40,7 +41,7 @@ from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
-from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format, plain_messages
+from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format
 from runtime.tool_parser import ToolCallParser
 
 
@@ -96,6 +97,13 @@ class Generation(Iterator[TokenEvent]):
         self.close()
 
 
+class MemoryUse(NamedTuple):
+    """Most bytes that a model's caches may take: K and V of all slots, and the prompt beginnings kept for reuse."""
+
+    kv_bytes: int
+    prefix_cache_bytes: int
+
+
 class TextModel:
     """A loaded model and its engine. `start` it, `generate` from any thread, `close` it."""
 
@@ -119,12 +127,17 @@ class TextModel:
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
+        self._draft_session = draft_session
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
-        template = None if chat_template is None else chat_template.source
+        template = None if chat_template is None else chat_template.with_tools.source
         self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
+        self._chats = None
+        if chat_template is not None:
+            trusts = settings.trust_special_tokens
+            self._chats = ChatPrompts(tokenizer, chat_template, self.tool_format, trust_special_tokens=trusts)
         self._draft_model = None if draft_session is None else DraftModel(draft_session)
         self._engine = Engine(
             session,
@@ -136,12 +149,18 @@ class TextModel:
         )
         self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
+        self._prefix_cache_bytes = settings.prefix_cache or 0
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model expects around it."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model expects around it.
+
+        Raises PromptTooLong, before most of it is tokenized, for a text that certainly has more than `max_tokens`
+        tokens, by default those of the context.
+        """
+        max_tokens = self.max_len if max_tokens is None else max_tokens
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     def encode_chat(
         self,
@@ -149,33 +168,24 @@ class TextModel:
         *,
         tools: Sequence[Tool] = (),
         options: ChatOptions = DEFAULT_CHAT,
+        max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template, or for options
-        that cannot be had with it.
-
-        Tools, calls and results go through the template if it knows of them, else through messages in plain words.
+        """Token ids of a chat, up to where the assistant speaks. Control tokens in messages and tools are text
+        (runtime/chat_prompt.py). InvalidRequest without a chat template, or for options that cannot be had with it;
+        PromptTooLong for a chat that certainly has more than `max_tokens`, by default those of the context.
         """
-        if self._chat_template is None:
+        if self._chats is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        if not self._chat_template.knows_tools:
-            messages, tools = plain_messages(messages, tools, self.tool_format), ()
-        text = self._chat_template.render(
-            messages,
-            tools=[tool.as_json() for tool in tools],
-            add_generation_prompt=options.add_generation_prompt,
-            continue_final_message=options.continue_final_message,
-            variables=options.values(self._chat_template.reads),
-        )
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._chats.encode(messages, tools=tools, options=options, max_tokens=max_tokens or self.max_len)
 
     def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
         """The fields of a chat that are without effect, since this model's chat template does not read them."""
         if self._chat_template is None:
             return []
-        fields = options.unread(self._chat_template.reads)
+        fields = options.unread(self._chat_template.reads | self._chat_template.with_tools.reads)
         if not self._chat_template.knows_reasoning:
             found = {name for message in messages for name in REASONING if name in message}
             fields += [f"messages[].{name}" for name in sorted(found)]
@@ -257,11 +267,14 @@ class TextModel:
         return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
 
     def encode_prediction(self, text: str) -> list[int]:
-        """Token ids of an expected answer, for `RequestOptions.prediction_ids`: as many as an answer can have. None if
-        nothing is speculated here: they would be without effect."""
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. None if nothing is speculated here, or
+        if no answer can be so long: they would be without effect, or of little."""
         if not self._engine.is_speculating:
             return []
-        return self._tokenizer.encode(text, add_special_tokens=False)[: self.max_len]
+        try:
+            return self.encode(text, add_special_tokens=False)[: self.max_len]
+        except PromptTooLong:
+            return []
 
     def _bounded(self, options: RequestOptions) -> RequestOptions:
         """The request's own time limit, or the server's if that is less."""
@@ -282,10 +295,16 @@ class TextModel:
         """Why the engine died, if it did."""
         return self._thread.failure
 
+    def memory_use(self) -> MemoryUse:
+        """What its caches may take, filled or not."""
+        infos = [session.info for session in (self._session, self._draft_session) if session is not None]
+        kv_bytes = sum(info.num_slots * info.capacity * info.kv_bytes_per_token for info in infos)
+        return MemoryUse(kv_bytes, self._prefix_cache_bytes)
+
     def describe(self) -> str:
         """One line for the start: slots, their length, memory, precision and device."""
         info = self._session.info
-        size = format_bytes(info.num_slots * info.capacity * info.kv_bytes_per_token)
+        size = format_bytes(self.memory_use().kv_bytes)
         slots = "slot" if info.num_slots == 1 else "slots"
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
         return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))
@@ -293,6 +312,8 @@ class TextModel:
     def prepare_constraints(self) -> None:
         """Get ready for requests with constraints, which would otherwise hold up everybody once."""
         self._grammars.prepare()
+        if self._chats is not None:
+            self._chats.prepare()
 
     def start(self) -> None:
         """Start the engine's thread. Once only."""

@@ -15,13 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import InvalidArtifact, InvalidRequest
+from runtime.bounded_encoding import BoundedEncoder
+from runtime.control_tokens import AddedToken
+from runtime.errors import InvalidArtifact
+from runtime.secret_spelling import SecretSpelling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_TOKEN_NAMES = (
     "bos_token",
     "eos_token",
@@ -32,6 +36,7 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _BYTE_TOKEN_LEN = len("<0xE2>")
 
 
@@ -47,6 +52,7 @@ class Tokenizer:
         self._hf = tokenizer
         self._hf.no_truncation()
         self._hf.no_padding()
+        self._encoder = BoundedEncoder(tokenizer)
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         self._decode_steps = _flatten_decoder(decoder, where)
         self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
@@ -59,20 +65,17 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> "Tokenizer":
-        """Load tokenizer.json and, if it is there, tokenizer_config.json. Raises InvalidArtifact."""
+        """Load tokenizer.json and, if they are there, special_tokens_map.json and tokenizer_config.json. Raises
+        InvalidArtifact."""
         from tokenizers import Tokenizer as HfTokenizer
 
-        file, config_file = path / TOKENIZER, path / TOKENIZER_CONFIG
+        file = path / TOKENIZER
         try:
             tokenizer = HfTokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise InvalidArtifact(f"{file} cannot be loaded: {error}; export the model again") from error
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise InvalidArtifact(f"{config_file} cannot be read: {error}; export the model again") from error
-        if not isinstance(config, dict):
-            raise InvalidArtifact(f"{config_file} is not a JSON object; export the model again")
+        # What both say, tokenizer_config.json says last, as in transformers.
+        config = _read_config(path / SPECIAL_TOKENS_MAP) | _read_config(path / TOKENIZER_CONFIG)
         return cls(tokenizer, config, where=str(file))
 
     @property
@@ -80,25 +83,42 @@ class Tokenizer:
         """Tokens the tokenizer knows; a model's vocabulary may be padded beyond it."""
         return self._hf.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. InvalidRequest if the text is not valid Unicode.
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text.
 
         `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token
         where tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
+        `max_tokens` bounds the work, as runtime/bounded_encoding.py says. Raises PromptTooLong if the text certainly
+        has more tokens, InvalidRequest if it is not valid Unicode, Overloaded if too much text is being tokenized.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}; remove it",
-                param="prompt",
-            ) from error
-        # As a batch of one: only this call lets other threads run meanwhile, and a text of 1 MB takes a second.
-        ids: list[int] = self._hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        ids = self._encoder.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         bos_id = self._added_bos_id
         if add_special_tokens and bos_id is not None and ids[:1] != [bos_id]:
             ids.insert(0, bos_id)
         return ids
+
+    @property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are found anywhere in a text as a whole, before its words are."""
+        decoder = self._hf.get_added_tokens_decoder()
+        return [
+            AddedToken(token_id, token.content, token.special)
+            for token_id, token in decoder.items()
+            if not token.single_word
+        ]
+
+    @property
+    def named_tokens(self) -> frozenset[str]:
+        """Texts of the special tokens that tokenizer_config.json names."""
+        listed: list[Any] = []
+        for name in _TOKEN_LISTS:
+            value = self.config.get(name)
+            listed += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return frozenset({*self.special_tokens.values(), *filter(None, map(_token_text, listed))})
+
+    def spelled_secretly(self, ids: Mapping[str, int]) -> SecretSpelling:
+        """A second tokenizer, in which the tokens `ids`, by their text, are spelled in a way that nobody can guess."""
+        return SecretSpelling(self._hf, ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a whole list of ids, special tokens left out, as `tokenizers` decodes it."""
@@ -203,16 +223,30 @@ class Detokenizer:
         return text
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InvalidArtifact(f"{file} cannot be read: {error}; export the model again") from error
+    if not isinstance(config, dict):
+        raise InvalidArtifact(f"{file} is not a JSON object; export the model again")
+    return config
+
+
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token and its like as text; written as a string or as an object with `content`."""
     found = {}
     for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
+        if (text := _token_text(config.get(name))) is not None:
+            found[name] = text
     return found
+
+
+def _token_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
 
 
 def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:

@@ -18,8 +18,10 @@ from serve.rate_limits import RateLimits
 from serve.record import RequestRecord, request_id_of
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
-LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""What costs a model's time; the rest is not counted against a key."""
+LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
+"""What costs a model's or a tokenizer's time; the rest is not counted against a key."""
+FIRST_REFUSAL = 400
+"""A reply with this status or a higher one costs a key nothing but the tokens that were generated."""
 TRACE_HEADERS = ("traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-Id",
@@ -31,11 +33,19 @@ OnEnd = Callable[[RequestRecord], None]
 
 
 class Access:
-    """Who may call. `keys` None lets everybody; they can be replaced while the server runs."""
+    """Who may call, what they may ask for, and who is calling now. `keys` None lets everybody."""
 
     def __init__(self, keys: KeyRing | None = None) -> None:
         self.keys = keys
         self.limits = RateLimits()
+        self.live = LiveRequests()
+
+    def replace_keys(self, keys: KeyRing) -> None:
+        """From now on these keys open; what still runs for a key that is not among them ends."""
+        self.keys = keys
+        for record in self.live.records():
+            if record.key is not None and record.key not in keys and record.choices is not None:
+                record.choices.abort(UnauthorizedError(f"the key {record.key.name} was taken back"))
 
     def identify(self, authorization: str | None) -> ApiKey | None:
         """The key of an Authorization header; None where none is needed. Raises UnauthorizedError."""
@@ -98,7 +108,8 @@ def register_access(app: Flask, access: Access, cors_origins: tuple[str, ...], o
             return
         g.record.key = access.identify(request.headers.get("Authorization"))
         if route in LIMITED_ROUTES and g.record.key is not None:
-            access.limits.take_request(g.record.key)
+            reservation = g.record.reservation = access.limits.begin(g.record.key)
+            g.on_end.append(lambda record: access.limits.end(reservation, record.num_generated_tokens))
 
     @app.after_request
     def finish(response: Response) -> Response:
@@ -106,6 +117,8 @@ def register_access(app: Flask, access: Access, cors_origins: tuple[str, ...], o
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
         response.headers["X-Content-Type-Options"] = "nosniff"
+        if record.reservation is not None:
+            access.limits.settle(record.reservation, is_refused=record.status >= FIRST_REFUSAL)
         if record.ignored:
             response.headers[ignored.HEADER] = ignored.header_text(record.ignored)
         if record.key is not None:

@@ -1,6 +1,7 @@
 """API keys: a file of hashes, and the check of what a client presents. Knows nothing of HTTP.
 
-A line of the file is `NAME SHA256 [requests-per-minute=N] [tokens-per-minute=N]`; `#` begins a comment. A key
+A line of the file is `NAME SHA256` and then any of `requests-per-minute=N`, `tokens-per-minute=N`,
+`requests-at-once=N` and `priority=N`; `#` begins a comment. A key
 is 256 random bits, so a plain SHA-256 of it cannot be reversed by guessing, and a slow password hash would
 only slow the server down.
 """
@@ -13,12 +14,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.core import MAX_PRIORITY
 from runtime.errors import InvalidSetting
 
 PREFIX = "hr-"
 KEY_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
-LIMITS = {"requests-per-minute": "requests_per_minute", "tokens-per-minute": "tokens_per_minute"}
+# By the word in the file: the field of ApiKey, and the lowest and highest value.
+LIMITS = {
+    "requests-per-minute": ("requests_per_minute", 1, 2**31),
+    "tokens-per-minute": ("tokens_per_minute", 1, 2**31),
+    "requests-at-once": ("requests_at_once", 1, 2**31),
+    "priority": ("priority", -MAX_PRIORITY, MAX_PRIORITY),
+}
+INTEGER = re.compile("-?[0-9]{1,10}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +38,27 @@ class ApiKey:
     sha256: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    requests_at_once: int | None = None
+    priority: int | None = None
+    """The most urgent (lowest) priority that its requests may ask for; None: what the server lets everybody ask for."""
 
     def to_line(self) -> str:
         """The line of the file."""
-        limits = [f"{word}={value}" for word, name in LIMITS.items() if (value := getattr(self, name)) is not None]
+        limits = [
+            f"{word}={value}" for word, (name, _, _) in LIMITS.items() if (value := getattr(self, name)) is not None
+        ]
         return " ".join([self.name, self.sha256, *limits])
 
 
 class KeyRing:
-    """The keys of one file."""
+    """The keys of one file; without any, nobody is let in."""
 
-    def __init__(self, keys: Iterable[ApiKey]) -> None:
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
         self._keys = [(bytes.fromhex(key.sha256), key) for key in keys]
+
+    def __contains__(self, key: ApiKey) -> bool:
+        """Whether a key that was found in an older ring opens still."""
+        return any(known.name == key.name and known.sha256 == key.sha256 for _, known in self._keys)
 
     def find(self, presented: str) -> ApiKey | None:
         """The key that was presented. Takes as long whatever is presented: every hash is compared, in constant time."""
@@ -65,30 +83,48 @@ def make_key(name: str, secret: str, **limits: int | None) -> ApiKey:
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """Every key of a file. Raises InvalidSetting with file and line; a file without keys lets nobody in, so it
-    is refused too."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSetting(f"--api-keys {path} cannot be read: {error}; `headrace key NAME` writes one") from error
-    keys = [
-        _read_line(text, f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if (text := line.partition("#")[0].strip())
-    ]
+    """Every key of a file, at the start of a server. Raises InvalidSetting with file and line; a file without keys
+    lets nobody in, so it is refused too."""
+    keys, problems = reread_keys(path)
+    if problems:
+        raise InvalidSetting(problems[0])
     if not keys:
         raise InvalidSetting(f"--api-keys {path} has no keys; `headrace key NAME --file {path}` adds one")
     return keys
 
 
+def reread_keys(path: Path) -> tuple[list[ApiKey], list[str]]:
+    """The keys of a file's good lines, and what is wrong with the others, while a server runs. Never raises.
+
+    Only what stands in the file opens, so that nobody who was taken out stays in because of somebody else's typo. A
+    file that is gone or empty lets nobody in.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return [], [f"--api-keys {path} cannot be read: {error}; `headrace key NAME` writes one"]
+    keys, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if text := line.partition("#")[0].strip():
+            try:
+                keys.append(_read_line(text, f"{path}:{number}"))
+            except InvalidSetting as error:
+                problems.append(str(error))
+    return keys, problems
+
+
 def _read_line(text: str, where: str) -> ApiKey:
     name, *rest = text.split()
     if not NAME.fullmatch(name) or not rest or not re.fullmatch("[0-9a-f]{64}", rest[0]):
-        raise InvalidSetting(f"{where}: a line is NAME SHA256 [requests-per-minute=N] [tokens-per-minute=N]")
+        words = " ".join(f"[{word}=N]" for word in LIMITS)
+        raise InvalidSetting(f"{where}: a line is NAME SHA256 {words}")
     limits: dict[str, int] = {}
     for word in rest[1:]:
         limit, _, value = word.partition("=")
-        if limit not in LIMITS or not value.isascii() or not value.isdigit() or int(value) < 1:
+        if limit not in LIMITS or not INTEGER.fullmatch(value):
             raise InvalidSetting(f"{where}: {word!r} is not one of {', '.join(f'{name}=N' for name in LIMITS)}")
-        limits[LIMITS[limit]] = int(value)
+        name_of_limit, low, high = LIMITS[limit]
+        if not low <= int(value) <= high:
+            raise InvalidSetting(f"{where}: {word!r} is not {low} to {high}")
+        limits[name_of_limit] = int(value)
     return ApiKey(name=name, sha256=rest[0], **limits)

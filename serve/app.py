@@ -7,7 +7,7 @@ makes, Flask's test client included.
 from flask import Flask
 
 from runtime.text_model import TextModel
-from serve.access import Access, LiveRequests, OnEnd, register_access
+from serve.access import Access, OnEnd, register_access
 from serve.chat import chat_blueprint
 from serve.completions import completions_blueprint
 from serve.errors import register_errors
@@ -51,7 +51,7 @@ def create_app(
     access = access or Access()
     if isinstance(models, TextModel):
         models = ModelRegistry.of_one(models, metrics, aliases=settings.alias, takes_any_name=settings.any_model_name)
-    context = Context(models, settings, HttpMetrics(), access, LiveRequests())
+    context = Context(models, settings, HttpMetrics(), access)
     app = Flask("headrace", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     app.json.sort_keys = False  # type: ignore[attr-defined]  # DefaultJSONProvider has it, the base class does not

@@ -76,6 +76,7 @@ class Choices:
         self.first_token_s: float | None = None
         """When the first token came, in seconds of `time.monotonic`."""
         self._per_prompt = per_prompt
+        self._abort_reason: HeadraceError | None = None
 
     @property
     def num_cached_tokens(self) -> int:
@@ -99,14 +100,16 @@ class Choices:
         """Events in the order they come, until every choice has ended.
 
         Raises EngineFailed, InvalidRequest (a constraint turned out to be too complex), TimedOut, ClientGoneError or
-        Unavailable (the server gave up on the request as it drained, or had no slot for it in time); in each case, and
-        when the iterator is closed early, the other choices are cancelled.
+        Unavailable (the server gave up on the request as it drained, or had no slot for it in time), or what `abort`
+        was given; in each case, and when the iterator is closed early, the other choices are cancelled.
         """
         try:
             for item in _merge(self._generations, self._client):
                 event = item.event
                 if event.finish_reason is FinishReason.ERROR and event.error_param is not None:
                     raise InvalidRequest(event.error or "", param=event.error_param)
+                if event.finish_reason in FAILURES and self._abort_reason is not None:
+                    raise self._abort_reason
                 if event.finish_reason in FAILURES:
                     failure, message = FAILURES[event.finish_reason]
                     raise failure(event.error or message)
@@ -116,6 +119,11 @@ class Choices:
                 yield item
         finally:
             self.close()
+
+    def abort(self, reason: HeadraceError) -> None:
+        """Cancel every choice that still runs, from any thread; who iterates gets this reason."""
+        self._abort_reason = reason
+        self.close()
 
     def close(self) -> None:
         """Cancel every choice that still runs. Idempotent."""

@@ -5,17 +5,18 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import InvalidSetting
+from runtime.errors import InvalidArtifact, InvalidSetting
 from runtime.settings import EngineSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
     from runtime.devices import Backend
-    from runtime.text_model import TextModel
+    from runtime.text_model import MemoryUse, TextModel
     from serve.metrics import ServerMetrics
-    from serve.model_registry import ModelRegistry, OpenModel
+    from serve.model_registry import ModelRegistry, ModelSource
     from serve.wsgi import Listener
 
 
@@ -45,20 +46,56 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
     paths = read_paths(args)
     engine = share_memory(engine, list(paths.values()), allow_failed=args.allow_failed)
 
-    def opener(name: str, path: str) -> "OpenModel":
-        def open_model(metrics: "ServerMetrics") -> "TextModel":
-            from runtime.text_model import open_text_model
-
-            model = open_text_model(
-                path, engine, name=name, allow_failed=args.allow_failed, observer=metrics, backends=backends
-            )
-            model.prepare_constraints()
-            return model
-
-        return open_model
-
-    sources = {name: opener(name, path) for name, path in paths.items()}
+    sources = {
+        name: _source(name, path, engine, allow_failed=args.allow_failed, backends=backends)
+        for name, path in paths.items()
+    }
     return serve(sources, server, engine, question=args.ask)
+
+
+def _source(
+    name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
+) -> "ModelSource":
+    """How to open one artifact, and to see whether it has changed since."""
+    from serve.model_registry import ModelSource
+
+    opened: list[MemoryUse] = []
+
+    def open_model(metrics: "ServerMetrics") -> "TextModel":
+        from runtime.text_model import open_text_model
+
+        settings = like_before(engine, opened[-1]) if opened else engine
+        model = open_text_model(
+            path, settings, name=name, allow_failed=allow_failed, observer=metrics, backends=backends
+        )
+        model.prepare_constraints()
+        opened[:] = [model.memory_use()]
+        return model
+
+    read = [path] if engine.draft is None else [path, engine.draft]
+    return ModelSource(open_model, lambda: [stamp_of(Path(one)) for one in read])
+
+
+def like_before(engine: EngineSettings, before: "MemoryUse") -> EngineSettings:
+    """Settings of a reload: while the old model still holds its caches, what is free says too little."""
+    return replace(
+        engine,
+        kv_memory=engine.kv_memory or before.kv_bytes,
+        prefix_cache=before.prefix_cache_bytes if engine.prefix_cache is None else engine.prefix_cache,
+    )
+
+
+def stamp_of(artifact: Path) -> object:
+    """What changes when an artifact is exported again or gets an engine: the manifest's bytes, and which engines there
+    are. Raises InvalidArtifact if there is no manifest."""
+    from runtime.engine_files import ENGINES
+
+    try:
+        manifest = (artifact / "manifest.json").read_bytes()
+        engines = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in artifact.glob(f"{ENGINES}/*")]
+    except OSError as error:
+        raise InvalidArtifact(f"{artifact} is no artifact any more: {error}") from error
+    return manifest, sorted(engines)
 
 
 def read_paths(args: argparse.Namespace) -> dict[str, str]:
@@ -108,7 +145,7 @@ def share_memory(engine: EngineSettings, paths: list[str], *, allow_failed: bool
 
 
 def serve(
-    sources: "Mapping[str, OpenModel]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
+    sources: "Mapping[str, ModelSource]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
     """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had."""
     from serve.wsgi import listen, run_server

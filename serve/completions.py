@@ -5,7 +5,7 @@ from flask import Blueprint, Response, request
 from runtime.text_model import TextModel
 from serve.openai_replies import CompletionShape, Echo
 from serve.openai_requests import CompletionRequest, read_completion
-from serve.replying import Context, lease_model, noted, read_json, respond, start
+from serve.replying import Context, check_choices, lease_model, noted, read_json, respond, start
 
 
 def completions_blueprint(context: Context) -> Blueprint:
@@ -18,8 +18,12 @@ def completions_blueprint(context: Context) -> Blueprint:
         model = lease_model(context, raw)
         with noted(context):
             wanted = read_completion(raw)
+        check_choices(context, len(wanted.prompts), wanted.n)
+        most = wanted.max_prompt(model.max_len)
         whole = [
-            model.encode(item, add_special_tokens=wanted.add_special_tokens) if isinstance(item, str) else list(item)
+            model.encode(item, add_special_tokens=wanted.add_special_tokens, max_tokens=most)
+            if isinstance(item, str)
+            else list(item)
             for item in wanted.prompts
         ]
         prompts = [wanted.cut_prompt(prompt, model.max_len) for prompt in whole]

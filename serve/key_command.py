@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from runtime.errors import InvalidSetting
-from runtime.settings import check_at_least
-from serve.api_keys import make_key, new_key, read_keys
+from runtime.settings import flag_name
+from serve.api_keys import LIMITS, make_key, new_key, read_keys
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,23 +20,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--file", type=Path, default=Path("api_keys.txt"), help="(default: %(default)s)")
     parser.add_argument("--requests-per-minute", type=int, help="most requests in any minute")
     parser.add_argument("--tokens-per-minute", type=int, help="most tokens of prompts and answers in a minute")
+    parser.add_argument("--requests-at-once", type=int, help="most requests that are answered at the same time")
+    parser.add_argument(
+        "--priority", type=int, help="most urgent priority that its requests may ask for, -100 to 100; lower is sooner"
+    )
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Append a key to the file and print it."""
     args = _parser().parse_args(argv)
-    limits = {name: getattr(args, name) for name in ("requests_per_minute", "tokens_per_minute")}
-    for name, value in limits.items():
-        check_at_least(name, value, 1)
+    limits = {name: getattr(args, name) for name, _, _ in LIMITS.values()}
+    for name, low, high in LIMITS.values():
+        if (value := limits[name]) is not None and not low <= value <= high:
+            raise InvalidSetting(f"{flag_name(name)} must be {low} to {high}, got {value}")
     secret = new_key()
     key = make_key(args.name, secret, **limits)
     if args.file.exists() and args.name in {known.name for known in read_keys(args.file)}:
         raise InvalidSetting(f"{args.file} has a key named {args.name!r}; delete its line to replace it")
     try:
         # Hashes are no secret, but who may call is nobody else's business.
-        with os.fdopen(os.open(args.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as file:
-            file.write(key.to_line() + "\n")
+        with os.fdopen(os.open(args.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "ab+") as file:
+            # An editor may have left the last line without its end; two keys on one line would open for nobody.
+            file.seek(-1 if file.tell() else 0, os.SEEK_END)
+            end = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(end + key.to_line().encode() + b"\n")
     except OSError as error:
         raise InvalidSetting(f"--file {args.file} cannot be written: {error.strerror}") from error
     sys.stderr.write(f"added {args.name} to {args.file}; the key is shown only now:\n")

@@ -1,6 +1,6 @@
 """The models of one server by name: loaded, leased to requests, replaced without dropping one.
 
-    loading  ->  ready  ->  (reload: a second generation loads beside the first)  ->  ready
+    loading  ->  ready  ->  (reload, if its files changed: a second generation loads beside the first)  ->  ready
        `-> the process ends, if it is the first load; after a reload that failed, the old one goes on
 
 A request leases the generation that is current when it arrives and keeps it to its end; a replaced generation
@@ -11,10 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import HeadraceError, InvalidSetting, ModelNotFound, Unavailable
 from runtime.text_model import TextModel
+from serve.allocator import release_free_memory
 from serve.fields import shown
 from serve.metrics import ServerMetrics
 
@@ -24,21 +26,33 @@ OpenModel = Callable[[ServerMetrics], TextModel]
 """Opens a model that is not started; the metrics are to be its observer."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """How to open a model, and what tells whether the files behind it have changed since.
+
+    read_stamp: anything that compares equal while they are the same. It may raise HeadraceError.
+    """
+
+    open_model: OpenModel
+    read_stamp: Callable[[], object] | None = None
+
+
 class Generation:
     """One loading of one model, and how many requests use it."""
 
-    def __init__(self, model: TextModel, created: int) -> None:
+    def __init__(self, model: TextModel, created: int, stamp: object = None) -> None:
         self.model = model
         self.created = created
+        self.stamp = stamp
         self.num_leases = 0
 
 
 class ServedModel:
     """A name, how to open what is behind it, and the generation that is current."""
 
-    def __init__(self, name: str, open_model: OpenModel, metrics: ServerMetrics) -> None:
+    def __init__(self, name: str, source: ModelSource, metrics: ServerMetrics) -> None:
         self.name = name
-        self.open_model = open_model
+        self.source = source
         self.metrics = metrics
         self.current: Generation | None = None
 
@@ -65,7 +79,7 @@ class ModelRegistry:
     """
 
     def __init__(
-        self, sources: Mapping[str, OpenModel], *, aliases: Iterable[str] = (), takes_any_name: bool = False
+        self, sources: Mapping[str, ModelSource], *, aliases: Iterable[str] = (), takes_any_name: bool = False
     ) -> None:
         assert sources
         self.aliases = _read_aliases(aliases, list(sources))
@@ -79,7 +93,7 @@ class ModelRegistry:
     def of_one(cls, model: TextModel, metrics: ServerMetrics | None = None, **names: Any) -> "ModelRegistry":
         """A registry of one model that is loaded and started already; `metrics` is the observer it was given, `names`
         are the keyword arguments of the constructor."""
-        registry = cls({model.name: lambda _: model}, **names)
+        registry = cls({model.name: ModelSource(lambda _: model)}, **names)
         served = registry.served[model.name]
         served.metrics = metrics or served.metrics
         served.current = Generation(model, int(time.time()))
@@ -128,9 +142,10 @@ class ModelRegistry:
             self._replace(served)
 
     def reload(self) -> bool:
-        """Open every model anew and put it in the place of the old one. False if one could not be opened.
+        """Open every model whose files changed, and put it in the place of the old one; False if one could not be.
 
-        A second call while one is under way waits for it: what changed meanwhile is to be read too.
+        A model that is the same stays, with its caches: a reload is also how keys are read again. A second call while
+        one is under way waits for it: what changed meanwhile is to be read too.
         """
         with self._reloading:
             results = [self._try_replace(served) for served in self.served.values()]
@@ -138,6 +153,9 @@ class ModelRegistry:
 
     def _try_replace(self, served: ServedModel) -> bool:
         try:
+            if not self._has_changed(served):
+                log.warning("reload: %s is unchanged", served.name)
+                return True
             self._replace(served)
         except HeadraceError as error:
             log.error("reload: %s stays as it was: %s", served.name, error)
@@ -145,14 +163,23 @@ class ModelRegistry:
         log.warning("reload: %s is new", served.name)
         return True
 
+    def _has_changed(self, served: ServedModel) -> bool:
+        """Whether the files are others than those that were loaded; an engine that failed counts as changed."""
+        current, read_stamp = served.current, served.source.read_stamp
+        if current is None or current.model.failure is not None or read_stamp is None:
+            return True
+        return read_stamp() != current.stamp
+
     def _replace(self, served: ServedModel) -> None:
-        model = served.open_model(served.metrics)
+        # Before it is opened: a change meanwhile is found by the next reload.
+        stamp = None if served.source.read_stamp is None else served.source.read_stamp()
+        model = served.source.open_model(served.metrics)
         model.start()
         with self._changed:
             if self._is_closing:
                 model.close()
                 return
-            old, served.current = served.current, Generation(model, int(time.time()))
+            old, served.current = served.current, Generation(model, int(time.time()), stamp)
         if old is not None:
             # Not here: the next model need not wait for the slowest request of the last.
             threading.Thread(target=self._retire, args=(old,), name=f"retire {served.name}", daemon=True).start()
@@ -161,6 +188,7 @@ class ModelRegistry:
         with self._changed:
             self._changed.wait_for(lambda: old.num_leases == 0 or self._is_closing)
         old.model.close()
+        release_free_memory()
 
     def drain(self, timeout_s: float) -> bool:
         """Stop accepting everywhere, wait for what runs, cancel the rest. True if nothing was cancelled."""

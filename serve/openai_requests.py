@@ -11,24 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.chat_options import ChatOptions
-from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_STRINGS, RANGES, RequestOptions, SamplingParams
+from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import GENERIC, ToolFormat
 from serve.field_classes import CHAT, COMPLETION, REQUEST, STREAM_OPTIONS, table
 from serve.fields import (
-    Check,
     Field,
     MismatchError,
     any_object,
     between,
     boolean,
     described,
-    integer,
-    list_of,
     note_ignored,
     number,
     read_fields,
-    shown,
     string,
     table_schema,
 )
@@ -43,50 +39,21 @@ from serve.prompt_fields import (
     prediction,
     prompts,
 )
+from serve.sampling_fields import (
+    REPEAT_PENALTY,
+    SAMPLING_FIELDS,
+    TOKEN_LIMITS,
+    limit_fields,
+    max_tokens,
+    sampling_values,
+)
 from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, wanted_tools
 
 MAX_N = 16
-MAX_LIMIT = 2**31
-NO_LIMIT = (-1, -2)
-MAX_BIASES = 1024
-"""Bounds the work the sampler does per token for one request."""
+MAX_CUT = 8
+"""Of how many contexts' length a prompt may be that is cut; it is tokenized whole before."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat gets what is left of the context."""
-
-
-@described(anyOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}])
-def _stop(value: Any) -> tuple[str, ...]:
-    """Empty strings stop nothing: programs send them for "none"."""
-    if isinstance(value, str):
-        value = [value]
-    return tuple(filter(None, list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)))
-
-
-@described(
-    anyOf=[
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-            "maxProperties": MAX_BIASES,
-        },
-        {"type": "array", "maxItems": 0},
-    ],
-    description="Token ids, as text, and what is added to their logits.",
-)
-def _logit_bias(value: Any) -> dict[int, float]:
-    """An empty list is what PHP and some forms make of an empty object."""
-    if value == []:
-        return {}
-    if not isinstance(value, dict) or len(value) > MAX_BIASES:
-        raise MismatchError(f"an object of at most {MAX_BIASES} token ids and numbers")
-    biases = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise MismatchError(f"an object whose keys are token ids (found the key {shown(key)})")
-        biases[int(key)] = number(bias)
-    return biases
-
 
 STREAM_OPTIONS_FIELDS = table(STREAM_OPTIONS, Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
 """The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
@@ -101,34 +68,6 @@ def _stream_options(value: Any) -> frozenset[str]:
     return frozenset(name for name, is_on in options.items() if is_on)
 
 
-def _token_limit(low: int) -> Check:
-    """A number of tokens; None for llama.cpp's -1 and -2, which mean no limit but the context's."""
-
-    @described(
-        anyOf=[{"type": "integer", "minimum": low, "maximum": MAX_LIMIT}, {"enum": list(NO_LIMIT)}],
-        description="Most tokens to generate; -1: as many as fit.",
-    )
-    def check(value: Any) -> int | None:
-        found: int = integer(value)
-        if found in NO_LIMIT:
-            return None
-        if not low <= found <= MAX_LIMIT:
-            raise MismatchError(f"at least {low} and at most {MAX_LIMIT}, or -1 for no limit")
-        return found
-
-    return check
-
-
-@described(
-    type="number",
-    minimum=RANGES["repetition_penalty"].low,
-    maximum=RANGES["repetition_penalty"].high,
-    description="llama.cpp's name for repetition_penalty.",
-)
-def _repeat_penalty(value: Any) -> float:
-    return float(number(value))
-
-
 @described(anyOf=[{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}])
 def _num_logprobs(value: Any) -> int | None:
     """The completions' `logprobs`. A chat's is true or false, and the latter is sent here as well."""
@@ -140,26 +79,6 @@ def _timeout(value: Any) -> float:
     return float(number(value))  # RequestOptions checks the bound
 
 
-# Ranges are not repeated here: SamplingParams checks them.
-SAMPLING_FIELDS = (
-    Field("temperature", number),
-    Field("min_tokens", integer),
-    Field("top_p", number),
-    Field("top_k", integer),
-    Field("min_p", number),
-    Field("typical_p", number),
-    Field("repetition_penalty", number),
-    Field("presence_penalty", number),
-    Field("frequency_penalty", number),
-    Field("logit_bias", _logit_bias),
-    Field("seed", integer),
-    Field("stop", _stop),
-    Field("stop_token_ids", list_of(integer, "token ids", max_len=MAX_BIASES)),
-    Field("ignore_eos", boolean),
-    Field("skip_special_tokens", boolean),
-    Field("include_stop_str_in_output", boolean),
-)
-SAMPLING_NAMES = frozenset(field.name for field in SAMPLING_FIELDS)
 COMMON_FIELDS = (
     *OUTPUT_FIELDS,
     Field("model", string, is_required=True),
@@ -171,23 +90,14 @@ COMMON_FIELDS = (
     Field("priority", between(-MAX_PRIORITY, MAX_PRIORITY)),
     Field("timeout", _timeout),
     Field("extra_body", any_object),
-    Field("repeat_penalty", _repeat_penalty),
+    REPEAT_PENALTY,
     Field("truncate_prompt_tokens", kept_tokens),
     Field("prediction", prediction),
 )
-TOKEN_LIMITS = (
-    "max_tokens",
-    "max_completion_tokens",
-    "max_new_tokens",
-    "max_output_tokens",
-    "num_predict",
-    "n_predict",
-)
-"""The smallest of those that are given counts."""
 COMPLETION_FIELDS = table(
     COMPLETION,
     *COMMON_FIELDS,
-    *(Field(name, _token_limit(0)) for name in TOKEN_LIMITS),
+    *limit_fields(0),
     *SAMPLING_FIELDS,
     Field("prompt", prompts, is_required=True),
     Field("logprobs", _num_logprobs),
@@ -198,7 +108,7 @@ COMPLETION_FIELDS = table(
 CHAT_FIELDS = table(
     CHAT,
     *COMMON_FIELDS,
-    *(Field(name, _token_limit(1)) for name in TOKEN_LIMITS),
+    *limit_fields(1),
     *SAMPLING_FIELDS,
     Field("messages", read_messages, is_required=True),
     Field("logprobs", boolean),
@@ -230,6 +140,10 @@ class GenerationRequest:
     def one_call_of(self) -> tuple[str, ...]:
         """Functions of which one call ends the answer; none: it ends by itself."""
         return ()
+
+    def max_prompt(self, max_len: int) -> int:
+        """Most tokens that are read of a prompt: one that is to be cut may be longer than the context."""
+        return max_len if self.truncate_prompt_tokens is None else MAX_CUT * max_len
 
     def cut_prompt(self, prompt_ids: list[int], max_len: int) -> list[int]:
         """The end of a prompt, as long as the client wants it."""
@@ -348,14 +262,9 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
     options = values.get("stream_options", frozenset())
     if "stream_options" in values and not is_stream:
         note_ignored("stream_options")  # a reply in one piece has its usage anyway
-    sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
-    if "repeat_penalty" in values:
-        sampling["repetition_penalty"] = _one_of_two(values, "repetition_penalty", "repeat_penalty")
-    if "stop_token_ids" in sampling:
-        sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {
-        "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling),
-        "max_tokens": _max_tokens(values),
+        "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling_values(values)),
+        "max_tokens": max_tokens(values),
         "n": num_choices,
         "is_stream": is_stream,
         "include_usage": "include_usage" in options,
@@ -368,17 +277,3 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
         "prediction": values.get("prediction"),
         "truncate_prompt_tokens": values.get("truncate_prompt_tokens"),
     }
-
-
-def _one_of_two(values: Mapping[str, Any], name: str, alias: str) -> Any:
-    """The value of a field that has two names. InvalidRequest if they differ."""
-    if name in values and values[name] != values[alias]:
-        raise InvalidRequest(
-            f"{alias} ({values[alias]}) and {name} ({values[name]}) mean the same and differ; give one", param=alias
-        )
-    return values[alias]
-
-
-def _max_tokens(values: Mapping[str, Any]) -> int | None:
-    """The smallest of the limits given; None: no limit."""
-    return min((values[name] for name in TOKEN_LIMITS if values.get(name) is not None), default=None)

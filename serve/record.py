@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from serve.api_keys import ApiKey
 from serve.choices import Choices
+from serve.rate_limits import Reservation
 
 ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """A client's X-Request-Id is echoed and logged, so only what can do no harm there is taken over."""
@@ -33,6 +34,8 @@ class RequestRecord:
     key: ApiKey | None = None
     model: str | None = None
     choices: Choices | None = None
+    reservation: Reservation | None = None
+    """What the request holds of its key's limits."""
     body: str | None = None
     ignored: Collection[str] = ()
     """Fields of the body that were taken without effect."""
@@ -47,6 +50,11 @@ class RequestRecord:
     def tenant(self) -> str:
         """Whose prompts these are: cached prefixes are shared within a tenant only."""
         return self.key.name if self.key is not None else ""
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of the answer so far, over all choices."""
+        return 0 if self.choices is None else self.choices.num_generated_tokens
 
     @property
     def seconds(self) -> float:

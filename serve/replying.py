@@ -14,7 +14,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.text_model import TextModel
-from serve.access import Access, LiveRequests, current_record, on_end
+from serve.access import Access, current_record, on_end
 from serve.choices import Choices, Client, submit
 from serve.errors import ClientGoneError, error_body
 from serve.fields import read_object, reading
@@ -34,7 +34,6 @@ class Context:
     settings: ServerSettings
     metrics: HttpMetrics
     access: Access
-    live: LiveRequests
 
 
 def read_json(request: Request, *, is_logged: bool = False) -> dict[str, Any]:
@@ -81,45 +80,52 @@ def lease_model(context: Context, raw: dict[str, Any]) -> TextModel:
     return generation.model
 
 
+def check_choices(context: Context, num_prompts: int, n: int) -> None:
+    """Refuse a request for more choices than fit, before anything of it is tokenized. Raises InvalidRequest."""
+    if num_prompts * n > context.settings.max_choices:
+        raise InvalidRequest(
+            f"{num_prompts} prompts times n={n} are {num_prompts * n} choices; "
+            f"at most {context.settings.max_choices} fit in one request",
+            param="n",
+        )
+
+
 def start(
     context: Context, request: Request, model: TextModel, wanted: GenerationRequest, prompts: Sequence[list[int]]
 ) -> Choices:
     """Submit every choice of a request, all or none. Raises what `TextModel.generate` raises, and RateLimitedError."""
-    num_choices = len(prompts) * wanted.n
-    if num_choices > context.settings.max_choices:
-        raise InvalidRequest(
-            f"{len(prompts)} prompts times n={wanted.n} are {num_choices} choices; "
-            f"at most {context.settings.max_choices} fit in one request",
-            param="n",
-        )
     planned = [
         (prompt_ids, [wanted.for_choice(idx, len(prompt_ids), model.max_len) for idx in range(wanted.n)])
         for prompt_ids in prompts
     ]
     record = current_record()
-    if record.key is not None:
-        context.access.limits.take_prompt(record.key, sum(map(len, prompts)))
-    options = replace(wanted.options, cache_salt=_salt(record.tenant, wanted.options.cache_salt))
+    _check_priority(record, wanted.options.priority, context.settings.priority)
+    if record.reservation is not None:
+        context.access.limits.reserve_prompt(record.reservation, sum(map(len, prompts)))
+    salt = _salt(record.tenant, wanted.options.cache_salt)
+    options = replace(wanted.options, cache_salt=salt, tenant=record.tenant)
     if wanted.prediction:
         options = replace(options, prediction_ids=model.encode_prediction(wanted.prediction))
     client = Client(request.environ.get("gunicorn.socket"))
     choices = submit(model, planned, client, options=options, one_call_of=wanted.one_call_of)
     record.choices = choices
-    context.live.add(record)
-    on_end(lambda record: _settle(context, record))
+    context.access.live.add(record)
+    on_end(context.access.live.remove)
     return choices
+
+
+def _check_priority(record: RequestRecord, asked: int, for_everybody: int) -> None:
+    """Being served before others is a right, of a key or by --priority of everybody. InvalidRequest without it."""
+    most_urgent, whom = for_everybody, "requests to this server"
+    if record.key is not None and record.key.priority is not None:
+        most_urgent, whom = record.key.priority, f"the key {record.key.name}"
+    if asked < most_urgent:
+        raise InvalidRequest(f"priority must be at least {most_urgent} for {whom}, got {asked}", param="priority")
 
 
 def _salt(tenant: str, own: str) -> str:
     """What separates prefix caches: whoever holds a key, and within that what the client says."""
     return f"{tenant}\0{own}" if tenant else own
-
-
-def _settle(context: Context, record: RequestRecord) -> None:
-    """Book what was generated, and take the request out of the live view."""
-    context.live.remove(record)
-    if record.key is not None and record.choices is not None:
-        context.access.limits.book_answer(record.key, record.choices.num_generated_tokens)
 
 
 def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> Response:

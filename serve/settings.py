@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from runtime.core import MAX_PRIORITY
 from runtime.errors import InvalidSetting
 from runtime.settings import check_at_least, parse_bytes, setting
 
@@ -16,6 +17,9 @@ class ServerSettings:
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every one: give --api-keys then")
     port: int = setting(8000, "port to listen on; 0 takes a free one")
     api_keys: str | None = setting(None, "file of hashed keys that `headrace key` writes", metavar="FILE")
+    priority: int = setting(
+        0, "most urgent priority that a request may ask for, -100 to 100, where its key has none of its own"
+    )
     cors_origin: tuple[str, ...] = setting(
         (), "origin whose pages may call this server, like https://chat.example; may be repeated", metavar="ORIGIN"
     )
@@ -40,6 +44,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InvalidSetting(f"--port must be 0 to 65535, got {self.port}")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise InvalidSetting(f"--priority must be {-MAX_PRIORITY} to {MAX_PRIORITY}, got {self.priority}")
         # Up to a day: gunicorn wants whole seconds that fit its clock.
         if not 0 <= self.drain_timeout <= 86_400:
             raise InvalidSetting(f"--drain-timeout must be 0 to 86400 seconds, got {self.drain_timeout}")

@@ -21,7 +21,7 @@ def status_blueprint(context: Context) -> Blueprint:
     @blueprint.get("/status")
     def status() -> Response:
         asking = current_record()
-        own = [record for record in context.live.records() if record.key == asking.key]
+        own = [record for record in context.access.live.records() if record.tenant == asking.tenant]
         return jsonify(
             {
                 "time": time.time(),

@@ -14,6 +14,9 @@ from serve.replying import Context, lease_model, noted, read_json
 from serve.tool_fields import tools
 
 MAX_TOKENS = 2**20
+"""Longest list of token ids that is read at all."""
+MIN_DETOKENIZED = 2**16
+"""Token ids that /detokenize takes where the context is shorter."""
 TOKENIZE_FIELDS = table(
     TOKENIZE,
     Field("model", string),
@@ -53,6 +56,9 @@ def tokenize_blueprint(context: Context) -> Blueprint:
         model = lease_model(context, raw)
         with noted(context):
             ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
+        most = max(model.max_len, MIN_DETOKENIZED)
+        if len(ids) > most:
+            raise InvalidRequest(f"{len(ids):,} token ids are too many; at most {most:,} are taken", param="tokens")
         if bad := [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]:
             raise InvalidRequest(
                 f"token id {bad[0]} is not in the vocabulary, 0 to {model.vocab_size - 1}", param="tokens"

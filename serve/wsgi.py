@@ -41,10 +41,10 @@ from werkzeug.wsgi import ClosingIterator
 
 from runtime.errors import HeadraceError, InvalidSetting
 from serve.access import Access
-from serve.api_keys import KeyRing, read_keys
+from serve.api_keys import KeyRing, read_keys, reread_keys
 from serve.app import create_app
 from serve.logs import configure_logging
-from serve.model_registry import ModelRegistry, OpenModel
+from serve.model_registry import ModelRegistry, ModelSource
 from serve.settings import ServerSettings
 from serve.traces import Traces, endpoint_of
 from serve.worker import DrainingWorker
@@ -100,7 +100,7 @@ def listen(host: str, port: int) -> Listener:
 
 
 def run_server(
-    sources: Mapping[str, OpenModel],
+    sources: Mapping[str, ModelSource],
     listener: Listener,
     settings: ServerSettings,
     *,
@@ -145,7 +145,7 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
 
     def __init__(
         self,
-        sources: Mapping[str, OpenModel],
+        sources: Mapping[str, ModelSource],
         listener: Listener,
         settings: ServerSettings,
         access: Access,
@@ -208,11 +208,13 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
         self._on_ready(self._models)
 
     def reload(self) -> None:
-        """Read keys and models again; what cannot be read stays as it was, and the log says why."""
-        try:
-            self._access.keys = _read_key_ring(self.settings)
-        except HeadraceError as error:
-            log.error("reload: the keys stay as they were: %s", error)
+        """Read keys and models again. A model that cannot be read stays as it was; a key that cannot be read is out."""
+        if self.settings.api_keys is not None:
+            keys, problems = reread_keys(Path(self.settings.api_keys))
+            for problem in problems:
+                log.error("reload: %s", problem)
+            log.warning("reload: %d keys are let in", len(keys))
+            self._access.replace_keys(KeyRing(keys))
         self._models.reload()
 
     def say_goodbye(self) -> None:

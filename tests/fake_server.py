@@ -6,6 +6,7 @@ python -m tests.fake_server --num-slots 4 --step-s 0.01 --port 0
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from runtime.errors import HeadraceError, InvalidArtifact
 from runtime.session import Batch
@@ -13,7 +14,7 @@ from runtime.settings import EngineSettings, add_flags, from_namespace
 from runtime.text_model import TextModel
 from serve.cli import serve
 from serve.metrics import ServerMetrics
-from serve.model_registry import OpenModel
+from serve.model_registry import ModelSource
 from serve.settings import ServerSettings
 from tests.fake_text_model import NAME, fake_text_model
 
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--load-s", type=float, default=0.0, help="how long opening the model takes")
     parser.add_argument("--fail-reload", action="store_true", help="opening the model a second time raises")
     parser.add_argument("--models", nargs="*", default=[NAME], help="names of the models")
+    parser.add_argument("--stamp", type=Path, help="a file that says whether the models have changed; none: always")
     parser.add_argument("--ask")
     parser.add_argument("--script", help="what every chat is answered with")
     add_flags(parser, ServerSettings)
@@ -42,7 +44,7 @@ def main() -> int:
         if num_runs == args.fail_after:
             raise RuntimeError("the session broke, as it was told to")
 
-    def opener(name: str) -> OpenModel:
+    def source(name: str) -> ModelSource:
         def open_model(metrics: ServerMetrics) -> TextModel:
             nonlocal num_opened
             num_opened += 1
@@ -61,9 +63,9 @@ def main() -> int:
                 tool_format=engine.tool_format,
             )
 
-        return open_model
+        return ModelSource(open_model, None if args.stamp is None else args.stamp.read_text)
 
-    sources = {name: opener(name) for name in args.models}
+    sources = {name: source(name) for name in args.models}
     return serve(sources, from_namespace(ServerSettings, args), engine, question=args.ask)
 
 

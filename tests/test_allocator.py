@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from serve.allocator import SETTINGS, VARIABLE, tuned
+from serve.allocator import SETTINGS, VARIABLE, release_free_memory, tuned
+from tests.test_kv_pages import resident_bytes
 
 NUM_THREADS = 8
 MAX_KEPT_BYTES = 16_000
@@ -67,3 +68,23 @@ def test_what_the_user_has_set_stays() -> None:
     assert tuned({VARIABLE: SETTINGS}) is None, "it would begin again without end"
     assert tuned({VARIABLE: "glibc.malloc.tcache_count=3"}) is None
     assert tuned({"MALLOC_ARENA_MAX": "8"}) is None
+
+
+def test_what_a_closed_model_leaves_in_the_heap_goes_back_to_the_system() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("another C library than glibc")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    pieces = [libc.malloc(2**16) for _ in range(2048)]  # below the size that is mapped by itself
+    for piece in pieces:
+        ctypes.memset(piece, 1, 2**16)
+    for piece in pieces[:-1]:  # the last one is above all others: the heap cannot just become shorter
+        libc.free(piece)
+    held = resident_bytes()
+    release_free_memory()
+    assert held - resident_bytes() > 2**26
+    libc.free(pieces[-1])

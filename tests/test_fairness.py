@@ -133,7 +133,7 @@ def test_over_http_a_time_that_is_up_is_a_504_and_no_slot_in_time_a_503() -> Non
     model.start()
     client = create_app(model).test_client()
     body = {"model": NAME, "prompt": "once", "ignore_eos": True}
-    late = client.post("/v1/completions", json={**body, "max_tokens": 200, "timeout": 0.05, "priority": -1})
+    late = client.post("/v1/completions", json={**body, "max_tokens": 200, "timeout": 0.05, "priority": 1})
     assert late.status_code == 504
     assert late.get_json()["error"]["code"] == "timeout"
     with model.generate([1], greedy(200)):

@@ -23,8 +23,8 @@ from export.layer_weights import Weight
 from export.range_search import FINE_STEPS
 from export.sensitivity import MAX_WIDE_SHARE, LayerCost, choose_wide
 from export.weight_file import WeightFile
+from runtime.cpu_features import int8_options
 from runtime.errors import InvalidSetting
-from runtime.ort_session import EXACT_INT8
 
 
 def correlated_inputs(num: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -117,7 +117,8 @@ def test_the_graph_multiplies_as_numpy_does(tmp_path: Path, *, is_wide: bool) ->
         g.output(y, ir.DataType.FLOAT, ["n", 24])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     options = ort.SessionOptions()
-    options.add_session_config_entry(*EXACT_INT8)
+    for name, value in int8_options().items():
+        options.add_session_config_entry(name, value)
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
     session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     found = session.run(None, {"x": x})[0]
@@ -139,7 +140,8 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path: Path) -> None:
         g.output(y, ir.DataType.FLOAT, ["n", 96])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     options = ort.SessionOptions()
-    options.add_session_config_entry(*EXACT_INT8)
+    for name, value in int8_options().items():
+        options.add_session_config_entry(name, value)
     session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     together = session.run(None, {"x": x})[0]
     for count in (1, 3, 32):

@@ -9,7 +9,7 @@ from flask.testing import FlaskClient
 
 from runtime.errors import InvalidSetting
 from serve.app import create_app
-from serve.model_registry import ModelRegistry
+from serve.model_registry import ModelRegistry, ModelSource
 from serve.routes import canonical
 from serve.settings import ServerSettings
 from tests.fake_text_model import NAME, fake_text_model
@@ -79,8 +79,9 @@ def test_any_name_and_none_at_all_are_answered_by_the_first_model(open_minded: F
     ],
 )
 def test_bad_aliases(aliases: list[str], words: str) -> None:
+    source = ModelSource(lambda _: fake_text_model())
     with pytest.raises(InvalidSetting, match=r"--alias") as refused:
-        ModelRegistry({"a": lambda _: fake_text_model(), "b": lambda _: fake_text_model()}, aliases=aliases)
+        ModelRegistry({"a": source, "b": source}, aliases=aliases)
     assert words in str(refused.value)
 
 

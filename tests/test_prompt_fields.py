@@ -167,6 +167,15 @@ def test_the_end_of_a_prompt_is_kept(client: FlaskClient, num_kept: int, max_tok
     assert found["choices"] == expected["choices"]
 
 
+def test_a_prompt_that_is_cut_may_be_longer_than_the_context_but_not_without_end(client: FlaskClient) -> None:
+    for num_chars, status in ((5_000, 200), (50_000, 400)):
+        text, cut = "x" * num_chars, {"max_tokens": 4, "truncate_prompt_tokens": -1}
+        for path, start in ((COMPLETIONS, {"prompt": text}), (CHAT, {"messages": [{"role": "user", "content": text}]})):
+            body = {"model": NAME, **start}
+            assert client.post(path, json=body).status_code == 400
+            assert client.post(path, json=body | cut).status_code == status
+
+
 def test_what_is_left_of_a_prompt_is_what_is_repeated_and_scored(client: FlaskClient) -> None:
     cut = {"truncate_prompt_tokens": 3, "echo": True, "logprobs": 0, "max_tokens": 0}
     for prompt in ("abcdef", [*range(70, 75), 256, 10]):

@@ -13,8 +13,10 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from runtime.errors import HeadraceError, InvalidSetting
-from serve.cli import build_parser, read_paths
+from runtime.errors import HeadraceError, InvalidArtifact, InvalidSetting
+from runtime.settings import EngineSettings
+from runtime.text_model import MemoryUse
+from serve.cli import build_parser, like_before, read_paths, stamp_of
 from tests.server_process import PATIENCE_S, READY, ROOT, eventually, running_server, spawn
 
 
@@ -128,6 +130,41 @@ def test_a_reload_takes_new_keys(tmp_path: Path) -> None:
         server.signal(signal.SIGHUP)
         eventually(lambda: status(new) == 200, "the new key opens")
         assert status(old) == 401
+        file.write_text("")
+        server.signal(signal.SIGHUP)
+        eventually(lambda: status(new) == 401, "without keys nobody is let in")
+
+
+def test_a_model_whose_files_are_the_same_stays(tmp_path: Path) -> None:
+    stamp = tmp_path / "stamp"
+    stamp.write_text("1")
+    with running_server("--stamp", str(stamp)) as server:
+        assert server.process.stderr is not None
+        for text, words in (("1", "fake is unchanged"), ("2", "fake is new"), ("2", "fake is unchanged")):
+            stamp.write_text(text)
+            server.signal(signal.SIGHUP)
+            assert words in server.process.stderr.readline()
+        stamp.unlink()
+
+
+def test_an_artifact_has_changed_when_it_was_written_anew_or_has_another_engine(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    stamps = [stamp_of(tmp_path), stamp_of(tmp_path)]
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "a.plan").write_text("plan")
+    stamps.append(stamp_of(tmp_path))
+    (tmp_path / "manifest.json").write_text("{ }")
+    stamps.append(stamp_of(tmp_path))
+    assert stamps[0] == stamps[1] and stamps[1] != stamps[2] != stamps[3]
+    with pytest.raises(InvalidArtifact, match="is no artifact any more"):
+        stamp_of(tmp_path / "gone")
+
+
+def test_a_reload_gets_the_memory_of_the_first_load() -> None:
+    before = MemoryUse(kv_bytes=10**9, prefix_cache_bytes=10**8)
+    assert like_before(EngineSettings(), before) == EngineSettings(kv_memory=10**9, prefix_cache=10**8)
+    given = EngineSettings(kv_memory=5, prefix_cache=0)
+    assert like_before(given, before) == given
 
 
 def test_a_terminal_that_is_closed_takes_its_server_along() -> None:
