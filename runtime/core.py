@@ -85,18 +85,11 @@ class Constraint:
     source: a JSON schema as JSON; a regular expression that the whole answer matches; a grammar in Lark's or
         llama.cpp's (GBNF) notation; a JSON list of strings, one of which is the answer
     param: the request field it came from, for error messages
-    calls: tool calls that the answer may be instead, as a grammar in Lark's notation which names the rest `@answer`
     """
 
     kind: ConstraintKind
     source: str
     param: str
-    calls: str = ""
-
-    @property
-    def num_chars(self) -> int:
-        """Length of all that is to be compiled."""
-        return len(self.source) + len(self.calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,8 +39,6 @@ MAX_COMPILING = 4
 MAX_KEPT = 32
 """Compiled grammars kept. Ordinary ones take kilobytes, the largest that pass the limits some 50 MB."""
 NUM_MASK_THREADS = 2
-ANSWER_NAME = "answer"
-"""What a grammar of tool calls calls the form of an answer that is no call."""
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """JSON allows any amount between tokens, and a small model that has begun to indent may never stop."""
 
@@ -71,7 +69,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
-        self._kept: OrderedDict[tuple[ConstraintKind, str, str], _Compiled] = OrderedDict()
+        self._kept: OrderedDict[tuple[ConstraintKind, str], _Compiled] = OrderedDict()
         self._places = threading.Semaphore(MAX_COMPILING)
         self._pool = ThreadPoolExecutor(NUM_MASK_THREADS, thread_name_prefix="mask")
 
@@ -83,7 +81,7 @@ class GrammarCompiler:
         """
         if not self._eos_ids:
             raise _refused(constraint, "cannot be used: this model has no end-of-text token to end it with")
-        key = (constraint.kind, constraint.source, constraint.calls)
+        key = (constraint.kind, constraint.source)
         with self._lock:
             compiled = self._kept.get(key)
             if compiled is not None:
@@ -99,7 +97,7 @@ class GrammarCompiler:
             compiled.first,
             self._pool,
             param=constraint.param,
-            has_foresight=constraint.num_chars <= MAX_FORESEEN_CHARS,
+            has_foresight=len(constraint.source) <= MAX_FORESEEN_CHARS,
         )
 
     def prepare(self) -> None:
@@ -188,7 +186,7 @@ class _Vocabulary:
 
 def check_size(constraint: Constraint) -> None:
     """Refuse what llguidance's own limits let through. Raises InvalidRequest."""
-    num_chars = constraint.num_chars
+    num_chars = len(constraint.source)
     if num_chars > MAX_SOURCE_CHARS:
         raise _refused(constraint, f"has {num_chars:,} characters; at most {MAX_SOURCE_CHARS:,} are taken")
     schemas: list[Any] = []
@@ -196,7 +194,6 @@ def check_size(constraint: Constraint) -> None:
         schemas = [json.loads(constraint.source)]
     elif constraint.kind is ConstraintKind.GRAMMAR:
         schemas = list(_embedded_schemas(constraint.source))
-    schemas += _embedded_schemas(constraint.calls)
     multiples = [value for schema in schemas for value in _multiples(schema)]
     if not multiples:
         return
@@ -232,15 +229,6 @@ def _multiples(schema: Any) -> Iterator[Decimal]:
 
 def _to_llguidance(constraint: Constraint) -> str:
     """The constraint in llguidance's notation; anything may be raised by a source that cannot be read."""
-    answer = _answer_to_llguidance(constraint)
-    if not constraint.calls:
-        return answer
-    # A list of grammars, each with rules of its own; `@answer` in the first is the second's name.
-    (form,) = json.loads(answer)["grammars"] if answer.startswith("{") else [{"lark_grammar": answer}]
-    return json.dumps({"grammars": [{"lark_grammar": constraint.calls}, {**form, "name": ANSWER_NAME}]})
-
-
-def _answer_to_llguidance(constraint: Constraint) -> str:
     from llguidance import LLMatcher
 
     source = constraint.source
@@ -274,5 +262,4 @@ def _limits() -> "LLParserLimits":
 
 
 def _refused(constraint: Constraint, problem: str) -> InvalidRequest:
-    kind = f"{constraint.kind}, together with the tools," if constraint.calls else constraint.kind
-    return InvalidRequest(f"{constraint.param}: the {kind} {problem}", param=constraint.param)
+    return InvalidRequest(f"{constraint.param}: the {constraint.kind} {problem}", param=constraint.param)

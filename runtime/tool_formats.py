@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.grammar import ANSWER_NAME, JSON_WHITESPACE
+from runtime.grammar import JSON_WHITESPACE
 
 MAX_CALLS = 16
 """Most calls in one forced answer: a model that may always add another one need not find an end."""
@@ -68,13 +68,12 @@ def call_head(form: ToolFormat, name: str) -> str:
     return f'{before}{{"name": "{name}", "{form.arguments_key}": '
 
 
-def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool, may_answer: bool = False) -> str:
-    """A grammar in Lark's notation for one call of one of the tools, or for several calls. With `may_answer` a text of
-    the grammar `@answer` may come instead."""
+def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool, start: str = "start") -> str:
+    """A grammar in Lark's notation for one call of one of the tools, or for several calls. `start` is the name of its
+    first rule."""
     more = f" ({_quoted(form.separator)} call){{0,{MAX_CALLS - 1}}}" if is_parallel else ""
     after = f"\n{form.closing}" if form.closing else ""
-    start = f"start: calls | @{ANSWER_NAME}" if may_answer else "start: calls"
-    rules = [start, f"calls: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
+    rules = [f"{start}: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
         head = call_head(form, tool.name)
         schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **tool.parameters}

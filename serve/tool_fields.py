@@ -8,9 +8,10 @@ out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from runtime.call_or_answer import calls_or
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
@@ -59,8 +60,7 @@ class ToolUse:
             return Constraint(ConstraintKind.GRAMMAR, source, "tools")
         if answer is None:
             return None
-        calls = calls_grammar(form, self.tools, is_parallel=self.is_parallel, may_answer=True)
-        return replace(answer, calls=calls)
+        return calls_or(answer, form, self.tools, is_parallel=self.is_parallel)
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")

@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import Artifact, open_artifact
+from runtime.call_or_answer import calls_or
 from runtime.core import (
     Constraint,
     ConstraintKind,
@@ -81,12 +82,11 @@ def sampled(max_tokens: int, seed: int, **settings: Any) -> SamplingParams:
 
 PERSONS = constraint(ConstraintKind.JSON_SCHEMA, SCHEMA)
 TOOL = Tool(name="f", description="", parameters=SCHEMA)
-CALL = calls_grammar(HERMES, [TOOL], is_parallel=False, may_answer=True)
 TWO_CALLS = constraint(
-    ConstraintKind.GRAMMAR, calls_grammar(HERMES, [TOOL], is_parallel=False).replace("start: calls", "start: call call")
+    ConstraintKind.GRAMMAR, calls_grammar(HERMES, [TOOL], is_parallel=False).replace("start: call", "start: call call")
 )
-CALL_OR_PERSON = replace(PERSONS, calls=CALL)
-CALL_OR_CODE = constraint(ConstraintKind.REGEX, "[ab]{3}-[0-9]{2}")
+SHORT_CODE = constraint(ConstraintKind.REGEX, "[ab]{3}-[0-9]{2}")
+CALL_OR_PERSON, CALL_OR_CODE = (calls_or(form, HERMES, [TOOL], is_parallel=False) for form in (PERSONS, SHORT_CODE))
 STOPS = TOKENIZER.encode("eo7")
 CODE = constraint(ConstraintKind.REGEX, "[ab]{3}-[0-9]{2}(;[ab]{3}-[0-9]{2}){0,4}")
 WORD = constraint(ConstraintKind.CHOICE, ["left", "right", "left and right"])
@@ -139,7 +139,7 @@ ASKED = {
     "calls, one, sampled": Asked(PERSON * 2, sampled(200, 18, constraint=TWO_CALLS), one_call_of=("f",)),
     "calls or answer": Asked(PERSON * 3, greedy(200, constraint=CALL_OR_PERSON)),
     "calls or answer, sampled": Asked(PERSON * 3, sampled(200, 19, constraint=CALL_OR_PERSON)),
-    "calls or code": Asked("aab-12;", sampled(200, 20, constraint=replace(CALL_OR_CODE, calls=CALL))),
+    "calls or code": Asked("aab-12;", sampled(200, 20, constraint=CALL_OR_CODE)),
     "long": Asked(LONG, greedy(40)),
     "cancelled": Asked("eight, nine", greedy(200), cancelled_at=7),
     "cancelled copy": Asked("the same words again and " * 5, greedy(150), cancelled_at=20),
@@ -324,6 +324,6 @@ def test_answers_alone_are_what_was_asked_for(alone: dict[str, list[TokenEvent]]
         assert reasons[name] is FinishReason.STOP
     for name in ("calls or answer", "calls or answer, sampled", "calls or code"):
         assert reasons[name] is FinishReason.STOP
-        if not re.fullmatch(CALL_OR_CODE.source, texts[name]):
+        if not re.fullmatch(SHORT_CODE.source, texts[name]):
             answer = json.loads(texts[name].removeprefix("<tool_call>").removesuffix("</tool_call>"))
             Draft202012Validator(SCHEMA).validate(answer.get("arguments", answer))

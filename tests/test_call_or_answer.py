@@ -160,7 +160,9 @@ SLOW_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"prope
     ("fields", "param"),
     [
         ({"guided_regex": "("}, "guided_regex"),
-        ({"guided_grammar": "start: @calls"}, "guided_grammar"),
+        ({"guided_grammar": "start: calls"}, "guided_grammar"),
+        ({"grammar": 'root ::= "a'}, "grammar"),
+        ({"grammar": "root ::= " + '"a" ' * 1000}, "grammar"),
         ({"guided_json": {"type": "strin"}}, "guided_json"),
         ({"guided_json": {"maxLength": 3, "description": "x" * 100_000}}, "guided_json"),
         ({"guided_json": {}, "tools": [SLOW_TOOL]}, "guided_json"),
@@ -169,7 +171,7 @@ SLOW_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"prope
 def test_what_does_not_compile_is_refused_together_too(app: FlaskClient, fields: Json, param: str) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": "go"}], "tools": TOOLS, "max_tokens": 9, **fields}
     error = app.post(CHAT, json=body).get_json()["error"]
-    assert error["param"] == param and "together with the tools" in error["message"]
+    assert error["param"] == param and error["message"].startswith(param)
 
 
 def name_and_text(pieces: list[ToolPiece]) -> tuple[str, list[str]]:
