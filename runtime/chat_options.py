@@ -53,7 +53,8 @@ class ChatOptions:
         for name, value in self._named().items():
             if name in self.variables and self.variables[name] != value:
                 raise InvalidRequest(
-                    f"{name} is {json.dumps(value)}, and chat_template_kwargs.{name} is not; give one of them", param=name
+                    f"{name} is {json.dumps(value)}, and chat_template_kwargs.{name} is not; give one of them",
+                    param=name,
                 )
 
     def values(self, reads: Collection[str]) -> dict[str, Any]:
