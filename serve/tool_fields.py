@@ -1,8 +1,8 @@
 """The fields of tool calling: functions offered, which of them must be called, and the calls of earlier turns.
 
-Shapes follow https://platform.openai.com/docs/api-reference/chat, and Anthropic's where clients mix them up.
-Whether a parameters' schema is any good is found
-out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of how a model writes calls.
+Shapes follow https://platform.openai.com/docs/api-reference/chat, and Anthropic's where clients mix them up. Whether a
+parameters' schema is any good is found out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of
+how a model writes calls.
 """
 
 import json
