@@ -181,6 +181,11 @@ class TextModel:
             )
         return self._chats.encode(messages, tools=tools, options=options, max_tokens=max_tokens or self.max_len)
 
+    @property
+    def has_short_call_ids(self) -> bool:
+        """Whether the ids of calls have to be nine letters and digits, as Mistral's chat templates want them."""
+        return self._chat_template is not None and self._chat_template.with_tools.has_short_ids
+
     def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
         """The fields of a chat that are without effect, since this model's chat template does not read them."""
         if self._chat_template is None:

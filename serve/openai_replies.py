@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.choices import Choices
-from serve.tool_replies import ToolDeltas, add_delta, close_message
+from serve.tool_replies import ToolDeltas, add_delta, close_message, open_message
 
 Json = dict[str, Any]
 
@@ -92,16 +92,19 @@ class CompletionShape:
 
     def fold(self, chunks: Iterable[Json]) -> Json:
         whole: dict[int, Json] = {}
+        texts: dict[int, list[str]] = {}  # joined once: a text that grew piece by piece would be copied for each
         counts = None
         for chunk in chunks:
             counts = chunk["usage"]
             for piece in chunk["choices"]:
                 choice = whole.setdefault(piece["index"], piece)
+                texts.setdefault(piece["index"], []).append(piece["text"])
                 if choice is piece:
                     continue
-                choice["text"] += piece["text"]
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
                 choice["finish_reason"] = piece["finish_reason"]
+        for index, choice in whole.items():
+            choice["text"] = "".join(texts[index])
         return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
 
     def _chunk(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
@@ -156,7 +159,12 @@ class ChatShape:
     def opening(self, num_choices: int) -> Iterator[Json]:
         for index in range(num_choices):
             if self._tool_names:
-                self._tools[index] = ToolDeltas(self._model.tool_format, self._tool_names, may_answer=self._may_answer)
+                self._tools[index] = ToolDeltas(
+                    self._model.tool_format,
+                    self._tool_names,
+                    may_answer=self._may_answer,
+                    has_short_ids=self._model.has_short_call_ids,
+                )
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
@@ -183,11 +191,12 @@ class ChatShape:
         for chunk in chunks:
             counts = chunk["usage"]
             for piece in chunk["choices"]:
-                delta = piece["delta"]
-                empty = {"index": piece["index"], "message": delta, "logprobs": None, "finish_reason": None}
-                choice = whole.setdefault(piece["index"], empty)
-                if choice is empty:
+                index, delta = piece["index"], piece["delta"]
+                if index not in whole:
+                    message = open_message(delta)
+                    whole[index] = {"index": index, "message": message, "logprobs": None, "finish_reason": None}
                     continue
+                choice = whole[index]
                 add_delta(choice["message"], delta)
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
                 choice["finish_reason"] = piece["finish_reason"]

@@ -124,7 +124,8 @@ def test_options_that_exclude_each_other(values: dict[str, Any], param: str) -> 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_the_reasoning_of_earlier_turns_reaches_the_template_under_any_name(name: str) -> None:
-    turns: list[dict[str, Any]] = [*MESSAGES, {"role": "assistant", "content": "4", "reasoning_content": None, name: "2 + 2"}]
+    last = {"role": "assistant", "content": "4", "reasoning_content": None, name: "2 + 2"}
+    turns: list[dict[str, Any]] = [*MESSAGES, last]
     template = ChatTemplate(THINKING, TOKENS)
     assert template.knows_reasoning and not ChatTemplate("{{ messages[0].content }}", {}).knows_reasoning
     assert "<assistant>[2 + 2]4</>" in template.render(turns)
