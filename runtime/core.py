@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1_000
+"""Longest stop string. A stop string marks where an answer ends; a longer text is no mark, but costs memory."""
 MAX_PRIORITY = 100
 
 
@@ -33,9 +35,11 @@ class Range(NamedTuple):
 RANGES: Mapping[str, Range] = {
     "max_tokens": Range(1, None),
     "temperature": Range(0, 2),
-    "top_k": Range(0, None),
-    "top_p": Range(0, 1, is_low_open=True),
+    "min_tokens": Range(0, None),
+    "top_k": Range(-1, None),
+    "top_p": Range(0, 1),
     "min_p": Range(0, 1),
+    "typical_p": Range(0, 1, is_low_open=True),
     # A logit is divided by it: by one near 0, it would leave float32.
     "repetition_penalty": Range(0.01, 10),
     "presence_penalty": Range(-2, 2),
@@ -47,6 +51,8 @@ RANGES: Mapping[str, Range] = {
 """What SamplingParams takes, by field; the server's description of itself is made of the same."""
 NO_ANSWER = Range(0, None)
 """Of `max_tokens`, where the prompt is scored."""
+UNSET: Mapping[str, tuple[int, int | None]] = {"seed": (-1, None), "top_k": (-1, 0)}
+"""The values by which programs say that they do not set a field, and what those become."""
 
 
 class FinishReason(StrEnum):
@@ -90,17 +96,22 @@ class Constraint:
 class SamplingParams:
     """How to choose tokens for one request. Checked once, here.
 
-    temperature 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. Penalties follow OpenAI
-    (presence, frequency: subtracted, generated tokens only) and CTRL (repetition: divides or multiplies,
-    prompt and generated tokens, arXiv:1909.05858). Filters run in the order penalties, bias, temperature,
-    top-k, top-p, min-p. Log-probabilities are those of the model, before any of that.
+    temperature 0 is greedy, and so is `top_p` 0. `top_k` 0 or -1 and `top_p` 1 switch those filters off. Penalties
+    follow OpenAI (presence, frequency: subtracted, generated tokens only) and CTRL (repetition: divides or multiplies,
+    prompt and generated tokens, arXiv:1909.05858). Filters run in the order penalties, bias, temperature, top-k, top-p,
+    min-p, typical-p, each on what those before it left, as in transformers. Log-probabilities are those of the model,
+    before any of that.
     """
 
     max_tokens: int = setting(16, "most tokens to generate")
+    min_tokens: int = setting(0, "tokens before an end-of-text token, a stop token or a stop string may end the answer")
+    """An answer held to a grammar ends where the grammar leaves nothing but the end, however short it is."""
     temperature: float = setting(1.0, "0 is greedy, 2 the wildest")
-    top_k: int = setting(0, "choose among this many likeliest tokens; 0: all")
-    top_p: float = setting(1.0, "choose among the likeliest tokens that reach this probability; 1: all")
+    top_k: int = setting(0, "choose among this many likeliest tokens; 0 or -1: all")
+    top_p: float = setting(1.0, "choose among the likeliest tokens that reach this probability; 1: all; 0: one token")
     min_p: float = setting(0.0, "leave out tokens less likely than this times the likeliest")
+    typical_p: float = setting(1.0, "choose among the most typical tokens that reach this probability; 1: all")
+    """Locally typical sampling (arXiv:2202.00666): typical is a token whose -log(probability) is near the entropy."""
     repetition_penalty: float = setting(1.0, "above 1: against repeating prompt and answer")
     presence_penalty: float = setting(0.0, "subtracted from the logits of tokens already generated")
     frequency_penalty: float = setting(0.0, "the same, once for each time a token was generated")
@@ -108,10 +119,12 @@ class SamplingParams:
         default_factory=dict,
         metadata={"help": "add VALUE to the logit of token ID; may be repeated", "metavar": "ID=VALUE"},
     )
-    seed: int | None = setting(None, "makes the choice of tokens repeatable")
+    seed: int | None = setting(None, "makes the choice of tokens repeatable; -1: another one each time")
     stop: tuple[str, ...] = setting((), "end before this text; may be repeated", metavar="TEXT")
     stop_token_ids: frozenset[int] = setting(frozenset(), "end at this token; may be repeated", metavar="ID")
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
+    skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
+    include_stop_str_in_output: bool = setting(False, "keep the stop string or token that ended the answer in the text")
     logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
     """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
     constraint: Constraint | None = field(default=None, metadata={"help": "the form that the answer must have"})
@@ -122,14 +135,21 @@ class SamplingParams:
         for name, bounds in RANGES.items():
             if (value := getattr(self, name)) is not None:
                 _check(name, value, NO_ANSWER if name == "max_tokens" and self.prompt_logprobs is not None else bounds)
+        for name, (said, meant) in UNSET.items():
+            if getattr(self, name) == said:
+                object.__setattr__(self, name, meant)
         for token_id, bias in self.logit_bias.items():
             _check(f"logit_bias[{token_id}]", bias, Range(-100, 100))
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
+        if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop: a string of {longest:,} characters; at most {MAX_STOP_CHARS:,} are taken", param="stop"
+            )
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature == 0 or self.top_p == 0
 
 
 def _check(name: str, value: float, bounds: Range) -> None:
@@ -193,8 +213,9 @@ class TextStream(Protocol):
         """Add a token; return the characters that are now final."""
         ...
 
-    def finish(self) -> str:
-        """Return the characters still held back. Called once, when the request ends by itself."""
+    def finish(self, end_id: int | None = None) -> str:
+        """Return the characters still held back. Called once, when the request ends by itself; `end_id` is the token at
+        which it ends, if that was not pushed: an end of text or a stop token."""
         ...
 
 
@@ -265,6 +286,8 @@ class RequestOptions:
     """Lower is served earlier; among equals of a tenant, who came first."""
     timeout_s: float | None = None
     """Seconds after its submission at which it ends, finished or not."""
+    prediction_ids: Sequence[int] = ()
+    """What the client expects as the answer: a draft for speculation, without effect on the tokens."""
 
     def __post_init__(self) -> None:
         _check("priority", self.priority, Range(-MAX_PRIORITY, MAX_PRIORITY))

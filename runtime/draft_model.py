@@ -114,4 +114,4 @@ class DraftModel:
 
 def _text(sequence: Sequence) -> list[int]:
     assert sequence.ngrams is not None
-    return sequence.ngrams.ids
+    return sequence.ngrams.text_ids

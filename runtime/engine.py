@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from itertools import islice, repeat
 
 import numpy as np
@@ -60,16 +61,18 @@ class Engine:
     def prepare(self, request: Request) -> Sequence:
         """Check a request against the session and make its state. Any thread may call this.
 
-        Raises InvalidRequest for an empty prompt or a token id outside the vocabulary, PromptTooLong with
-        both lengths.
+        Raises InvalidRequest for an empty prompt, a token id outside the vocabulary or `min_tokens` above
+        `max_tokens`, PromptTooLong with both lengths.
         """
         ids, num_new = request.prompt_ids, request.params.max_tokens
         if not ids:
             raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self.info.vocab_size:
-            bad = min(ids) if min(ids) < 0 else max(ids)
+        self._check_ids(ids, "prompt")
+        if request.params.min_tokens > num_new:
             raise InvalidRequest(
-                f"token id {bad} is not in the vocabulary, 0 to {self.info.vocab_size - 1}", param="prompt"
+                f"min_tokens is {request.params.min_tokens}, but the answer can have {num_new} tokens at most; "
+                "lower min_tokens or raise max_tokens",
+                param="min_tokens",
             )
         if len(ids) + num_new > self.info.capacity:
             raise PromptTooLong(
@@ -81,9 +84,23 @@ class Engine:
         sequence = Sequence(request)
         if self._prefix_cache and not sequence.wants_prompt_logits:
             sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
-        if self._speculator is not None:
-            sequence.ngrams, sequence.model_odds = NgramIndex(ids), MODEL_ODDS
+        if self.is_speculating:
+            self._check_ids(request.options.prediction_ids, "prediction")
+            sequence.ngrams = NgramIndex(ids, request.options.prediction_ids)
+            sequence.model_odds = MODEL_ODDS
         return sequence
+
+    def _check_ids(self, ids: Rows[int], param: str) -> None:
+        if ids and (min(ids) < 0 or max(ids) >= self.info.vocab_size):
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InvalidRequest(
+                f"token id {bad} is not in the vocabulary, 0 to {self.info.vocab_size - 1}", param=param
+            )
+
+    @property
+    def is_speculating(self) -> bool:
+        """Whether requests may take drafts along."""
+        return self._speculator is not None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a prepared sequence; it joins when a slot is free."""

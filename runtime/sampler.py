@@ -4,11 +4,11 @@
 random numbers alone, so a request gets the same tokens alone and in a batch. `num_top` says how many of the likeliest
 tokens are all that a request's choices depend on; given only those, it chooses what it would from the whole row.
 
-    row -> [log-probabilities] -> [penalties, bias] -> [constraint] -> argmax
-                                                                    `-> temperature -> [top-k, top-p, min-p] -> draw
+    row -> [log-probabilities] -> [penalties, bias] -> [constraint, no end yet] -> argmax
+                                                    `-> temperature -> [top-k, top-p, min-p, typical-p] -> draw
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +25,9 @@ MIN_TEMPERATURE = 1e-5
 
 _BLOCK = 256
 """Weights summed at a time: near the square root of a vocabulary, so that both levels are short."""
+
+_TYPICAL_REACHES = (1.0, 3.0, np.inf)
+"""How far from the entropy, in nats, tokens are looked for first: a whole vocabulary is long to sort."""
 
 _NEAR = 1e-3
 """Tokens with this share of the likeliest one's probability are looked at first. A model's row has some dozen of them,
@@ -59,7 +62,8 @@ class Sampler(Protocol):
 
 
 def num_top(params: SamplingParams) -> int | None:
-    """How many of the likeliest tokens suffice to choose as from the whole row; None: nothing less than the row."""
+    """How many of the likeliest tokens suffice to choose as from the whole row; None: nothing less than the row.
+    Holds behind the first `min_tokens`, which need it all."""
     if _has_edits(params) or params.constraint is not None or params.prompt_logprobs is not None:
         return None
     if params.is_greedy:
@@ -67,12 +71,15 @@ def num_top(params: SamplingParams) -> int | None:
     return max(params.top_k, params.logprobs or 0) if params.top_k else None
 
 
-def make_sampler(params: SamplingParams, prompt_ids: Iterable[int]) -> Sampler:
-    """The chain for one request; plain greedy skips everything else."""
+def make_sampler(params: SamplingParams, prompt_ids: Iterable[int], end_ids: Collection[int] = ()) -> Sampler:
+    """The chain for one request; plain greedy skips everything else. `end_ids` end it, but not among its first
+    `min_tokens` tokens."""
     edits = _Edits(params, prompt_ids) if _has_edits(params) else None
     if params.is_greedy and edits is None and params.logprobs is None:
-        return _Greedy()
-    return _Chain(params, edits)
+        sampler: Sampler = _Greedy()
+    else:
+        sampler = _Chain(params, edits)
+    return _Unended(sampler, params.min_tokens, end_ids) if params.min_tokens and end_ids else sampler
 
 
 def _has_edits(params: SamplingParams) -> bool:
@@ -107,6 +114,31 @@ class _Greedy:
     def sample_top(self, top: TopRow) -> Choice:
         _check_top(top)
         return Choice(int(top.ids[0]))
+
+
+class _Unended:
+    """Chooses among tokens that do not end the request, so many times; then as the sampler behind it does."""
+
+    def __init__(self, sampler: Sampler, num_tokens: int, end_ids: Collection[int]) -> None:
+        self._sampler = sampler
+        self._num_left = num_tokens
+        self._end_ids = np.fromiter(end_ids, np.int64)
+
+    def sample(self, row: Row, allowed: Allowed | None = None) -> Choice:
+        if self._num_left:
+            self._num_left -= 1
+            allowed = self._without_end(np.ones(len(row), np.bool_) if allowed is None else allowed)
+        return self._sampler.sample(row, allowed)
+
+    def _without_end(self, allowed: Allowed) -> Allowed:
+        """The tokens that may come next, ends left out; a grammar that leaves nothing else has its end."""
+        others = allowed.copy()
+        others[self._end_ids] = False
+        return others if others.any() else allowed
+
+    def sample_top(self, top: TopRow) -> Choice:
+        assert not self._num_left, "it needs the whole row"
+        return self._sampler.sample_top(top)
 
 
 class _Chain:
@@ -147,7 +179,7 @@ class _Chain:
     def _draw(self, logits: Row) -> int:
         """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again
         among the kept. Each kept token ends up with its share of the kept, and most rows are spared the sorting."""
-        if self._params.top_k == 0:
+        if self._params.top_k == 0 and self._params.typical_p == 1:
             weights = _weights(logits, self._params.temperature)
             token_id = _inverse_cdf(weights, self._rng.random())
             if _is_kept(weights, token_id, self._params):
@@ -180,7 +212,7 @@ def _pass(weights: Row, uniform: float) -> tuple[int, float]:
 
 
 def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | None, Row]:
-    """Apply temperature, top-k, top-p and min-p to logits float32 [V].
+    """Apply temperature, top-k, top-p, min-p and typical-p to logits float32 [V].
 
     Returns the ids of the tokens that are left and their weights, which need not sum to 1. Ids None: all, in
     order.
@@ -192,13 +224,15 @@ def filtered(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64] | N
 def _filtered(
     ids: NDArray[np.int64] | None, logits: Row, params: SamplingParams
 ) -> tuple[NDArray[np.int64] | None, Row]:
-    """What temperature, top-p and min-p leave of the tokens that top-k left."""
+    """What temperature, top-p, min-p and typical-p leave of the tokens that top-k left."""
     probs = _weights(logits, params.temperature)
     if params.top_p < 1:
         ids, probs = _top_p(ids, probs, params.top_p)
     if params.min_p > 0:
         # The likeliest token has weight 1: its logit is the peak, and top-k and top-p never drop it.
         ids, probs = _keep(ids, probs, np.flatnonzero(probs >= params.min_p))
+    if params.typical_p < 1:
+        ids, probs = _keep(ids, probs, _typical(probs, params.typical_p))
     return ids, probs
 
 
@@ -264,6 +298,25 @@ def _top_p(ids: NDArray[np.int64] | None, probs: Row, top_p: float) -> tuple[NDA
     num_kept = min(int(np.searchsorted(cumulative, top_p * total, side="left")) + 1, len(weights))
     kept = _highest(weights, num_kept, descending[num_kept - 1])
     return _keep(ids, probs, candidates[kept])
+
+
+def _typical(weights: Row, typical_p: float) -> NDArray[np.int64]:
+    """Positions of the fewest tokens that reach `typical_p` of the weights float32 [N], ascending, beginning with those
+    whose -log(probability) is nearest to its mean, the entropy (arXiv:2202.00666). The lower position comes first among
+    equals. Those within a reach of the entropy come before all others, so only they are sorted if they suffice."""
+    known = np.flatnonzero(weights)
+    probs = weights[known].astype(np.float64)
+    total = probs.sum()
+    surprisals = np.log(total) - np.log(probs)
+    distances = np.abs(surprisals - np.dot(probs, surprisals) / total)
+    for reach in _TYPICAL_REACHES:
+        near = np.flatnonzero(distances <= reach)
+        order = near[np.argsort(distances[near], kind="stable")]
+        cumulative = np.cumsum(probs[order])
+        if len(order) and cumulative[-1] >= typical_p * total:
+            break
+    num_kept = int(np.searchsorted(cumulative, typical_p * total, side="left")) + 1
+    return known[np.sort(order[:num_kept])]
 
 
 def _keep(ids: NDArray[np.int64] | None, probs: Row, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], Row]:

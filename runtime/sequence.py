@@ -23,6 +23,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_min_tokens",
         "_prompt_logprobs",
         "_sampler",
         "_stop_ids",
@@ -54,10 +55,11 @@ class Sequence:
         timeout_s = request.options.timeout_s
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
         self.first_token_s: float | None = None
-        self.num_top = num_top(params)
         self._prompt_logprobs: list[PromptLogprob] = []
-        self._sampler = make_sampler(params, request.prompt_ids)
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
+        self._min_tokens = params.min_tokens if self._stop_ids else 0
+        self.num_top = None if self._min_tokens else num_top(params)
+        self._sampler = make_sampler(params, request.prompt_ids, self._stop_ids)
 
     def prepare(self, draft: Rows[int] = ()) -> None:
         """Called before the model runs for this sequence: what can be done meanwhile is begun."""
@@ -101,6 +103,8 @@ class Sequence:
         if guide is not None:
             guide.advance(choice.token_id)
         self.num_generated += 1
+        if self.num_generated == self._min_tokens:
+            self.num_top = num_top(self.request.params)
         if self.ngrams is not None:
             self.ngrams.push(choice.token_id)
         if self.first_token_s is None:
@@ -110,8 +114,9 @@ class Sequence:
 
     def _text_of(self, token_id: int) -> tuple[str, FinishReason | None]:
         stream = self.request.text
-        if token_id in self._stop_ids:
-            return ("" if stream is None else stream.finish()), FinishReason.STOP
+        # A grammar can leave nothing but a stop token; before `min_tokens` it is one token of the answer as any other.
+        if token_id in self._stop_ids and (self.num_generated > self._min_tokens or token_id in self.request.eos_ids):
+            return ("" if stream is None else stream.finish(token_id)), FinishReason.STOP
         text = ""
         if stream is not None:
             text, is_stopped = stream.push(token_id)

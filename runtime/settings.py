@@ -71,6 +71,10 @@ class EngineSettings:
         "auto", "how tool calls are written: auto (as the chat template says), hermes, llama3, json"
     )
 
+    trust_special_tokens: bool = setting(
+        False, "let the text of a control token, like <|im_end|>, be that token in messages and tools as well"
+    )
+
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InvalidSetting(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")

@@ -5,13 +5,15 @@ What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
 
 import itertools
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from runtime.artifact import open_artifact
+from runtime.chat_options import DEFAULT_CHAT, REASONING, ChatOptions
+from runtime.chat_prompt import ChatPrompts
 from runtime.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
@@ -20,6 +22,7 @@ from runtime.core import (
     Request,
     RequestOptions,
     SamplingParams,
+    TextStream,
     TokenEvent,
     Usage,
 )
@@ -28,16 +31,18 @@ from runtime.draft_model import DraftModel
 from runtime.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
-from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
 from runtime.model_card import model_card
+from runtime.one_call import OneCallText
 from runtime.session import Session
 from runtime.settings import EngineSettings
 from runtime.speculation import Speculator
 from runtime.stop_strings import RequestText
 from runtime.tokenizer import Tokenizer
-from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format, plain_messages
+from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format
+from runtime.tool_parser import ToolCallParser
 
 
 class Generation(Iterator[TokenEvent]):
@@ -127,10 +132,14 @@ class TextModel:
         self._chat_template = chat_template
         self._eos_ids = eos_ids
         self._precision = precision
-        template = None if chat_template is None else chat_template.source
+        template = None if chat_template is None else chat_template.with_tools.source
         self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
+        self._chats = None
+        if chat_template is not None:
+            trusts = settings.trust_special_tokens
+            self._chats = ChatPrompts(tokenizer, chat_template, self.tool_format, trust_special_tokens=trusts)
         self._draft_model = None if draft_session is None else DraftModel(draft_session)
-        engine = Engine(
+        self._engine = Engine(
             session,
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
@@ -138,39 +147,62 @@ class TextModel:
             speculator=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
             observer=observer,
         )
-        self._thread = EngineThread(engine, max_waiting=settings.max_waiting)
+        self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
         self._prefix_cache_bytes = settings.prefix_cache or 0
         self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
         self._request_numbers = itertools.count()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model expects around it."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model expects around it.
+
+        Raises PromptTooLong, before most of it is tokenized, for a text that certainly has more than `max_tokens`
+        tokens, by default those of the context.
+        """
+        max_tokens = self.max_len if max_tokens is None else max_tokens
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Tool] = (),
+        options: ChatOptions = DEFAULT_CHAT,
+        max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of a chat, up to where the assistant speaks. InvalidRequest without a chat template.
-
-        Tools, calls and results go through the template if it knows of them, else through messages in plain words.
+        """Token ids of a chat, up to where the assistant speaks. Control tokens in messages and tools are text
+        (runtime/chat_prompt.py). InvalidRequest without a chat template, or for options that cannot be had with it;
+        PromptTooLong for a chat that certainly has more than `max_tokens`, by default those of the context.
         """
-        if self._chat_template is None:
+        if self._chats is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        if not self._chat_template.knows_tools:
-            messages, tools = plain_messages(messages, tools, self.tool_format), ()
-        text = self._chat_template.render(messages, tools=[tool.as_json() for tool in tools])
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._chats.encode(messages, tools=tools, options=options, max_tokens=max_tokens or self.max_len)
+
+    @property
+    def has_short_call_ids(self) -> bool:
+        """Whether the ids of calls have to be nine letters and digits, as Mistral's chat templates want them."""
+        return self._chat_template is not None and self._chat_template.with_tools.has_short_ids
+
+    def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
+        """The fields of a chat that are without effect, since this model's chat template does not read them."""
+        if self._chat_template is None:
+            return []
+        fields = options.unread(self._chat_template.reads | self._chat_template.with_tools.reads)
+        if not self._chat_template.knows_reasoning:
+            found = {name for message in messages for name in REASONING if name in message}
+            fields += [f"messages[].{name}" for name in sorted(found)]
+        return fields
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text: possibly a part of a character; empty for a special token."""
         return self._tokenizer.token_bytes(token_id)
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """The same, with special tokens by their names."""
+        return self._tokenizer.shown_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
         """A token for people: a special token by its name, a part of a character as U+FFFD."""
@@ -183,8 +215,10 @@ class TextModel:
         *,
         request_id: str | None = None,
         options: RequestOptions = DEFAULT_OPTIONS,
+        one_call_of: Collection[str] = (),
     ) -> Generation:
-        """Start generating; returns at once.
+        """Start generating; returns at once. The answer ends with its first call of one of the functions
+        `one_call_of`.
 
         Raises PromptTooLong if prompt and max_tokens do not fit (both numbers), InvalidRequest for an empty
         prompt, a token id outside the vocabulary or a constraint that cannot be used, Overloaded if too many wait,
@@ -197,6 +231,8 @@ class TextModel:
                     f"{param}: token id {token_id} is not in the vocabulary, 0 to {self.vocab_size - 1}",
                     param=param,
                 )
+        named = self._named_stops(params)
+        params = replace(params, stop_token_ids=params.stop_token_ids | named.keys()) if named else params
         request_id = f"request-{next(self._request_numbers)}" if request_id is None else request_id
         generation = Generation(self._thread, request_id, len(prompt_ids))
         request = Request(
@@ -205,13 +241,45 @@ class TextModel:
             params=params,
             eos_ids=self._eos_ids,
             sink=generation.put,
-            text=RequestText(self._tokenizer.detokenizer(prompt_ids), params.stop),
+            text=self._text_stream(prompt_ids, params, named, one_call_of),
             options=self._bounded(options),
             usage=generation.usage,
             guide=None if params.constraint is None else self._grammars.guide(params.constraint),
         )
         self._thread.submit(request)
         return generation
+
+    def _named_stops(self, params: SamplingParams) -> dict[int, str]:
+        """The stop strings that are names of special tokens, by the ids of those: they end at the token, for it may add
+        no text."""
+        ids = self._tokenizer.special_id_of
+        return {ids[stop]: stop for stop in params.stop if stop in ids}
+
+    def _text_stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        named_stops: Mapping[int, str],
+        one_call_of: Collection[str],
+    ) -> TextStream:
+        text = RequestText(
+            self._tokenizer.detokenizer(prompt_ids, skips_special=params.skip_special_tokens),
+            params.stop,
+            min_tokens=params.min_tokens,
+            keeps_end=params.include_stop_str_in_output,
+            end_texts=named_stops if params.skip_special_tokens else None,
+        )
+        return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
+
+    def encode_prediction(self, text: str) -> list[int]:
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. None if nothing is speculated here, or
+        if no answer can be so long: they would be without effect, or of little."""
+        if not self._engine.is_speculating:
+            return []
+        try:
+            return self.encode(text, add_special_tokens=False)[: self.max_len]
+        except PromptTooLong:
+            return []
 
     def _bounded(self, options: RequestOptions) -> RequestOptions:
         """The request's own time limit, or the server's if that is less."""
@@ -249,6 +317,8 @@ class TextModel:
     def prepare_constraints(self) -> None:
         """Get ready for requests with constraints, which would otherwise hold up everybody once."""
         self._grammars.prepare()
+        if self._chats is not None:
+            self._chats.prepare()
 
     def start(self) -> None:
         """Start the engine's thread. Once only."""

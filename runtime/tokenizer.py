@@ -11,19 +11,23 @@ An artifact with another decoder is refused.
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.artifact import Artifact
-from runtime.errors import InvalidArtifact, InvalidRequest
+from runtime.bounded_encoding import BoundedEncoder
+from runtime.control_tokens import AddedToken
+from runtime.errors import InvalidArtifact
 from runtime.json_shape import read_json
+from runtime.secret_spelling import SecretSpelling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_TOKEN_NAMES = (
     "bos_token",
     "eos_token",
@@ -34,6 +38,7 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _BYTE_TOKEN_LEN = len("<0xE2>")
 
 
@@ -49,35 +54,41 @@ class Tokenizer:
         self._hf = tokenizer
         self._hf.no_truncation()
         self._hf.no_padding()
+        self._encoder = BoundedEncoder(tokenizer)
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         self._decode_steps = _flatten_decoder(decoder, where)
         self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
-        self._special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(i for i, token in added if token.special)
+        self.special_id_of: Mapping[str, int] = {token.content: i for i, token in added if token.special}
+        """The ids of control tokens, by the text that names them."""
         self._bytes: dict[int, bytes] = {}
         self._added_bos_id = self._bos_to_add()
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> "Tokenizer":
-        """Load the artifact's tokenizer.json and, if it has one, tokenizer_config.json. Raises InvalidArtifact."""
+        """Load the artifact's tokenizer.json and, if it has them, special_tokens_map.json and tokenizer_config.json.
+        Raises InvalidArtifact."""
         file = artifact.listed(TOKENIZER)
         if file is None:
             raise InvalidArtifact(
                 f"{artifact.path} has no {TOKENIZER}, so it takes no text; export a checkpoint that has one"
             )
-        return cls.from_files(file, artifact.listed(TOKENIZER_CONFIG))
+        return cls.from_files(file, artifact.listed(SPECIAL_TOKENS_MAP), artifact.listed(TOKENIZER_CONFIG))
 
     @classmethod
-    def from_files(cls, file: Path, config_file: Path | None) -> "Tokenizer":
-        """Load a tokenizer.json and a tokenizer_config.json, or do without the second. Raises InvalidArtifact."""
+    def from_files(cls, file: Path, *config_files: Path | None) -> "Tokenizer":
+        """Load a tokenizer.json and the files of special_tokens_map.json and tokenizer_config.json that there are: what
+        several say, the last says, as in transformers. Raises InvalidArtifact."""
         from tokenizers import Tokenizer as HfTokenizer
 
         try:
             tokenizer = HfTokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise InvalidArtifact(f"{file} cannot be loaded: {error}; export the model again") from error
-        config = {} if config_file is None else read_json(config_file)
-        if not isinstance(config, dict):
-            raise InvalidArtifact(f"{config_file} is not a JSON object; export the model again")
+        config: dict[str, Any] = {}
+        for config_file in filter(None, config_files):
+            config |= _read_config(config_file)
         return cls(tokenizer, config, where=str(file))
 
     @property
@@ -85,25 +96,42 @@ class Tokenizer:
         """Tokens the tokenizer knows; a model's vocabulary may be padded beyond it."""
         return self._hf.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. InvalidRequest if the text is not valid Unicode.
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text.
 
         `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token
         where tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
+        `max_tokens` bounds the work, as runtime/bounded_encoding.py says. Raises PromptTooLong if the text certainly
+        has more tokens, InvalidRequest if it is not valid Unicode, Overloaded if too much text is being tokenized.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}; remove it",
-                param="prompt",
-            ) from error
-        # As a batch of one: only this call lets other threads run meanwhile, and a text of 1 MB takes a second.
-        ids: list[int] = self._hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        ids = self._encoder.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         bos_id = self._added_bos_id
         if add_special_tokens and bos_id is not None and ids[:1] != [bos_id]:
             ids.insert(0, bos_id)
         return ids
+
+    @property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are found anywhere in a text as a whole, before its words are."""
+        decoder = self._hf.get_added_tokens_decoder()
+        return [
+            AddedToken(token_id, token.content, token.special)
+            for token_id, token in decoder.items()
+            if not token.single_word
+        ]
+
+    @property
+    def named_tokens(self) -> frozenset[str]:
+        """Texts of the special tokens that tokenizer_config.json names."""
+        listed: list[Any] = []
+        for name in _TOKEN_LISTS:
+            value = self.config.get(name)
+            listed += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return frozenset({*self.special_tokens.values(), *filter(None, map(_token_text, listed))})
+
+    def spelled_secretly(self, ids: Mapping[str, int]) -> SecretSpelling:
+        """A second tokenizer, in which the tokens `ids`, by their text, are spelled in a way that nobody can guess."""
+        return SecretSpelling(self._hf, ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a whole list of ids, special tokens left out, as `tokenizers` decodes it."""
@@ -127,14 +155,19 @@ class Tokenizer:
             return str(self._hf.id_to_token(token_id))
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> "Detokenizer":
-        """A decoder for the tokens that follow a prompt.
+    def shown_bytes(self, token_id: int) -> bytes:
+        """The same as `token_bytes`, with special tokens by their names."""
+        return self.token_bytes(token_id) or self.token_text(token_id).encode()
+
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skips_special: bool = True) -> "Detokenizer":
+        """A decoder for the tokens that follow a prompt; it writes special tokens by their names unless it skips them.
 
         SentencePiece models write a space before the first word. It is dropped where a text begins: after no
         prompt, or one that ends in a special token, as a chat turn does.
         """
         is_beginning = not prompt_ids or self.is_special(prompt_ids[-1])
-        return Detokenizer(self, strip_first=is_beginning and self._strips_first)
+        token_bytes = self.token_bytes if skips_special else self.shown_bytes
+        return Detokenizer(token_bytes, strip_first=is_beginning and self._strips_first)
 
     @property
     def _is_byte_level(self) -> bool:
@@ -182,8 +215,9 @@ class Detokenizer:
     16, section 3.9), as the decoder of byte-level tokenizers does. Time and memory are constant per token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, strip_first: bool = False) -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, token_bytes: Callable[[int], bytes], *, strip_first: bool = False) -> None:
+        """`token_bytes` says what a token adds to the text."""
+        self._token_bytes = token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._strip_first = strip_first
 
@@ -202,16 +236,27 @@ class Detokenizer:
         return text
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """A JSON object."""
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise InvalidArtifact(f"{file} is not a JSON object; export the model again")
+    return config
+
+
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token and its like as text; written as a string or as an object with `content`."""
     found = {}
     for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
+        if (text := _token_text(config.get(name))) is not None:
+            found[name] = text
     return found
+
+
+def _token_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
 
 
 def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:

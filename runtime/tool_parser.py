@@ -13,9 +13,13 @@ from runtime.tool_formats import ToolFormat
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 """Either is taken in every format: models mix them up."""
+OTHER_KEYS = ("type", "id")
+"""What may stand beside name and arguments. With any other key before its arguments an object is no call."""
 BETWEEN_CALLS = " \t\r\n;,]"
 """What bare calls are separated by, the brackets of a list included."""
 WHITESPACE = " \t\r\n"
+MAX_SPACE = 1_000
+"""Characters of white space that are held back, since a call may follow them."""
 
 
 class ToolPiece(NamedTuple):
@@ -40,16 +44,21 @@ class CallReader:
         self._names = names
         self._step: Callable[[str], None] = self._before
         self._key = ""
-        self._value = ""
+        self._value: list[str] = []
         self._depth = 0
         self._in_string = self._is_escaped = False
-        self._arguments: str | None = None  # those not yet taken; None: none were seen
+        self._arguments: list[str] | None = None  # those not yet taken; None: none were seen
 
     @property
     def has_begun(self) -> bool:
         """Whether this is certainly a call: its name is one of the tools', and arguments begin or none will come."""
         is_sound = self.name is not None and not self.is_broken
         return is_sound and (self._arguments is not None or self.is_complete)
+
+    @property
+    def is_in_arguments(self) -> bool:
+        """Whether the next character belongs to the arguments."""
+        return self._step == self._in_value and self._key in ARGUMENT_KEYS
 
     def push(self, char: str) -> None:
         """Add a character, unless the call is complete or broken."""
@@ -60,46 +69,51 @@ class CallReader:
         if self._arguments is None:
             if not self.is_complete:
                 return ""
-            self._arguments = "{}"
-        taken, self._arguments = self._arguments, ""
-        return taken
+            self._arguments = ["{}"]
+        taken, self._arguments = self._arguments, []
+        return "".join(taken)
 
     def _before(self, char: str) -> None:
         self._expect(char, {"{": self._before_key})
 
     def _before_key(self, char: str) -> None:
         if char == '"':
-            self._value, self._in_string, self._depth, self._step = char, True, 0, self._in_key
+            self._value, self._in_string, self._depth, self._step = [char], True, 0, self._in_key
         elif char == "}" and self.name is not None:
             self.is_complete = True
         else:
             self._expect(char, {})
 
     def _in_key(self, char: str) -> None:
-        self._value += char
+        self._value.append(char)
         self._scan(char)
         if not self._in_string:
             self._key, self._step = str(self._decoded()), self._before_colon
+            is_second = self._key in ARGUMENT_KEYS and self._arguments is not None
+            is_known = self._key in ("name", *ARGUMENT_KEYS, *OTHER_KEYS)
+            self.is_broken |= is_second or not (is_known or self.has_begun)
 
     def _before_colon(self, char: str) -> None:
         self._expect(char, {":": self._before_value})
 
     def _before_value(self, char: str) -> None:
         if char not in WHITESPACE:
-            self._value, self._in_string, self._depth, self._step = "", False, 0, self._in_value
+            self._value, self._in_string, self._depth, self._step = [], False, 0, self._in_value
             self._in_value(char)
 
     def _in_value(self, char: str) -> None:
-        is_bare = self._value[:1] not in ('"', "{", "[", "")
+        first = self._value[0] if self._value else char
+        is_bare = first not in '"{['
         if is_bare and char in ",}" + WHITESPACE:
             self._end_value()
             self._step(char)
             return
-        self._value += char
+        self._value.append(char)
         self._scan(char)
-        if self._key in ARGUMENT_KEYS and self._value[0] == "{":
-            self._arguments = (self._arguments or "") + char
-        if not is_bare and not self._in_string and self._depth == 0 and self._value[0] in '"{[':
+        if self._key in ARGUMENT_KEYS and first == "{":
+            self._arguments = self._arguments or []
+            self._arguments.append(char)
+        if not is_bare and not self._in_string and self._depth == 0:
             self._end_value()
 
     def _end_value(self) -> None:
@@ -108,12 +122,14 @@ class CallReader:
             name = self._decoded()
             self.name = name if isinstance(name, str) and name in self._names else None
             self.is_broken |= self.name is None
-        elif self._key in ARGUMENT_KEYS and self._value[0] != "{":
+        elif self._key == "type":
+            self.is_broken |= self._decoded() != "function"
+        elif self._key in ARGUMENT_KEYS and self._value[:1] != ["{"]:
             # Some models write the arguments as a string that holds JSON, or null for none.
             value = self._decoded()
             self.is_broken |= not isinstance(value, str | None) or _is_no_object(value)
             if not self.is_broken:
-                self._arguments = value if isinstance(value, str) else "{}"
+                self._arguments = [value if isinstance(value, str) else "{}"]
 
     def _after_value(self, char: str) -> None:
         if char == "}":
@@ -146,7 +162,7 @@ class CallReader:
 
     def _decoded(self) -> object:
         try:
-            return json.loads(self._value, strict=False)
+            return json.loads("".join(self._value), strict=False)
         except (ValueError, RecursionError):
             self.is_broken = True
             return ""
@@ -157,10 +173,12 @@ class ToolCallParser:
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
         self.num_calls = 0
+        self.num_ended = 0
+        """Calls whose end has come, or which broke off after they had begun."""
         self._form = form
         self._names = frozenset(names)
         self._held = ""  # not yet decided
-        self._raw = ""  # of the call being read, in case it is none
+        self._raw: list[str] = []  # of the call being read, in case it is none; behind its arguments once it has begun
         self._reader: CallReader | None = None
         self._has_begun = False
         self._step = self._in_text if form.opening else self._at_start
@@ -175,10 +193,10 @@ class ToolCallParser:
 
     def finish(self) -> list[ToolPiece]:
         """What was held back, now that no more will come. A call that has begun stays as far as it came."""
-        rest = "" if self._has_begun else self._raw + self._held
+        rest = "" if self._has_begun else "".join(self._raw) + self._held
         if rest.strip() or not self.num_calls:  # space around calls is no part of what is said
             self._say(rest)
-        self._held = self._raw = ""
+        self._held, self._raw = "", []
         return self._taken()
 
     def _taken(self) -> list[ToolPiece]:
@@ -195,11 +213,12 @@ class ToolCallParser:
         """Tagged formats: text up to an opening tag."""
         before, tag, after = self._held.partition(self._form.opening)
         if tag:
-            self._say(before.rstrip(WHITESPACE))
-            self._begin_call(tag, after)
+            said = _without_end_space(before)
+            self._say(said)
+            self._begin_call(before[len(said) :] + tag, after)
             return True
         kept = _overlap(self._held, self._form.opening)
-        said = self._held[: len(self._held) - kept].rstrip(WHITESPACE)
+        said = _without_end_space(self._held[: len(self._held) - kept])
         self._say(said)
         self._held = self._held[len(said) :]
         return False
@@ -208,12 +227,12 @@ class ToolCallParser:
         """Bare formats: is the message a call?"""
         text = self._held.lstrip(WHITESPACE)
         prefix = self._form.prefix
-        if not text or (prefix and prefix.startswith(text)):
+        body = "" if prefix and prefix.startswith(text) else text.removeprefix(prefix).lstrip(WHITESPACE + "[")
+        if len(self._held) - len(body) > MAX_SPACE:
+            self._step = self._in_plain
+        elif not body:
             return False
-        body = text.removeprefix(prefix).lstrip(WHITESPACE + "[")
-        if not body:
-            return False
-        if body[0] == "{":
+        elif body[0] == "{":
             self._begin_call(self._held[: len(self._held) - len(body)], body)
         else:
             self._step = self._in_plain
@@ -236,7 +255,7 @@ class ToolCallParser:
         return False
 
     def _begin_call(self, raw: str, rest: str) -> None:
-        self._raw, self._held = raw, rest
+        self._raw, self._held = [raw], rest
         self._reader, self._has_begun = CallReader(self._names), False
         self._step = self._in_call
 
@@ -244,14 +263,19 @@ class ToolCallParser:
         reader = self._reader
         assert reader is not None
         used = 0
-        while used < len(self._held) and not (reader.is_complete or reader.is_broken):
-            reader.push(self._held[used])
+        for char in self._held:
+            if reader.is_complete or reader.is_broken:
+                break
+            is_argument = reader.is_in_arguments
+            reader.push(char)
             used += 1
+            self._raw.append(char)
             if reader.has_begun and not self._has_begun:
                 self._pieces.append(ToolPiece(call_idx=self.num_calls, name=reader.name))
                 self._has_begun = True
                 self.num_calls += 1
-        self._raw += self._held[:used]
+            if self._has_begun and (is_argument or reader.is_in_arguments):
+                self._raw.clear()
         self._held = self._held[used:]
         if self._has_begun and (arguments := reader.take_arguments()):
             self._pieces.append(ToolPiece(call_idx=self.num_calls - 1, arguments=arguments))
@@ -263,16 +287,21 @@ class ToolCallParser:
         return reader.is_complete
 
     def _end_call(self) -> None:
-        self._raw, self._has_begun = "", False
+        self.num_ended += 1
+        self._raw, self._has_begun = [], False
         self._step = self._before_closing if self._form.closing else self._between
 
     def _break_call(self) -> None:
-        """No call after all: its text is said. If it has begun it cannot be taken back; the rest of it is dropped."""
+        """No call after all: its text is said. A call that has begun cannot be taken back; what is behind its arguments
+        is said."""
+        self._say("".join(self._raw))
+        self._raw = []
         if self._has_begun:
-            self._step = self._to_closing
-            return
-        self._say(self._raw)
-        self._raw, self._step = "", self._in_text if self._form.opening else self._in_plain
+            self.num_ended += 1
+            self._has_begun = False
+            self._step = self._to_closing if self._form.closing else self._in_plain
+        else:
+            self._step = self._in_text if self._form.opening else self._in_plain
 
     def _before_closing(self) -> bool:
         text = self._held.lstrip(WHITESPACE)
@@ -283,13 +312,15 @@ class ToolCallParser:
         return True
 
     def _to_closing(self) -> bool:
-        """Behind a broken call: nothing until it is closed."""
-        closing = self._form.closing
-        before, tag, after = self._held.partition(closing) if closing else (self._held, "", "")
+        """Behind a call that broke off: the rest is said, but for the closing tag."""
+        before, tag, after = self._held.partition(self._form.closing)
         if tag:
-            self._raw, self._held, self._has_begun, self._step = "", after, False, self._in_text
+            self._say(before)
+            self._held, self._step = after, self._in_text
             return True
-        self._held = before[len(before) - _overlap(before, closing) :]
+        kept = _overlap(before, self._form.closing)
+        self._say(before[: len(before) - kept])
+        self._held = before[len(before) - kept :]
         return False
 
 
@@ -299,6 +330,11 @@ def _is_no_object(text: str | None) -> bool:
         return text is not None and not isinstance(json.loads(text), dict | None)
     except (ValueError, RecursionError):
         return False
+
+
+def _without_end_space(text: str) -> str:
+    """A text without the last white space that may be held back."""
+    return text[:-MAX_SPACE] + text[-MAX_SPACE:].rstrip(WHITESPACE)
 
 
 def _overlap(text: str, tag: str) -> int:

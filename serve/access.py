@@ -23,8 +23,8 @@ from serve.record import RequestRecord, request_id_of
 from serve.settings import ServerSettings
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
-LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""What costs a model's time; the rest is not counted against a key."""
+LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
+"""What costs a model's or a tokenizer's time; the rest is not counted against a key."""
 FIRST_REFUSAL = 400
 """A reply with this status or a higher one costs a key nothing but the tokens that were generated."""
 TRACE_HEADERS = ("traceparent", "tracestate")

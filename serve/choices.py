@@ -7,7 +7,7 @@ is what `Choices` yields, and a whole reply is a fold over the same.
 import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -149,8 +149,10 @@ def submit(
     client: Client,
     *,
     options: RequestOptions = DEFAULT_OPTIONS,
+    one_call_of: Collection[str] = (),
 ) -> Choices:
-    """Submit one generation per prompt and parameters, in that order; every prompt has as many choices.
+    """Submit one generation per prompt and parameters, in that order; every prompt has as many choices. Each ends with
+    its first call of one of the functions `one_call_of`.
 
     Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.
     """
@@ -158,7 +160,7 @@ def submit(
     try:
         for prompt_ids, choices in prompts:
             for params in choices:
-                generations.append(model.generate(prompt_ids, params, options=options))
+                generations.append(model.generate(prompt_ids, params, options=options, one_call_of=one_call_of))
     except BaseException:
         for generation in generations:
             generation.close()

@@ -5,7 +5,7 @@ from flask import Blueprint, Response, request
 from runtime.text_model import TextModel
 from serve.openai_replies import CompletionShape, Echo
 from serve.openai_requests import CompletionRequest, read_completion
-from serve.replying import Context, lease_model, noted, read_json, respond, start
+from serve.replying import Context, check_choices, lease_model, noted, read_json, respond, start
 
 
 def completions_blueprint(context: Context) -> Blueprint:
@@ -18,26 +18,38 @@ def completions_blueprint(context: Context) -> Blueprint:
         model = lease_model(context, raw)
         with noted(context):
             wanted = read_completion(raw)
-        prompts = [
-            model.encode(item, add_special_tokens=wanted.add_special_tokens) if isinstance(item, str) else list(item)
+        check_choices(context, len(wanted.prompts), wanted.n)
+        most = wanted.max_prompt(model.max_len)
+        whole = [
+            model.encode(item, add_special_tokens=wanted.add_special_tokens, max_tokens=most)
+            if isinstance(item, str)
+            else list(item)
             for item in wanted.prompts
         ]
+        prompts = [wanted.cut_prompt(prompt, model.max_len) for prompt in whole]
         choices = start(context, request, model, wanted, prompts)
-        shape = CompletionShape(model, _echo(model, wanted, prompts), is_scored=wanted.is_scored)
+        shape = CompletionShape(
+            model,
+            _echo(model, wanted, whole, prompts),
+            is_scored=wanted.is_scored,
+            shows_special=not wanted.params.skip_special_tokens,
+        )
         return respond(choices, shape, wanted)
 
     return blueprint
 
 
-def _echo(model: TextModel, wanted: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
-    """The prompt once per choice, if it is wanted; token ids are spelled out."""
+def _echo(model: TextModel, wanted: CompletionRequest, whole: list[list[int]], prompts: list[list[int]]) -> list[Echo]:
+    """The prompt once per choice, if it is wanted; token ids, and what is left of a text that was cut, are spelled
+    out."""
     if not wanted.is_echo:
         return []
+    spelled = model.token_bytes if wanted.params.skip_special_tokens else model.shown_bytes
     echoes = []
-    for prompt, ids in zip(wanted.prompts, prompts, strict=True):
-        if isinstance(prompt, str):
+    for prompt, all_ids, ids in zip(wanted.prompts, whole, prompts, strict=True):
+        if isinstance(prompt, str) and len(ids) == len(all_ids):
             text = prompt
         else:
-            text = b"".join(map(model.token_bytes, prompt)).decode("utf-8", "replace")
+            text = b"".join(map(spelled, ids)).decode("utf-8", "replace")
         echoes += [Echo(text, ids)] * wanted.n
     return echoes

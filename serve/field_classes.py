@@ -77,7 +77,7 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
     MESSAGE: (
         *_taken(
             "reply fields that clients send back",
-            "refusal annotations parsed provider_specific_fields extra_content reasoning_details reasoning thinking "
+            "refusal annotations parsed provider_specific_fields extra_content reasoning_details thinking "
             "thinking_blocks reasoning_items citations logprobs finish_reason index usage id type status",
         ),
         *_taken("a mark for another server's cache", "cache_control prompt_cache_breakpoint"),
@@ -164,7 +164,7 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("vllm_xargs", "no code of clients is run", {}),
         refused("stop_regex", "use stop", "", []),
         refused("stop_sequences", "use stop", []),
-        refused("no_stop_trim", "stop strings are left out of the answer", False),
+        refused("no_stop_trim", "use include_stop_str_in_output", False),
         refused("random_seed", "use seed"),
         refused("sampler_seed", "use seed", -1),
         refused("max_tokens_to_sample", "use max_tokens"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.choices import Choices
-from serve.tool_replies import ToolDeltas, add_delta, close_message
+from serve.tool_replies import ToolDeltas, add_delta, close_message, open_message
 
 Json = dict[str, Any]
 
@@ -59,13 +59,17 @@ class Echo(NamedTuple):
 
 class CompletionShape:
     """Answers of POST /v1/completions. `echo` holds the prompt of each choice, if it is to be put before the answer;
-    `is_scored` says that its log-probabilities will come, and the text with them."""
+    `is_scored` says that its log-probabilities will come, and the text with them; `shows_special` that special tokens
+    are part of the text."""
 
-    def __init__(self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False) -> None:
+    def __init__(
+        self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False, shows_special: bool = False
+    ) -> None:
         self._head = _head("cmpl", "text_completion", model.name)
         self._model = model
         self._echo = echo
         self._is_scored = is_scored
+        self._bytes_in_text = model.shown_bytes if shows_special else model.token_bytes
         self._offsets: dict[int, TextOffset] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
@@ -88,16 +92,19 @@ class CompletionShape:
 
     def fold(self, chunks: Iterable[Json]) -> Json:
         whole: dict[int, Json] = {}
+        texts: dict[int, list[str]] = {}  # joined once: a text that grew piece by piece would be copied for each
         counts = None
         for chunk in chunks:
             counts = chunk["usage"]
             for piece in chunk["choices"]:
                 choice = whole.setdefault(piece["index"], piece)
+                texts.setdefault(piece["index"], []).append(piece["text"])
                 if choice is piece:
                     continue
-                choice["text"] += piece["text"]
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
                 choice["finish_reason"] = piece["finish_reason"]
+        for index, choice in whole.items():
+            choice["text"] = "".join(texts[index])
         return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
 
     def _chunk(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
@@ -133,24 +140,31 @@ class CompletionShape:
             "tokens": [token_text(self._model, token_id, prefix="bytes:")],
             "token_logprobs": [logprob if logprob is None else max(logprob, LEAST_LOGPROB)],
             "top_logprobs": [top],
-            "text_offset": [offset.advance(self._model.token_bytes(token_id))],
+            "text_offset": [offset.advance(self._bytes_in_text(token_id))],
         }
 
 
 class ChatShape:
-    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for."""
+    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for; with
+    `may_call_or_answer` a grammar lets nothing else come than calls, or text of a form."""
 
-    def __init__(self, model: TextModel, tool_names: Sequence[str] = ()) -> None:
+    def __init__(self, model: TextModel, tool_names: Sequence[str] = (), *, may_call_or_answer: bool = False) -> None:
         self._head = _head("chatcmpl", "chat.completion", model.name)
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
         self._model = model
         self._tool_names = tool_names
+        self._may_answer = may_call_or_answer
         self._tools: dict[int, ToolDeltas] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
         for index in range(num_choices):
             if self._tool_names:
-                self._tools[index] = ToolDeltas(self._model.tool_format, self._tool_names)
+                self._tools[index] = ToolDeltas(
+                    self._model.tool_format,
+                    self._tool_names,
+                    may_answer=self._may_answer,
+                    has_short_ids=self._model.has_short_call_ids,
+                )
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
@@ -177,11 +191,12 @@ class ChatShape:
         for chunk in chunks:
             counts = chunk["usage"]
             for piece in chunk["choices"]:
-                delta = piece["delta"]
-                empty = {"index": piece["index"], "message": delta, "logprobs": None, "finish_reason": None}
-                choice = whole.setdefault(piece["index"], empty)
-                if choice is empty:
+                index, delta = piece["index"], piece["delta"]
+                if index not in whole:
+                    message = open_message(delta)
+                    whole[index] = {"index": index, "message": message, "logprobs": None, "finish_reason": None}
                     continue
+                choice = whole[index]
                 add_delta(choice["message"], delta)
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
                 choice["finish_reason"] = piece["finish_reason"]

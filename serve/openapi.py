@@ -1,6 +1,6 @@
 """GET /openapi.json: the server's description of itself, made from the tables that check its requests.
 
-A new field in serve/openai_requests.py appears here by itself; a new route needs a row in OPERATIONS, and a test
+A new row in one of the tables of fields appears here by itself; a new route needs a row in OPERATIONS, and a test
 fails until it has one.
 """
 
@@ -15,9 +15,10 @@ from runtime.core import RANGES, SamplingParams
 from serve.access import OPEN_ROUTES
 from serve.fields import Field, integer, number, table_schema
 from serve.ignored import HEADER
-from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_NAMES
+from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.openapi_replies import REPLIES, TEXT, Json, ref
 from serve.replying import Context
+from serve.sampling_fields import SAMPLING_NAMES
 from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 
 OPENAPI_VERSION = "3.2.0"

@@ -81,17 +81,20 @@ def lease_model(context: Context, raw: dict[str, Any]) -> TextModel:
     return generation.model
 
 
+def check_choices(context: Context, num_prompts: int, n: int) -> None:
+    """Refuse a request for more choices than fit, before anything of it is tokenized. Raises InvalidRequest."""
+    if num_prompts * n > context.settings.max_choices:
+        raise InvalidRequest(
+            f"{num_prompts} prompts times n={n} are {num_prompts * n} choices; "
+            f"at most {context.settings.max_choices} fit in one request",
+            param="n",
+        )
+
+
 def start(
     context: Context, request: Request, model: TextModel, wanted: GenerationRequest, prompts: Sequence[list[int]]
 ) -> Choices:
     """Submit every choice of a request, all or none. Raises what `TextModel.generate` raises, and RateLimitedError."""
-    num_choices = len(prompts) * wanted.n
-    if num_choices > context.settings.max_choices:
-        raise InvalidRequest(
-            f"{len(prompts)} prompts times n={wanted.n} are {num_choices} choices; "
-            f"at most {context.settings.max_choices} fit in one request",
-            param="n",
-        )
     planned = [
         (prompt_ids, [wanted.for_choice(idx, len(prompt_ids), model.max_len) for idx in range(wanted.n)])
         for prompt_ids in prompts
@@ -102,7 +105,10 @@ def start(
         context.access.limits.reserve_prompt(record.reservation, sum(map(len, prompts)))
     salt = _salt(record.tenant, wanted.options.cache_salt)
     options = replace(wanted.options, cache_salt=salt, tenant=record.tenant)
-    choices = submit(model, planned, Client(request.environ.get("gunicorn.socket")), options=options)
+    if wanted.prediction:
+        options = replace(options, prediction_ids=model.encode_prediction(wanted.prediction))
+    client = Client(request.environ.get("gunicorn.socket"))
+    choices = submit(model, planned, client, options=options, one_call_of=wanted.one_call_of)
     record.choices = choices
     context.access.live.add(record)
     on_end(context.access.live.remove)

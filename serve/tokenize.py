@@ -9,10 +9,14 @@ from runtime.text_model import TextModel
 from serve.field_classes import DETOKENIZE, TOKENIZE, table
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
 from serve.message_fields import read_messages
+from serve.prompt_fields import CHAT_TEMPLATE_FIELDS, chat_options
 from serve.replying import Context, lease_model, noted, read_json
 from serve.tool_fields import tools
 
 MAX_TOKENS = 2**20
+"""Longest list of token ids that is read at all."""
+MIN_DETOKENIZED = 2**16
+"""Token ids that /detokenize takes where the context is shorter."""
 TOKENIZE_FIELDS = table(
     TOKENIZE,
     Field("model", string),
@@ -21,6 +25,7 @@ TOKENIZE_FIELDS = table(
     Field("tools", tools),
     Field("add_special_tokens", boolean),
     Field("return_token_strs", boolean),
+    *CHAT_TEMPLATE_FIELDS,
 )
 DETOKENIZE_FIELDS = table(
     DETOKENIZE,
@@ -51,6 +56,9 @@ def tokenize_blueprint(context: Context) -> Blueprint:
         model = lease_model(context, raw)
         with noted(context):
             ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
+        most = max(model.max_len, MIN_DETOKENIZED)
+        if len(ids) > most:
+            raise InvalidRequest(f"{len(ids):,} token ids are too many; at most {most:,} are taken", param="tokens")
         if bad := [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]:
             raise InvalidRequest(
                 f"token id {bad[0]} is not in the vocabulary, 0 to {model.vocab_size - 1}", param="tokens"
@@ -69,4 +77,4 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
     if values.get("add_special_tokens", False):
         raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
-    return model.encode_chat(values["messages"], tools=values.get("tools", ()))
+    return model.encode_chat(values["messages"], tools=values.get("tools", ()), options=chat_options(values))

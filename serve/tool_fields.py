@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from runtime.call_or_answer import calls_or
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
@@ -51,12 +52,15 @@ class ToolUse:
     forced: tuple[Tool, ...]
     is_parallel: bool
 
-    def constraint(self, form: ToolFormat) -> Constraint | None:
-        """What holds the answer to calls, if it has to be calls."""
-        if not self.forced:
+    def constraint(self, form: ToolFormat, answer: Constraint | None) -> Constraint | None:
+        """What holds the answer to calls, if it has to be calls; to calls or to the form of an `answer`, if it has to
+        have one."""
+        if self.forced:
+            source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
+            return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        if answer is None:
             return None
-        source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
-        return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        return calls_or(answer, form, self.tools, is_parallel=self.is_parallel)
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")

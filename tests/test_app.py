@@ -440,7 +440,7 @@ def test_a_bug_is_a_500_without_its_text(
     model, client = served
     model.close()
 
-    def broken(text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def broken(text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         raise ZeroDivisionError("the secret is 42")
 
     model.encode = broken  # type: ignore[method-assign]  # a bug is what this test needs

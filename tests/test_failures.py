@@ -144,7 +144,7 @@ class BrokenText:
             raise ValueError("no such word")
         return TextPiece("x", False)
 
-    def finish(self) -> str:
+    def finish(self, end_id: int | None = None) -> str:
         return ""
 
 

@@ -79,8 +79,9 @@ def test_any_name_and_none_at_all_are_answered_by_the_first_model(open_minded: F
     ],
 )
 def test_bad_aliases(aliases: list[str], words: str) -> None:
+    source = ModelSource(lambda _: fake_text_model())
     with pytest.raises(InvalidSetting, match=r"--alias") as refused:
-        ModelRegistry({name: ModelSource(lambda _: fake_text_model()) for name in "ab"}, aliases=aliases)
+        ModelRegistry({"a": source, "b": source}, aliases=aliases)
     assert words in str(refused.value)
 
 

@@ -61,7 +61,7 @@ BAD_FIELDS = [
     ("top_p", 1.1, "at most 1"),
     ("repetition_penalty", 5e-324, "at least 0.01"),
     ("top_k", 1.5, "an integer"),
-    ("top_k", -2, "top_k must be at least"),
+    ("top_k", -2, "top_k must be at least -1"),
     ("min_p", [1], "a list of 1"),
     ("seed", True, "an integer"),
     ("seed", 2**63, "an integer"),
@@ -466,8 +466,6 @@ def test_tools_and_what_they_need(client: FlaskClient) -> None:
     named = {"type": "function", "function": {"name": "h"}}
     error = refusal(client, CHAT, {**body, "tool_choice": named})
     assert error["param"] == "tool_choice" and "f, g" in error["message"]
-    error = refusal(client, CHAT, {**body, "response_format": {"type": "json_object"}})
-    assert error["param"] == "tools" and "exclude" in error["message"]
     bad = tool(parameters={"properties": {"a": {"type": "strin"}}})
     error = refusal(client, CHAT, {**CONVERSATION, "tools": [bad], "tool_choice": "required"})
     assert error["param"] == "tools" and "strin" in error["message"]

@@ -15,8 +15,9 @@ from openapi_spec_validator import validate
 from runtime.core import RANGES
 from serve.app import create_app
 from serve.fields import FieldClass
-from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_NAMES
+from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.openapi import document
+from serve.sampling_fields import SAMPLING_NAMES
 from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from tests.fake_text_model import NAME, fake_text_model
 

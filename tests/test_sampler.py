@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from runtime.session import TopRow
 
 
 def naive_weights(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
-    """Top-k, top-p and min-p by sorting everything, in fp64, one token at a time."""
+    """Top-k, top-p, min-p and typical-p by sorting everything, in fp64, one token at a time."""
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
     if params.top_k:
         order = order[: params.top_k]
@@ -26,7 +28,20 @@ def naive_weights(logits: NDArray[np.float32], params: SamplingParams) -> dict[i
             break
         nucleus.append(i)
         reached += weights[i]
-    return {i: weights[i] for i in nucleus if weights[i] >= params.min_p * weights[order[0]]}
+    kept = {i: weights[i] for i in nucleus if weights[i] >= params.min_p * weights[order[0]]}
+    return naive_typical(kept, params.typical_p) if params.typical_p < 1 else kept
+
+
+def naive_typical(weights: dict[int, float], typical_p: float) -> dict[int, float]:
+    total, reached, typical = sum(weights.values()), 0.0, {}
+    surprisal = {i: math.log(total / w) for i, w in weights.items()}
+    entropy = sum(w / total * surprisal[i] for i, w in weights.items())
+    for i in sorted(weights, key=lambda i: (abs(surprisal[i] - entropy), i)):
+        if reached >= typical_p * total:
+            break
+        typical[i] = weights[i]
+        reached += weights[i]
+    return typical
 
 
 @settings(max_examples=300, deadline=None)
@@ -61,6 +76,66 @@ def _is_on_an_edge(logits: NDArray[np.float32], params: SamplingParams) -> bool:
     return is_near_top_p or any(abs(w - params.min_p) < 1e-5 for w in weights[:-1])
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    # Multiples of 1/7 of different sizes: no two tokens are equally far from the entropy, but for equal ones.
+    sevenths=st.lists(st.integers(0, 90), min_size=1, max_size=60, unique=True),
+    top_k=st.sampled_from([0, 5]),
+    typical_p=st.sampled_from([0.999, 0.917, 0.513, 0.2, 1e-6]),
+)
+def test_typical_tokens_are_those_of_a_naive_sampler(sevenths: list[int], top_k: int, typical_p: float) -> None:
+    logits = (np.array(sevenths) / 7 + np.array(sevenths) ** 2 / 1009).astype(np.float32)
+    params = SamplingParams(typical_p=typical_p, top_k=top_k, min_p=0.001)
+    ids, weights = filtered(logits, params)
+    kept = range(len(logits)) if ids is None else ids.tolist()
+    expected = naive_weights(logits, params)
+    reached = np.cumsum(list(expected.values())) / sum(naive_weights(logits, replace(params, typical_p=1.0)).values())
+    if (abs(reached - typical_p) < 1e-5).any():
+        return  # fp32 rounding decides whether one token more is kept
+    assert dict(zip(kept, weights.tolist(), strict=True)) == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_typical_leaves_out_a_token_that_is_too_likely() -> None:
+    """Entropy 1.83: the one of 0.4 (surprisal 0.92) is further from it than those of 0.1 (2.3)."""
+    logits = np.log(np.array([0.4, *[0.1] * 6], np.float32))
+    ids, _ = filtered(logits, SamplingParams(typical_p=0.35))
+    assert ids is not None and ids.tolist() == [1, 2, 3, 4]
+
+
+def test_typical_looks_further_from_the_entropy_where_nothing_is_near_it() -> None:
+    """One token has all but 0.001 of the probability, the rest is spread thinly: entropy 0.014, all others beyond 9."""
+    logits = np.log(np.array([0.999, *[0.001 / 50] * 50], np.float32))
+    ids, _ = filtered(logits, SamplingParams(typical_p=0.9995))
+    assert ids is not None and ids.tolist() == list(range(26))
+
+
+def test_top_p_0_is_the_likeliest_token_and_top_k_minus_1_is_off() -> None:
+    logits = np.array([0, 2, 1.9, 2], np.float32)
+    sampler = make_sampler(SamplingParams(top_p=0, temperature=2, seed=1), [])
+    assert {sampler.sample(logits).token_id for _ in range(50)} == {1}
+    few, every = (make_sampler(SamplingParams(seed=3, top_k=top_k), []) for top_k in (-1, 0))
+    assert [few.sample(logits).token_id for _ in range(50)] == [every.sample(logits).token_id for _ in range(50)]
+    assert num_top(SamplingParams(top_k=-1)) is None and num_top(SamplingParams(top_p=0)) == 1
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {"temperature": 1.0, "seed": 1}, {"temperature": 0, "logprobs": 1}]
+)
+def test_no_end_is_chosen_among_the_first_tokens(params: dict[str, Any]) -> None:
+    logits = np.array([9, 0, 8, 1], np.float32)
+    sampler = make_sampler(SamplingParams(min_tokens=3, **params), [], {0, 2})
+    chosen = [sampler.sample(logits).token_id for _ in range(12)]
+    assert {0, 2}.isdisjoint(chosen[:3]) and set(chosen[3:]) <= {0, 2}
+
+
+def test_where_a_grammar_leaves_nothing_but_the_end_it_is_chosen() -> None:
+    logits = np.array([5, 0, 1], np.float32)
+    sampler = make_sampler(SamplingParams(min_tokens=9, temperature=0), [], {2})
+    either, end = np.array([False, True, True]), np.array([False, False, True])
+    assert [sampler.sample(logits, allowed).token_id for allowed in (either, end, either)] == [1, 2, 1]
+    assert either.tolist() == [False, True, True], "the mask is the guide's"
+
+
 CHI_SQUARE_999 = {2: 13.82, 4: 18.47, 5: 20.52, 7: 24.32}
 """0.999 quantiles by degrees of freedom: a right sampler fails for one seed in a thousand; ours is fixed."""
 
@@ -74,6 +149,7 @@ CHI_SQUARE_999 = {2: 13.82, 4: 18.47, 5: 20.52, 7: 24.32}
         (SamplingParams(seed=7, top_p=0.95), 5),
         (SamplingParams(seed=7, top_p=0.6), 2),
         (SamplingParams(seed=7, min_p=0.31), 4),
+        (SamplingParams(seed=7, typical_p=0.6), 4),
     ],
 )
 def test_tokens_are_drawn_with_their_probabilities(params: SamplingParams, degrees: int) -> None:
@@ -98,8 +174,9 @@ def test_a_seed_repeats_and_another_differs() -> None:
         return [sampler.sample(logits).token_id for _ in range(8)]
 
     assert draws(3) == draws(3) != draws(4)
-    assert draws(-1) == draws(-1)
+    assert draws(-2) == draws(-2)
     assert draws(None) != draws(None)
+    assert draws(-1) != draws(-1)
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
@@ -161,6 +238,7 @@ def test_logprobs_are_the_models_before_penalties_and_temperature() -> None:
         SamplingParams(),
         SamplingParams(top_k=2),
         SamplingParams(top_p=0.5),
+        SamplingParams(typical_p=0.5),
         SamplingParams(temperature=0, logprobs=1),
         SamplingParams(temperature=0, presence_penalty=1),
     ],
@@ -196,13 +274,20 @@ def top_of(row: NDArray[np.float32], k: int) -> TopRow:
     top_k=st.integers(1, 40),
     top_p=st.sampled_from([1.0, 0.9, 0.3]),
     min_p=st.sampled_from([0.0, 0.05]),
+    typical_p=st.sampled_from([1.0, 0.7]),
     logprobs=st.sampled_from([None, 0, 5]),
 )
 def test_the_likeliest_tokens_alone_give_the_choices_of_the_whole_row(
-    seed: int, greedy: bool, top_k: int, top_p: float, min_p: float, logprobs: int | None
+    seed: int, greedy: bool, top_k: int, top_p: float, min_p: float, typical_p: float, logprobs: int | None
 ) -> None:
     params = SamplingParams(
-        temperature=0.0 if greedy else 0.8, top_k=top_k, top_p=top_p, min_p=min_p, logprobs=logprobs, seed=7
+        temperature=0.0 if greedy else 0.8,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        logprobs=logprobs,
+        seed=7,
     )
     needed = num_top(params)
     assert needed is not None

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.core import Request, SamplingParams
+from runtime.core import FinishReason, Request, RequestOptions, SamplingParams
 from runtime.draft_model import DraftModel
 from runtime.engine import Engine
+from runtime.errors import InvalidRequest
 from runtime.ngram import NgramIndex
 from runtime.run_cost import RunCost
 from runtime.speculation import MAX_DRAFT, Speculator
@@ -107,6 +108,67 @@ def test_a_new_guess_is_what_followed_the_last_time(prompt: list[int], answer: l
             assert index.source == next((place for place in places.values() if place is not None), None)
         assert 0 < index.odds < 1
         index.push(token_id)
+
+
+PREDICTED = [*range(20, 32), 7, *range(32, 40)]
+
+
+def test_a_prediction_is_copied_from_its_first_token_to_its_last_and_not_beyond() -> None:
+    index = NgramIndex([1, 2, 3, 20], PREDICTED)
+    assert index.text_ids == [1, 2, 3, 20]
+    for count, token_id in enumerate(PREDICTED):
+        assert index.guess(4) == PREDICTED[count : count + 4], "rather than what the prompt has"
+        index.push(token_id)
+    assert index.source is None and index.guess(4) == []
+    assert index.text_ids == [1, 2, 3, 20, *PREDICTED]
+
+
+def test_a_text_that_leaves_its_prediction_finds_back() -> None:
+    index = NgramIndex([1, 2, 24, 2], PREDICTED)
+    for token_id in (20, 21, 49, 48, 24):
+        index.push(token_id)
+    assert index.guess(3) == [25, 26, 27], "its own words come before the prompt's"
+    index.push(25)
+    assert index.guess_behind([26, 27], 2)[0] == [28, 29]
+
+
+@pytest.mark.parametrize("has_draft_model", [False, True], ids=["copied", "draft model"])
+@pytest.mark.parametrize("prediction", ["right", "half right", "wrong", "none"])
+def test_a_prediction_saves_runs_where_it_is_right_and_changes_no_token(
+    prediction: str, *, has_draft_model: bool
+) -> None:
+    prompt, params = [1, 2, 3], SamplingParams(max_tokens=40, temperature=0.7, seed=5, logprobs=1)
+    expected = alone(prompt, params)
+    answer = [event.token_id for event in expected if event.token_id is not None]
+    predicted = {
+        "right": answer,
+        "half right": [*answer[:20], *answer[23:]],
+        "wrong": [(token_id + 1) % VOCAB for token_id in answer],
+        "none": [],
+    }[prediction]
+    session = FakeSession(capacity=160, vocab_size=VOCAB)
+    engine = drafting_engine(session, memory=1)[0] if has_draft_model else engine_for(session)
+    request, recorder = make_request("a", prompt, params)
+    request.options = RequestOptions(prediction_ids=predicted)
+    engine.add(engine.prepare(request))
+    finish(engine)
+    assert recorder.events == expected
+    if prediction == "right":
+        # The prefill gives one token, three runs give 16, 16 and 7.
+        assert request.usage.num_accepted == request.usage.num_drafted == 36 and len(session.batches) == 4
+    if prediction == "half right":
+        assert request.usage.num_accepted >= 30
+    if prediction == "wrong" and not has_draft_model:
+        assert request.usage.num_drafted > 0
+
+
+def test_a_prediction_of_tokens_that_are_none_is_refused() -> None:
+    request, _ = make_request("a", [1], greedy(4))
+    request.options = RequestOptions(prediction_ids=[3, VOCAB])
+    with pytest.raises(InvalidRequest, match=f"token id {VOCAB} is not in the vocabulary") as caught:
+        engine_for(FakeSession(vocab_size=VOCAB)).prepare(request)
+    assert caught.value.param == "prediction"
+    Engine(FakeSession(vocab_size=VOCAB)).prepare(request)  # without drafts it is not looked at
 
 
 def _last_place(ids: list[int], size: int, end: int | None = None) -> int | None:
@@ -212,6 +274,27 @@ def test_what_a_grammar_forces_is_drafted_and_what_it_forbids_is_not(
     assert recorder.events == dictate(Engine(FakeSession(capacity=160, vocab_size=VOCAB, memory=1)))[1].events
     assert len(session.batches) == num_runs
     assert (request.usage.num_drafted, request.usage.num_accepted) == (num_drafted, num_accepted)
+
+
+@pytest.mark.parametrize("min_gain", [EVERY_DRAFT, 1e9], ids=["drafted", "plain"])
+def test_a_stop_token_that_a_grammar_forces_too_early_is_a_token_like_any_other(min_gain: float) -> None:
+    text = [3, 9, 4, 9, 5, 9, 6, 7]
+    request, recorder = make_request("a", [1], replace(greedy(20), min_tokens=4, stop_token_ids=frozenset({9})))
+    request.guide = Dictation(text, says_so=True)
+    engine = engine_for(FakeSession(capacity=160, vocab_size=VOCAB, memory=1), min_gain=min_gain)
+    engine.add(engine.prepare(request))
+    finish(engine)
+    assert recorder.token_ids == text[:6] and recorder.reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("min_gain", [EVERY_DRAFT, 1e9], ids=["drafted", "plain"])
+def test_an_answer_ends_where_its_grammar_leaves_only_the_end_of_text(min_gain: float) -> None:
+    request, recorder = make_request("a", [1], replace(greedy(20), min_tokens=9), frozenset({7}))
+    request.guide = Dictation([3, 4, 7], says_so=True)
+    engine = engine_for(FakeSession(capacity=160, vocab_size=VOCAB, memory=1), min_gain=min_gain)
+    engine.add(engine.prepare(request))
+    finish(engine)
+    assert recorder.token_ids == [3, 4, 7] and recorder.reason is FinishReason.STOP
 
 
 def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -179,6 +180,47 @@ def test_a_request_text_joins_characters_before_it_looks_for_stops() -> None:
     assert [r.text for r in results[:5]] == ["a", "", "", "", "\u4e2d?"]
     assert [r.is_stopped for r in results].index(True) == 8
     assert "".join(r.text for r in results[:9]) == "a\u4e2d?"
+
+
+def test_a_stop_string_can_stay_in_the_text_and_does_not_count_at_first() -> None:
+    def text_of(text: str, **settings: Any) -> str:
+        stream, shown = RequestText(BYTE_LEVEL.detokenizer(), ("ab", "b!"), **settings), ""
+        for token_id in BYTE_LEVEL.encode(text):
+            piece = stream.push(token_id)
+            shown += piece.text
+            if piece.is_stopped:
+                return shown + "|"
+        return shown + stream.finish()
+
+    assert text_of("xabab!", keeps_end=True) == "xab|"
+    assert text_of("xab!", min_tokens=3) == "xa|", "the fourth token completes the second stop string"
+    assert text_of("xabab!", min_tokens=4) == "xab|"
+    assert text_of("xabab!", min_tokens=5) == "xaba|"
+    assert text_of("xab", min_tokens=3) == text_of("xab", min_tokens=9) == "xab"
+
+
+def test_the_text_of_the_token_at_the_end_is_part_of_it_if_that_is_asked_for() -> None:
+    end_id, dot = 257, BYTE_LEVEL.encode(".")[0]
+
+    def finished(end_id: int, *, skips_special: bool = True, **settings: Any) -> str:
+        stream = RequestText(BYTE_LEVEL.detokenizer(skips_special=skips_special), ("<|end|>",), **settings)
+        return "".join(stream.push(token_id).text for token_id in BYTE_LEVEL.encode("a\u4e2d")[:3]) + stream.finish(
+            end_id
+        )
+
+    assert finished(dot) == finished(end_id) == "a\ufffd"
+    assert finished(dot, keeps_end=True) == "a\ufffd."
+    assert finished(end_id, keeps_end=True) == "a\ufffd"
+    assert finished(end_id, keeps_end=True, end_texts={end_id: "<|end|>"}) == "a\ufffd<|end|>"
+    assert finished(end_id, keeps_end=True, skips_special=False) == "a\ufffd<|end|>"
+
+
+def test_special_tokens_are_written_by_their_names_unless_they_are_skipped() -> None:
+    ids = BYTE_LEVEL.encode("<|begin|>a<|end|>b")
+    shown, skipped = (BYTE_LEVEL.detokenizer(skips_special=skips) for skips in (False, True))
+    assert "".join(map(shown.push, ids)) == "<|begin|>a<|end|>b" and "".join(map(skipped.push, ids)) == "ab"
+    assert BYTE_LEVEL.special_id_of == {"<|begin|>": 256, "<|end|>": 257}
+    assert BYTE_LEVEL.shown_bytes(9999) == b""
 
 
 def test_what_is_held_back_comes_out_at_the_end() -> None:

@@ -52,7 +52,17 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     (HERMES, f"<tool_call>[1]</tool_call><tool_call>{C}</tool_call>", "<tool_call>[1]</tool_call>", [CLOCK_CALL]),
     (HERMES, '<tool_call>{"name": "clock", "arguments": {"a": 1', "", [("clock", '{"a": 1')]),
     (HERMES, '<tool_call>{"name": "clock", oops}</tool_call>', '<tool_call>{"name": "clock", oops}</tool_call>', []),
-    (HERMES, '<tool_call>{"name": "clock", "arguments": {"a": 1}, oops}</tool_call>ok', "ok", [("clock", '{"a": 1}')]),
+    (
+        HERMES,
+        '<tool_call>{"name": "clock", "arguments": {"a": 1}, oops}</tool_call>ok',
+        ", oops}ok",
+        [("clock", '{"a": 1}')],
+    ),
+    (HERMES, "Hm.\n <tool_call>[1]</tool_call>", "Hm.\n <tool_call>[1]</tool_call>", []),
+    (HERMES, f"{C}\n<tool_call>{C}</tool_call>\n<tool_call>no", f"{C}\n<tool_call>no", [CLOCK_CALL]),
+    (HERMES, "a" + " " * 2000 + f"<tool_call>{C}", "a" + " " * 1000, [CLOCK_CALL]),
+    (HERMES, '<tool_call>{"name": "clock", "args": {"a": 1}}', '<tool_call>{"name": "clock", "args": {"a": 1}}', []),
+    (HERMES, '<tool_call>{"name": "clock", "arguments": {}, "why": "x"}</tool_call>', "", [CLOCK_CALL]),
     (HERMES, '<tool_call>{"name": ["clock"]}', '<tool_call>{"name": ["clock"]}', []),
     (LLAMA3, P, "", [WEATHER_CALL]),
     (LLAMA3, f" <|python_tag|>{P}; {P}", "", [WEATHER_CALL, WEATHER_CALL]),
@@ -61,6 +71,20 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     (LLAMA3, '{"other": {"name": "clock"}}', '{"other": {"name": "clock"}}', []),
     (LLAMA3, "It is {hot}.", "It is {hot}.", []),
     (LLAMA3, "<|python", "<|python", []),
+    # An object that is more than a call is what was asked for: JSON with a field `name`.
+    (GENERIC, '{"name": "clock", "age": 3}', '{"name": "clock", "age": 3}', []),
+    (GENERIC, '{"age": 3, "name": "clock"}', '{"age": 3, "name": "clock"}', []),
+    (GENERIC, '{"name": "clock", "age": 3, "arguments": {}}', '{"name": "clock", "age": 3, "arguments": {}}', []),
+    (GENERIC, '{"name": "clock", "type": "watch"}', '{"name": "clock", "type": "watch"}', []),
+    (GENERIC, '{"name": "clock", "arguments": {}, oops} and more', ", oops} and more", [CLOCK_CALL]),
+    (
+        GENERIC,
+        '{"name": "clock", "arguments": {"a": 1}, "parameters": {}}',
+        ', "parameters": {}}',
+        [("clock", '{"a": 1}')],
+    ),
+    (GENERIC, '[{"name": "clock", "arguments": {}, "id": "aB3dE6gH9"}]', "", [CLOCK_CALL]),
+    (GENERIC, " " * 1001 + C, " " * 1001 + C, []),
     (GENERIC, f"[{W}, {C}]", "", [WEATHER_CALL, CLOCK_CALL]),
     (GENERIC, f"{W}\n{C}\n", "", [WEATHER_CALL, CLOCK_CALL]),
     (GENERIC, "[1, 2]", "[1, 2]", []),
@@ -142,6 +166,17 @@ def test_no_part_of_a_call_is_ever_shown(form: ToolFormat) -> None:
     for end in range(len(text) + 1):
         parser = ToolCallParser(form, NAMES)
         assert not any(piece.text for piece in parser.push(text[:end])), text[:end]
+
+
+def test_nothing_is_kept_of_a_call_that_has_begun() -> None:
+    """What is kept would be copied with every token."""
+    text = '<tool_call>{"name": "clock", "arguments": {"a": "' + "x" * 20_000
+    parser = ToolCallParser(HERMES, NAMES)
+    most = 0
+    for char in text:
+        parser.push(char)
+        most = max(most, len(parser._raw) + len(parser._held))
+    assert most < 100
 
 
 def test_arguments_come_as_they_grow() -> None:
