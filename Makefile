@@ -14,7 +14,10 @@ KV ?=
 CALIB ?=
 DIALECT ?=
 OPTIMIZE ?=
-NAME := $(shell basename '$(MODEL)' .gguf | tr A-Z a-z)
+# The name in the default OUT, as export/identity.py has it: only the suffix of a weight file goes, so that Llama-3.2-1B
+# and Llama-3.2-3B stay apart.
+NAME := $(shell basename "$$(case '$(MODEL)' in (.|./|..|../|*/..|*/../) realpath '$(MODEL)';; (*) echo '$(MODEL)';; esac)" \
+    | sed -E 's/(.)\.(gguf|safetensors)$$/\1/I' | tr A-Z a-z)
 OUT ?= artifacts/$(NAME)-$(PRECISION)$(if $(KV),-kv-$(KV))
 ARTIFACT ?= $(OUT)
 PORT ?= 8000
@@ -59,7 +62,8 @@ export: $(VENV)/.installed  ## write an artifact: make export MODEL=... PRECISIO
 engine: $(VENV)/.installed  ## compile an artifact for TensorRT: make engine ARTIFACT=... TARGET=... GPU=...
 	@$(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null || [ '$(TARGET)' != tensorrt-rtx ] || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[rtx]'
-	@$(BIN)/headrace engine '$(ARTIFACT)' --target '$(TARGET)' $(if $(GPU),--gpu '$(GPU)')
+	@$(BIN)/headrace engine '$(ARTIFACT)' --target '$(TARGET)' $(if $(GPU),--gpu '$(GPU)') \
+	  $(if $(filter-out file default,$(origin MODEL)),--model '$(MODEL)')
 
 bundle: $(VENV)/.installed  ## pack an artifact for a device: make bundle ARTIFACT=... DEVICE=jetson-orin|jetson-thor|rtx|cpu
 	@$(BIN)/python -c 'import uv' 2>/dev/null || \

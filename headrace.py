@@ -1,6 +1,7 @@
 """The `headrace` command: looks the verb up and imports only that verb's module, so that --help is instant."""
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -38,16 +39,30 @@ def main(argv: list[str] | None = None) -> int:
         from serve.allocator import begin_again_tuned
 
         begin_again_tuned()
+    return _run(verb, args[1:])
+
+
+def _run(verb: str, args: list[str]) -> int:
     from runtime.errors import HeadraceError
 
     try:
-        return int(importlib.import_module(VERBS[verb][0]).main(args[1:]))
+        return int(importlib.import_module(VERBS[verb][0]).main(args))
     except HeadraceError as error:
-        sys.stderr.write(f"headrace {verb}: {error}\n")
-        return 2
+        message = str(error)
     except KeyboardInterrupt:
         sys.stderr.write(f"headrace {verb}: interrupted\n")
         return 130
+    except BrokenPipeError:
+        # `| head` has what it wanted. Python flushes stdout once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        # The machine's fault, not ours: permissions, a full disk, a file that went away.
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except MemoryError:
+        message = "memory ran out; end other programs, or ask for less"
+    sys.stderr.write(f"headrace {verb}: {message}\n")
+    return 2
 
 
 if __name__ == "__main__":

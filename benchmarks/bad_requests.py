@@ -73,7 +73,8 @@ def requests(draw: st.DrawFn, model: str) -> bytes:
     kind = draw(st.integers(0, 9))
     if kind >= 7:
         body = _mangle(draw, body)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n".encode()
+    headers = "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\n{headers}".encode()
     if kind == 9:
         return _mangle(draw, head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body

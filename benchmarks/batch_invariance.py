@@ -39,7 +39,7 @@ class Request(NamedTuple):
 def requests_for(artifact: Artifact, count: int) -> list[Request]:
     """Beginnings of random places in the project's texts; the same at every call."""
     rng = random.Random(SEED)
-    tokenizer = Tokenizer.from_directory(artifact.path)
+    tokenizer = Tokenizer.from_artifact(artifact)
     texts = [tokenizer.encode(calibration_data.verification_text(name)) for name in calibration_data.EVALUATION_TEXTS]
     requests = []
     for _ in range(count):

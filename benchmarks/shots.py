@@ -46,7 +46,7 @@ def make_shot(rng: random.Random, model: str) -> Shot:
         body |= option(rng)
     form = rng.choice(FORMS)(rng) if rng.random() < 0.3 else {}
     text = _prompt(rng)
-    # A stream has begun by the time its time is up; the error is then its last event.
+    # Where a stream has begun by the time its time is up, the error is its last event.
     statuses = (OK, LATE) if body.get("timeout") in SHORT_TIMEOUTS else (OK,)
     if rng.random() < 0.5:
         if rng.random() < 0.2:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.speculation_tasks import COPY, HELD, PLAIN, Task
 from runtime.artifact import open_artifact
-from runtime.chat_template import load_chat_template
+from runtime.chat_template import TEMPLATE_FILE, load_chat_template
 from runtime.core import Constraint, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine import Engine
 from runtime.errors import HeadraceError
@@ -131,8 +131,8 @@ class Comparison:
 def measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each task, and one for all together."""
     artifact = open_artifact(path, allow_failed=args.allow_failed)
-    tokenizer = Tokenizer.from_directory(artifact.path)
-    template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    tokenizer = Tokenizer.from_artifact(artifact)
+    template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
     if template is None:
         raise HeadraceError(f"{path} has no chat template; its requests would not be followed")
 

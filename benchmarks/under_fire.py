@@ -50,7 +50,7 @@ Json = dict[str, Any]
 
 def encode(shot: Shot, padding: int = 0) -> bytes:
     body = json.dumps(shot.body).encode() + b" " * padding
-    head = f"POST {shot.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {shot.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 

@@ -21,14 +21,16 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from deploy.hashes import with_hashes, write_checksum
-from runtime.artifact import Artifact, open_artifact
+from export.artifact_writer import file_entry, write_json
+from runtime.artifact import CALIBRATION, CALIBRATION_ARRAYS, MANIFEST, RECEIPT, Artifact, open_artifact, read_manifest
 from runtime.engine_files import ENGINES, engine_files
 from runtime.errors import HeadraceError, InvalidSetting
 
@@ -102,11 +104,13 @@ def make_bundle(
     device: str,
     out: Path,
     *,
+    keeps_calibration: bool = False,
     write_wheel: Callable[[Path], None] = build_wheel,
     hashed: Callable[..., str] = with_hashes,
 ) -> Path:
     """Write `out`/NAME-DEVICE.tar.gz and its checksum; its path.
 
+    keeps_calibration: whether the calibration goes along, with its text if the artifact has it; no device needs it
     InvalidSetting if the artifact has no graph for the device, or the hashes of the packages cannot be had.
     """
     if device not in STACKS:
@@ -122,7 +126,7 @@ def make_bundle(
     with tempfile.TemporaryDirectory(dir=out) as temporary:
         root = Path(temporary) / name
         root.mkdir()
-        _copy_artifact(artifact, root / "artifact", stack)
+        _copy_artifact(artifact, root / "artifact", stack, keeps_calibration=keeps_calibration)
         write_wheel(root / "wheels")
         where = {"platform": stack.platform, "python": stack.python}
         (root / "requirements.txt").write_text(hashed(requirements(), **where, is_closed=True))
@@ -180,15 +184,47 @@ def environment(stack: Stack) -> Iterator[str]:
     yield f"VENV_FLAGS={'--system-site-packages' if stack.uses_system else ''}"
 
 
-def _copy_artifact(artifact: Artifact, target: Path, stack: Stack) -> None:
+def _copy_artifact(artifact: Artifact, target: Path, stack: Stack, *, keeps_calibration: bool) -> None:
+    """The files of the manifest without the calibration and other stacks' engines, and a manifest that lists these."""
     target.mkdir()
-    for file in (*artifact.manifest.files, "manifest.json"):
-        shutil.copy(artifact.path / file, target / file)
-    for engine in engine_files(artifact):
+    left_out = () if keeps_calibration else (CALIBRATION, CALIBRATION_ARRAYS)
+    files = {name: entry for name, entry in artifact.manifest.files.items() if name not in left_out}
+    for name in files:
+        shutil.copy(artifact.path / name, target / name)
+    if not keeps_calibration and (receipt := _without_paths(artifact.receipt)) != artifact.receipt:
+        write_json(target / RECEIPT, receipt)
+        files[RECEIPT] = file_entry(target / RECEIPT)
+    listed = read_manifest(artifact.path).engines
+    engines = {}
+    for engine in engine_files(artifact, check_hashes=True):
         if engine.problem is None and engine.info is not None and engine.info.target == stack.target:
             (target / ENGINES).mkdir(exist_ok=True)
-            for part in (engine.plan, engine.plan.with_suffix(".json")):
+            description = engine.plan.with_suffix(".json")
+            for part in (engine.plan, description):
                 shutil.copy(part, target / ENGINES / part.name)
+            engines[description.name] = listed[description.name]
+    manifest = replace(artifact.manifest, files=files, engines=engines)
+    (target / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _without_paths(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """The receipt without the path of a calibration text, which early releases noted: the file's name is enough."""
+
+    def shortened(account: Any) -> Any:
+        source = account.get("source") if isinstance(account, dict) else None
+        if isinstance(source, str) and source.startswith(("/", "~")):
+            return {**account, "source": Path(source).name}
+        return account
+
+    found = dict(receipt)
+    if "kv_calibration" in found:
+        found["kv_calibration"] = shortened(found["kv_calibration"])
+    if "calibration" in found.get("quantization", {}):
+        found["quantization"] = {
+            **found["quantization"],
+            "calibration": shortened(found["quantization"]["calibration"]),
+        }
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -197,11 +233,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--device", required=True, help=", ".join(STACKS))
     parser.add_argument("--out", type=Path, default=Path("dist"))
+    parser.add_argument("--keep-calibration", action="store_true", help="pack the calibration too, with its text")
     args = parser.parse_args(argv)
     try:
-        path = make_bundle(open_artifact(args.artifact), args.device, args.out)
+        artifact = open_artifact(args.artifact)
+        path = make_bundle(artifact, args.device, args.out, keeps_calibration=args.keep_calibration)
     except HeadraceError as error:
         sys.stderr.write(f"bundle: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"bundle: {error.strerror or error}{f': {error.filename}' if error.filename else ''}\n")
+        return 2
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"bundle: building the wheel failed (exit status {error.returncode}, its message is above)\n")
         return 2
     sys.stdout.write(f"{path} ({path.stat().st_size / 1e6:.0f} MB)\n")
     return 0

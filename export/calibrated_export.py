@@ -22,10 +22,13 @@ from export.calibration_set import (
     Generate,
     check_sizes,
     load_calibration_set,
+    sequences_digest,
 )
+from export.calibration_text import RANDOM, ReadText, with_text
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.int4_model import Stores, account_of, block_calibration, int4_model, plan_of
+from export.int4_rounding import Plan
 from export.int8_linear import Int8Layers
 from export.int8_model import Int8Options, calibrate, int8_model, summary
 from export.memory_plan import check_memory
@@ -103,28 +106,17 @@ def prepare(
         is_ignored=options.ignore_memory,
         dialects=dialects,
     )
+
+    def read(text: CalibrationOptions) -> CalibrationSet:
+        return calibration_material(checkpoint, config, text, max_len, generate)
+
     if options.calibration is not None:
-        found = load_calibration(options.calibration, config.vocab_size)
-        _check_fits(found, config, options.calibration)
+        found = _earlier(options.calibration, options.calib, config, read)
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
-        found, material = None, calibration_material(checkpoint, config, options.calib, max_len, generate)
+        found, material = None, read(options.calib)
     if precision.calibrated is Calibrated.BLOCKS:
-        found = found or block_calibration(material)
-        # Blocks and zero points differ, and so do the errors that each layer finds in its input.
-        rounded = {
-            dialect: int4_model(checkpoint, config, plan, found.sequences, workdir / dialect)
-            for dialect, plan in plans.items()
-        }
-        return CalibratedModel(
-            checkpoint=rounded["ort" if "ort" in rounded else "trt"].checkpoint,
-            trt_checkpoint=rounded["trt"].checkpoint if "trt" in rounded else None,
-            config=config,
-            precision=replace(precision, keeps_imported=True),
-            int8_layers={},
-            calibration=found,
-            account=account_of(rounded, found.provenance),
-        )
+        return _in_blocks(checkpoint, config, precision, plans, found or block_calibration(material), workdir)
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
     if found is None or not found.ranges:  # that of a precision that needs none
         found = calibrate(rotated, config, material, workdir)
@@ -137,6 +129,37 @@ def prepare(
         calibration=found,
         account=summary(model),
     )
+
+
+def _in_blocks(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision,
+    plans: Mapping[str, Plan],
+    found: Calibration,
+    workdir: Path,
+) -> CalibratedModel:
+    """Each dialect rounded apart: blocks and zero points differ, and so do the errors each layer finds in its input."""
+    rounded = {
+        dialect: int4_model(checkpoint, config, plan, found.sequences, workdir / dialect)
+        for dialect, plan in plans.items()
+    }
+    return CalibratedModel(
+        checkpoint=rounded["ort" if "ort" in rounded else "trt"].checkpoint,
+        trt_checkpoint=rounded["trt"].checkpoint if "trt" in rounded else None,
+        config=config,
+        precision=replace(precision, keeps_imported=True),
+        int8_layers={},
+        calibration=found,
+        account=account_of(rounded, found.provenance),
+    )
+
+
+def _earlier(path: Path, given: CalibrationOptions, config: ModelConfig, read: ReadText) -> Calibration:
+    """The calibration at --calibration, with its text."""
+    found = load_calibration(path, config.vocab_size)
+    _check_fits(found, config, path)
+    return with_text(found, path, given, read)
 
 
 def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> None:
@@ -178,4 +201,11 @@ def _random_material(config: ModelConfig, options: CalibrationOptions, max_len: 
         )
     rng = np.random.default_rng(1)
     ids = rng.integers(0, config.vocab_size, (options.num_samples, length)).tolist()
-    return CalibrationSet(ids, {"source": "random ids: the checkpoint has no tokenizer", "num_sequences": len(ids)})
+    provenance = {
+        "source": f"{RANDOM}: the checkpoint has no tokenizer",
+        "num_sequences": len(ids),
+        "num_samples": options.num_samples,
+        "length": length,
+        "sequences_sha256": sequences_digest(ids),
+    }
+    return CalibrationSet(ids, provenance)

@@ -1,8 +1,8 @@
 """calibration.json and calibration.npz: what calibration found, in the artifact and to be used again.
 
-The .npz holds the statistics and the token ids of the sequences; the .json says where they came
-from, which ranges were found, and what each layer costs: everything a reader or a plot wants. Another precision or
-target reads both and runs neither the text nor the search again.
+The .npz holds the statistics, and the token ids of the text if the user asked to keep it; the .json says where that
+came from, which ranges were found, and what each layer costs: everything a reader or a plot wants. Another precision
+or target reads both and does not search again.
 """
 
 import json
@@ -29,7 +29,8 @@ MAX_KEPT = 128
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences and their origin.
+    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences, empty if they were not
+    kept, and their origin.
 
     is_rotated: statistics, ranges and costs are those of the rotated checkpoint (rotation.py)
     """
@@ -42,14 +43,15 @@ class Calibration:
     is_rotated: bool = False
 
 
-def save_calibration(directory: Path, calibration: Calibration) -> None:
-    """Write both files."""
+def save_calibration(directory: Path, calibration: Calibration, vocab_size: int) -> None:
+    """Write both files; `vocab_size` is the model's."""
     costs = {cost.site: cost for cost in calibration.costs}
     write_json(
         directory / CALIBRATION,
         {
             "version": _VERSION,
             "is_rotated": calibration.is_rotated,
+            "vocab_size": vocab_size,
             "provenance": calibration.provenance,
             "layers": [
                 {
@@ -75,7 +77,7 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
     file = path / CALIBRATION if path.is_dir() else path
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CalibrationFailed(f"{file} cannot be read as a calibration: {error}") from error
     if not isinstance(raw, dict) or raw.get("version") != _VERSION:
         raise CalibrationFailed(f"{file} is not a calibration of this release (version {_VERSION}); calibrate again")
@@ -86,9 +88,19 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
         costs = [LayerCost(Site(item["layer"], item["kind"]), item["kl"], item["macs"]) for item in raw["layers"]]
         count = sum(name.startswith("sequence/") for name in arrays)
         sequences = [arrays[f"sequence/{idx}"].tolist() for idx in range(count)]
-        provenance = raw["provenance"]
-    except (KeyError, TypeError) as error:
+        provenance = _without_path(dict(raw["provenance"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationFailed(f"{file} is damaged: {error!r}; calibrate again") from error
-    if not sequences or max(map(max, sequences)) >= vocab_size:
+    highest = max((max(ids, default=0) for ids in sequences), default=0)
+    # Releases before this one did not write the size.
+    if highest >= vocab_size or raw.get("vocab_size", vocab_size) != vocab_size:
         raise CalibrationFailed(f"{file} was made for another vocabulary than this model's {vocab_size:,} tokens")
     return Calibration(statistics, ranges, costs, sequences, provenance, raw.get("is_rotated") is True)
+
+
+def _without_path(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Releases before this one wrote where the text's file lay: its name is enough."""
+    source = provenance.get("source")
+    if isinstance(source, str) and source.startswith(("/", "~")):
+        return {**provenance, "source": Path(source).name}
+    return provenance

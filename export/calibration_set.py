@@ -139,7 +139,8 @@ def load_calibration_set(
             f"better {num_samples * length:,}, or use {FLAG} {BUILT_IN}"
         )
     provenance = {
-        "source": source,
+        # The artifact carries this: of a file the name alone, without the path it lay at.
+        "source": Path(source).name if Path(source).expanduser().is_file() else source,
         **account,
         "num_sequences": len(sequences),
         "num_tokens": num_tokens,

@@ -13,15 +13,15 @@ from typing import Any
 
 from export.artifact_writer import file_entry, staged, write_json, write_manifest
 from export.checkpoint import open_checkpoint
+from export.identity import AUTO
 from export.pipeline import ExportOptions, export_model
 from export.precision import EXPORTABLE, IMPORTED
+from export.references import check_reference
 from export.speed import Speed, Workload, measure_speed
 from runtime.artifact import CHOICE, Artifact
 from runtime.errors import GateFailed, InvalidSetting, UnsupportedModel
 from runtime.progress import progress_bar
 from runtime.roofline import describe_machine
-
-AUTO = "auto"
 
 WORKLOADS = {
     # One person waits for one answer: a page of context, a paragraph of reply.
@@ -66,9 +66,11 @@ def export_fastest(options: ExportOptions, profile: str, *, measure: Measure = m
     """
     if options.force:
         raise InvalidSetting(f"--force contradicts --precision {AUTO}, which wants one that passes; name a precision")
+    check_reference(options.verify)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
     names = candidate_precisions(getattr(checkpoint, "stored_bits", None))
-    with staged(options.out) as staging:
+    options.check_target()
+    with staged(options.out, check=options.check_target) as staging:
         shelf = staging / "candidates"
         shelf.mkdir()
         artifacts, rejected = _export_all(options, names, shelf)
@@ -93,7 +95,7 @@ def _export_all(options: ExportOptions, names: Sequence[str], shelf: Path) -> tu
     artifacts, rejected = [], []
     for name in names:
         try:
-            artifacts.append(export_model(replace(options, precision=name, out=shelf / name)))
+            artifacts.append(export_model(replace(options, precision=name, out=shelf / name, replaces=False)))
         except (GateFailed, UnsupportedModel, InvalidSetting) as error:
             if name == names[0] and not isinstance(error, GateFailed):
                 raise  # the first, float32, asks for nothing special: the model or a flag is at fault

@@ -3,11 +3,17 @@
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.artifact import DIALECT_FILES, PRECISIONS
 from runtime.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from export.identity import Present
+    from runtime.artifact import Artifact
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +52,19 @@ def _parser() -> argparse.ArgumentParser:
         help="another limit for a figure of the receipt, like perplexity_increase=0.005; may be repeated",
     )
     parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
-    parser.add_argument("--if-missing", action="store_true", help="do nothing if --out is already a good artifact")
+    parser.add_argument(
+        "--verify",
+        default="numpy",
+        choices=("numpy", "transformers"),
+        help="what to compare with: numpy, the project's own decoder, or transformers where it is installed; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--if-missing", action="store_true", help="do nothing if --out is already a good artifact of this model"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="delete another model's artifact, or one with your own files, at --out"
+    )
     return parser
 
 
@@ -61,6 +79,11 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--calib-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
     calibration.add_argument(
         "--calibration", type=Path, metavar="PATH", help="use the calibration of this artifact or calibration.json"
+    )
+    calibration.add_argument(
+        "--keep-calibration",
+        action="store_true",
+        help="keep the calibration text in the artifact, as token ids; default: only what was measured on it",
     )
     calibration.add_argument(
         "--max-ppl-increase",
@@ -82,21 +105,35 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     """Export; prints the receipt's figures and where the artifact is."""
     args = _parser().parse_args(argv)
+    from export.identity import check_replaceable, default_name, identity_of
+
     suffix = "-kv-int8" if args.kv == "int8" else ""
-    out = args.out or Path("artifacts") / f"{Path(args.model).stem.lower()}-{args.precision}{suffix}"
-    if args.if_missing and _is_good(out):
-        sys.stdout.write(f"{out} is there already\n")
-        return 0
+    out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
+    wanted = identity_of(args.model, revision=args.revision, precision=args.precision, has_int8_kv=args.kv == "int8")
+    dialects = tuple(dict.fromkeys(part.strip() for part in args.dialect.split(",")))
+    present = check_replaceable(out, wanted, replaces_any=args.replace)
+    if args.if_missing and present is not None and wanted.is_same(present.identity):
+        if (lack := _lack(out, present, dialects, args.max_len)) is None:
+            sys.stdout.write(f"{out} is there already\n")
+            return 0
+        sys.stdout.write(f"{out} {lack}: it is exported again\n")
     if args.optimize_for is not None and args.precision != "auto":
         raise InvalidSetting(f"--optimize-for is for --precision auto; {args.precision} is chosen already")
+    from export.termination import orderly_end
+
+    with orderly_end(), _naming_what_is_kept(out):
+        artifact = _export(args, out, dialects)
+    _print(artifact, out)
+    return 0
+
+
+def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "Artifact":
     from export.calibrated_export import QuantizationOptions
     from export.calibration_set import calibration_options
     from export.choose_precision import export_fastest
     from export.int8_model import Int8Options
     from export.kv_calibration import INT8, NUM_SEQUENCES
     from export.pipeline import ExportOptions, export_model
-    from runtime.artifact import described
-    from runtime.choice import choice_lines, read_choice
 
     options = ExportOptions(
         model=args.model,
@@ -107,7 +144,10 @@ def main(argv: list[str]) -> int:
         force=args.force,
         limits=_limits(args.gate),
         kv=args.kv,
-        dialects=tuple(dict.fromkeys(part.strip() for part in args.dialect.split(","))),
+        dialects=dialects,
+        verify=args.verify,
+        replaces=args.replace,
+        keeps_calibration=args.keep_calibration,
         quantization=QuantizationOptions(
             calib=calibration_options(
                 args.precision,
@@ -124,17 +164,40 @@ def main(argv: list[str]) -> int:
             ignore_memory=args.ignore_memory,
         ),
     )
-    is_auto = args.precision == "auto"
-    artifact = export_fastest(options, args.optimize_for or "latency") if is_auto else export_model(options)
+    return (
+        export_fastest(options, args.optimize_for or "latency") if args.precision == "auto" else export_model(options)
+    )
+
+
+def _print(artifact: "Artifact", out: Path) -> None:
+    from runtime.artifact import described
+    from runtime.choice import choice_lines, read_choice
+
     if (choice := read_choice(artifact)) is not None:
         sys.stdout.write("\n".join(choice_lines(choice)) + "\n")
     for check in artifact.receipt["checks"]:
         sign = "<=" if check["at_most"] else ">="
         mark = "ok" if check["passed"] else "FAILED"
-        sys.stdout.write(f"  {check['figure']:32}{check['value']:<12.4g}{sign} {check['limit']:<10g}{mark}\n")
+        # A figure that is not finite is text.
+        value = check["value"] if isinstance(check["value"], str) else f"{check['value']:.4g}"
+        sys.stdout.write(f"  {check['figure']:32}{value:<12}{sign} {check['limit']:<10g}{mark}\n")
     total = sum(entry.size for entry in artifact.manifest.files.values())
     sys.stdout.write(f"{out}: {artifact.manifest.name}, {described(artifact.manifest)}, {total / 1e6:,.0f} MB\n")
-    return 0
+
+
+@contextmanager
+def _naming_what_is_kept(out: Path) -> Iterator[None]:
+    """If the export does not finish, say where the finished part of its calibration lies."""
+    from export.artifact_writer import resolved
+    from export.calibrated_export import workdir_of
+
+    try:
+        yield
+    except BaseException:
+        workdir = workdir_of(resolved(out))
+        if workdir.is_dir():
+            sys.stderr.write(f"{workdir} keeps what calibration has finished; the same command goes on from there\n")
+        raise
 
 
 def _limits(texts: Sequence[str]) -> dict[str, float]:
@@ -162,12 +225,17 @@ def _share(text: str) -> float:
     return value
 
 
-def _is_good(out: Path) -> bool:
+def _lack(out: Path, present: "Present", dialects: Sequence[str], max_len: int | None) -> str | None:
+    """What an artifact of the same model lacks of what is asked for; None if nothing."""
     from runtime.artifact import open_artifact
     from runtime.errors import InvalidArtifact
 
+    if missing := [dialect for dialect in dialects if dialect not in present.dialects]:
+        return f"has no {missing[0]} graph"
+    if max_len is not None and max_len != present.max_len:
+        return f"was exported for {present.max_len} tokens"
     try:
         open_artifact(out, check_hashes=False)
-    except InvalidArtifact:
-        return False
-    return True
+    except InvalidArtifact as error:
+        return f"cannot be used ({error})"
+    return None

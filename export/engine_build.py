@@ -18,9 +18,9 @@ from export.engine_memory import check_fits, growth, predicted_peak
 from export.engine_network import Graph, attentions, check_network, parse_network, read_graph
 from export.engine_profiles import EngineLimits, derive_profiles, input_shape
 from export.engine_progress import Monitor, progress_monitor
-from export.engine_store import engine_directory, write_engine
+from export.engine_store import engine_directory, list_files, write_engine
 from export.engine_timings import attach_timings, keep_timings, timings_file
-from runtime.artifact import Artifact, FileEntry, ModelDims
+from runtime.artifact import Artifact, FileEntry, ModelDims, read_manifest
 from runtime.engine_files import (
     ENGINES,
     EngineIdentity,
@@ -29,7 +29,7 @@ from runtime.engine_files import (
     read_engine_info,
     weight_files,
 )
-from runtime.errors import EngineBuildFailed, InvalidArtifact, InvalidEngine
+from runtime.errors import EngineBuildFailed, InvalidEngine
 from runtime.progress import progress_bar
 from runtime.trt_library import TrtLibrary, TrtLogger, open_library
 
@@ -65,7 +65,7 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
     """
     library = open_library(options.target)
     gpus, device = chosen_gpus(library, options.gpus)
-    graph = read_graph(artifact, _dialect(library, artifact))
+    graph = read_graph(artifact, wanted_dialect(library, artifact))
     identity = EngineIdentity(
         target=library.target,
         version=library.version,
@@ -77,14 +77,14 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
         profiles=derive_profiles(options.limits, artifact.manifest.dims),
     )
     known = artifact.path / ENGINES / f"{identity.stem}.plan"
-    if not options.rebuild and (info := _whole(known)) is not None:
+    if not options.rebuild and (info := _whole(artifact, known)) is not None:
         return BuiltEngine(known, info, is_new=False)
     predicted = predicted_peak(graph.weight_bytes)
     check_fits(predicted, graph.weight_bytes)
     directory = engine_directory(artifact)
     started_s = time.monotonic()
     with growth() as peak:
-        plan, layers = _compile(library, identity, graph, artifact.manifest.dims, timings_file(directory, identity))
+        plan, layers = _compile(library, identity, graph, artifact, timings_file(directory, identity))
     check_plausible(library, plan, graph)
     info = EngineInfo(
         **{item.name: getattr(identity, item.name) for item in fields(identity)},
@@ -97,7 +97,7 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
             "weight_bytes": graph.weight_bytes,
         },
     )
-    return BuiltEngine(write_engine(directory, info, plan), info, is_new=True)
+    return BuiltEngine(write_engine(artifact, info, plan), info, is_new=True)
 
 
 def check_plausible(library: TrtLibrary, plan: bytes | None, graph: Graph) -> None:
@@ -115,24 +115,21 @@ def check_plausible(library: TrtLibrary, plan: bytes | None, graph: Graph) -> No
         )
 
 
-def _dialect(library: TrtLibrary, artifact: Artifact) -> str:
-    """The graph for a library, or the plain one, which every release compiles."""
+def wanted_dialect(library: TrtLibrary, artifact: Artifact) -> str:
+    """Of the artifact's graphs the one for a library: its own, or the plain one, which every release compiles.
+
+    The library's own if the artifact has neither.
+    """
     there = artifact.manifest.dialects
-    for dialect in (library.dialect, "trt-plain"):
-        if dialect in there:
-            return dialect
-    raise InvalidArtifact(
-        f"{artifact.path} has no {library.dialect} graph, only {', '.join(there)}; "
-        f"export it with --dialect ort,{library.dialect}"
-    )
+    return next((dialect for dialect in (library.dialect, "trt-plain") if dialect in there), library.dialect)
 
 
-def _whole(plan: Path) -> EngineInfo | None:
-    """The description of a plan that is there and intact."""
+def _whole(artifact: Artifact, plan: Path) -> EngineInfo | None:
+    """The description of a plan that is there, listed and intact."""
     if not plan.is_file():
         return None
     try:
-        info = read_engine_info(plan)
+        info = read_engine_info(plan, read_manifest(artifact.path).engines)
         check_plan(plan, info)
     except InvalidEngine:
         return None
@@ -140,7 +137,7 @@ def _whole(plan: Path) -> EngineInfo | None:
 
 
 def _compile(
-    library: TrtLibrary, identity: EngineIdentity, graph: Graph, dims: ModelDims, timings: Path
+    library: TrtLibrary, identity: EngineIdentity, graph: Graph, artifact: Artifact, timings: Path
 ) -> tuple[bytes, Mapping[str, int]]:
     """The plan's bytes and how many layers of each kind the network had."""
     logger = library.logger()
@@ -153,13 +150,14 @@ def _compile(
     for attention in attentions(library, network):
         # Where no fused kernel fits (float32, odd head sizes) it is taken apart; without leave, the build fails.
         attention.decomposable = True
-    _add_profiles(builder, config, network, identity, dims)
+    _add_profiles(builder, config, network, identity, artifact.manifest.dims)
     if library.keeps_timings:
-        attach_timings(config, timings)
+        attach_timings(config, timings, read_manifest(artifact.path).engines.get(timings.name))
     plan = _serialize(library, logger, builder, network, config)
     del parser  # it owned the weights until here
     if library.keeps_timings:
         keep_timings(config, timings)
+        list_files(artifact, *filter(Path.is_file, (timings,)))
     return plan, layers
 
 

@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile an artifact's TensorRT graph. tensorrt-rtx compiles for any GPU on any machine, tensorrt "
         "for the GPU in this one. An engine that is there already is not built again.",
     )
-    parser.add_argument("artifact", help="directory written by `headrace export --dialect ort,trt`")
+    parser.add_argument("artifact", help="directory written by `headrace export`")
     parser.add_argument("--target", default=TARGETS[0], help=f"{' or '.join(TARGETS)}; default: %(default)s")
     parser.add_argument(
         "--gpu",
@@ -28,6 +28,10 @@ def _parser() -> argparse.ArgumentParser:
         help="compute capabilities, like sm86,sm89; default: sm80,sm86,sm89,sm120, or this machine's for tensorrt",
     )
     add_flags(parser, EngineLimits)
+    parser.add_argument(
+        "--model",
+        help="the checkpoint, from which a graph that the artifact lacks is exported; needed for a local one alone",
+    )
     parser.add_argument("--rebuild", action="store_true", help="build although the engine is there")
     parser.add_argument("--allow-failed", action="store_true", help="compile an artifact that failed its gate")
     what = parser.add_mutually_exclusive_group()
@@ -53,14 +57,19 @@ def main(argv: list[str]) -> int:
     elif args.list:
         sys.stdout.writelines(f"{line}\n" for line in _listing(artifact))
     else:
-        _build(artifact, args)
+        from export.termination import orderly_end
+
+        with orderly_end():
+            _build(artifact, args)
     return 0
 
 
 def _build(artifact: Artifact, args: argparse.Namespace) -> None:
-    from export.engine_build import EngineOptions, build_engine
-    from export.engine_gpus import parse_gpus
-    from export.engine_profiles import EngineLimits
+    from export.add_graph import add_graph
+    from export.engine_build import EngineOptions, build_engine, wanted_dialect
+    from export.engine_gpus import chosen_gpus, parse_gpus
+    from export.engine_profiles import EngineLimits, derive_profiles
+    from runtime.trt_library import open_library
 
     options = EngineOptions(
         target=args.target,
@@ -68,6 +77,12 @@ def _build(artifact: Artifact, args: argparse.Namespace) -> None:
         limits=from_namespace(EngineLimits, args),
         rebuild=args.rebuild,
     )
+    library = open_library(options.target)
+    # What cannot be built is told before an export, which takes minutes.
+    chosen_gpus(library, options.gpus)
+    derive_profiles(options.limits, artifact.manifest.dims)
+    if wanted_dialect(library, artifact) not in artifact.manifest.dialects:
+        artifact = add_graph(artifact, library.dialect, model=args.model)
     built = build_engine(artifact, options)
     sys.stdout.write(f"{built.plan}{'' if built.is_new else ' is there already'}\n")
     sys.stdout.writelines(f"{line}\n" for line in _details(built.info))

@@ -53,7 +53,7 @@ def read_graph(artifact: Artifact, dialect: str) -> Graph:
     import onnx
     from google.protobuf.message import DecodeError
 
-    file = artifact.model_file(dialect)
+    file = artifact.graph_file(dialect)
     data = file.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     checked = artifact.receipt.get("graphs", {}).get(dialect)
@@ -62,6 +62,7 @@ def read_graph(artifact: Artifact, dialect: str) -> Graph:
             f"{file} is not the graph that was checked: sha256 {found[:12]}..., the receipt says "
             f"{str(checked)[:12]}...; export the model again"
         )
+    artifact.model_file(dialect)  # which refuses weights that the manifest does not list
     try:
         model = onnx.load_from_string(data)
     except DecodeError as error:

@@ -1,12 +1,18 @@
-"""Writes and removes the files of an artifact's `engines/`: whole or not at all. runtime/engine_files.py reads them."""
+"""Writes and removes the files of an artifact's `engines/`: whole or not at all, and listed in its manifest.
+
+runtime/engine_files.py reads them.
+"""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from runtime.artifact import Artifact
+from export.artifact_writer import file_entry
+from runtime.artifact import MANIFEST, Artifact, read_manifest
 from runtime.engine_files import ENGINES, EngineInfo, engine_files
 from runtime.errors import HeadraceError, InvalidSetting
 
@@ -25,12 +31,35 @@ def engine_directory(artifact: Artifact) -> Path:
     return directory
 
 
-def write_engine(directory: Path, info: EngineInfo, plan: bytes) -> Path:
-    """Write plan and .json; the plan's path. The .json comes first: a plan is never there without it."""
-    file = directory / f"{info.stem}.plan"
+def write_engine(artifact: Artifact, info: EngineInfo, plan: bytes) -> Path:
+    """Write plan and .json, then list the .json; the plan's path.
+
+    The .json comes first: a plan is never there without it.
+    """
+    file = artifact.path / ENGINES / f"{info.stem}.plan"
     write_whole(file.with_suffix(".json"), info.to_json().encode())
     write_whole(file, plan)
+    list_files(artifact, file.with_suffix(".json"))
     return file
+
+
+def list_files(artifact: Artifact, *files: Path) -> None:
+    """Note files of `engines/` in the manifest with their hashes, and take out those that are gone.
+
+    Builds at the same time wait for each other here, so that none takes another's entry out.
+    """
+    root = os.open(artifact.path, os.O_RDONLY)
+    try:
+        fcntl.flock(root, fcntl.LOCK_EX)
+        manifest = read_manifest(artifact.path)
+        engines = {
+            name: entry for name, entry in manifest.engines.items() if (artifact.path / ENGINES / name).is_file()
+        }
+        engines |= {file.name: file_entry(file) for file in files}
+        if engines != manifest.engines:
+            write_whole(artifact.path / MANIFEST, replace(manifest, engines=engines).to_json().encode())
+    finally:
+        os.close(root)
 
 
 def write_whole(file: Path, data: bytes) -> None:
@@ -69,6 +98,7 @@ def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
             gone.append(file)
     for file in gone:
         file.unlink(missing_ok=True)
+    list_files(artifact)
     with suppress(OSError):  # not empty
         directory.rmdir()
     return sorted(set(gone))

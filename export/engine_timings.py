@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from export.artifact_writer import file_entry
 from export.engine_store import write_whole
+from runtime.artifact import FileEntry
 from runtime.engine_files import EngineIdentity
 
 SUFFIX = ".timings"
@@ -18,9 +20,13 @@ def timings_file(directory: Path, identity: EngineIdentity) -> Path:
     return directory / f"{identity.target}-{'+'.join(identity.gpus)}-{identity.version}{SUFFIX}"
 
 
-def attach_timings(config: Any, file: Path) -> bool:
-    """Give a builder config the cache of a file, or an empty one; False, with a word, if the file's does not fit."""
-    kept = file.read_bytes() if file.is_file() else b""
+def attach_timings(config: Any, file: Path, listed: FileEntry | None) -> bool:
+    """Give a builder config the cache of a file, or an empty one; False, with a word, if the file's does not fit.
+
+    A file is read only if it is the one that the manifest has `listed`.
+    """
+    is_known = listed is not None and file.is_file() and file_entry(file) == listed
+    kept = file.read_bytes() if is_known else b""
     cache = config.create_timing_cache(kept)
     if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
         return True

@@ -18,9 +18,9 @@ class Gate:
     at_most: bool = True
 
     def check(self, value: float) -> dict[str, Any]:
-        """The receipt's row: figure, value, limit, reason and whether it passed. NaN never passes."""
+        """The receipt's row: figure, value, limit, reason and whether it passed. What is not finite never passes."""
         is_inside = value <= self.limit if self.at_most else value >= self.limit
-        passed = bool(is_inside) and not math.isnan(value)
+        passed = bool(is_inside) and math.isfinite(value)
         return {**asdict(self), "value": value if math.isfinite(value) else str(value), "passed": passed}
 
 

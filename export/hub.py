@@ -4,11 +4,16 @@ Knows which files a model needs and what the library's errors mean. Nothing down
 safetensors, JSON and Jinja files are asked for, no pickles and no Python.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from export.checkpoint import Checkpoint
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint import Checkpoint, TensorInfo
 from export.quantized_checkpoint import open_directory
 from runtime.errors import HeadraceError, InvalidCheckpoint
 
@@ -25,6 +30,9 @@ ALLOW_PATTERNS = (
 (`consolidated.safetensors`)."""
 
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 def open_hub_model(repo_id: str, *, revision: str | None = None) -> Checkpoint:
     """Download `owner/name` at a branch, tag or commit (default: main) and open it.
 
@@ -32,7 +40,45 @@ def open_hub_model(repo_id: str, *, revision: str | None = None) -> Checkpoint:
     progress. Raises InvalidCheckpoint with what to do if it does not exist, is gated, or cannot be reached.
     """
     source = repo_id if revision is None else f"{repo_id}@{revision}"
-    return open_directory(_download(repo_id, revision, source), source=source)
+    directory = _download(repo_id, revision, source)
+    return HubCheckpoint(open_directory(directory, source=source), commit_of(directory))
+
+
+class HubCheckpoint:
+    """A downloaded directory as a checkpoint, and the commit that was downloaded.
+
+    commit: 40 hex digits, None where the library does not say
+    """
+
+    def __init__(self, directory: Checkpoint, commit: str | None) -> None:
+        self._directory, self.commit = directory, commit
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some directories have, such as `stored_bits` of a quantized one."""
+        return getattr(self._directory, name)
+
+    @property
+    def source(self) -> str:
+        return self._directory.source
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._directory.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._directory.tensors
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        return self._directory.load(name)
+
+    def text_files(self) -> Mapping[str, str]:
+        return self._directory.text_files()
+
+
+def commit_of(snapshot: Path) -> str | None:
+    """The commit of a snapshot in the library's cache, whose directory is named after it."""
+    return snapshot.name if _COMMIT.fullmatch(snapshot.name) else None
 
 
 def _download(repo_id: str, revision: str | None, source: str) -> Path:

@@ -63,11 +63,16 @@ def unrotated(found: Calibration) -> Calibration:
     return replace(found, statistics={}, ranges={}, costs=[], is_rotated=False) if found.is_rotated else found
 
 
+def has_kv_statistics(found: Calibration, config: ModelConfig) -> bool:
+    """Whether a calibration covers K and V of every layer."""
+    return all(Site(layer, kv) in found.statistics for layer in range(config.num_layers) for kv in _KINDS)
+
+
 def with_kv_statistics(
     checkpoint: Checkpoint, config: ModelConfig, found: Calibration, workdir: Path, *, limit: int | None = None
 ) -> Calibration:
     """`found` with statistics of K and V, from a run over its sequences (at most `limit` of them) if it has none."""
-    if all(Site(layer, kv) in found.statistics for layer in range(config.num_layers) for kv in "kv"):
+    if has_kv_statistics(found, config):
         return found
     run = collect_statistics(checkpoint, config, found.sequences[:limit], workdir / "kv")
     kept: Statistics = {site: entry for site, entry in run.items() if site.kind in _KINDS}

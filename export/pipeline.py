@@ -8,10 +8,8 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import onnx_ir as ir
-
 from export.architectures import parse_config
-from export.artifact_writer import file_entry, staged, write_json, write_manifest, write_texts
+from export.artifact_writer import file_entry, resolved, staged, write_json, write_manifest, write_texts
 from export.calibrated_export import (
     CalibratedModel,
     QuantizationOptions,
@@ -22,44 +20,41 @@ from export.calibrated_export import (
 )
 from export.calibration_file import Calibration, save_calibration
 from export.calibration_set import Generate
+from export.calibration_text import with_text, without_text
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.config import ModelConfig
-from export.decoder import DecoderGraph
 from export.gates import check_limits, failure
-from export.graph_builder import ORT_OPSETS, GraphBuilder
-from export.int8_attention import INT8_KV_OPSETS
-from export.int8_linear import Int8Layers
+from export.graph_files import write_graphs
+from export.identity import Identity, check_replaceable, identity_of
 from export.kv_calibration import (
     COMPUTE,
     INT8,
     NUM_SEQUENCES,
     check_kv,
     for_kv_alone,
+    has_kv_statistics,
     load_kv_calibration,
     scales_of,
     unrotated,
     with_kv_statistics,
 )
-from export.kv_scales import PER_CHANNEL, KvScales
+from export.kv_scales import PER_CHANNEL
 from export.precision import EXPORTABLE, Precision, precision_named
+from export.references import NUMPY, check_reference, reference_named
 from export.self_samples import artifact_generator
-from export.trt_dialect import write_trt_graph
 from export.trt_precision import trt_precision_named
 from export.verify import verify
-from export.weight_file import WeightFile
 from runtime.artifact import (
     DIALECT_FILES,
-    ORT_MODEL,
     RECEIPT,
     SCHEMA_VERSION,
-    TRT_WEIGHTS,
     Artifact,
     KvContract,
     Manifest,
     ModelDims,
 )
-from runtime.errors import GateFailed, InvalidSetting
-from runtime.progress import progress_bar
+from runtime.errors import CalibrationFailed, GateFailed, InvalidSetting
+from runtime.json_shape import finite
 
 # Rotary tables cost 4 bytes * head_dim a position; longer contexts than this are asked for with --max-len.
 DEFAULT_MAX_LEN = 32_768
@@ -74,6 +69,9 @@ class ExportOptions:
     max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
     quantization: read by calibrated precisions and for an int8 cache only
     kv: type of the KV cache, one of kv_calibration.KV_TYPES
+    verify: one of references.REFERENCES
+    replaces: whether another model's artifact at `out` may be deleted
+    keeps_calibration: whether the artifact holds the calibration text, as token ids
     """
 
     model: str
@@ -86,28 +84,59 @@ class ExportOptions:
     limits: Mapping[str, float] = field(default_factory=dict)
     kv: str = COMPUTE
     dialects: tuple[str, ...] = ("ort",)
+    verify: str = NUMPY
+    replaces: bool = False
+    keeps_calibration: bool = False
+
+    @property
+    def identity(self) -> Identity:
+        """Which artifacts this export may replace."""
+        return identity_of(self.model, revision=self.revision, precision=self.precision, has_int8_kv=self.kv == INT8)
+
+    def check_target(self) -> None:
+        """InvalidSetting if what is at `out` is another model's artifact, or none."""
+        check_replaceable(resolved(self.out), self.identity, replaces_any=self.replaces)
 
 
 def export_model(options: ExportOptions) -> Artifact:
     """Export one checkpoint; the artifact appears at `options.out` whole and verified, or not at all.
 
     GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
-    `force`: then the artifact carries the failed receipt. Other errors are those of reading and writing.
+    `force`: then the artifact carries the failed receipt. InvalidSetting if `out` holds another model's artifact. Other
+    errors are those of reading and writing.
     """
     check_dialects(options.dialects, options.precision)
     check_kv(options.kv, options.dialects, options.precision)
-    checkpoint = open_checkpoint(options.model, revision=options.revision)
+    check_reference(options.verify)
+    options.check_target()
+    workdir = workdir_of(resolved(options.out))
+    try:
+        artifact = _export(options, open_checkpoint(options.model, revision=options.revision), workdir)
+    except (GateFailed, CalibrationFailed):
+        remove_workdir(workdir)  # nothing to go on with: the same command would fail again
+        raise
+    remove_workdir(workdir)
+    return artifact
+
+
+def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Artifact:
     row = _row(options, getattr(checkpoint, "stored_bits", None))
     precision = row if "ort" in options.dialects else None
     check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
     _check_quantization(options, row)
     config = parse_config(checkpoint.config)
+    reference = reference_named(options.verify, options.model, checkpoint, config)
     max_len = _max_len(options.max_len, config)
-    with staged(options.out) as staging:
+    with staged(options.out, check=options.check_target) as staging:
         model = None
         if row is not None and row.calibrated is not None:
-            model = _calibrated_model(staging, checkpoint, config, row, options, max_len)
-        kv = _kv_calibration(staging, checkpoint, config, options, max_len, model) if options.kv == INT8 else None
+            model = _calibrated_model(staging, checkpoint, config, row, options, max_len, workdir)
+        kv = None
+        if options.kv == INT8:
+            kv = _kv_calibration(staging, checkpoint, config, options, max_len, model, workdir)
+        if not options.keeps_calibration:
+            model = model and replace(model, calibration=without_text(model.calibration))
+            kv = kv and without_text(kv)
         draft = write_unverified(
             staging,
             checkpoint,
@@ -119,17 +148,18 @@ def export_model(options: ExportOptions) -> Artifact:
             dialects=options.dialects,
             name=options.precision,
         ).manifest
-        receipt = verify(checkpoint, config, Artifact(staging, draft, {}), options.limits)
+        draft = replace(draft, origin=options.identity.origin, commit=getattr(checkpoint, "commit", None))
+        receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits)
         if model is not None:
             receipt["quantization"] = model.account
         if kv is not None:
             receipt["kv_calibration"] = kv.provenance
         if not receipt["passed"] and not options.force:
             raise GateFailed(failure(receipt))
+        receipt = finite(receipt)
         write_json(staging / RECEIPT, receipt)
         manifest = replace(draft, files={**draft.files, RECEIPT: file_entry(staging / RECEIPT)})
         write_manifest(staging, manifest)
-    remove_workdir(workdir_of(options.out))
     return Artifact(options.out, manifest, receipt)
 
 
@@ -157,13 +187,13 @@ def write_unverified(
     trt_checkpoint = (model and model.trt_checkpoint) or checkpoint
     calibration = kv if kv is not None or model is None else model.calibration
     if calibration is not None:
-        save_calibration(directory, calibration)
+        save_calibration(directory, calibration, config.vocab_size)
     scales = scales_of(kv, checkpoint, config) if kv is not None else None
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
     int8_layers = model.int8_layers if model else {}
     checkpoints = {"ort": checkpoint, "trt": trt_checkpoint, "trt-plain": trt_checkpoint}
-    step_weight_bytes = _write_graphs(
+    step_weight_bytes = write_graphs(
         directory, checkpoints, config, precision, max_len, dialects, name, int8_layers, scales
     )
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
@@ -186,9 +216,9 @@ def _calibrated_model(
     precision: Precision,
     options: ExportOptions,
     max_len: int,
+    workdir: Path,
 ) -> CalibratedModel:
     generate = _generator(staging, checkpoint, config, max_len)
-    workdir = workdir_of(options.out)
     quantization, dialects = options.quantization, options.dialects
     return prepare(
         checkpoint, config, precision, quantization, workdir, max_len=max_len, generate=generate, dialects=dialects
@@ -218,17 +248,25 @@ def _kv_calibration(
     options: ExportOptions,
     max_len: int,
     model: CalibratedModel | None,
+    workdir: Path,
 ) -> Calibration:
     """Statistics of K and V: the precision's own calibration, an earlier one, or a run for them alone."""
-    workdir, quantization = workdir_of(options.out), options.quantization
+    quantization = options.quantization
+    generate = _generator(staging, checkpoint, config, max_len)
     if model is not None and model.int8_layers:
         return model.calibration
     if model is not None:
         return with_kv_statistics(checkpoint, config, unrotated(model.calibration), workdir, limit=NUM_SEQUENCES)
     if quantization.calibration is not None:
         found = unrotated(load_kv_calibration(quantization.calibration, config))
+        if not has_kv_statistics(found, config):
+            found = with_text(
+                found,
+                quantization.calibration,
+                quantization.calib,
+                lambda text: calibration_material(checkpoint, config, text, max_len, generate),
+            )
     else:
-        generate = _generator(staging, checkpoint, config, max_len)
         material = calibration_material(checkpoint, config, quantization.calib, max_len, generate)
         found = Calibration({}, {}, [], material.sequences, material.provenance)
     return for_kv_alone(with_kv_statistics(checkpoint, config, found, workdir))
@@ -252,81 +290,6 @@ def _check_quantization(options: ExportOptions, precision: Precision | None) -> 
             f"{options.model} is quantized already and {options.precision} keeps its integers: --calib, --calibration "
             "and their kin have no effect; leave them out"
         )
-
-
-def _write_graphs(
-    staging: Path,
-    checkpoints: Mapping[str, Checkpoint],
-    config: ModelConfig,
-    precision: Precision | None,
-    max_len: int,
-    dialects: Sequence[str],
-    name: str,
-    int8_layers: Int8Layers,
-    kv_scales: Sequence[KvScales] | None,
-) -> int:
-    """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoints["ort"].tensors) * len(dialects)
-    others = [dialect for dialect in dialects if dialect != "ort"]
-    step_weight_bytes: dict[str, int] = {}
-    with (
-        WeightFile(staging, is_shared=bool(others)) as weights,
-        progress_bar("export", total=num_reads, unit="tensor") as bar,
-    ):
-        counting = {dialect: _Counting(checkpoint, bar) for dialect, checkpoint in checkpoints.items()}
-        if precision is not None:
-            step_weight_bytes["ort"] = _write_ort_graph(
-                staging, counting["ort"], config, precision, max_len, weights, int8_layers, kv_scales
-            )
-        if others:
-            with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
-                for dialect in others:
-                    step_weight_bytes[dialect] = write_trt_graph(
-                        staging,
-                        dialect,
-                        counting[dialect],
-                        config,
-                        name,
-                        max_len=max_len,
-                        weights=rest,
-                        int8_layers=int8_layers,
-                    )
-    return step_weight_bytes[dialects[0]]
-
-
-def _write_ort_graph(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    max_len: int,
-    weights: WeightFile,
-    int8_layers: Int8Layers,
-    kv_scales: Sequence[KvScales] | None,
-) -> int:
-    """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
-    import onnx
-
-    graph = GraphBuilder(weights, opsets=ORT_OPSETS if kv_scales is None else INT8_KV_OPSETS)
-    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers, kv_scales).build()
-    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
-    weights.flush()
-    onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
-    return graph.step_weight_bytes()
-
-
-class _Counting:
-    """A checkpoint that moves a progress bar with every tensor it loads."""
-
-    def __init__(self, checkpoint: Checkpoint, bar: Any) -> None:
-        self._checkpoint, self._bar = checkpoint, bar
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._checkpoint, name)
-
-    def load(self, name: str) -> Any:
-        self._bar.update(1)
-        return self._checkpoint.load(name)
 
 
 def _max_len(wanted: int | None, config: ModelConfig) -> int:
@@ -355,7 +318,7 @@ def _manifest(
     generation = json.loads(checkpoint.text_files().get("generation_config.json", "{}"))
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        name=Path(checkpoint.source).name,
+        name=_name_of(checkpoint),
         source=checkpoint.source,
         precision=name,
         dims=ModelDims(
@@ -379,6 +342,12 @@ def _manifest(
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
         step_weight_bytes=step_weight_bytes,
     )
+
+
+def _name_of(checkpoint: Checkpoint) -> str:
+    """What clients call the model: of a hub id the last part, without the revision, which may have a slash itself."""
+    source = checkpoint.source
+    return source.partition("@")[0].rpartition("/")[2] if "/" in source.partition("@")[0] else source
 
 
 def _eos_ids(generation: Mapping[str, Any], config: ModelConfig) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Compare an exported model with its reference, and write down what was found: the receipt.
 
-Three things are measured: the graph's logits on text against the numpy reference, its greedy tokens against the
-reference's choice at every step, and the graph against itself in every way the scheduler will call it (whole, in
+Three things are measured: the graph's logits on text against the reference (references.py), its greedy tokens against
+the reference's choice at every step, and the graph against itself in every way the scheduler will call it (whole, in
 chunks, token by token, in a ragged batch). Where the artifact has TensorRT dialects, each of their graphs is measured
 in the same way, on ONNX Runtime: the very files that will be compiled; see parity.py. Thresholds are in gates.py.
 Writes nothing.
@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import calibration_data
-from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.gates import gates_of
 from export.parity import HEAD, figure_name, four_ways, parity_figures, reference_ways, run_rows
-from export.reference import ReferenceStates, run_reference
+from export.references import Reference, ReferenceLogits
 from export.widen import runnable
 from runtime.artifact import Artifact
 from runtime.ort_session import OrtSession
@@ -91,7 +90,7 @@ class GraphRun(NamedTuple):
 
 
 def verify(
-    checkpoint: Checkpoint, config: ModelConfig, artifact: Artifact, limits: Mapping[str, float] | None = None
+    reference: Reference, config: ModelConfig, artifact: Artifact, limits: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Measure and judge; the receipt as a JSON-able dict with `passed`, `checks` and `figures`.
 
@@ -101,9 +100,8 @@ def verify(
     the graph's weights and the reference's in memory together.
     """
     material = material_for(artifact, config)
-    is_exact, dialects = artifact.manifest.is_exact, tuple(artifact.manifest.dialects)
+    dialects = tuple(artifact.manifest.dialects)
     runs: dict[str, GraphRun] = {}
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryFile(dir=artifact.path) as spool:
         for dialect in dialects:
             with runnable(artifact, dialect) as what_runs:
@@ -113,20 +111,36 @@ def verify(
             for run in runs.values()
             for prompt, tokens in zip(material.prompts, run.generated, strict=False)
         ]
-        with progress_bar("reference", total=config.num_layers) as bar:
-            states = run_reference(checkpoint, config, material.windows + continued, on_layer=lambda: bar.update(1))
-        spool.seek(0)
-        offset = len(material.windows)
-        for dialect, run in runs.items():
-            by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
-            distance = by_text[ALL_TEXTS]
-            # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
-            tie = 2 * distance.max_logit_error if is_exact else 0.0
-            agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
-            offset += len(run.generated)
-            found = run.figures | _figures(distance) | _text_figures(by_text)
-            found |= {"greedy_agreement": agreement, "greedy_prefix": prefix}
-            figures |= {figure_name(dialect, name): value for name, value in found.items()}
+        with reference.run(material.windows + continued, artifact.path) as states:
+            figures = _compare(artifact, material, runs, states, spool)
+    receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits, reference.name)
+    # What runtime/replay.py repeats where the model is to be served.
+    tokens = {dialect: run.generated for dialect, run in runs.items()}
+    return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
+
+
+def _compare(
+    artifact: Artifact,
+    material: Material,
+    runs: Mapping[str, GraphRun],
+    states: ReferenceLogits,
+    spool: IO[bytes],
+) -> dict[str, Any]:
+    """Every figure of every dialect."""
+    is_exact = artifact.manifest.is_exact
+    figures: dict[str, Any] = {}
+    spool.seek(0)
+    offset = len(material.windows)
+    for dialect, run in runs.items():
+        by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
+        distance = by_text[ALL_TEXTS]
+        # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
+        tie = 2 * distance.max_logit_error if is_exact else 0.0
+        agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
+        offset += len(run.generated)
+        found = run.figures | _figures(distance) | _text_figures(by_text)
+        found |= {"greedy_agreement": agreement, "greedy_prefix": prefix}
+        figures |= {figure_name(dialect, name): value for name, value in found.items()}
     head = states.logits(0, 0, min(HEAD, len(material.windows[0])))
     expected = runs["ort"].ways if is_exact and "ort" in runs else reference_ways(head)
     for dialect, run in runs.items():
@@ -135,10 +149,7 @@ def verify(
             if "ort" in runs:
                 equal = [a == b for a, b in zip(run.generated, runs["ort"].generated, strict=False)]
                 figures[figure_name(dialect, "tokens_equal_to_ort")] = float(np.mean(equal))
-    receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits)
-    # What runtime/replay.py repeats where the model is to be served.
-    tokens = {dialect: run.generated for dialect, run in runs.items()}
-    return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
+    return figures
 
 
 def _run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:
@@ -230,7 +241,7 @@ def self_distance(session: Session, window: Sequence[int]) -> Mapping[str, float
 
 
 def _distances(
-    spool: IO[bytes], spooled: Sequence[ScoredPart], states: ReferenceStates, vocab_size: int, texts: Sequence[str]
+    spool: IO[bytes], spooled: Sequence[ScoredPart], states: ReferenceLogits, vocab_size: int, texts: Sequence[str]
 ) -> dict[str, Distance]:
     """How far the spooled logits are from the reference's, for each text and for all together."""
     found = {name: Distance() for name in (ALL_TEXTS, *texts)}
@@ -271,7 +282,7 @@ def _text_figures(by_text: Mapping[str, Distance]) -> dict[str, float]:
 
 
 def _greedy_agreement(
-    states: ReferenceStates,
+    states: ReferenceLogits,
     offset: int,
     prompts: Sequence[Sequence[int]],
     generated: Sequence[Sequence[int]],
@@ -300,6 +311,7 @@ def _receipt(
     figures: Mapping[str, Any],
     num_greedy: int,
     limits: Mapping[str, float] | None,
+    reference: str,
 ) -> dict[str, Any]:
     import onnxruntime
 
@@ -313,7 +325,9 @@ def _receipt(
         "passed": all(check["passed"] for check in checks),
         "precision": precision,
         "kv_cache": artifact.manifest.kv.dtype,
-        "reference": "the checkpoint in float32, computed by export/reference.py (numpy)",
+        "source": artifact.manifest.source,
+        "commit": artifact.manifest.commit,
+        "reference": reference,
         "material": {
             "source": material.source,
             "texts": material.texts,

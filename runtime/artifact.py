@@ -7,21 +7,30 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
     receipt.json      what the exported model was compared with, and how close it is
     choice.json       where the precision was chosen by measurement: the table it was chosen from
-    engines/          TensorRT engines built from it later, not part of the manifest: see engine_files.py
+    engines/          TensorRT engines built from it later, and listed in the manifest then: see engine_files.py
 
-Reading only; `export/writer.py` writes them. Nothing here loads a model.
+Nothing is opened that the manifest does not list with its hash. Reading only; `export/artifact_writer.py` writes them.
+Nothing here loads a model.
 """
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from runtime.artifact_shapes import read_receipt
 from runtime.errors import InvalidArtifact
+from runtime.json_shape import parse_json, read_json, shaped
 from runtime.kv_budget import kv_bytes_per_token
+from runtime.onnx_files import external_files
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -35,20 +44,25 @@ PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w4a16", "w8a8")
 CALIBRATION = "calibration.json"
 CALIBRATION_ARRAYS = "calibration.npz"
 
+Size = Annotated[int, Meta(ge=1, lt=2**31)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+TensorName = Annotated[str, Meta(pattern=r"^[^{}]*\{layer\}[^{}]*\{kv\}[^{}]*\Z")]
+"""A name with one place for the layer's number and one for `k` or `v`: nothing else that `str.format` would act on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDims:
     """Sizes of the decoder, in the names of Hugging Face's config.json."""
 
     model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_len: int
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Annotated[int, Meta(ge=1, le=100_000)]
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    max_len: Size
     """Longest sequence, prompt and answer together, that the rotary tables cover."""
 
 
@@ -59,20 +73,20 @@ class KvContract:
     The caller keeps past_len + S <= capacity for every row of a run, S being the padded chunk.
     """
 
-    dtype: str
+    dtype: Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16|int8)\Z")]
     scales: str | None = None
     """How fine the scales of an int8 cache are: "per channel". The graph holds them; None for floats."""
     layout: str = "B,kv_heads,capacity,head_dim"
-    past_name: str = "past.{layer}.{kv}"
-    present_name: str = "present.{layer}.{kv}"
+    past_name: TensorName = "past.{layer}.{kv}"
+    present_name: TensorName = "present.{layer}.{kv}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """A file's size in bytes and its sha256 in hex."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +96,7 @@ class Manifest:
     schema_version: int
     name: str
     source: str
+    """What the user called the checkpoint: hub id, directory or file name; no path."""
     precision: str
     dims: ModelDims
     kv: KvContract
@@ -89,14 +104,20 @@ class Manifest:
     """Dialect (`ort`, `trt`, `trt-plain`) to the file that holds its graph; `files` has its hash."""
     is_tied: bool
     """Whether embedding and LM head are one matrix, stored once."""
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
+    eos_ids: tuple[TokenId, ...]
+    bos_id: TokenId | None
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
-    step_weight_bytes: int | None = None
+    step_weight_bytes: Annotated[int, Meta(ge=0)] | None = None
     """Bytes of weights that every run reads whole; None in artifacts written before it was counted."""
     trt_kv: KvContract | None = None
     """The TensorRT dialects' cache, whose dtype is their compute type; None where there is no such dialect."""
+    commit: str | None = None
+    """Of the hub, which `source` stood at when it was exported; None for what has none."""
+    origin: str | None = None
+    """A hash of where a local checkpoint lay, which tells two of the same name apart; None for what is no path."""
+    engines: Mapping[str, FileEntry] = field(default_factory=dict)
+    """Descriptions of the TensorRT engines built since, and timing caches, by their names in `engines/`."""
 
     def kv_of(self, dialect: str) -> KvContract:
         """How one dialect's cache tensors look."""
@@ -113,29 +134,18 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         """Parse and check; InvalidArtifact names the first field that is wrong."""
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise InvalidArtifact(f"{where} is not JSON: {error}") from error
+        return cls.from_raw(parse_json(text, where), where)
+
+    @classmethod
+    def from_raw(cls, raw: Any, where: str) -> "Manifest":
+        """The same of JSON that is parsed already."""
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA_VERSION:
             raise InvalidArtifact(
                 f"{where} has schema version {version!r}, this release reads {SCHEMA_VERSION}; export the model again"
             )
-        try:
-            trt_kv = raw.pop("trt_kv", None)
-            files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
-            manifest = cls(
-                dims=ModelDims(**raw.pop("dims")),
-                kv=KvContract(**raw.pop("kv")),
-                trt_kv=trt_kv and KvContract(**trt_kv),
-                eos_ids=tuple(raw.pop("eos_ids")),
-                files=files,
-                **raw,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidArtifact(f"{where} is malformed: {error}") from error
-        _check_types(manifest.dims, where)
+        manifest = shaped(raw, cls, where)
+        _check_fields(manifest, where)
         return manifest
 
 
@@ -144,11 +154,23 @@ def described(manifest: Manifest) -> str:
     return f"{manifest.precision}, int8 KV cache" if manifest.kv.dtype == "int8" else manifest.precision
 
 
-def _check_types(dims: ModelDims, where: str) -> None:
-    for item in fields(dims):
-        value = getattr(dims, item.name)
-        if item.name != "model_type" and (not isinstance(value, int) or value < 1):
-            raise InvalidArtifact(f"{where}: dims.{item.name} must be a positive integer, got {value!r}")
+def _check_fields(manifest: Manifest, where: str) -> None:
+    """What a field's type alone does not say."""
+    if not manifest.dialects or (unknown := set(manifest.dialects) - set(DIALECT_FILES)):
+        named = ", ".join(sorted(map(repr, unknown))) if manifest.dialects else "none"
+        raise InvalidArtifact(f"{where} is malformed: dialects are {named}, known are {', '.join(DIALECT_FILES)}")
+    dims = manifest.dims
+    if outside := [token_id for token_id in manifest.eos_ids if token_id >= dims.vocab_size]:
+        raise InvalidArtifact(
+            f"{where} is malformed: end-of-text id {outside[0]} is outside the vocabulary of {dims.vocab_size:,}"
+        )
+    if dims.num_heads % dims.num_kv_heads:
+        raise InvalidArtifact(
+            f"{where} is malformed: {dims.num_heads} heads cannot share {dims.num_kv_heads} key-value heads"
+        )
+    for name in (*manifest.files, *manifest.engines):
+        if os.sep in name or "\0" in name or name in ("", ".", ".."):
+            raise InvalidArtifact(f"{where} names a file outside the artifact: {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +202,36 @@ class Artifact:
             dtype=self.manifest.kv.dtype,
         )
 
-    def model_file(self, dialect: str = "ort") -> Path:
+    def listed(self, name: str) -> Path | None:
+        """Path of a file that the manifest lists, else None: one that lies there all the same has no hash and is not
+        used, with a warning."""
+        if name in self.manifest.files:
+            return self.path / name
+        if (self.path / name).exists():
+            log.warning("%s is not used: %s does not list it", self.path / name, MANIFEST)
+        return None
+
+    def graph_file(self, dialect: str) -> Path:
         """Path of the graph of one dialect; InvalidArtifact if the artifact has no such dialect."""
         if dialect not in self.manifest.dialects:
             raise InvalidArtifact(f"{self.path} has no {dialect} graph, only {', '.join(self.manifest.dialects)}")
         return self.path / self.manifest.dialects[dialect]
+
+    def model_file(self, dialect: str = "ort") -> Path:
+        """The same of a graph that is to be loaded.
+
+        InvalidArtifact as well if the graph reads weights from a file that the manifest does not list.
+        """
+        file = self.graph_file(dialect)
+        try:
+            read = external_files(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InvalidArtifact(f"cannot load {file}: {error}; export the model again") from error
+        if unlisted := sorted(read - set(self.manifest.files)):
+            raise InvalidArtifact(
+                f"{file} reads weights from {unlisted[0]!r}, which {MANIFEST} does not list; export the model again"
+            )
+        return file
 
 
 def open_artifact(path: str | Path, *, allow_failed: bool = False, check_hashes: bool = True) -> Artifact:
@@ -195,20 +242,13 @@ def open_artifact(path: str | Path, *, allow_failed: bool = False, check_hashes:
     """
     path = Path(path)
     manifest_file = path / MANIFEST
-    if not path.is_dir():
-        raise InvalidArtifact(
-            f"{path} is not a directory; `headrace export MODEL --out {path}` writes an artifact there"
-        )
-    if not manifest_file.is_file():
-        raise InvalidArtifact(f"{path} has no {MANIFEST}: not an artifact, or half of one; export it again")
-    manifest = Manifest.from_json(_read_text(manifest_file), str(manifest_file))
+    manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         _check_file(path, name, entry, check_hashes=check_hashes)
     for needed in (*manifest.dialects.values(), RECEIPT):
         if needed not in manifest.files:
             raise InvalidArtifact(f"{manifest_file} does not list {needed}; export the model again")
-    receipt = json.loads(_read_text(path / RECEIPT))
-    artifact = Artifact(path, manifest, receipt)
+    artifact = Artifact(path, manifest, read_receipt(path / RECEIPT))
     if not artifact.passed and not allow_failed:
         raise InvalidArtifact(
             f"{path}: the receipt says the model failed its accuracy gate; "
@@ -217,24 +257,34 @@ def open_artifact(path: str | Path, *, allow_failed: bool = False, check_hashes:
     return artifact
 
 
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of an artifact, checked by itself; the files it lists are not looked at. InvalidArtifact."""
+    file = path / MANIFEST
+    try:
+        if not path.is_dir():
+            raise InvalidArtifact(
+                f"{path} is not a directory; `headrace export MODEL --out {path}` writes an artifact there"
+            )
+        if not file.is_file():
+            raise InvalidArtifact(f"{path} has no {MANIFEST}: not an artifact, or half of one; export it again")
+    except OSError as error:
+        raise InvalidArtifact(f"{path} cannot be read: {error.strerror or error}") from error
+    return Manifest.from_raw(read_json(file), str(file))
+
+
 def _check_file(root: Path, name: str, entry: FileEntry, *, check_hashes: bool) -> None:
     file = root / name
-    if os.sep in name or name in ("", ".", ".."):
-        raise InvalidArtifact(f"{root / MANIFEST} names a file outside the artifact: {name!r}")
-    if not file.is_file():
-        raise InvalidArtifact(f"{file} is missing; export the model again")
-    size = file.stat().st_size
+    try:
+        if not file.is_file():
+            raise InvalidArtifact(f"{file} is missing; export the model again")
+        size = file.stat().st_size
+        found = sha256_of(file) if check_hashes and size == entry.size else entry.sha256
+    except OSError as error:
+        raise InvalidArtifact(f"{file} cannot be read: {error.strerror or error}") from error
     if size != entry.size:
         raise InvalidArtifact(f"{file} has {size:,} bytes, the manifest says {entry.size:,}; export the model again")
-    if check_hashes and (found := sha256_of(file)) != entry.sha256:
+    if found != entry.sha256:
         raise InvalidArtifact(f"{file} has changed: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArtifact(f"{file} cannot be read: {error}") from error
 
 
 def sha256_of(file: Path) -> str:

@@ -125,7 +125,7 @@ def opened(
             f"{batch} rows of {capacity:,} tokens take {format_bytes(wanted)} of KV cache and {format_bytes(room)} "
             "may be used; ask for fewer rows or tokens"
         )
-    tokenizer, times = Tokenizer.from_directory(artifact.path), StepTimes()
+    tokenizer, times = Tokenizer.from_artifact(artifact), StepTimes()
     session = OrtSession.open(artifact, num_slots=batch, capacity=capacity, threads=threads)
     model = TextModel(
         name=artifact.manifest.name,

@@ -3,6 +3,7 @@
 The names are those of transformers, vLLM and llama.cpp. Knows nothing of Jinja, tokens or HTTP.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -52,7 +53,7 @@ class ChatOptions:
         for name, value in self._named().items():
             if name in self.variables and self.variables[name] != value:
                 raise InvalidRequest(
-                    f"{name} is {value!r}, and {self.variables[name]!r} in chat_template_kwargs; give one of them",
+                    f"{name} is {json.dumps(value)}, and chat_template_kwargs.{name} is not; give one of them",
                     param=name,
                 )
 
@@ -86,7 +87,9 @@ DEFAULT_CHAT = ChatOptions()
 def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a message in which its reasoning has every name that templates know it by."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return dict(message) if reasoning is None else {**dict.fromkeys(REASONING, reasoning), **message}
+    if reasoning is None:
+        return dict(message)
+    return {**message, **{name: reasoning for name in REASONING if message.get(name) is None}}
 
 
 def opened(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -174,16 +174,21 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(path: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """chat_template.jinja, or else `chat_template` of tokenizer_config.json; None if the model has none.
+def load_chat_template(
+    file: Path | None, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    """The template of `file`, the artifact's chat_template.jinja, or else `chat_template` of tokenizer_config.json.
 
-    That field is a string, or a list of named templates: `default`, and `tool_use` for conversations with tools.
+    That field is a string, or a list of named templates: `default`, and `tool_use` for conversations with tools. None
+    if the model has none.
     """
     found = _named_templates(config.get("chat_template"))
     places = dict.fromkeys(found, "tokenizer_config.json")
-    file = path / TEMPLATE_FILE
-    if file.is_file():
-        found["default"], places["default"] = file.read_text(encoding="utf-8"), str(file)
+    if file is not None:
+        try:
+            found["default"], places["default"] = file.read_text(encoding="utf-8"), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArtifact(f"{file} cannot be read: {error}; export the model again") from error
     if "default" not in found:
         return None
     template = ChatTemplate(found["default"], special_tokens, where=places["default"])

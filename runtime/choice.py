@@ -3,24 +3,17 @@
 Reads and shows; `export/choose_precision.py` writes it.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runtime.artifact import CHOICE, Artifact
-from runtime.errors import InvalidArtifact
+from runtime.artifact_shapes import read_choice_file
 from runtime.kv_budget import format_bytes
 
 
 def read_choice(artifact: Artifact) -> dict[str, Any] | None:
     """The table as written; None for an artifact whose precision was named by its user. InvalidArtifact if damaged."""
-    if CHOICE not in artifact.manifest.files:
-        return None
-    try:
-        choice: dict[str, Any] = json.loads((artifact.path / CHOICE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidArtifact(f"{artifact.path / CHOICE} cannot be read: {error}; export the model again") from error
-    return choice
+    return None if CHOICE not in artifact.manifest.files else read_choice_file(artifact.path / CHOICE)
 
 
 def choice_lines(choice: Mapping[str, Any]) -> Iterator[str]:

@@ -51,8 +51,8 @@ RANGES: Mapping[str, Range] = {
 """What SamplingParams takes, by field; the server's description of itself is made of the same."""
 NO_ANSWER = Range(0, None)
 """Of `max_tokens`, where the prompt is scored."""
-ANY_SEED = -1
-"""The seed by which clients ask for another answer each time."""
+UNSET: Mapping[str, tuple[int, int | None]] = {"seed": (-1, None), "top_k": (-1, 0)}
+"""The values by which programs say that they do not set a field, and what those become."""
 
 
 class FinishReason(StrEnum):
@@ -120,7 +120,6 @@ class SamplingParams:
         metadata={"help": "add VALUE to the logit of token ID; may be repeated", "metavar": "ID=VALUE"},
     )
     seed: int | None = setting(None, "makes the choice of tokens repeatable; -1: another one each time")
-    """-1 becomes None."""
     stop: tuple[str, ...] = setting((), "end before this text; may be repeated", metavar="TEXT")
     stop_token_ids: frozenset[int] = setting(frozenset(), "end at this token; may be repeated", metavar="ID")
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
@@ -136,8 +135,9 @@ class SamplingParams:
         for name, bounds in RANGES.items():
             if (value := getattr(self, name)) is not None:
                 _check(name, value, NO_ANSWER if name == "max_tokens" and self.prompt_logprobs is not None else bounds)
-        if self.seed == ANY_SEED:
-            object.__setattr__(self, "seed", None)
+        for name, (said, meant) in UNSET.items():
+            if getattr(self, name) == said:
+                object.__setattr__(self, name, meant)
         for token_id, bias in self.logit_bias.items():
             _check(f"logit_bias[{token_id}]", bias, Range(-100, 100))
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):

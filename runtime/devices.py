@@ -11,9 +11,9 @@ from runtime.cuda import Cuda, load_cuda
 from runtime.engine_files import TARGETS, EngineFile, find_engine
 from runtime.environment import Environment
 from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
-from runtime.kv_budget import DEVICE_FREE_FRACTION, default_budget, plan_slots
-from runtime.session import Session
-from runtime.settings import EngineSettings
+from runtime.kv_budget import ALONE, default_budget, plan_slots
+from runtime.session import Session, SessionInfo
+from runtime.settings import EngineSettings, share_of
 from runtime.trt_library import TrtLibrary, open_library
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,26 @@ def open_session(
     return backends[names[-1]](artifact, settings)
 
 
+def check_speculation(artifact: Artifact, settings: EngineSettings, info: SessionInfo | None = None) -> None:
+    """InvalidSetting if --speculate or --draft would do nothing: with an int8 cache, or on the device that was chosen.
+
+    info: of the session that was opened; None before, when only the cache's type is known
+    """
+    flag = "--draft" if settings.draft is not None else "--speculate"
+    if not settings.speculate and settings.draft is None:
+        return
+    if artifact.manifest.kv.dtype == "int8" and settings.device in ("auto", "cpu"):
+        raise InvalidSetting(
+            f"{flag} does nothing for {artifact.path}, whose KV cache is in 8 bits: a token's logits depend on how its "
+            f"run is cut there, and drafts would change answers; leave {flag} out, or export without --kv int8"
+        )
+    if info is not None and not (info.is_ragged and info.is_cut_exact):
+        raise InvalidSetting(
+            f"{flag} does nothing on {info.device}, where a token's logits depend on how its run is cut, and drafts "
+            f"would change answers; leave {flag} out, or say --device cpu"
+        )
+
+
 def open_on_tensorrt(
     artifact: Artifact,
     settings: EngineSettings,
@@ -78,6 +98,7 @@ def open_on_tensorrt(
         max_batch=settings.max_batch,
         capacity=capacity,
         kv_memory=settings.kv_memory,
+        share=share_of(settings) or ALONE,
     )
 
 
@@ -113,7 +134,7 @@ def open_on_cuda(artifact: Artifact, settings: EngineSettings, *, open_cuda: Cal
     cuda = open_cuda()
     try:
         graph = load_graph(artifact, "cuda")
-        budget = int(cuda.free_memory() * DEVICE_FREE_FRACTION)
+        budget = (share_of(settings) or ALONE).of_device(cuda.free_memory())
         num_slots, capacity = _slots(artifact, settings, budget)
         return OrtDeviceSession(graph, artifact, "cuda", cuda, num_slots=num_slots, capacity=capacity)
     except BaseException:
@@ -125,7 +146,10 @@ def open_on_cpu(artifact: Artifact, settings: EngineSettings) -> Session:
     """ONNX Runtime's CPU provider, with as many slots as memory has room for."""
     from runtime.ort_session import OrtSession
 
-    budget = default_budget(weight_bytes=artifact.weight_bytes) if settings.kv_memory is None else 0
+    budget = 0
+    if settings.kv_memory is None:
+        share = share_of(settings)
+        budget = default_budget(weight_bytes=artifact.weight_bytes) if share is None else share.host_kv
     num_slots, capacity = _slots(artifact, settings, budget)
     return OrtSession.open(
         artifact,

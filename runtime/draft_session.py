@@ -10,17 +10,15 @@ from runtime.artifact import Artifact, open_artifact
 from runtime.errors import InvalidSetting
 from runtime.kv_budget import default_budget
 from runtime.session import Session, SessionInfo
-from runtime.settings import EngineSettings
+from runtime.settings import EngineSettings, share_of
 from runtime.tokenizer import TOKENIZER
 
 
 def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifact:
     """The draft model's artifact. InvalidSetting if it cannot guess for the target."""
-    if settings.device not in ("auto", "cpu"):
-        raise InvalidSetting(f"--draft works on the CPU alone so far; leave it out, or --device {settings.device}")
     draft, capacity = open_artifact(path), settings.max_len or target.manifest.dims.max_len
     ours, its = target.manifest, draft.manifest
-    if its.dims.vocab_size != ours.dims.vocab_size or its.files[TOKENIZER].sha256 != ours.files[TOKENIZER].sha256:
+    if its.dims.vocab_size != ours.dims.vocab_size or its.files.get(TOKENIZER) != ours.files.get(TOKENIZER):
         raise InvalidSetting(f"--draft {path}: {its.name} has other tokens than {ours.name}; both need one tokenizer")
     if its.dims.max_len < capacity:
         raise InvalidSetting(
@@ -33,6 +31,8 @@ def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifac
 def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) -> EngineSettings:
     """Settings for the target alone: on the CPU, and of the KV memory what leaves the draft as many slots."""
     budget = settings.kv_memory
+    if budget is None and (share := share_of(settings)) is not None:
+        budget = share.host_kv
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
     ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token

@@ -113,13 +113,16 @@ class Engine:
         if (sequence := self.live.get(request_id)) is not None:
             self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
 
-    def fail(self, reason: str) -> None:
-        """End every request with ERROR. Trusts only `live`: the step that broke may have left all askew."""
-        self._scheduler = self._new_scheduler()
-        ended, event = list(self.live.values()), _failure(reason)
+    def fail(self, reason: str, arrived: Iterable[Sequence] = ()) -> None:
+        """End every request with ERROR, those that have `arrived` and were not added too.
+
+        Trusts only `live`: the step that broke may have left the rest inconsistent.
+        """
+        ended, event = [*self.live.values(), *arrived], _failure(reason)
         self.live.clear()
         for sequence in ended:
             sequence.request.sink(event)
+        self._scheduler = self._new_scheduler()
         # Last: if it is the observer that broke, everybody has heard.
         for sequence in ended:
             self._tell_end(sequence, FinishReason.ERROR)
@@ -216,7 +219,7 @@ class Engine:
             event = sequence.next_event(row)
         except InvalidRequest as error:
             event = _failure(str(error))._replace(error_param=error.param)
-        except Exception as error:  # one request's failure must not end its neighbours
+        except BaseException as error:  # one request's failure, a panic in its grammar too, must not end its neighbours
             log.exception("request %s failed", sequence.request.request_id)
             event = _failure(f"{type(error).__name__}: {error}")
         if is_first and self._observer is not None and sequence.first_token_s is not None:

@@ -1,7 +1,7 @@
 """The TensorRT engines of an artifact: which there are, what each was built for, whether it is whole.
 
     engines/<target>-<gpus>-<version>-<key>.plan    the library's own format, see export/engine_build.py
-    engines/<the same>.json                         this module's `EngineInfo`
+    engines/<the same>.json                         this module's `EngineInfo`, listed in the manifest with its hash
 
 An engine serves only the target, library version, GPUs, graph and weights it was built from; all of them are in the
 key. Reading only: nothing here loads a plan, and no TensorRT is imported.
@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.artifact import Artifact, FileEntry, Manifest, sha256_of
-from runtime.errors import InvalidEngine
+from runtime.artifact import MANIFEST, Artifact, FileEntry, Manifest, read_manifest, sha256_of
+from runtime.errors import InvalidArtifact, InvalidEngine
+from runtime.json_shape import parse_json, shaped
 
 ENGINES = "engines"
 TARGETS = ("tensorrt-rtx", "tensorrt")
@@ -130,25 +131,18 @@ class EngineInfo(EngineIdentity):
     def from_json(cls, text: str, where: str) -> "EngineInfo":
         """Parse and check; InvalidEngine says what is wrong."""
         try:
-            raw = json.loads(text)
-            version = raw.pop("schema_version", None)
+            raw = parse_json(text, where)
+            version = raw.get("schema_version") if isinstance(raw, dict) else None
             if version != ENGINE_SCHEMA:
                 raise InvalidEngine(f"{where} has schema version {version!r}, this release reads {ENGINE_SCHEMA}")
-            info = cls(
-                gpus=tuple(raw.pop("gpus")),
-                profiles=tuple(_profile(**entry) for entry in raw.pop("profiles")),
-                plan=FileEntry(**raw.pop("plan")),
-                **raw,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidEngine(f"{where} is malformed: {error}; build the engine again") from error
+            info = shaped(raw, cls, where)
+        except InvalidEngine:
+            raise
+        except InvalidArtifact as error:
+            raise InvalidEngine(f"{error}; build the engine again") from error
         if tuple(profile.name for profile in info.profiles) != PROFILES or info.target not in TARGETS:
             raise InvalidEngine(f"{where} is malformed: profiles or target are unknown; build the engine again")
         return info
-
-
-def _profile(*, name: str, **spans: list[int]) -> Profile:
-    return Profile(name=name, **{dim: Span(*sizes) for dim, sizes in spans.items()})
 
 
 class EngineFile(NamedTuple):
@@ -160,11 +154,16 @@ class EngineFile(NamedTuple):
 
 
 def engine_files(artifact: Artifact, *, check_hashes: bool = False) -> Iterator[EngineFile]:
-    """Every plan in an artifact's `engines/`, by name; sizes are compared, hashes only on request."""
-    for plan in sorted((artifact.path / ENGINES).glob("*.plan")):
+    """Every plan in an artifact's `engines/`, by name; sizes are compared, the plans' hashes only on request.
+
+    The manifest is read again: an engine may have been built since the artifact was opened.
+    """
+    plans = sorted((artifact.path / ENGINES).glob("*.plan"))
+    listed = read_manifest(artifact.path).engines if plans else {}
+    for plan in plans:
         info: EngineInfo | None = None
         try:
-            info = read_engine_info(plan)
+            info = read_engine_info(plan, listed)
             _check_origin(info, artifact, plan)
             _check_plan(plan, info, check_hash=check_hashes)
         except InvalidEngine as error:
@@ -173,13 +172,18 @@ def engine_files(artifact: Artifact, *, check_hashes: bool = False) -> Iterator[
             yield EngineFile(plan, info, None)
 
 
-def read_engine_info(plan: Path) -> EngineInfo:
-    """The .json beside a plan; InvalidEngine if it is missing, malformed or another plan's."""
+def read_engine_info(plan: Path, listed: Mapping[str, FileEntry]) -> EngineInfo:
+    """The .json beside a plan. InvalidEngine if it is missing, malformed, another plan's, or not what is `listed`."""
     file = plan.with_suffix(".json")
     try:
-        text = file.read_text(encoding="utf-8")
+        data = file.read_bytes()
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidEngine(f"{plan} has no readable {file.name} beside it: {error}; build the engine again") from error
+    entry = listed.get(file.name)
+    if entry is None or entry.sha256 != hashlib.sha256(data).hexdigest():
+        what = "does not list it" if entry is None else "lists it with another hash"
+        raise InvalidEngine(f"{file} is not used: {MANIFEST} {what}; build the engine again")
     info = EngineInfo.from_json(text, str(file))
     if info.stem != plan.stem:
         raise InvalidEngine(f"{file} describes {info.stem}, another engine than its name says; build the engine again")
@@ -223,6 +227,14 @@ def check_plan(plan: Path, info: EngineInfo) -> None:
 def weight_files(manifest: Manifest) -> Mapping[str, str]:
     """sha256 of the artifact's weight files, by name."""
     return {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(".bin")}
+
+
+def device_weight_bytes(artifact: Artifact) -> int:
+    """Bytes that the artifact's weights take on a GPU: its largest usable engine, or else its weight files."""
+    plans = [engine.info.plan.size for engine in engine_files(artifact) if engine.info and not engine.problem]
+    if plans:
+        return max(plans)
+    return sum(entry.size for name, entry in artifact.manifest.files.items() if name.endswith(".bin"))
 
 
 def _check_origin(info: EngineInfo, artifact: Artifact, plan: Path) -> None:

@@ -1,8 +1,8 @@
 """The one thread that owns the engine, and what other threads may ask of it.
 
 Requests and cancellations go in through one queue and take effect between two steps; events come out through
-each request's sink. An exception of the engine is caught once, here: every request ends with the reason, and
-no more are accepted. Nobody waits forever.
+each request's sink. An exception of the engine is caught once, here, of whatever class (a panic of a Rust library is
+no `Exception`): every request ends with the reason, and no more are accepted. Nobody waits forever.
 """
 
 import logging
@@ -47,10 +47,11 @@ class EngineThread:
         return self._failure
 
     def start(self) -> None:
-        """Start the thread; requests are accepted from now on. Once only."""
-        with self._changed:
-            self._is_accepting = True
+        """Start the thread; requests are accepted from now on. Once only. RuntimeError if the system has no thread."""
         self._thread.start()
+        with self._changed:
+            # It may have failed by now, or be closed.
+            self._is_accepting = self._failure is None and not self._is_closing
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest, PromptTooLong, Overloaded or Unavailable."""
@@ -106,9 +107,11 @@ class EngineThread:
         try:
             while self._take_inbox():
                 self._engine.step()
-        except Exception as error:  # the only place: whatever broke, every request hears of it
-            log.exception("the engine failed")
-            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+        except BaseException as error:  # the only place: whatever broke, every request hears of it
+            try:
+                self._fail(f"the engine failed: {type(error).__name__}: {error}")
+            finally:  # last: with memory short, this may fail too
+                log.exception("the engine failed")
 
     def _take_inbox(self) -> bool:
         """Hand what arrived to the engine; block while there is nothing to do. False when time to end."""
@@ -137,13 +140,11 @@ class EngineThread:
         with self._changed:
             self._is_accepting = False
             self._failure = reason
-            for item in self._inbox:
-                if isinstance(item, Sequence):
-                    self._engine.add(item)
+            arrived = [item for item in self._inbox if isinstance(item, Sequence)]
             self._inbox.clear()
             self._num_inbox = 0
             try:
-                self._engine.fail(reason)
+                self._engine.fail(reason, arrived)
             finally:
                 self._is_idle = True
                 self._changed.notify_all()

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     _check(args, artifact, against)
     from runtime.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_directory(artifact.path)
+    tokenizer = Tokenizer.from_artifact(artifact)
     num_ids = count_ids(args.text, tokenizer, limit=args.limit, vocab_size=artifact.manifest.dims.vocab_size)
     if num_ids < 2:
         raise InvalidSetting(f"--text {args.text} has fewer than two tokens: nothing to predict; give a longer text")

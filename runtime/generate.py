@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 512
 """Long enough for an answer, short enough to bound one that never ends. Cut to what the context leaves."""
+NO_LIMIT = -1
+"""As many tokens as the context leaves."""
 
 # One request: nothing to batch, no queue, no tools.
 _ENGINE_SKIPPED = ("max_batch", "max_waiting", "max_queue_wait", "request_timeout", "prefix_cache", "tool_format")
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     settings = from_namespace(EngineSettings, args, max_batch=1, prefix_cache=0)
     # A bad sampling flag is told before the model is loaded; the real limit needs the prompt's length.
-    from_namespace(SamplingParams, args, max_tokens=1 if args.max_tokens is None else args.max_tokens)
+    from_namespace(SamplingParams, args, max_tokens=1 if args.max_tokens in (None, NO_LIMIT) else args.max_tokens)
 
     from runtime.text_model import open_text_model
 
@@ -101,6 +103,8 @@ def stream(generation: "Generation") -> int:
 
 def _max_tokens(asked: int | None, room: int) -> int:
     """What was asked for, else the default cut to the room; at least 1, so that a full context is refused."""
+    if asked == NO_LIMIT:
+        return max(1, room)
     return asked if asked is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
 
 

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.artifact import CALIBRATION, Artifact, open_artifact
+from runtime.artifact_shapes import read_calibration_account
 from runtime.choice import choice_lines, read_choice
+from runtime.json_shape import finite
 from runtime.kv_budget import format_bytes
 from runtime.sensitivity_picture import sensitivity_lines
 
@@ -50,7 +52,7 @@ def as_json(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_token": artifact.kv_bytes_per_token,
         "kv_bytes_per_slot": artifact.kv_bytes_per_token * artifact.manifest.dims.max_len,
         "manifest": asdict(artifact.manifest),
-        "receipt": _finite(dict(artifact.receipt)),
+        "receipt": finite(dict(artifact.receipt)),
         "choice": read_choice(artifact),
     }
 
@@ -59,7 +61,7 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
     """Where a calibrated artifact's ranges came from, and what each layer costs, as a picture."""
     if CALIBRATION not in artifact.manifest.files:
         return
-    calibration = json.loads((artifact.path / CALIBRATION).read_text(encoding="utf-8"))
+    calibration = read_calibration_account(artifact.path / CALIBRATION)
     found, origin = artifact.receipt.get("quantization", {}), calibration["provenance"]
     two_pass = found.get("two_pass", [])
     yield f"calibrated on {origin['source']}: {origin.get('num_sequences', '?')} sequences"
@@ -67,19 +69,12 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
         yield f"  {found['two_pass_share']:.1%} of the multiply-adds in two int8 passes (LM head not counted)"
     for figure, words in (("layer_errors", ""), ("trt.layer_errors", " for TensorRT")):
         if errors := found.get(figure):
-            worst = sorted(errors.items(), key=lambda item: -float(item[1]))[:5]
+            # A figure that is not finite is text, and nothing is larger.
+            sizes = {name: float(error) for name, error in errors.items()}
+            worst = sorted(sizes.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)[:5]
             yield f"  largest output errors{words}: " + ", ".join(f"{name} {error:.2%}" for name, error in worst)
     if calibration["layers"]:
         yield from sensitivity_lines(calibration, two_pass)
-
-
-def _finite(value: Any) -> Any:
-    """The same with NaN and infinity as text: Python's reader takes them, JSON does not know them."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_lines(artifact: Artifact) -> Iterator[str]:
@@ -88,7 +83,7 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
     per_token = artifact.kv_bytes_per_token
     yield f"{manifest.name}  ({artifact.path})"
     rows = {
-        "source": manifest.source,
+        "source": manifest.source + (f" at commit {manifest.commit}" if manifest.commit else ""),
         "precision": manifest.precision,
         "family": dims.model_type,
         "parameters": f"{num_parameters(artifact) / 1e6:,.1f} million",

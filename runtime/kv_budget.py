@@ -1,8 +1,10 @@
 """How many KV slots fit in memory. Reads what the kernel says is free; of models it knows only sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.control_groups import control_group_paths, read_number
 from runtime.errors import InvalidSetting
 
 FREE_FRACTION = 0.6
@@ -64,6 +66,42 @@ def default_budget(*, weight_bytes: int = 0, fraction: float = FREE_FRACTION, ro
     return max(0, int((available_memory(root) - weight_bytes) * fraction))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShare:
+    """What one of several models in a process may take by default, where nobody said how much.
+
+    host_kv: bytes of the machine's memory for its KV cache; counted once for all, since caches there fill slowly, and
+        each model would count the same memory as free
+    num_to_load: models that are still to take a GPU's memory, this one included: a cache there is taken whole at once,
+        so what is free then is free
+    weights_to_come: bytes that the weights of the models behind this one will take on it
+    """
+
+    host_kv: int
+    num_to_load: int
+    weights_to_come: int
+
+    def of_device(self, free: int) -> int:
+        """Bytes of a GPU's memory for the KV cache, of `free` once this model's weights are there."""
+        return max(0, int((free - self.weights_to_come) * DEVICE_FREE_FRACTION)) // self.num_to_load
+
+
+ALONE = MemoryShare(host_kv=0, num_to_load=1, weights_to_come=0)
+"""The one model of its process, on a GPU."""
+
+
+def shares_of(
+    host_weights: Sequence[int], device_weights: Sequence[int], *, root: Path = Path("/")
+) -> list[MemoryShare]:
+    """A share for each of several models, loaded in this order, by the bytes of weights here and on a GPU."""
+    count = len(host_weights)
+    host_kv = max(1, default_budget(weight_bytes=sum(host_weights), root=root) // count)
+    return [
+        MemoryShare(host_kv=host_kv, num_to_load=count - idx, weights_to_come=sum(device_weights[idx + 1 :]))
+        for idx in range(count)
+    ]
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Free bytes: MemAvailable of /proc/meminfo, or what the control group leaves, if that is less."""
     meminfo = root / "proc/meminfo"
@@ -78,29 +116,15 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _cgroup_room(root: Path) -> Iterator[int]:
-    """Limit minus use for each control group around this process that has a limit (v2, then v1)."""
-    for base, limit_name, used_name in (
-        ("sys/fs/cgroup", "memory.max", "memory.current"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        top = root / base
-        for group in (top, *(top / part for part in _own_groups(root))):
-            limit, used = _read_int(group / limit_name), _read_int(group / used_name)
+    """Limit minus use for each control group around this process that has a limit."""
+    for group in control_group_paths(root, "memory"):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = read_number(group / limit_name), read_number(group / used_name)
             if limit is not None and used is not None:
                 yield max(0, limit - used + _reclaimable(group))
-
-
-def _own_groups(root: Path) -> Iterator[str]:
-    """Paths of this process's control groups and their parents, relative to the hierarchy's root."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory") and ".." not in path:
-            parts = path.strip("/").split("/")
-            yield from ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1) if parts[0])
 
 
 def _reclaimable(group: Path) -> int:
@@ -110,14 +134,6 @@ def _reclaimable(group: Path) -> int:
     except OSError:
         return 0
     return int(stat.get("inactive_file", 0))
-
-
-def _read_int(file: Path) -> int | None:
-    """The number in a file; None if there is none (no such file, or the word `max`)."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def format_bytes(count: int) -> str:

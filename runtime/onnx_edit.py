@@ -12,7 +12,9 @@ _GRAPH, _NODE, _INPUT, _OP_TYPE = 7, 1, 1, 4
 _LENGTH_DELIMITED = 2
 
 
-class _Field(NamedTuple):
+class Field(NamedTuple):
+    """One field of a protobuf message."""
+
     number: int
     whole: bytes
     """Key, length and content, as in the file."""
@@ -33,19 +35,20 @@ def _edited(message: bytes, number: int, edit: Callable[[bytes], bytes]) -> byte
     """The message with `edit` made of every nested message of that number."""
     return b"".join(
         field.whole if field.number != number or field.content is None else _wrapped(number, edit(field.content))
-        for field in _fields(message)
+        for field in fields_of(message)
     )
 
 
 def _node(node: bytes, op_type: str, num_kept: int) -> bytes:
-    fields = list(_fields(node))
+    fields = list(fields_of(node))
     if not any(field.number == _OP_TYPE and field.content == op_type.encode() for field in fields):
         return node
     inputs = [field for field in fields if field.number == _INPUT][:num_kept]
     return b"".join(field.whole for field in [*inputs, *(field for field in fields if field.number != _INPUT)])
 
 
-def _fields(message: bytes) -> Iterator[_Field]:
+def fields_of(message: bytes) -> Iterator[Field]:
+    """The fields of a protobuf message in order. ValueError if it is not a whole one."""
     position = 0
     while position < len(message):
         start = position
@@ -63,7 +66,7 @@ def _fields(message: bytes) -> Iterator[_Field]:
             raise ValueError(f"not a protobuf message: wire type {key & 7} at byte {start}")
         if position > len(message):
             raise ValueError(f"not a whole protobuf message: it ends inside the field at byte {start}")
-        yield _Field(key >> 3, message[start:position], content)
+        yield Field(key >> 3, message[start:position], content)
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

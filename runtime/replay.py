@@ -49,6 +49,12 @@ def replay(artifact: Artifact, session: Session) -> Replay:
     if not pairs:
         raise InvalidArtifact(f"{artifact.path}: no prompt of the receipt fits slots of {room} tokens; raise --max-len")
     rows = session.info.num_slots
+    highest = max(max(prompt + answer) for prompt, answer in pairs)
+    if highest >= session.info.vocab_size:
+        raise InvalidArtifact(
+            f"{artifact.path}: the receipt has token {highest}, the vocabulary ends at {session.info.vocab_size - 1}; "
+            "export it again"
+        )
     right: list[tuple[int, int]] = []
     for start in range(0, len(pairs), rows):
         right += _replay_batch(session, pairs[start : start + rows])
@@ -57,7 +63,8 @@ def replay(artifact: Artifact, session: Session) -> Replay:
         device=session.info.device,
         dialect=dialect,
         prefill=sum(first for first, _ in right) / len(pairs),
-        decode=sum(rest for _, rest in right) / num_decode,
+        # A model of two tokens' length answers with one, which is the prefill's.
+        decode=sum(rest for _, rest in right) / num_decode if num_decode else 1.0,
         num_tokens=len(pairs) + num_decode,
         limit=MIN_AGREEMENT.get(artifact.manifest.precision, MIN_AGREEMENT_ROUNDED),
     )

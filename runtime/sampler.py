@@ -68,7 +68,7 @@ def num_top(params: SamplingParams) -> int | None:
         return None
     if params.is_greedy:
         return max(1, params.logprobs or 0)
-    return max(params.top_k, params.logprobs or 0) if params.top_k > 0 else None
+    return max(params.top_k, params.logprobs or 0) if params.top_k else None
 
 
 def make_sampler(params: SamplingParams, prompt_ids: Iterable[int], end_ids: Collection[int] = ()) -> Sampler:
@@ -179,7 +179,7 @@ class _Chain:
     def _draw(self, logits: Row) -> int:
         """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again
         among the kept. Each kept token ends up with its share of the kept, and most rows are spared the sorting."""
-        if self._params.top_k <= 0 and self._params.typical_p == 1:
+        if self._params.top_k == 0 and self._params.typical_p == 1:
             weights = _weights(logits, self._params.temperature)
             token_id = _inverse_cdf(weights, self._rng.random())
             if _is_kept(weights, token_id, self._params):

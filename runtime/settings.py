@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from runtime.errors import InvalidSetting
+from runtime.kv_budget import MemoryShare
 
 T = TypeVar("T")
 
@@ -87,10 +88,43 @@ class EngineSettings:
         check_at_least("prefix_cache", self.prefix_cache, 0)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
+        self._check_device()
         if self.tool_format not in TOOL_FORMAT_NAMES:
             raise InvalidSetting(
                 f"--tool-format must be one of {', '.join(TOOL_FORMAT_NAMES)}, got {self.tool_format!r}"
             )
+
+    def _check_device(self) -> None:
+        """A flag that the named device would not heed is refused; what `auto` chose is looked at once it is open."""
+        if self.device in ("auto", "cpu"):
+            return
+        given = {
+            "--speculate": self.speculate,
+            "--draft": self.draft is not None,
+            "--threads": self.threads is not None,
+        }
+        for flag, is_given in given.items():
+            if is_given:
+                raise InvalidSetting(
+                    f"{flag} works on the CPU alone, and --device says {self.device}; leave one of the two out"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSettings(EngineSettings):
+    """Settings of one of several models in a process, with what it may take of the memory they share; no flag."""
+
+    share: MemoryShare
+
+    @classmethod
+    def of(cls, settings: EngineSettings, share: MemoryShare) -> "SharedSettings":
+        """The same settings, for a model beside others."""
+        return cls(**{item.name: getattr(settings, item.name) for item in fields(settings)}, share=share)
+
+
+def share_of(settings: EngineSettings) -> MemoryShare | None:
+    """A model's share; None where it is alone."""
+    return settings.share if isinstance(settings, SharedSettings) else None
 
 
 def check_at_least(name: str, value: float | None, low: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from runtime.artifact import open_artifact
 from runtime.chat_options import DEFAULT_CHAT, REASONING, ChatOptions
 from runtime.chat_prompt import ChatPrompts
-from runtime.chat_template import ChatTemplate, load_chat_template
+from runtime.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from runtime.core import (
     DEFAULT_OPTIONS,
     EngineObserver,
@@ -26,12 +26,12 @@ from runtime.core import (
     TokenEvent,
     Usage,
 )
-from runtime.devices import Backend, open_session
+from runtime.devices import Backend, check_speculation, open_session
 from runtime.draft_model import DraftModel
 from runtime.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine import Engine
 from runtime.engine_thread import EngineThread
-from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from runtime.grammar import GrammarCompiler
 from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
 from runtime.model_card import model_card
@@ -168,17 +168,18 @@ class TextModel:
         *,
         tools: Sequence[Tool] = (),
         options: ChatOptions = DEFAULT_CHAT,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Token ids of a chat, up to where the assistant speaks. Control tokens in messages and tools are text
         (runtime/chat_prompt.py). InvalidRequest without a chat template, or for options that cannot be had with it;
-        PromptTooLong for a chat that certainly does not fit.
+        PromptTooLong for a chat that certainly has more than `max_tokens`, by default those of the context.
         """
         if self._chats is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        return self._chats.encode(messages, tools=tools, options=options, max_tokens=self.max_len)
+        return self._chats.encode(messages, tools=tools, options=options, max_tokens=max_tokens or self.max_len)
 
     @property
     def has_short_call_ids(self) -> bool:
@@ -189,15 +190,19 @@ class TextModel:
         """The fields of a chat that are without effect, since this model's chat template does not read them."""
         if self._chat_template is None:
             return []
-        fields = options.unread(self._chat_template.reads)
+        fields = options.unread(self._chat_template.reads | self._chat_template.with_tools.reads)
         if not self._chat_template.knows_reasoning:
             found = {name for message in messages for name in REASONING if name in message}
-            fields += [f"messages.{name}" for name in sorted(found)]
+            fields += [f"messages[].{name}" for name in sorted(found)]
         return fields
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text: possibly a part of a character; empty for a special token."""
         return self._tokenizer.token_bytes(token_id)
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """The same, with special tokens by their names."""
+        return self._tokenizer.shown_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
         """A token for people: a special token by its name, a part of a character as U+FFFD."""
@@ -267,11 +272,14 @@ class TextModel:
         return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
 
     def encode_prediction(self, text: str) -> list[int]:
-        """Token ids of an expected answer, for `RequestOptions.prediction_ids`: as many as an answer can have. None if
-        nothing is speculated here: they would be without effect."""
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. None if nothing is speculated here, or
+        if no answer can be so long: they would be without effect, or of little."""
         if not self._engine.is_speculating:
             return []
-        return self._tokenizer.encode(text, add_special_tokens=False)[: self.max_len]
+        try:
+            return self.encode(text, add_special_tokens=False)[: self.max_len]
+        except PromptTooLong:
+            return []
 
     def _bounded(self, options: RequestOptions) -> RequestOptions:
         """The request's own time limit, or the server's if that is less."""
@@ -352,13 +360,19 @@ def open_text_model(
     if settings.prefix_cache is None:
         share = default_budget(weight_bytes=artifact.weight_bytes, fraction=PREFIX_CACHE_FRACTION)
         settings = replace(settings, prefix_cache=share)
+    check_speculation(artifact, settings)
     draft = None
     if settings.draft is not None:
         draft = open_draft(settings.draft, artifact, settings)
         settings = beside_draft(settings, artifact, draft)
-    tokenizer = Tokenizer.from_directory(artifact.path)
-    template = load_chat_template(artifact.path, tokenizer.config, tokenizer.special_tokens)
+    tokenizer = Tokenizer.from_artifact(artifact)
+    template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
     session = open_session(artifact, settings, backends=backends)
+    try:
+        check_speculation(artifact, settings, session.info)
+    except InvalidSetting:
+        session.close()
+        raise
     return TextModel(
         name=name or manifest.name,
         session=session,

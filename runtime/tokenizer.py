@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.artifact import Artifact
 from runtime.bounded_encoding import BoundedEncoder
 from runtime.control_tokens import AddedToken
 from runtime.errors import InvalidArtifact
+from runtime.json_shape import read_json
 from runtime.secret_spelling import SecretSpelling
 
 if TYPE_CHECKING:
@@ -64,18 +66,29 @@ class Tokenizer:
         self._added_bos_id = self._bos_to_add()
 
     @classmethod
-    def from_directory(cls, path: Path) -> "Tokenizer":
-        """Load tokenizer.json and, if they are there, special_tokens_map.json and tokenizer_config.json. Raises
-        InvalidArtifact."""
+    def from_artifact(cls, artifact: Artifact) -> "Tokenizer":
+        """Load the artifact's tokenizer.json and, if it has them, special_tokens_map.json and tokenizer_config.json.
+        Raises InvalidArtifact."""
+        file = artifact.listed(TOKENIZER)
+        if file is None:
+            raise InvalidArtifact(
+                f"{artifact.path} has no {TOKENIZER}, so it takes no text; export a checkpoint that has one"
+            )
+        return cls.from_files(file, artifact.listed(SPECIAL_TOKENS_MAP), artifact.listed(TOKENIZER_CONFIG))
+
+    @classmethod
+    def from_files(cls, file: Path, *config_files: Path | None) -> "Tokenizer":
+        """Load a tokenizer.json and the files of special_tokens_map.json and tokenizer_config.json that there are: what
+        several say, the last says, as in transformers. Raises InvalidArtifact."""
         from tokenizers import Tokenizer as HfTokenizer
 
-        file = path / TOKENIZER
         try:
             tokenizer = HfTokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise InvalidArtifact(f"{file} cannot be loaded: {error}; export the model again") from error
-        # What both say, tokenizer_config.json says last, as in transformers.
-        config = _read_config(path / SPECIAL_TOKENS_MAP) | _read_config(path / TOKENIZER_CONFIG)
+        config: dict[str, Any] = {}
+        for config_file in filter(None, config_files):
+            config |= _read_config(config_file)
         return cls(tokenizer, config, where=str(file))
 
     @property
@@ -224,11 +237,8 @@ class Detokenizer:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InvalidArtifact(f"{file} cannot be read: {error}; export the model again") from error
+    """A JSON object."""
+    config = read_json(file)
     if not isinstance(config, dict):
         raise InvalidArtifact(f"{file} is not a JSON object; export the model again")
     return config

@@ -62,14 +62,20 @@ def detect_format(template: str | None) -> ToolFormat:
     return GENERIC
 
 
-def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool) -> str:
-    """A grammar in Lark's notation for one call of one of the tools, or for several calls."""
-    more = f" ({_quoted(form.separator)} call){{0,{MAX_CALLS - 1}}}" if is_parallel else ""
+def call_head(form: ToolFormat, name: str) -> str:
+    """The text that a call of this function begins with, in a grammar, up to its arguments."""
     before = f"{form.opening}\n" if form.opening else ""
+    return f'{before}{{"name": "{name}", "{form.arguments_key}": '
+
+
+def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool, start: str = "start") -> str:
+    """A grammar in Lark's notation for one call of one of the tools, or for several calls. `start` is the name of its
+    first rule."""
+    more = f" ({_quoted(form.separator)} call){{0,{MAX_CALLS - 1}}}" if is_parallel else ""
     after = f"\n{form.closing}" if form.closing else ""
-    rules = [f"start: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
+    rules = [f"{start}: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
-        head = f'{before}{{"name": "{tool.name}", "{form.arguments_key}": '
+        head = call_head(form, tool.name)
         schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **tool.parameters}
         rules.append(f"call{i}: {_quoted(head)} arguments{i} {_quoted('}' + after)}")
         rules.append(f"arguments{i}: %json {json.dumps(schema)}")

@@ -127,8 +127,9 @@ class CallReader:
         elif self._key in ARGUMENT_KEYS and self._value[:1] != ["{"]:
             # Some models write the arguments as a string that holds JSON, or null for none.
             value = self._decoded()
-            self.is_broken |= not isinstance(value, str | None)
-            self._arguments = [value if isinstance(value, str) else "{}"]
+            self.is_broken |= not isinstance(value, str | None) or _is_no_object(value)
+            if not self.is_broken:
+                self._arguments = [value if isinstance(value, str) else "{}"]
 
     def _after_value(self, char: str) -> None:
         if char == "}":
@@ -320,6 +321,14 @@ class ToolCallParser:
         kept = _overlap(before, self._form.closing)
         self._say(before[: len(before) - kept])
         self._held = before[len(before) - kept :]
+        return False
+
+
+def _is_no_object(text: str | None) -> bool:
+    """Whether arguments that are text hold JSON of another kind: nobody could take such a call, the server neither."""
+    try:
+        return text is not None and not isinstance(json.loads(text), dict | None)
+    except (ValueError, RecursionError):
         return False
 
 

@@ -23,7 +23,7 @@ from runtime.decode_graphs import DecodeGraphs, SlotEnds
 from runtime.device_kv import CacheNames, DeviceKv, slot_unit
 from runtime.engine_files import PROFILES, EngineFile, EngineInfo, Shape
 from runtime.errors import InvalidEngine, InvalidSetting
-from runtime.kv_budget import DEVICE_FREE_FRACTION, item_bytes, kv_bytes_per_token, plan_slots
+from runtime.kv_budget import ALONE, MemoryShare, item_bytes, kv_bytes_per_token, plan_slots
 from runtime.kv_rows import HostRows
 from runtime.session import Batch, KvRows, SessionInfo, TopRows
 from runtime.trt_engine import LoadedEngine, ProfileContext
@@ -74,13 +74,15 @@ class TrtSession:
         max_batch: int,
         capacity: int,
         kv_memory: int | None = None,
+        share: MemoryShare = ALONE,
     ) -> "TrtSession":
         """Load an engine and give it memory; everything a run needs is allocated here.
 
         library: `tensorrt` or `tensorrt_rtx`, as the engine's target says
         max_batch: most slots; fewer if the engine or the memory has no room for them
         capacity: tokens of a slot
-        kv_memory: bytes for the cache, None is 80 % of what is free when the engine is loaded
+        kv_memory: bytes for the cache, None is 80 % of what is free when the engine is loaded, or this model's share
+            of that beside others
 
         InvalidEngine if the plan cannot be used, InvalidSetting if it was built for shorter slots, DeviceOutOfMemory.
         `cuda` is closed with the session, and if this fails.
@@ -88,7 +90,7 @@ class TrtSession:
         with ExitStack() as stack:
             stack.callback(cuda.close)
             opening = _Opening(stack, artifact, engine, library, cuda)
-            return opening.session(cls, max_batch=max_batch, capacity=capacity, kv_memory=kv_memory)
+            return opening.session(cls, max_batch=max_batch, capacity=capacity, kv_memory=kv_memory, share=share)
 
     @property
     def info(self) -> SessionInfo:
@@ -190,7 +192,9 @@ class _Opening:
         if engine.info.dialect == "trt" and not self._is_in_place:
             raise InvalidEngine(f"{engine.plan} does not write its KV cache in place; build the engine again")
 
-    def session(self, cls: type[TrtSession], *, max_batch: int, capacity: int, kv_memory: int | None) -> TrtSession:
+    def session(
+        self, cls: type[TrtSession], *, max_batch: int, capacity: int, kv_memory: int | None, share: MemoryShare
+    ) -> TrtSession:
         info, dims, cuda, loaded = self._info, self._dims, self._cuda, self._loaded
         slot_len = _slot_len(info, capacity, dims.num_kv_heads * dims.head_dim * item_bytes(self._contract.dtype))
         scratch = self._own(cuda.allocate(max(1, loaded.scratch_bytes), "activations"))
@@ -208,7 +212,7 @@ class _Opening:
             head_dim=dims.head_dim,
             dtype=self._contract.dtype,
         ) * (1 if self._is_in_place else 2)
-        budget = int(cuda.free_memory() * DEVICE_FREE_FRACTION) if kv_memory is None else kv_memory
+        budget = share.of_device(cuda.free_memory()) if kv_memory is None else kv_memory
         num_slots = plan_slots(max_batch=max_batch, capacity=slot_len, bytes_per_token=per_token, budget=budget)
         kv = self._own(self._kv(num_slots, slot_len))
         graphs = self._own(DecodeGraphs(cuda, num_slots, lambda: loaded.context("decode", cuda, scratch)))

@@ -1,21 +1,26 @@
-"""Around every view: a record with an id, the key, the limits, and what is noted when the reply is out.
+"""Around every view: a record with an id, the Host, the key, the limits, and what is noted when the reply is out.
 
-Open without a key are the two health checks, the page and its files, and the API's description: they say
-nothing about requests or models.
+Open without a key are the health checks, the page and its files, and the API's description: they say nothing about
+requests or models to those who bring none.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
 from flask_cors import CORS
+from werkzeug.exceptions import BadRequest
 
 from serve import ignored
 from serve.api_keys import ApiKey, KeyRing
-from serve.errors import UnauthorizedError
+from serve.errors import NotAllowedError, UnauthorizedError
+from serve.hosts import ANY, HostRule, plain_origin
 from serve.rate_limits import RateLimits
 from serve.record import RequestRecord, request_id_of
+from serve.settings import ServerSettings
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
 LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
@@ -58,6 +63,14 @@ class Access:
             raise UnauthorizedError(f"{what}: send the header Authorization: Bearer KEY")
         return key
 
+    def may_see_details(self, authorization: str | None) -> bool:
+        """Whether an open route may name models and errors: to everybody if there are no keys, else to who has one."""
+        try:
+            self.identify(authorization)
+        except UnauthorizedError:
+            return False
+        return True
+
 
 class LiveRequests:
     """The generating requests that are being answered now."""
@@ -86,13 +99,28 @@ def current_record() -> RequestRecord:
     return record
 
 
+def check_may_measure() -> None:
+    """Raise NotAllowedError if the current request has a key that may not read the figures of all keys."""
+    if not may_measure():
+        raise NotAllowedError(
+            "this API key may not read the figures of all keys; `headrace key NAME --metrics` makes one"
+        )
+
+
+def may_measure() -> bool:
+    """Whether the current request may read figures of all keys, from which others' prompt lengths can be told."""
+    key = current_record().key
+    return key is None or key.may_read_metrics
+
+
 def on_end(callback: OnEnd) -> None:
     """Call `callback` once the reply of the current request is out or given up; last given, first called."""
     g.on_end.append(callback)
 
 
-def register_access(app: Flask, access: Access, cors_origins: tuple[str, ...], on_every_end: OnEnd) -> None:
-    """Put record, key and limits before every view, and their headers and `on_every_end` behind it."""
+def register_access(app: Flask, access: Access, settings: ServerSettings, on_every_end: OnEnd) -> None:
+    """Put record, Host, key and limits before every view, and their headers and `on_every_end` behind it."""
+    hosts = HostRule(settings.host, settings.allowed_host)
 
     @app.before_request
     def begin() -> None:
@@ -101,9 +129,14 @@ def register_access(app: Flask, access: Access, cors_origins: tuple[str, ...], o
         proposed = request.headers.get("X-Request-Id")
         trace_headers = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
         g.record = RequestRecord(
-            request_id=request_id_of(proposed), method=request.method, route=route, trace_headers=trace_headers
+            request_id=request_id_of(proposed),
+            method=request.method,
+            route=route,
+            peer=request.remote_addr,
+            trace_headers=trace_headers,
         )
         g.on_end = [on_every_end]
+        hosts.check(_called_host(), has_keys=access.keys is not None)
         if route in OPEN_ROUTES or request.method == "OPTIONS":
             return
         g.record.key = access.identify(request.headers.get("Authorization"))
@@ -132,6 +165,27 @@ def register_access(app: Flask, access: Access, cors_origins: tuple[str, ...], o
 
         return response
 
-    if cors_origins:
+    if settings.cors_origin:
         # `*` allows every page, but never with cookies: this server knows none.
-        CORS(app, origins=list(cors_origins), expose_headers=list(EXPOSED_HEADERS), max_age=600)
+        CORS(
+            app,
+            origins=[origin if origin == ANY else _exactly(plain_origin(origin)) for origin in settings.cors_origin],
+            expose_headers=list(EXPOSED_HEADERS),
+            max_age=600,
+        )
+
+
+def _called_host() -> str | None:
+    """The name that the current request calls the server by; None where HTTP/1.0 gives none (RFC 9112, section 3.2)."""
+    target = request.environ.get("RAW_URI", "/")
+    if not target.startswith(("/", "*")):
+        return urlsplit(target).netloc  # a whole URL, as proxies are asked: it overrides the header
+    host: str | None = request.environ.get("HTTP_HOST")
+    if host is None and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
+        raise BadRequest("a request of HTTP/1.1 needs the header Host")
+    return host
+
+
+def _exactly(origin: str) -> re.Pattern[str]:
+    """A pattern of this one origin: flask-cors would take a text with `[` or `*` in it for a pattern of many."""
+    return re.compile(re.escape(origin) + r"\Z")

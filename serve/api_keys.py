@@ -1,7 +1,7 @@
 """API keys: a file of hashes, and the check of what a client presents. Knows nothing of HTTP.
 
 A line of the file is `NAME SHA256` and then any of `requests-per-minute=N`, `tokens-per-minute=N`,
-`requests-at-once=N` and `priority=N`; `#` begins a comment. A key
+`requests-at-once=N`, `priority=N` and `metrics`; `#` begins a comment. A key
 is 256 random bits, so a plain SHA-256 of it cannot be reversed by guessing, and a slow password hash would
 only slow the server down.
 """
@@ -28,6 +28,8 @@ LIMITS = {
     "priority": ("priority", -MAX_PRIORITY, MAX_PRIORITY),
 }
 INTEGER = re.compile("-?[0-9]{1,10}")
+METRICS = "metrics"
+"""The word that lets a key read the figures of all keys: from their differences follow lengths of others' prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,14 @@ class ApiKey:
     requests_at_once: int | None = None
     priority: int | None = None
     """The most urgent (lowest) priority that its requests may ask for; None: what the server lets everybody ask for."""
+    may_read_metrics: bool = False
 
     def to_line(self) -> str:
         """The line of the file."""
         limits = [
             f"{word}={value}" for word, (name, _, _) in LIMITS.items() if (value := getattr(self, name)) is not None
         ]
-        return " ".join([self.name, self.sha256, *limits])
+        return " ".join([self.name, self.sha256, *limits, *([METRICS] if self.may_read_metrics else [])])
 
 
 class KeyRing:
@@ -75,11 +78,12 @@ def new_key() -> str:
     return PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
-def make_key(name: str, secret: str, **limits: int | None) -> ApiKey:
+def make_key(name: str, secret: str, *, may_read_metrics: bool = False, **limits: int | None) -> ApiKey:
     """The entry of a new key. Raises InvalidSetting for a name that does not fit in the file."""
     if not NAME.fullmatch(name):
         raise InvalidSetting(f"a key's name is 1 to 64 letters, digits or . _ @ -, got {name!r}")
-    return ApiKey(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), **limits)
+    sha256 = hashlib.sha256(secret.encode()).hexdigest()
+    return ApiKey(name=name, sha256=sha256, may_read_metrics=may_read_metrics, **limits)
 
 
 def read_keys(path: Path) -> list[ApiKey]:
@@ -117,14 +121,17 @@ def _read_line(text: str, where: str) -> ApiKey:
     name, *rest = text.split()
     if not NAME.fullmatch(name) or not rest or not re.fullmatch("[0-9a-f]{64}", rest[0]):
         words = " ".join(f"[{word}=N]" for word in LIMITS)
-        raise InvalidSetting(f"{where}: a line is NAME SHA256 {words}")
+        raise InvalidSetting(f"{where}: a line is NAME SHA256 {words} [{METRICS}]")
     limits: dict[str, int] = {}
     for word in rest[1:]:
+        if word == METRICS:
+            continue
         limit, _, value = word.partition("=")
         if limit not in LIMITS or not INTEGER.fullmatch(value):
-            raise InvalidSetting(f"{where}: {word!r} is not one of {', '.join(f'{name}=N' for name in LIMITS)}")
+            words = ", ".join(f"{name}=N" for name in LIMITS)
+            raise InvalidSetting(f"{where}: {word!r} is not one of {words}, {METRICS}")
         name_of_limit, low, high = LIMITS[limit]
         if not low <= int(value) <= high:
             raise InvalidSetting(f"{where}: {word!r} is not {low} to {high}")
         limits[name_of_limit] = int(value)
-    return ApiKey(name=name, sha256=rest[0], **limits)
+    return ApiKey(name=name, sha256=rest[0], may_read_metrics=METRICS in rest, **limits)

@@ -5,6 +5,7 @@ makes, Flask's test client included.
 """
 
 from flask import Flask
+from flask.typing import ResponseReturnValue
 
 from runtime.text_model import TextModel
 from serve.access import Access, OnEnd, register_access
@@ -21,6 +22,7 @@ from serve.openapi import openapi_blueprint
 from serve.page_routes import page_blueprint
 from serve.record import RequestRecord
 from serve.replying import Context
+from serve.routes import register_routes
 from serve.settings import ServerSettings
 from serve.status import status_blueprint
 from serve.tokenize import tokenize_blueprint
@@ -38,6 +40,22 @@ BLUEPRINTS = (
 )
 
 
+class ViewDiedError(Exception):
+    """A view raised what is no Exception: a panic of a Rust library, SystemExit. Our bug or a library's: a 500."""
+
+
+class Application(Flask):
+    """Flask, but nothing that a view raises escapes to the WSGI server, where it would end the process."""
+
+    def dispatch_request(self) -> ResponseReturnValue:
+        try:
+            return super().dispatch_request()
+        except Exception:
+            raise
+        except BaseException as error:
+            raise ViewDiedError(f"{type(error).__name__}: {error}") from error
+
+
 def create_app(
     models: ModelRegistry | TextModel,
     settings: ServerSettings | None = None,
@@ -51,11 +69,12 @@ def create_app(
     if isinstance(models, TextModel):
         models = ModelRegistry.of_one(models, metrics, aliases=settings.alias, takes_any_name=settings.any_model_name)
     context = Context(models, settings, HttpMetrics(), access)
-    app = Flask("headrace", static_folder=None)
+    app = Application("headrace", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     app.json.sort_keys = False  # type: ignore[attr-defined]  # DefaultJSONProvider has it, the base class does not
     register_errors(app)
-    register_access(app, access, settings.cors_origin, _at_end(context, traces))
+    register_routes(app)
+    register_access(app, access, settings, _at_end(context, traces))
     for make_blueprint in BLUEPRINTS:
         app.register_blueprint(make_blueprint(context))
     return app

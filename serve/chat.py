@@ -7,6 +7,7 @@ from flask import Blueprint, Response, request
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from runtime.tool_formats import Tool
+from serve.fields import note_ignored
 from serve.openai_replies import ChatShape
 from serve.openai_requests import ChatRequest, read_chat
 from serve.replying import Context, blaming, check_choices, lease_model, noted, read_json, respond, start
@@ -23,22 +24,30 @@ def chat_blueprint(context: Context) -> Blueprint:
         model = lease_model(context, raw)
         with noted(context):
             wanted = read_chat(raw, tool_format=model.tool_format)
+            for name in model.unread_fields(wanted.messages, wanted.chat_options):
+                note_ignored(name)
         check_choices(context, 1, wanted.n)
         tools = () if wanted.tool_use is None else wanted.tool_use.tools
         with blaming("messages"):
             choices = start(context, request, model, wanted, [_prompt(model, wanted, tools)])
-        return respond(choices, ChatShape(model, [tool.name for tool in tools]), wanted)
+        return respond(choices, _shape(model, wanted, tools), wanted)
 
     return blueprint
+
+
+def _shape(model: TextModel, wanted: ChatRequest, tools: Sequence[Tool]) -> ChatShape:
+    return ChatShape(model, [tool.name for tool in tools], may_call_or_answer=wanted.may_call_or_answer)
 
 
 def _prompt(model: TextModel, wanted: ChatRequest, tools: Sequence[Tool]) -> list[int]:
     """The token ids of the conversation. Arguments that are no JSON go to the template as text, which some templates
     do not take; then as objects that hold it."""
+    options, most = wanted.chat_options, wanted.max_prompt(model.max_len)
     try:
-        return model.encode_chat(wanted.messages, tools=tools)
+        prompt_ids = model.encode_chat(wanted.messages, tools=tools, options=options, max_tokens=most)
     except InvalidRequest:
         wrapped = objects_for_text(wanted.messages)
         if wrapped == list(wanted.messages):
             raise
-        return model.encode_chat(wrapped, tools=tools)
+        prompt_ids = model.encode_chat(wrapped, tools=tools, options=options, max_tokens=most)
+    return wanted.cut_prompt(prompt_ids, model.max_len)

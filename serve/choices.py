@@ -4,9 +4,11 @@ Knows the model's `generate` and the client's socket, nothing of JSON. There is 
 is what `Choices` yields, and a whole reply is a fold over the same.
 """
 
+import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
@@ -39,8 +41,8 @@ class ChoiceEvent(NamedTuple):
 class Client:
     """The client's end of the connection, as far as gunicorn lets us see it.
 
-    A peek that finds end of file means that the client closed or at least shut down its side; as in other
-    servers either counts as gone. Without a socket (Flask's test client) nobody ever goes.
+    The kernel says when the client closed or at least shut down its side, also behind bytes that nobody has read; as
+    in other servers either counts as gone. Without a socket (Flask's test client) nobody ever goes.
     """
 
     def __init__(self, connection: socket.socket | None) -> None:
@@ -56,12 +58,13 @@ class Client:
 
 
 def _is_closed(connection: socket.socket) -> bool:
+    poller = select.poll()
     try:
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
+        poller.register(connection, select.POLLRDHUP)
+    except ValueError:  # closed on our side
         return True
+    # POLLHUP, POLLERR and POLLNVAL come unasked. What the client may have sent besides is not looked at.
+    return bool(poller.poll(0))
 
 
 class Choices:
@@ -77,6 +80,8 @@ class Choices:
         """When the first token came, in seconds of `time.monotonic`."""
         self._per_prompt = per_prompt
         self._abort_reason: HeadraceError | None = None
+        self._events = self._checked()
+        self._waited_for: list[ChoiceEvent] = []
 
     @property
     def num_cached_tokens(self) -> int:
@@ -96,13 +101,20 @@ class Choices:
     def __len__(self) -> int:
         return len(self._generations)
 
+    def wait_for_first(self) -> None:
+        """Wait until there is an event. Raises what iterating raises: here it can still become an HTTP status."""
+        self._waited_for += islice(self._events, 1)
+
     def __iter__(self) -> Iterator[ChoiceEvent]:
-        """Events in the order they come, until every choice has ended.
+        """Events in the order they come, until every choice has ended. Once only.
 
         Raises EngineFailed, InvalidRequest (a constraint turned out to be too complex), TimedOut, ClientGoneError or
         Unavailable (the server gave up on the request as it drained, or had no slot for it in time), or what `abort`
         was given; in each case, and when the iterator is closed early, the other choices are cancelled.
         """
+        return chain(self._waited_for, self._events)
+
+    def _checked(self) -> Iterator[ChoiceEvent]:
         try:
             for item in _merge(self._generations, self._client):
                 event = item.event
@@ -137,8 +149,10 @@ def submit(
     client: Client,
     *,
     options: RequestOptions = DEFAULT_OPTIONS,
+    one_call_of: Collection[str] = (),
 ) -> Choices:
-    """Submit one generation per prompt and parameters, in that order; every prompt has as many choices.
+    """Submit one generation per prompt and parameters, in that order; every prompt has as many choices. Each ends with
+    its first call of one of the functions `one_call_of`.
 
     Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.
     """
@@ -146,7 +160,7 @@ def submit(
     try:
         for prompt_ids, choices in prompts:
             for params in choices:
-                generations.append(model.generate(prompt_ids, params, options=options))
+                generations.append(model.generate(prompt_ids, params, options=options, one_call_of=one_call_of))
     except BaseException:
         for generation in generations:
             generation.close()

@@ -3,13 +3,13 @@
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import InvalidArtifact, InvalidSetting
-from runtime.settings import EngineSettings, add_flags, from_namespace
+from runtime.settings import EngineSettings, SharedSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -44,11 +44,12 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
     server = from_namespace(ServerSettings, args)
     engine = from_namespace(EngineSettings, args)
     paths = read_paths(args)
-    engine = share_memory(engine, list(paths.values()), allow_failed=args.allow_failed)
+    shared = share_memory(engine, list(paths.values()), allow_failed=args.allow_failed)
 
+    each = zip(paths.items(), shared, strict=True)
     sources = {
-        name: _source(name, path, engine, allow_failed=args.allow_failed, backends=backends)
-        for name, path in paths.items()
+        name: _source(name, path, settings, allow_failed=args.allow_failed, backends=backends)
+        for (name, path), settings in each
     }
     return serve(sources, server, engine, question=args.ask)
 
@@ -118,41 +119,44 @@ def read_paths(args: argparse.Namespace) -> dict[str, str]:
         paths[name] = path
     if not paths:
         raise InvalidSetting("give an artifact directory, or --model NAME=PATH; `headrace export` writes one")
+    for path in paths.values():
+        if path != args.artifact:
+            open_artifact(path, allow_failed=args.allow_failed, check_hashes=False)
     return paths
 
 
-def share_memory(engine: EngineSettings, paths: list[str], *, allow_failed: bool) -> EngineSettings:
-    """With several models, a share of the default caches for each: they fill slowly, so each would count the same
-    memory free."""
+def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: bool) -> list[EngineSettings]:
+    """Settings for each model: with several of them, a share of the default caches; see MemoryShare."""
     if len(paths) == 1:
-        return engine
+        return [engine]
     from runtime.artifact import open_artifact
-    from runtime.kv_budget import FREE_FRACTION, PREFIX_CACHE_FRACTION, default_budget
+    from runtime.engine_files import device_weight_bytes
+    from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, shares_of
 
     artifacts = [open_artifact(path, allow_failed=allow_failed, check_hashes=False) for path in paths]
-    weight_bytes = sum(artifact.weight_bytes for artifact in artifacts)
-
-    def share(given: int | None, fraction: float) -> int:
-        if given is not None:
-            return given
-        return max(1, default_budget(weight_bytes=weight_bytes, fraction=fraction) // len(paths))
-
-    return replace(
-        engine,
-        kv_memory=share(engine.kv_memory, FREE_FRACTION),
-        prefix_cache=share(engine.prefix_cache, PREFIX_CACHE_FRACTION),
-    )
+    weight_bytes = [artifact.weight_bytes for artifact in artifacts]
+    prefix_cache = engine.prefix_cache
+    if prefix_cache is None:
+        room = default_budget(weight_bytes=sum(weight_bytes), fraction=PREFIX_CACHE_FRACTION)
+        prefix_cache = max(1, room // len(paths))
+    engine = replace(engine, prefix_cache=prefix_cache)
+    if engine.kv_memory is not None:  # each model's, as it was given
+        return [engine] * len(paths)
+    shares = shares_of(weight_bytes, [device_weight_bytes(artifact) for artifact in artifacts])
+    return [SharedSettings.of(engine, share) for share in shares]
 
 
 def serve(
     sources: "Mapping[str, ModelSource]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
-    """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had."""
+    """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had, or must not."""
+    from serve.hosts import check_exposure
     from serve.wsgi import listen, run_server
 
     # More choices than the queue holds would be refused as overload, however often the client tries again.
     server = replace(server, max_choices=min(server.max_choices, max(1, engine.max_waiting)))
     listener = listen(server.host, server.port)
+    check_exposure(server.host, has_keys=server.api_keys is not None, allow_anonymous=server.allow_anonymous)
     return run_server(sources, listener, server, on_ready=_announcer(listener, question))
 
 

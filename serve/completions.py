@@ -24,13 +24,22 @@ def completions_blueprint(context: Context) -> Blueprint:
         with noted(context):
             wanted = read_completion(raw)
         check_choices(context, len(wanted.prompts), wanted.n)
-        prompts = [
-            model.encode(item, add_special_tokens=wanted.add_special_tokens) if isinstance(item, str) else list(item)
+        most = wanted.max_prompt(model.max_len)
+        whole = [
+            model.encode(item, add_special_tokens=wanted.add_special_tokens, max_tokens=most)
+            if isinstance(item, str)
+            else list(item)
             for item in wanted.prompts
         ]
+        prompts = [wanted.cut_prompt(prompt, model.max_len) for prompt in whole]
         _check_scored(wanted, prompts)
         choices = start(context, request, model, wanted, prompts)
-        shape = CompletionShape(model, _echo(model, wanted, prompts), is_scored=wanted.is_scored)
+        shape = CompletionShape(
+            model,
+            _echo(model, wanted, whole, prompts),
+            is_scored=wanted.is_scored,
+            shows_special=not wanted.params.skip_special_tokens,
+        )
         return respond(choices, shape, wanted)
 
     return blueprint
@@ -50,15 +59,17 @@ def _check_scored(wanted: CompletionRequest, prompts: list[list[int]]) -> None:
         )
 
 
-def _echo(model: TextModel, wanted: CompletionRequest, prompts: list[list[int]]) -> list[Echo]:
-    """The prompt once per choice, if it is wanted; token ids are spelled out."""
+def _echo(model: TextModel, wanted: CompletionRequest, whole: list[list[int]], prompts: list[list[int]]) -> list[Echo]:
+    """The prompt once per choice, if it is wanted; token ids, and what is left of a text that was cut, are spelled
+    out."""
     if not wanted.is_echo:
         return []
+    spelled = model.token_bytes if wanted.params.skip_special_tokens else model.shown_bytes
     echoes = []
-    for prompt, ids in zip(wanted.prompts, prompts, strict=True):
-        if isinstance(prompt, str):
+    for prompt, all_ids, ids in zip(wanted.prompts, whole, prompts, strict=True):
+        if isinstance(prompt, str) and len(ids) == len(all_ids):
             text = prompt
         else:
-            text = b"".join(map(model.token_bytes, prompt)).decode("utf-8", "replace")
+            text = b"".join(map(spelled, ids)).decode("utf-8", "replace")
         echoes += [Echo(text, ids)] * wanted.n
     return echoes

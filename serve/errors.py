@@ -21,6 +21,7 @@ from runtime.errors import (
     UnknownField,
     UnsupportedField,
 )
+from serve.hosts import ForeignHostError
 from serve.rate_limits import RateLimitedError
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class ClientGoneError(Exception):
 
 class UnauthorizedError(HeadraceError):
     """The request brings no API key, or one that is not in the file."""
+
+
+class NotAllowedError(HeadraceError):
+    """The API key is known, and may not do this."""
 
 
 class ErrorKind(NamedTuple):
@@ -52,7 +57,9 @@ KINDS: dict[type[BaseException], ErrorKind] = {
     UnsupportedField: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
     UnknownField: ErrorKind(400, "invalid_request_error", "unknown_parameter"),
     ModelNotFound: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    ForeignHostError: ErrorKind(403, "invalid_request_error", "host_not_allowed"),
     UnauthorizedError: ErrorKind(401, "authentication_error", "invalid_api_key"),
+    NotAllowedError: ErrorKind(403, "permission_error", "not_allowed"),
     RateLimitedError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: ErrorKind(429, "rate_limit_error", "overloaded"),
     Unavailable: ErrorKind(503, "server_error", "unavailable"),
@@ -60,11 +67,11 @@ KINDS: dict[type[BaseException], ErrorKind] = {
     EngineFailed: ErrorKind(500, "server_error", "engine_failed"),
     # nginx's number for a client that hung up; it only ever reaches the metrics.
     ClientGoneError: ErrorKind(499, "invalid_request_error", "client_gone"),
-    Exception: ErrorKind(500, "server_error", "internal_error"),
+    BaseException: ErrorKind(500, "server_error", "internal_error"),
 }
 
 
-def kind_of(error: Exception) -> ErrorKind:
+def kind_of(error: BaseException) -> ErrorKind:
     """The row of the nearest ancestor; werkzeug's own errors (404, 405, 413, 415) bring their status."""
     if isinstance(error, ClientDisconnected):
         return ErrorKind(408, "invalid_request_error", "request_incomplete")
@@ -74,7 +81,7 @@ def kind_of(error: Exception) -> ErrorKind:
     return next(KINDS[ancestor] for ancestor in type(error).__mro__ if ancestor in KINDS)
 
 
-def error_body(error: Exception) -> dict[str, Any]:
+def error_body(error: BaseException) -> dict[str, Any]:
     """OpenAI's error object. An error that is our bug is logged with its traceback and not shown."""
     kind = kind_of(error)
     if isinstance(error, HTTPException):

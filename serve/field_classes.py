@@ -17,6 +17,8 @@ from serve.fields import Field, refused, taken
 REQUEST = "request"
 CHAT = "chat request"
 COMPLETION = "completion request"
+TOKENIZE = "tokenize request"
+DETOKENIZE = "detokenize request"
 MESSAGE = "messages[]"
 PART = "messages[].content[]"
 CALL = "messages[].tool_calls[]"
@@ -25,6 +27,8 @@ TOOL = "tools[]"
 FUNCTION = "tools[].function"
 CHOICE = "tool_choice"
 STREAM_OPTIONS = "stream_options"
+RESPONSE_FORMAT = "response_format"
+JSON_SCHEMA = "response_format.json_schema"
 STRUCTURED = "structured_outputs"
 
 
@@ -39,12 +43,15 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
             "metadata store service_tier prompt_cache_key prompt_cache_retention prompt_cache_options "
             "safety_identifier user",
         ),
-        *_taken("the model has no such switch", "verbosity include_reasoning separate_reasoning stream_reasoning"),
+        *_taken(
+            "the model has no such switch",
+            "verbosity include_reasoning separate_reasoning stream_reasoning reasoning_format",
+        ),
         *_taken(
             "bookkeeping of other servers, routers and clients",
             "request_id rid session_id conversation_id chat_id tags litellm_metadata litellm_session_id "
             "litellm_trace_id extra_headers extra_query api_base api_key api_version base_url custom_llm_provider "
-            "drop_params allowed_openai_params num_retries max_retries request_timeout caching engine preset "
+            "drop_params allowed_openai_params num_retries max_retries request_timeout caching engine "
             "user_security_context trace",
         ),
         *_taken(
@@ -52,22 +59,25 @@ TAKEN: Mapping[str, tuple[Field, ...]] = {
             "keep_alive ttl num_ctx num_keep num_gpu num_thread num_batch use_mmap use_mlock draft_model cache_prompt "
             "id_slot slot_id n_keep n_discard provider route models transforms usage fallbacks cache "
             "kv_transfer_params extra_key data_parallel_rank bootstrap_host bootstrap_port bootstrap_room "
-            "session_params guided_decoding_backend backend_sampling speculative.n_max speculative.n_min "
-            "speculative.p_min truncation_length max_context_length prompt_truncate_len",
+            "guided_decoding_backend backend_sampling speculative.n_max speculative.n_min "
+            "speculative.p_min truncation_length max_context_length",
         ),
         *_taken(
             "belongs to a sampler or an input that is refused or off",
-            "mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base dry_allowed_length dry_penalty_last_n "
-            "dry_sequence_breakers smoothing_curve adaptive_decay n_indent min_keep mm_processor_kwargs "
+            "penalize_nl mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base dry_allowed_length "
+            "dry_penalty_last_n dry_sequence_breakers smoothing_curve adaptive_decay mm_processor_kwargs "
             "media_io_kwargs rep_pen_range rep_pen_slope early_stopping",
         ),
-        *_taken("nothing but tokens comes back", "timings_per_token return_progress response_fields"),
+        *_taken(
+            "nothing but the text and its usage comes back",
+            "timings_per_token return_progress response_fields spaces_between_special_tokens",
+        ),
     ),
-    CHAT: (*_taken("read where the model's template and calls are known", "parse_tool_calls chat_format tool_stream"),),
+    CHAT: (*_taken("the format of calls is the model's, and they are always streamed", "chat_format tool_stream"),),
     MESSAGE: (
         *_taken(
             "reply fields that clients send back",
-            "refusal annotations parsed provider_specific_fields extra_content reasoning_details reasoning thinking "
+            "refusal annotations parsed provider_specific_fields extra_content reasoning_details thinking "
             "thinking_blocks reasoning_items citations logprobs finish_reason index usage id type status",
         ),
         *_taken("a mark for another server's cache", "cache_control prompt_cache_breakpoint"),
@@ -131,7 +141,9 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("eta_cutoff", NO_SAMPLER, 0),
         refused("adaptive_target", NO_SAMPLER, -1),
         refused("repeat_last_n", "penalties look at the whole text", -1, 64),
-        refused("penalize_nl", "penalties make no exception", True, False),
+        refused("min_keep", NO_SAMPLER, 0, 1),
+        refused("typ_p", "use typical_p", 1.0),
+        refused("typical", "use typical_p", 1.0),
         refused("no_repeat_ngram_size", NO_SAMPLER, 0),
         refused("encoder_repetition_penalty", NO_SAMPLER, 1.0),
         refused("rep_pen", "write repetition_penalty", 1.0),
@@ -152,13 +164,10 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("vllm_xargs", "no code of clients is run", {}),
         refused("stop_regex", "use stop", "", []),
         refused("stop_sequences", "use stop", []),
-        refused("no_stop_trim", "stop strings are left out of the answer", False),
+        refused("no_stop_trim", "use include_stop_str_in_output", False),
         refused("random_seed", "use seed"),
         refused("sampler_seed", "use seed", -1),
-        refused("max_new_tokens", "use max_tokens"),
-        refused("max_output_tokens", "use max_tokens"),
         refused("max_tokens_to_sample", "use max_tokens"),
-        refused("num_predict", "use max_tokens", -1, -2),
         refused("min_length", "use min_tokens", 0),
         refused("thinking_token_budget", "thinking has no budget of its own", -1),
         refused("thinking_budget", "thinking has no budget of its own", -1),
@@ -189,6 +198,12 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("return_hidden_states", NO_DETAILS, False),
         refused("post_sampling_probs", NO_DETAILS, False),
         refused("moderation", NO_DETAILS, {}),
+        refused("n_indent", NO_DETAILS, 0),
+        refused("preset", "no settings are kept here", ""),
+        refused("session_params", "no sessions are kept here", {}),
+        refused("previous_response_id", "nothing is stored: send the whole conversation", ""),
+        refused("conversation", "nothing is stored: send the whole conversation", ""),
+        refused("prompt_truncate_len", "use truncate_prompt_tokens"),
         refused("truncate", "use truncate_prompt_tokens"),
         refused("options", AT_TOP, {}),
         refused("parameters", AT_TOP, {}),
@@ -220,6 +235,7 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("tool_prompt", "the model's own chat template tells of tools", ""),
         refused("safe_prompt", "write a message of the role system", False),
         refused("prompt_mode", "write a message of the role system"),
+        refused("parse_tool_calls", "calls are read wherever there are tools", True),
         refused("mcp_servers", "this server calls no tools", []),
     ),
     COMPLETION: (
@@ -243,6 +259,11 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
         refused("experimental_attachments", "send their text as content", []),
         refused("documents", "send their text as content", []),
     ),
+    TOKENIZE: (
+        refused("chat_template", NO_TEMPLATE, ""),
+        refused("with_pieces", "use return_token_strs", False),
+        refused("content", "use prompt", ""),
+    ),
     CHOICE: (refused("disable_parallel_tool_use", "write parallel_tool_calls beside tools", False),),
     STRUCTURED: (
         refused("whitespace_pattern", "whitespace is JSON's", ""),
@@ -254,6 +275,10 @@ REFUSED: Mapping[str, tuple[Field, ...]] = {
 """By place: fields whose meaning would be missing from the answer, with why and the values that ask for nothing."""
 
 
+TABLES: dict[str, tuple[Field, ...]] = {}
+"""By place: every row, once the modules that call `table` are imported."""
+
+
 def table(place: str, *honoured: Field, also: str | None = None) -> tuple[Field, ...]:
     """Every row of a place: the honoured ones, and those of the tables above. `also`: a second place's rows, too."""
     places = (place,) if also is None else (place, also)
@@ -261,4 +286,5 @@ def table(place: str, *honoured: Field, also: str | None = None) -> tuple[Field,
     names = [row.name for row in rows]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"{place}: {', '.join(sorted(twice))} in two classes"
+    TABLES[place] = rows
     return rows

@@ -127,12 +127,12 @@ def or_null(schema: Json) -> Json:
 
 
 def read_object(text: bytes) -> dict[str, Any]:
-    """Parse a request body: strict JSON in UTF-8 with an object at the top.
+    """Parse a request body: strict JSON in UTF-8 with an object at the top; a byte order mark before it is left out.
 
     NaN and Infinity, which Python's parser lets through, are refused. Raises InvalidRequest.
     """
     try:
-        value = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
     except ValueError as error:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 
 from serve.field_classes import CHAT, COMPLETION, REFUSED, REQUEST, TAKEN
+from serve.message_fields import REASONING_NAMES
 
 HEADER = "X-Headrace-Ignored"
 MAX_HEADER_CHARS = 1000
@@ -16,7 +17,9 @@ MAX_NAME_CHARS = 100
 UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 OTHER = "other"
 AT_TOP = (REQUEST, CHAT, COMPLETION)
-KNOWN = frozenset(
+READ_BY_SOME = ("enable_thinking", "reasoning_effort", *(f"messages[].{name}" for name in REASONING_NAMES))
+"""Honoured fields that are without effect where the model's chat template does not read them."""
+KNOWN = frozenset(READ_BY_SOME) | frozenset(
     row.name if place in AT_TOP else f"{place}.{row.name}"
     for kinds in (TAKEN, REFUSED)
     for place, rows in kinds.items()

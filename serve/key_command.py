@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--priority", type=int, help="most urgent priority that its requests may ask for, -100 to 100; lower is sooner"
     )
+    parser.add_argument("--metrics", action="store_true", help="may read /metrics, which counts everybody's requests")
     return parser
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         if (value := limits[name]) is not None and not low <= value <= high:
             raise InvalidSetting(f"{flag_name(name)} must be {low} to {high}, got {value}")
     secret = new_key()
-    key = make_key(args.name, secret, **limits)
+    key = make_key(args.name, secret, may_read_metrics=args.metrics, **limits)
     if args.file.exists() and args.name in {known.name for known in read_keys(args.file)}:
         raise InvalidSetting(f"{args.file} has a key named {args.name!r}; delete its line to replace it")
     try:

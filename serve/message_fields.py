@@ -32,6 +32,8 @@ MAY_BE_EMPTY = ("assistant", *RESULT_ROLES)
 """Roles whose turns need no content."""
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of content parts that are text, and the field that holds it."""
+REASONING_NAMES = ("reasoning_content", "reasoning")
+"""What clients call the reasoning of an earlier turn; it goes to the chat template."""
 THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")
 """Types of an assistant's parts that are taken without effect: what it thought is no part of what it said."""
 
@@ -49,6 +51,12 @@ def _any_content(value: Any) -> Any:
     return value
 
 
+@described(description="What an assistant thought in an earlier turn, as text; other values are without effect.")
+def _reasoning(value: Any) -> Any:
+    """Checked later, where the role of the message is known."""
+    return value
+
+
 MESSAGE_FIELDS = table(
     MESSAGE,
     Field("role", one_of(*ROLES), is_required=True),
@@ -57,6 +65,7 @@ MESSAGE_FIELDS = table(
     Field("tool_calls", any_calls),
     Field("tool_call_id", string),
     Field("function_call", any_call),
+    *(Field(name, _reasoning) for name in REASONING_NAMES),
 )
 
 
@@ -97,6 +106,11 @@ def _message(found: dict[str, Any], path: str, idx: int) -> dict[str, Any]:
         message["name"] = found["name"]
     if calls:
         message["tool_calls"] = calls
+    for name in found.keys() & set(REASONING_NAMES):
+        if role == "assistant" and isinstance(found[name], str):
+            message[name] = check_value(found[name], string, path + name)
+        else:
+            note_ignored(path + name)
     return message
 
 

@@ -59,13 +59,17 @@ class Echo(NamedTuple):
 
 class CompletionShape:
     """Answers of POST /v1/completions. `echo` holds the prompt of each choice, if it is to be put before the answer;
-    `is_scored` says that its log-probabilities will come, and the text with them."""
+    `is_scored` says that its log-probabilities will come, and the text with them; `shows_special` that special tokens
+    are part of the text."""
 
-    def __init__(self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False) -> None:
+    def __init__(
+        self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False, shows_special: bool = False
+    ) -> None:
         self._head = _head("cmpl", "text_completion", model.name)
         self._model = model
         self._echo = echo
         self._is_scored = is_scored
+        self._bytes_in_text = model.shown_bytes if shows_special else model.token_bytes
         self._offsets: dict[int, TextOffset] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
@@ -136,25 +140,30 @@ class CompletionShape:
             "tokens": [token_text(self._model, token_id, prefix="bytes:")],
             "token_logprobs": [logprob if logprob is None else max(logprob, LEAST_LOGPROB)],
             "top_logprobs": [top],
-            "text_offset": [offset.advance(self._model.token_bytes(token_id))],
+            "text_offset": [offset.advance(self._bytes_in_text(token_id))],
         }
 
 
 class ChatShape:
-    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for."""
+    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for; with
+    `may_call_or_answer` a grammar lets nothing else come than calls, or text of a form."""
 
-    def __init__(self, model: TextModel, tool_names: Sequence[str] = ()) -> None:
+    def __init__(self, model: TextModel, tool_names: Sequence[str] = (), *, may_call_or_answer: bool = False) -> None:
         self._head = _head("chatcmpl", "chat.completion", model.name)
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
         self._model = model
         self._tool_names = tool_names
+        self._may_answer = may_call_or_answer
         self._tools: dict[int, ToolDeltas] = {}
 
     def opening(self, num_choices: int) -> Iterator[Json]:
         for index in range(num_choices):
             if self._tool_names:
                 self._tools[index] = ToolDeltas(
-                    self._model.tool_format, self._tool_names, has_short_ids=self._model.has_short_call_ids
+                    self._model.tool_format,
+                    self._tool_names,
+                    may_answer=self._may_answer,
+                    has_short_ids=self._model.has_short_call_ids,
                 )
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 

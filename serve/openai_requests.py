@@ -6,112 +6,54 @@ https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_pe
 `stop_token_ids` are what the field's other servers call these.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_STOP_CHARS, MAX_STOP_STRINGS, RequestOptions, SamplingParams
+from runtime.chat_options import ChatOptions
+from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, RequestOptions, SamplingParams
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import GENERIC, ToolFormat
 from serve.field_classes import CHAT, COMPLETION, REQUEST, STREAM_OPTIONS, table
 from serve.fields import (
-    INT_BOUND,
-    Check,
     Field,
     MismatchError,
     any_object,
     between,
     boolean,
     described,
-    integer,
-    list_of,
     note_ignored,
     number,
     read_fields,
-    shown,
     string,
     table_schema,
 )
 from serve.message_fields import read_messages
 from serve.output_format import OUTPUT_FIELDS, wanted_form
+from serve.prompt_fields import (
+    CHAT_TEMPLATE_FIELDS,
+    WHAT_FITS,
+    Prompt,
+    chat_options,
+    kept_tokens,
+    prediction,
+    prompts,
+)
+from serve.sampling_fields import (
+    REPEAT_PENALTY,
+    SAMPLING_FIELDS,
+    TOKEN_LIMITS,
+    limit_fields,
+    max_tokens,
+    sampling_values,
+)
 from serve.tool_fields import TOOL_USE_FIELDS, ToolUse, wanted_tools
 
 MAX_N = 16
-MAX_PROMPTS = 1024
-MAX_LIMIT = 2**31
-NO_LIMIT = (-1, -2)
-ANY_SEED = -1
-MAX_BIASES = 1024
-"""Bounds the work the sampler does per token for one request."""
+MAX_CUT = 8
+"""Of how many contexts' length a prompt may be that is cut; it is tokenized whole before."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat gets what is left of the context."""
-
-Prompt = str | tuple[int, ...]
-
-
-TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-STOP_TEXT: dict[str, Any] = {"type": "string", "maxLength": MAX_STOP_CHARS}
-
-
-@described(anyOf=[STOP_TEXT, {"type": "array", "items": STOP_TEXT, "maxItems": MAX_STOP_STRINGS}])
-def _stop(value: Any) -> tuple[str, ...]:
-    """Empty strings stop nothing: programs send them for "none"."""
-    if isinstance(value, str):
-        value = [value]
-    return tuple(filter(None, list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)))
-
-
-@described(**TOKEN_IDS)
-def _token_ids(value: Any) -> tuple[int, ...]:
-    ids: tuple[int, ...] = list_of(integer, "token ids", max_len=2**20)(value)
-    return ids
-
-
-def _many(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1, "maxItems": MAX_PROMPTS}
-
-
-@described(anyOf=[TEXT, _many(TEXT), TOKEN_IDS, _many(TOKEN_IDS)])
-def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """The four forms of OpenAI's `prompt`, as a tuple of texts or of token id tuples."""
-    if isinstance(value, str):
-        return (string(value),)
-    if not isinstance(value, list) or not value:
-        raise MismatchError("a string, a list of strings, a list of token ids or a list of such lists; none empty")
-    if isinstance(value[0], int):
-        return (_token_ids(value),)
-    if isinstance(value[0], list):
-        return tuple(list_of(_token_ids, "lists of token ids", max_len=MAX_PROMPTS)(value))
-    return tuple(list_of(string, "strings", max_len=MAX_PROMPTS)(value))
-
-
-@described(
-    anyOf=[
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-            "maxProperties": MAX_BIASES,
-        },
-        {"type": "array", "maxItems": 0},
-    ],
-    description="Token ids, as text, and what is added to their logits.",
-)
-def _logit_bias(value: Any) -> dict[int, float]:
-    """An empty list is what PHP and some forms make of an empty object."""
-    if value == []:
-        return {}
-    if not isinstance(value, dict) or len(value) > MAX_BIASES:
-        raise MismatchError(f"an object of at most {MAX_BIASES} token ids and numbers")
-    biases = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise MismatchError(f"an object whose keys are token ids (found the key {shown(key)})")
-        biases[int(key)] = number(bias)
-    return biases
-
 
 STREAM_OPTIONS_FIELDS = table(STREAM_OPTIONS, Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
 """The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
@@ -126,41 +68,6 @@ def _stream_options(value: Any) -> frozenset[str]:
     return frozenset(name for name, is_on in options.items() if is_on)
 
 
-def _token_limit(low: int) -> Check:
-    """A number of tokens; None for llama.cpp's -1 and -2, which mean no limit but the context's."""
-
-    @described(
-        anyOf=[{"type": "integer", "minimum": low, "maximum": MAX_LIMIT}, {"enum": list(NO_LIMIT)}],
-        description="Most tokens to generate; -1: as many as fit.",
-    )
-    def check(value: Any) -> int | None:
-        found: int = integer(value)
-        if found in NO_LIMIT:
-            return None
-        if not low <= found <= MAX_LIMIT:
-            raise MismatchError(f"at least {low} and at most {MAX_LIMIT}, or -1 for no limit")
-        return found
-
-    return check
-
-
-@described(type="integer", minimum=-1, maximum=INT_BOUND - 1, description="0 or -1: all tokens.")
-def _top_k(value: Any) -> int:
-    found = int(integer(value))
-    return 0 if found == -1 else found
-
-
-@described(type="number", minimum=0, maximum=1, description="0: the likeliest token alone.")
-def _top_p(value: Any) -> float:
-    """The smallest nucleus there is stands for 0: it holds the likeliest token."""
-    return float(number(value)) or sys.float_info.min
-
-
-@described(type="integer", minimum=1 - INT_BOUND, maximum=INT_BOUND - 1, description="-1: another one every time.")
-def _seed(value: Any) -> int | None:
-    return None if (found := integer(value)) == ANY_SEED else int(found)
-
-
 @described(anyOf=[{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}])
 def _num_logprobs(value: Any) -> int | None:
     """The completions' `logprobs`. A chat's is true or false, and the latter is sent here as well."""
@@ -172,22 +79,6 @@ def _timeout(value: Any) -> float:
     return float(number(value))  # RequestOptions checks the bound
 
 
-# Ranges are not repeated here: SamplingParams checks them.
-SAMPLING_FIELDS = (
-    Field("temperature", number),
-    Field("top_p", _top_p),
-    Field("top_k", _top_k),
-    Field("min_p", number),
-    Field("repetition_penalty", number),
-    Field("presence_penalty", number),
-    Field("frequency_penalty", number),
-    Field("logit_bias", _logit_bias),
-    Field("seed", _seed),
-    Field("stop", _stop),
-    Field("stop_token_ids", list_of(integer, "token ids", max_len=MAX_BIASES)),
-    Field("ignore_eos", boolean),
-)
-SAMPLING_NAMES = frozenset(field.name for field in SAMPLING_FIELDS)
 COMMON_FIELDS = (
     *OUTPUT_FIELDS,
     Field("model", string, is_required=True),
@@ -199,15 +90,16 @@ COMMON_FIELDS = (
     Field("priority", between(-MAX_PRIORITY, MAX_PRIORITY)),
     Field("timeout", _timeout),
     Field("extra_body", any_object),
+    REPEAT_PENALTY,
+    Field("truncate_prompt_tokens", kept_tokens),
+    Field("prediction", prediction),
 )
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
-"""The smallest of those that are given counts."""
 COMPLETION_FIELDS = table(
     COMPLETION,
     *COMMON_FIELDS,
-    *(Field(name, _token_limit(0)) for name in TOKEN_LIMITS),
+    *limit_fields(0),
     *SAMPLING_FIELDS,
-    Field("prompt", _prompts, is_required=True),
+    Field("prompt", prompts, is_required=True),
     Field("logprobs", _num_logprobs),
     Field("echo", boolean),
     Field("add_special_tokens", boolean),
@@ -216,12 +108,13 @@ COMPLETION_FIELDS = table(
 CHAT_FIELDS = table(
     CHAT,
     *COMMON_FIELDS,
-    *(Field(name, _token_limit(1)) for name in TOKEN_LIMITS),
+    *limit_fields(1),
     *SAMPLING_FIELDS,
     Field("messages", read_messages, is_required=True),
     Field("logprobs", boolean),
     Field("top_logprobs", between(0, MAX_LOGPROBS)),
     *TOOL_USE_FIELDS,
+    *CHAT_TEMPLATE_FIELDS,
     also=REQUEST,
 )
 
@@ -239,6 +132,28 @@ class GenerationRequest:
     has_running_usage: bool
     """Whether every chunk has the usage so far."""
     options: RequestOptions
+    prediction: str | None
+    """What the client expects as the answer."""
+    truncate_prompt_tokens: int | None
+
+    @property
+    def one_call_of(self) -> tuple[str, ...]:
+        """Functions of which one call ends the answer; none: it ends by itself."""
+        return ()
+
+    def max_prompt(self, max_len: int) -> int:
+        """Most tokens that are read of a prompt: one that is to be cut may be longer than the context."""
+        return max_len if self.truncate_prompt_tokens is None else MAX_CUT * max_len
+
+    def cut_prompt(self, prompt_ids: list[int], max_len: int) -> list[int]:
+        """The end of a prompt, as long as the client wants it."""
+        num_kept = self.truncate_prompt_tokens
+        if num_kept is None:
+            return prompt_ids
+        if num_kept == WHAT_FITS:
+            least = max(1, self.params.min_tokens)
+            num_kept = max(1, max_len - (least if self.max_tokens is None else self.max_tokens))
+        return prompt_ids[-num_kept:]
 
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
@@ -273,6 +188,17 @@ class ChatRequest(GenerationRequest):
 
     messages: tuple[Mapping[str, Any], ...]
     tool_use: ToolUse | None
+    chat_options: ChatOptions
+    may_call_or_answer: bool
+    """Whether the answer is held to calls or to a form, whichever it begins with."""
+
+    @property
+    def one_call_of(self) -> tuple[str, ...]:
+        """Under a grammar, that sees to it."""
+        use = self.tool_use
+        if use is None or use.is_parallel or self.params.constraint is not None:
+            return ()
+        return tuple(tool.name for tool in use.tools)
 
 
 def read_completion(raw: Mapping[str, Any]) -> CompletionRequest:
@@ -305,13 +231,18 @@ def read_chat(raw: Mapping[str, Any], *, tool_format: ToolFormat = GENERIC) -> C
     logprobs = values.get("top_logprobs", 0) if wants_logprobs else None
     common = _common(values, logprobs)
     tool_use = wanted_tools(values)
+    form = common["params"].constraint
     if tool_use is not None:
-        if common["params"].constraint is not None:
-            raise InvalidRequest(
-                "tools and a form of the answer exclude each other, unless tool_choice is none", param="tools"
-            )
-        common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format))
-    return ChatRequest(messages=values["messages"], tool_use=tool_use, **common)
+        common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format, form))
+        if tool_use.forced and form is not None:
+            note_ignored(form.param)  # calls are no answer
+    return ChatRequest(
+        messages=values["messages"],
+        tool_use=tool_use,
+        chat_options=chat_options(values),
+        may_call_or_answer=tool_use is not None and not tool_use.forced and form is not None,
+        **common,
+    )
 
 
 def _flat(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -331,12 +262,9 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
     options = values.get("stream_options", frozenset())
     if "stream_options" in values and not is_stream:
         note_ignored("stream_options")  # a reply in one piece has its usage anyway
-    sampling = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
-    if "stop_token_ids" in sampling:
-        sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
     return {
-        "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling),
-        "max_tokens": _max_tokens(values),
+        "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling_values(values)),
+        "max_tokens": max_tokens(values),
         "n": num_choices,
         "is_stream": is_stream,
         "include_usage": "include_usage" in options,
@@ -346,9 +274,6 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
             priority=values.get("priority", 0),
             timeout_s=values.get("timeout"),
         ),
+        "prediction": values.get("prediction"),
+        "truncate_prompt_tokens": values.get("truncate_prompt_tokens"),
     }
-
-
-def _max_tokens(values: Mapping[str, Any]) -> int | None:
-    """The smallest of the limits given; None: no limit."""
-    return min((values[name] for name in TOKEN_LIMITS if values.get(name) is not None), default=None)

@@ -1,6 +1,6 @@
 """GET /openapi.json: the server's description of itself, made from the tables that check its requests.
 
-A new field in serve/openai_requests.py appears here by itself; a new route needs a row in OPERATIONS, and a test
+A new row in one of the tables of fields appears here by itself; a new route needs a row in OPERATIONS, and a test
 fails until it has one.
 """
 
@@ -14,9 +14,11 @@ from flask import Blueprint, Response, jsonify
 from runtime.core import RANGES, SamplingParams
 from serve.access import OPEN_ROUTES
 from serve.fields import Field, integer, number, table_schema
-from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_NAMES
+from serve.ignored import HEADER
+from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.openapi_replies import REPLIES, TEXT, Json, ref
 from serve.replying import Context
+from serve.sampling_fields import SAMPLING_NAMES
 from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 
 OPENAPI_VERSION = "3.2.0"
@@ -90,20 +92,22 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
 }
 
 
-def document() -> Json:
-    """The OpenAPI document, which does not depend on what is served."""
+def document(*, is_strict: bool = False) -> Json:
+    """The OpenAPI document, which does not depend on what is served. `is_strict`: unknown fields are a 400."""
     paths: dict[str, Json] = {}
     schemas: dict[str, Json] = {**REPLIES, "Document": {"type": "object", "required": ["openapi", "info", "paths"]}}
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method] = _operation(path, operation)
         if operation.table is not None:
-            schemas[operation.request_name] = _request_schema(operation.table)
+            schema = _request_schema(operation.table)
+            schemas[operation.request_name] = _closed(schema) if is_strict else schema
     return {
         "openapi": OPENAPI_VERSION,
         "info": {
             "title": "Headrace",
             "version": _version(),
-            "description": "OpenAI's API, and what a server needs besides. A field that is not here is a 400.",
+            "description": "OpenAI's API, and what a server needs besides. A field that is not here is "
+            + ("a 400." if is_strict else f"taken without effect; the reply's {HEADER} names it."),
         },
         "paths": paths,
         "components": {
@@ -113,10 +117,10 @@ def document() -> Json:
     }
 
 
-def openapi_blueprint(_: Context) -> Blueprint:
+def openapi_blueprint(context: Context) -> Blueprint:
     """The route of this module."""
     blueprint = Blueprint("openapi", __name__)
-    described = document()
+    described = document(is_strict=context.settings.strict_fields)
 
     @blueprint.get("/openapi.json")
     def openapi() -> Response:
@@ -148,6 +152,16 @@ def _request_schema(table: Sequence[Field]) -> Json:
     return schema
 
 
+def _closed(schema: Any) -> Any:
+    """The same schema with every table of fields closed: those say that they are open."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(value) for name, value in schema.items()}
+    return closed | {"additionalProperties": False} if closed.get("additionalProperties") is True else closed
+
+
 def _at_most_64_bits(bound: float) -> float:
     """A bound that the check of integers (serve/fields.py) lets through: it leaves out -2**63."""
     return max(bound, 1 - 2**63)
@@ -159,6 +173,7 @@ def _operation(path: str, operation: Operation) -> Json:
         errors |= REQUEST_ERRORS | OTHER_ERRORS
     if operation.missing is not None:
         errors[404] = operation.missing
+    errors[403] = "The request's Host is not one of this server's names, or its API key may not do this."
     if path not in OPEN_ROUTES and path != "/page/{name}":
         errors[401] = "The server has API keys, and the request brings none that it knows."
     replies = {str(status): _error(text) for status, text in sorted(errors.items())}
@@ -167,7 +182,7 @@ def _operation(path: str, operation: Operation) -> Json:
     described: Json = {
         "summary": operation.summary,
         "operationId": operation.summary.lower().replace(" ", "_").replace(",", "").replace(":", "").replace("'", ""),
-        "responses": {"200": {"description": "The answer.", "content": _content(operation)}, **replies},
+        "responses": {"200": _answer(operation), **replies},
         "security": [{}] if "401" not in replies else [{}, {"key": []}],
     }
     if "{" in path:
@@ -176,6 +191,14 @@ def _operation(path: str, operation: Operation) -> Json:
     if operation.table is not None:
         described["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(operation.request_name)}}}
     return described
+
+
+def _answer(operation: Operation) -> Json:
+    """The reply to a good request; where there is a body, with the header that names what of it had no effect."""
+    answer: Json = {"description": "The answer.", "content": _content(operation)}
+    if operation.table is not None:
+        answer["headers"] = {HEADER: {"description": "Fields taken without effect, if any.", "schema": TEXT}}
+    return answer
 
 
 def _content(operation: Operation) -> Json:

@@ -84,7 +84,8 @@ REPLIES: dict[str, Json] = {
     "Tokens": record(count=COUNT, max_model_len=COUNT, tokens=array(COUNT)),
     "Text": record(prompt=TEXT),
     "Healthy": record(status={"enum": ["ok"]}),
-    "Ready": record(status={"enum": ["ready"]}, models=array(TEXT)),
+    # The names of models only for who brings a key, where the server has keys.
+    "Ready": {**record(status={"enum": ["ready"]}, models=array(TEXT)), "required": ["status"]},
     "Unwell": record(status={"enum": ["failed", "unavailable"]}, reason=TEXT),
     "Status": record(
         time=NUMBER,

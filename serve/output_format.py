@@ -1,4 +1,4 @@
-"""The fields that ask for a form of the answer: OpenAI's `response_format` and vLLM's `structured_outputs`.
+"""The fields that ask for a form of the answer: OpenAI's `response_format`, vLLM's `structured_outputs`, and others'.
 
 Checks shapes only and returns a `Constraint`; whether a schema, an expression or a grammar is any good is found out by
 `runtime/grammar.py`. Knows nothing of HTTP.
@@ -10,8 +10,20 @@ from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
-from serve.field_classes import STRUCTURED, table
-from serve.fields import Field, MismatchError, boolean, described, list_of, one_of, read_fields, string, table_schema
+from serve.field_classes import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
+from serve.fields import (
+    Check,
+    Field,
+    MismatchError,
+    boolean,
+    described,
+    list_of,
+    one_of,
+    read_fields,
+    schema_of,
+    string,
+    table_schema,
+)
 
 MAX_CHOICES = 5000
 ANY_OBJECT = '{"type":"object"}'
@@ -56,8 +68,9 @@ def _some_text(value: Any) -> str:
     return str(value)
 
 
-JSON_SCHEMA_FIELDS = (
-    Field("name", string, is_required=True),
+JSON_SCHEMA_FIELDS = table(
+    JSON_SCHEMA,
+    Field("name", string),
     Field("schema", schema_text, is_required=True),
     Field("description", string),
     # Either way the answer follows the schema; OpenAI's other mode only tries to.
@@ -72,9 +85,12 @@ def _json_schema(value: Any) -> str:
     return str(read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")["schema"])
 
 
-RESPONSE_FORMAT_FIELDS = (
+RESPONSE_FORMAT_FIELDS = table(
+    RESPONSE_FORMAT,
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
     Field("json_schema", _json_schema),
+    # Of llama.cpp, Together and others: the schema beside the type, without a name.
+    Field("schema", schema_text),
 )
 
 
@@ -85,6 +101,8 @@ def response_format(value: Any) -> Constraint | None:
         raise MismatchError("an object")
     path = "response_format."
     found = read_fields(value, RESPONSE_FORMAT_FIELDS, path)
+    if found["type"] != "text" and "json_schema" not in found and "schema" in found:
+        return Constraint(ConstraintKind.JSON_SCHEMA, found["schema"], "response_format")
     is_schema = found["type"] == "json_schema"
     if is_schema != ("json_schema" in found):
         needs = "is required" if is_schema else f"needs the type json_schema, not {found['type']}"
@@ -128,15 +146,35 @@ def structured_outputs(value: Any) -> Constraint:
     return Constraint(STRUCTURED_KINDS[name], source, f"structured_outputs.{name}")
 
 
+def _form(name: str, kind: ConstraintKind, check: Check) -> Field:
+    """A row whose value is the form itself. Where text is taken an empty one asks for no form: that is what programs
+    send that always send all their fields."""
+    schema = schema_of(check)
+    takes_text = "string" in schema["type"]
+
+    @described(**{key: value for key, value in schema.items() if key != "minLength"})
+    def read(value: Any) -> Constraint | None:
+        return None if takes_text and value == "" else Constraint(kind, check(value), name)
+
+    return Field(name, read)
+
+
 OUTPUT_FIELDS = (
     Field("response_format", response_format),
     Field("structured_outputs", structured_outputs),
+    # vLLM's older names, and llama.cpp's.
+    _form("guided_json", ConstraintKind.JSON_SCHEMA, _schema_or_text),
+    _form("guided_regex", ConstraintKind.REGEX, _some_text),
+    _form("guided_choice", ConstraintKind.CHOICE, _choices),
+    _form("guided_grammar", ConstraintKind.GRAMMAR, _some_text),
+    _form("json_schema", ConstraintKind.JSON_SCHEMA, _schema_or_text),
+    _form("grammar", ConstraintKind.GRAMMAR, _some_text),
 )
 
 
 def wanted_form(values: Mapping[str, Any]) -> Constraint | None:
     """The constraint of a request's checked fields. InvalidRequest if it has two."""
-    if "response_format" in values and "structured_outputs" in values:
-        raise InvalidRequest("response_format and structured_outputs exclude each other", param="structured_outputs")
-    found: Constraint | None = values.get("response_format") or values.get("structured_outputs")
-    return found
+    found = {row.name: form for row in OUTPUT_FIELDS if (form := values.get(row.name)) is not None}
+    if len(found) > 1:
+        raise InvalidRequest(f"{' and '.join(found)} exclude each other: give one form", param=list(found)[-1])
+    return next(iter(found.values()), None)

@@ -31,6 +31,8 @@ class RequestRecord:
     method: str
     route: str
     """The rule, not the path: paths are the client's to invent."""
+    peer: str | None = None
+    """The address the connection comes from: the client's, or a proxy's."""
     key: ApiKey | None = None
     model: str | None = None
     choices: Choices | None = None

@@ -15,8 +15,9 @@ from werkzeug.exceptions import UnsupportedMediaType
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.text_model import TextModel
 from serve.access import Access, current_record, on_end
+from serve.bodies import read_body
 from serve.choices import Choices, Client, submit
-from serve.errors import ClientGoneError, error_body
+from serve.errors import ClientGoneError, error_body, kind_of
 from serve.fields import read_object, reading
 from serve.http_metrics import HttpMetrics
 from serve.model_registry import ModelRegistry
@@ -37,11 +38,11 @@ class Context:
 
 
 def read_json(request: Request, *, is_logged: bool = False) -> dict[str, Any]:
-    """The body as an object. Raises InvalidRequest, or werkzeug's 413 and 415."""
+    """The body as an object. Raises InvalidRequest, or werkzeug's 400, 408, 413 and 415."""
     if request.mimetype != "application/json":
         found = json.dumps(request.mimetype[:60])
         raise UnsupportedMediaType(f"Content-Type must be application/json, got {found}")
-    body = request.get_data(cache=False)
+    body = read_body(request)
     if is_logged:
         current_record().body = body.decode("utf-8", "replace")
     return read_object(body)
@@ -104,7 +105,10 @@ def start(
         context.access.limits.reserve_prompt(record.reservation, sum(map(len, prompts)))
     salt = _salt(record.tenant, wanted.options.cache_salt)
     options = replace(wanted.options, cache_salt=salt, tenant=record.tenant)
-    choices = submit(model, planned, Client(request.environ.get("gunicorn.socket")), options=options)
+    if wanted.prediction:
+        options = replace(options, prediction_ids=model.encode_prediction(wanted.prediction))
+    client = Client(request.environ.get("gunicorn.socket"))
+    choices = submit(model, planned, client, options=options, one_call_of=wanted.one_call_of)
     record.choices = choices
     context.access.live.add(record)
     on_end(context.access.live.remove)
@@ -126,13 +130,23 @@ def _salt(tenant: str, own: str) -> str:
 
 
 def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> Response:
-    """Stream the chunks as server-sent events, or fold them into one JSON object."""
+    """Stream the chunks as server-sent events, or fold them into one JSON object.
+
+    A stream's head waits for the first event: what fails before it has a status of its own and Retry-After, which
+    clients know how to handle.
+    """
     chunks = chunks_of(choices, shape)
-    if not wanted.is_stream:
-        return jsonify(shape.fold(chunks))
+    try:
+        if not wanted.is_stream:
+            return jsonify(shape.fold(chunks))
+        choices.wait_for_first()
+    except BaseException:
+        choices.close()
+        raise
     if wanted.has_running_usage:
         chunks = (chunk | {"usage": usage(choices)} for chunk in chunks)
-    response = Response(_events(chunks, include_usage=wanted.include_usage), mimetype="text/event-stream")
+    events = _events(chunks, current_record(), include_usage=wanted.include_usage)
+    response = Response(events, mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"  # nginx would otherwise hold the tokens back
     # A generator that was never started runs no `finally` when it is closed; this runs in any case.
@@ -140,16 +154,24 @@ def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> R
     return response
 
 
-def _events(chunks: Iterator[Json], *, include_usage: bool) -> Iterator[bytes]:
-    """Server-sent events up to `[DONE]`. After the first byte an error can only be one more event."""
+def _events(chunks: Iterator[Json], record: RequestRecord, *, include_usage: bool) -> Iterator[bytes]:
+    """Server-sent events up to `[DONE]`.
+
+    After the first byte an error can only be one more event; the record, and with it log, metrics and trace, has the
+    status that it would have had.
+    """
     try:
         for chunk in chunks:
             if include_usage or chunk.pop("usage") is None:
                 yield _event(chunk)
         yield b"data: [DONE]\n\n"
-    except ClientGoneError:
-        return
-    except Exception as error:
+    except (ClientGoneError, GeneratorExit) as gone:
+        # Seen on the socket, or by a write that failed.
+        record.status = kind_of(ClientGoneError()).status
+        if isinstance(gone, GeneratorExit):
+            raise
+    except BaseException as error:
+        record.status = kind_of(error).status
         yield _event(error_body(error))
 
 

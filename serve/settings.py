@@ -1,11 +1,11 @@
 """Settings of the HTTP server; each field is a flag of `headrace serve`."""
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from runtime.core import MAX_PRIORITY
 from runtime.errors import InvalidSetting
 from runtime.settings import check_at_least, parse_bytes, setting
+from serve.hosts import ANY, check_allowed_host, plain_origin
 
 LOG_FORMATS = ("text", "json")
 
@@ -14,14 +14,23 @@ LOG_FORMATS = ("text", "json")
 class ServerSettings:
     """Address and limits of the server. Raises InvalidSetting for a value out of range."""
 
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every one: give --api-keys then")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every one, and needs --api-keys")
     port: int = setting(8000, "port to listen on; 0 takes a free one")
     api_keys: str | None = setting(None, "file of hashed keys that `headrace key` writes", metavar="FILE")
     priority: int = setting(
         0, "most urgent priority that a request may ask for, -100 to 100, where its key has none of its own"
     )
+    allow_anonymous: bool = setting(False, "listen beyond this machine without --api-keys: everybody may call")
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        "further name that clients may call this server by (their Host header), * for any; may be repeated",
+        metavar="NAME",
+    )
     cors_origin: tuple[str, ...] = setting(
         (), "origin whose pages may call this server, like https://chat.example; may be repeated", metavar="ORIGIN"
+    )
+    exit_on_failure: bool = setting(
+        False, "end with exit code 70 when an engine fails, for a supervisor that starts the server again"
     )
     alias: tuple[str, ...] = setting(
         (), "further name of the first model, or NAME=MODEL of another; may be repeated", metavar="NAME"
@@ -58,11 +67,10 @@ class ServerSettings:
             raise InvalidSetting(f"--log-format must be {' or '.join(LOG_FORMATS)}, got {self.log_format!r}")
         if self.log_prompts and not self.access_log:
             raise InvalidSetting("--log-prompts needs --access-log")
+        if self.allow_anonymous and self.api_keys is not None:
+            raise InvalidSetting("--allow-anonymous contradicts --api-keys; leave one of them out")
+        for host in self.allowed_host:
+            check_allowed_host(host)
         for origin in self.cors_origin:
-            _check_origin(origin)
-
-
-def _check_origin(origin: str) -> None:
-    parts = urlsplit(origin)
-    if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
-        raise InvalidSetting(f"--cors-origin must be like https://chat.example or *, got {origin!r}")
+            if origin != ANY:
+                plain_origin(origin)

@@ -1,13 +1,16 @@
 """GET /status: what runs now, for people; the page at / draws it. Counts and times, not a word of any prompt.
 
-With API keys each key sees its own requests, and of the others how many there are.
+With API keys each key sees its own requests and the KV cache that they take, and of the others how many there are;
+a key that may read the metrics sees the whole cache's use.
 """
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 from flask import Blueprint, Response, jsonify
 
-from serve.access import current_record
+from serve.access import current_record, may_measure
 from serve.model_registry import ServedModel
 from serve.openai_replies import Json
 from serve.record import RequestRecord
@@ -22,10 +25,11 @@ def status_blueprint(context: Context) -> Blueprint:
     def status() -> Response:
         asking = current_record()
         own = [record for record in context.access.live.records() if record.tenant == asking.tenant]
+        own_tokens = None if may_measure() else _tokens_by_model(own)
         return jsonify(
             {
                 "time": time.time(),
-                "models": [_model_status(served) for served in context.models.served.values()],
+                "models": [_model_status(served, own_tokens) for served in context.models.served.values()],
                 "requests": [_request_status(record) for record in own],
             }
         )
@@ -33,15 +37,25 @@ def status_blueprint(context: Context) -> Blueprint:
     return blueprint
 
 
-def _model_status(served: ServedModel) -> Json:
+def _tokens_by_model(records: Iterable[RequestRecord]) -> Counter[str]:
+    """Tokens of prompts and answers so far."""
+    tokens: Counter[str] = Counter()
+    for record in records:
+        if record.choices is not None and record.model is not None:
+            tokens[record.model] += record.choices.num_prompt_tokens + record.choices.num_generated_tokens
+    return tokens
+
+
+def _model_status(served: ServedModel, own_tokens: Counter[str] | None) -> Json:
     stats = served.model.stats() if served.model is not None else None
+    used_tokens = stats.kv_used_tokens if stats else 0
     return {
         "name": served.name,
         "status": served.status,
         "running": stats.num_running if stats else 0,
         "waiting": stats.num_waiting if stats else 0,
         "slots": stats.num_slots if stats else 0,
-        "kv_tokens_used": stats.kv_used_tokens if stats else 0,
+        "kv_tokens_used": used_tokens if own_tokens is None else own_tokens[served.name],
         "kv_tokens": stats.kv_total_tokens if stats else 0,
     }
 

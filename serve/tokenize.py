@@ -6,22 +6,29 @@ from flask import Blueprint, Response, jsonify, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
+from serve.field_classes import DETOKENIZE, TOKENIZE, table
 from serve.fields import Field, boolean, integer, list_of, read_fields, string
 from serve.message_fields import read_messages
+from serve.prompt_fields import CHAT_TEMPLATE_FIELDS, chat_options
 from serve.replying import Context, blaming, lease_model, noted, read_json
+from serve.tool_fields import tools
 
 MAX_TOKENS = 2**20
 """Longest list of token ids that is read at all."""
 MIN_DETOKENIZED = 2**16
 """Token ids that /detokenize takes where the context is shorter."""
-TOKENIZE_FIELDS = (
+TOKENIZE_FIELDS = table(
+    TOKENIZE,
     Field("model", string),
     Field("prompt", string),
     Field("messages", read_messages),
+    Field("tools", tools),
     Field("add_special_tokens", boolean),
     Field("return_token_strs", boolean),
+    *CHAT_TEMPLATE_FIELDS,
 )
-DETOKENIZE_FIELDS = (
+DETOKENIZE_FIELDS = table(
+    DETOKENIZE,
     Field("model", string),
     Field("tokens", list_of(integer, "token ids", max_len=MAX_TOKENS), is_required=True),
 )
@@ -68,7 +75,7 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if "prompt" in values:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
-    if "add_special_tokens" in values:
+    if values.get("add_special_tokens", False):
         raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
     with blaming("messages"):
-        return model.encode_chat(values["messages"])
+        return model.encode_chat(values["messages"], tools=values.get("tools", ()), options=chat_options(values))

@@ -1,8 +1,8 @@
 """The fields of tool calling: functions offered, which of them must be called, and the calls of earlier turns.
 
-Shapes follow https://platform.openai.com/docs/api-reference/chat, and Anthropic's where clients mix them up.
-Whether a parameters' schema is any good is found
-out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of how a model writes calls.
+Shapes follow https://platform.openai.com/docs/api-reference/chat, and Anthropic's where clients mix them up. Whether a
+parameters' schema is any good is found out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of
+how a model writes calls.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from runtime.call_or_answer import calls_or
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
@@ -51,12 +52,15 @@ class ToolUse:
     forced: tuple[Tool, ...]
     is_parallel: bool
 
-    def constraint(self, form: ToolFormat) -> Constraint | None:
-        """What holds the answer to calls, if it has to be calls."""
-        if not self.forced:
+    def constraint(self, form: ToolFormat, answer: Constraint | None) -> Constraint | None:
+        """What holds the answer to calls, if it has to be calls; to calls or to the form of an `answer`, if it has to
+        have one."""
+        if self.forced:
+            source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
+            return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        if answer is None:
             return None
-        source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
-        return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        return calls_or(answer, form, self.tools, is_parallel=self.is_parallel)
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")
@@ -243,16 +247,21 @@ def _called_name(value: Any) -> str:
 @described(type=["string", "object"], description="A JSON object, or one as text; text that is no JSON stays text.")
 def _arguments(value: Any) -> dict[str, Any] | str:
     """Chat templates want an object; OpenAI's clients send its JSON text, and models write it with faults."""
-    text = value if isinstance(value, dict) else string(value).strip()
+    if isinstance(value, dict):
+        check_utf8(value)
+        return value
+    text = string(value)
     try:
-        parsed = json.loads(text or "{}") if isinstance(text, str) else text
+        parsed = json.loads(text.strip() or "{}")
     except (ValueError, RecursionError):
-        return str(value)
-    parsed = {} if parsed is None else parsed
-    if not isinstance(parsed, dict):
+        return str(text)
+    if not isinstance(parsed, dict | None):
         raise MismatchError("a JSON object, as text")
-    check_utf8(parsed)
-    return parsed
+    try:
+        check_utf8(parsed)
+    except MismatchError:
+        return str(text)  # a model may write half a surrogate pair
+    return parsed or {}
 
 
 CALLED_FIELDS = table(CALLED, Field("name", _called_name, is_required=True), Field("arguments", _arguments))

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from runtime.call_or_answer import CallOrAnswerParser
 from runtime.core import FinishReason, TokenEvent
 from runtime.tool_formats import ToolFormat
 from runtime.tool_parser import ToolCallParser, ToolPiece
@@ -21,9 +22,12 @@ TOOL_CALLS = "tool_calls"
 class ToolDeltas:
     """The deltas of one choice. Feed it every event; at the last it says what was held back."""
 
-    def __init__(self, form: ToolFormat, names: Collection[str], *, has_short_ids: bool = False) -> None:
-        """`has_short_ids`: the model's chat template takes ids of nine letters and digits alone."""
-        self._parser = ToolCallParser(form, names)
+    def __init__(
+        self, form: ToolFormat, names: Collection[str], *, may_answer: bool = False, has_short_ids: bool = False
+    ) -> None:
+        """`may_answer`: a grammar held the answer to calls or to a form. `has_short_ids`: the model's chat template
+        takes ids of nine letters and digits alone."""
+        self._parser = CallOrAnswerParser(form, names) if may_answer else ToolCallParser(form, names)
         self._has_short_ids = has_short_ids
 
     def of(self, event: TokenEvent) -> Iterator[Json]:

@@ -5,15 +5,13 @@ span. Needs `pip install 'headrace[otel]'`.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from runtime.errors import InvalidSetting
 from serve.record import RequestRecord
 
-if TYPE_CHECKING:
-    pass
-
+SAMPLER = "OTEL_TRACES_SAMPLER"
 ENVIRONMENT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 TRACES_PATH = "/v1/traces"
 SEND_S = 2
@@ -46,8 +44,12 @@ class Traces:
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
-        self._provider: TracerProvider = TracerProvider(resource=Resource.create({SERVICE_NAME: "headrace"}))
+        # OpenTelemetry's own default follows the flag in a client's traceparent, so a client could hide its requests.
+        # Whoever runs the server may choose that with OTEL_TRACES_SAMPLER.
+        sampler = None if SAMPLER in os.environ else ALWAYS_ON
+        self._provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "headrace"}), sampler=sampler)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint + TRACES_PATH, timeout=SEND_S)))
         self._tracer = self._provider.get_tracer("headrace")
 

@@ -5,7 +5,8 @@
               threads, answers requests from a pool of threads; serve/worker.py, serve/connections.py
 
 SIGTERM and SIGINT drain, then the server exits with 0; a second SIGINT does not wait. SIGHUP reads models and keys
-again, unless it came because the terminal is gone: then it drains.
+again, unless it came because the terminal is gone: then it drains. With --exit-on-failure the server ends with 70 when
+an engine failed; without, it stays and says so, for an orchestrator that asks /healthz.
 
 Why gunicorn (MIT): it writes each chunk as it comes, its WSGI environment carries the client's socket, so
 that a client who went away is noticed while nothing is written, and a master notices when the worker dies.
@@ -28,26 +29,28 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flask import Flask
 from gunicorn import sock
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from werkzeug.wsgi import ClosingIterator
+from gunicorn.errors import HaltServer
 
 from runtime.errors import HeadraceError, InvalidSetting
 from serve.access import Access
 from serve.api_keys import KeyRing, read_keys, reread_keys
 from serve.app import create_app
-from serve.logs import configure_logging
+from serve.hosts import ANY
+from serve.logs import configure_logging, make_formatter
 from serve.model_registry import ModelRegistry, ModelSource
+from serve.refusals import MAX_HEADER, MAX_HEADERS, MAX_REQUEST_LINE
 from serve.settings import ServerSettings
+from serve.thread_limits import threads_for
 from serve.traces import Traces, endpoint_of
-from serve.worker import DrainingWorker
+from serve.worker import EXIT_ENGINE_FAILED, DrainingWorker
 
 KEEPALIVE_S = 75
 """Longer than HTTP clients keep an idle connection (httpx: 5 s): the server must not close one that a request
@@ -56,18 +59,13 @@ STOP_MARGIN_S = 10
 """After the drain, for replies to be written out and the engine to end, before the worker is killed."""
 SPARE_FILES = 256
 """Open files beyond the connections: the models' own, pipes, logs."""
-MAX_REQUEST_LINE = 4094
-MAX_HEADERS = 64
-MAX_HEADER = 8190
-"""Bytes of a header; with MAX_HEADERS, what a client can make the server keep before a body is allowed or refused."""
 STOP_POLL_S = 0.002
 QUICK_STOP_S = 2.0
 EXIT_USER_ERROR = 2
+SAID_EXITS = (Arbiter.APP_LOAD_ERROR, EXIT_ENGINE_FAILED)
+"""Exit codes of a worker that has said why it ends."""
 
 log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +112,11 @@ def run_server(
     access = Access(_read_key_ring(settings))
     endpoint_of(settings.otlp_endpoint)
     _allow_open_files(settings.max_connections)
+    configure_logging(settings.log_format)
+    if ANY in settings.cors_origin and access.keys is None:
+        log.warning(
+            "--cors-origin * without --api-keys: whatever page is open in a browser that reaches this server can use it"
+        )
     application = HeadraceApplication(sources, listener, settings, access, on_ready)
     code = 0
     try:
@@ -166,7 +169,7 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
             "bind": f"fd://{self._listener.socket.detach()}",
             "worker_class": DrainingWorker,
             "workers": 1,
-            "threads": settings.max_connections,
+            "threads": threads_for(settings.max_connections),
             "worker_connections": settings.max_connections,
             "keepalive": KEEPALIVE_S,
             "limit_request_line": MAX_REQUEST_LINE,
@@ -175,9 +178,14 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
             # No heartbeat: a worker that is busy is not dead, and one that is dead the master sees.
             "timeout": 0,
             "graceful_timeout": math.ceil(settings.drain_timeout) + STOP_MARGIN_S,
+            # A proxy on this machine is a client like any other: gunicorn would let loopback peers rewrite the path.
+            "forwarded_allow_ips": "",
+            "forwarder_headers": "",
+            "secure_scheme_headers": {},
             "control_socket_disable": True,
             "loglevel": "warning",
             "proc_name": "headrace",
+            "child_exit": _end_with_failed_worker,
             "worker_exit": lambda _arbiter, _worker: self._models.close(),
         }
         for name, value in values.items():
@@ -185,13 +193,10 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
 
     def load(self) -> Flask:
         """Called by the worker once it runs. Requests are answered from now on, with 503 until the models are there."""
-        configure_logging(self.settings.log_format)
         threading.Thread(target=self._load_models, name="load", daemon=True).start()
         if (endpoint := endpoint_of(self.settings.otlp_endpoint)) is not None:
             self._traces = Traces(endpoint)
-        app = create_app(self._models, self.settings, access=self._access, traces=self._traces)
-        app.wsgi_app = self._in_flight = InFlight(app.wsgi_app)  # type: ignore[method-assign]  # Flask's own seam
-        return app
+        return create_app(self._models, self.settings, access=self._access, traces=self._traces)
 
     def _load_models(self) -> None:
         """A model that cannot be loaded at the start ends the whole server, with one line if the user can mend it."""
@@ -217,50 +222,34 @@ class HeadraceApplication(BaseApplication):  # type: ignore[misc]  # gunicorn ha
             self._access.replace_keys(KeyRing(keys))
         self._models.reload()
 
-    def say_goodbye(self) -> None:
-        """In the worker: tell the master that nothing is left to wait for but the kernel freeing our memory."""
-        self.send_traces()
-        os.write(self._goodbye[1], b".")
+    def say_goodbye(self, code: int) -> None:
+        """In the worker: tell the master the exit code, and that there is nothing to wait for but the kernel freeing
+        our memory."""
+        try:
+            self.send_traces()
+        finally:
+            os.write(self._goodbye[1], bytes([code]))
 
-    def worker_said_goodbye(self, timeout_s: float) -> bool:
-        """In the master: whether the worker ended with nothing to finish; waits at most `timeout_s` for the word."""
-        return bool(select.select([self._goodbye[0]], [], [], timeout_s)[0])
+    def goodbye_code(self, timeout_s: float) -> int | None:
+        """In the master: the exit code of a worker that said goodbye; waits at most `timeout_s` for the word."""
+        if not select.select([self._goodbye[0]], [], [], timeout_s)[0]:
+            return None
+        return os.read(self._goodbye[0], 1)[0]
 
-    def is_idle(self) -> bool:
-        """Whether no request is being answered."""
-        return self._in_flight.num_requests == 0
+    def must_exit(self) -> bool:
+        """Whether an engine has failed and the server is to end then."""
+        return self.settings.exit_on_failure and bool(self._models.failures())
 
     def drain(self) -> None:
         """Refuse new requests and wait for those that run, at most --drain-timeout seconds."""
         if not self._models.drain(self.settings.drain_timeout):
-            sys.stderr.write(f"headrace serve: gave up on requests after {self.settings.drain_timeout:g} s\n")
+            log.warning("gave up on requests after %g s", self.settings.drain_timeout)
         self.send_traces()
 
     def send_traces(self) -> None:
         """Send the spans that wait for their batch, if there are any."""
         if self._traces is not None:
             self._traces.close()
-
-
-class InFlight:
-    """WSGI middleware that counts the requests between their arrival and the last byte of their reply."""
-
-    def __init__(self, app: "WSGIApplication") -> None:
-        self._app = app
-        self._lock = threading.Lock()
-        self.num_requests = 0
-
-    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        self._count(1)
-        try:
-            return ClosingIterator(self._app(environ, start_response), lambda: self._count(-1))
-        except BaseException:
-            self._count(-1)
-            raise
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self.num_requests += change
 
 
 class HeadraceArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
@@ -271,6 +260,8 @@ class HeadraceArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     def setup(self, app: BaseApplication) -> None:
         super().setup(app)
         self.log.error_log.addFilter(_is_news)
+        for handler in self.log.error_log.handlers:
+            handler.setFormatter(make_formatter(app.settings.log_format))
         self._had_terminal = os.isatty(sys.stdin.fileno()) if sys.stdin is not None else False
 
     def handle_hup(self) -> None:
@@ -287,8 +278,8 @@ class HeadraceArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         self.kill_workers(signal.SIGTERM if graceful else signal.SIGQUIT)
         deadline = time.monotonic() + self.cfg.graceful_timeout
         while self.WORKERS and time.monotonic() < deadline:
-            if self.app.worker_said_goodbye(STOP_POLL_S):
-                os._exit(0)
+            if (code := self.app.goodbye_code(STOP_POLL_S)) is not None:
+                os._exit(code)
             with contextlib.suppress(queue.Empty):
                 if self.SIG_QUEUE.get_nowait() in (signal.SIGINT, signal.SIGQUIT):
                     self.kill_workers(signal.SIGQUIT)
@@ -303,12 +294,19 @@ class HeadraceArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     handle_ttin = handle_ttou = handle_usr2 = handle_winch = _ignore
 
     def halt(self, reason: str | None = None, exit_status: int = 0) -> None:
-        if exit_status != self.APP_LOAD_ERROR:
+        """End the server. Where the worker has said why, in one line, nothing is added."""
+        if exit_status not in SAID_EXITS:
             super().halt(reason, exit_status)
         self.stop()
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR if exit_status == self.APP_LOAD_ERROR else exit_status)
+
+
+def _end_with_failed_worker(arbiter: HeadraceArbiter, _worker: DrainingWorker) -> None:
+    """gunicorn would start another worker; with --exit-on-failure that is the supervisor's business."""
+    if arbiter.app.goodbye_code(0) == EXIT_ENGINE_FAILED:
+        raise HaltServer("an engine failed", EXIT_ENGINE_FAILED)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drops gunicorn's note of a worker that could not load: the worker has said why, in one line."""
-    return not (isinstance(record.args, tuple) and record.args[1:] == (Arbiter.APP_LOAD_ERROR,))
+    """Drops gunicorn's note of a worker that has said itself why it ends."""
+    return not (isinstance(record.args, tuple) and record.args[1:] and record.args[1] in SAID_EXITS)

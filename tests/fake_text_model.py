@@ -35,12 +35,12 @@ def fake_text_model(
     observer: EngineObserver | None = None,
     script: str | None = None,
     prefix_cache: int = 0,
-    template: ChatTemplate | None = None,
+    template: str = TEMPLATE,
     **settings: Any,
 ) -> TextModel:
     """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds.
 
-    With a `script` it answers every chat with that text. `template` is its chat template if it is to be another one.
+    With a `script` it answers every chat with that text.
     """
 
     def run(batch: Batch) -> None:
@@ -58,7 +58,7 @@ def fake_text_model(
         name=name,
         session=session,
         tokenizer=tokenizer,
-        chat_template=(template or ChatTemplate(TEMPLATE, {"eos_token": EOS})) if has_template else None,
+        chat_template=ChatTemplate(template, {"eos_token": EOS}) if has_template else None,
         eos_ids=frozenset([EOS_ID]),
         settings=EngineSettings(
             max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings

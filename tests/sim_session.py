@@ -5,6 +5,7 @@ from typing import Any
 
 from export.calibrated_export import QuantizationOptions
 from export.calibration_set import CalibrationOptions
+from export.engine_store import list_files
 from export.pipeline import ExportOptions, export_model
 from runtime.artifact import Artifact, FileEntry, sha256_of
 from runtime.cuda import Cuda
@@ -69,6 +70,7 @@ def write_engine(
     size = len(write_plan(plan, artifact.model_file(dialect), draft))
     info = EngineInfo(plan=FileEntry(size=size, sha256=sha256_of(plan)), **fields)
     plan.with_suffix(".json").write_text(info.to_json())
+    list_files(artifact, plan.with_suffix(".json"))
     return plan
 
 

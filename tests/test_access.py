@@ -12,6 +12,7 @@ from flask.testing import FlaskClient
 
 from headrace import main
 from runtime.errors import InvalidSetting
+from runtime.session import Batch
 from serve.access import OPEN_ROUTES, Access
 from serve.api_keys import KeyRing, make_key, new_key, read_keys
 from serve.app import create_app
@@ -31,7 +32,7 @@ def client() -> Iterator[FlaskClient]:
     """Alice may all she likes, Bob three requests a minute, Carol 20 tokens."""
     keys = KeyRing(
         [
-            make_key("alice", ALICE),
+            make_key("alice", ALICE, may_read_metrics=True),
             make_key("bob", BOB, requests_per_minute=3),
             make_key("carol", CAROL, tokens_per_minute=20),
         ]
@@ -64,6 +65,42 @@ def test_a_key_opens(client: FlaskClient) -> None:
     assert answer.status_code == 200
     assert not [name for name, _ in answer.headers if name.startswith("x-ratelimit")]
     assert client.get("/metrics", headers=bearer(ALICE)).status_code == 200
+
+
+def test_figures_of_all_keys_are_for_a_key_that_may_read_them(client: FlaskClient) -> None:
+    """What others' prompts are long follows from the differences of sums."""
+    refused = client.get("/metrics", headers=bearer(BOB))
+    assert refused.status_code == 403 and "--metrics" in refused.get_json()["error"]["message"]
+    running = client.post(
+        "/v1/completions", json=COMPLETION | {"stream": True, "max_tokens": 200}, headers=bearer(ALICE)
+    )
+    seen = {
+        secret: client.get("/status", headers=bearer(secret)).get_json()["models"][0] for secret in (ALICE, BOB, CAROL)
+    }
+    running.close()
+    assert seen[ALICE]["kv_tokens_used"] >= len("once")
+    assert seen[BOB]["kv_tokens_used"] == seen[CAROL]["kv_tokens_used"] == 0
+    assert seen[BOB]["running"] == 1, "how many there are is told"
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_open_routes_name_models_and_errors_to_those_with_a_key(*, is_broken: bool) -> None:
+    def run(_: Batch) -> None:
+        if is_broken:
+            raise RuntimeError("a secret path")
+
+    model = fake_text_model(on_run=run)
+    model.start()
+    client = create_app(model, access=Access(KeyRing([make_key("alice", ALICE)]))).test_client()
+    complete(client, ALICE)
+    for path in ("/readyz", "/healthz", "/health"):
+        open_answer, own = client.get(path), client.get(path, headers=bearer(ALICE))
+        assert open_answer.status_code == own.status_code == (503 if is_broken else 200)
+        assert "secret" not in open_answer.text and NAME not in open_answer.text
+        assert client.get(path, headers=bearer("hr-wrong")).text == open_answer.text
+        told = {"healthz": '"ok"', "health": '"ok"', "readyz": NAME}[path[1:]]
+        assert ("secret path" if is_broken else told) in own.text
+    model.close()
 
 
 def test_requests_beyond_the_limit_are_told_when_to_come_back(client: FlaskClient) -> None:
@@ -143,7 +180,20 @@ def test_cors_is_off_by_default() -> None:
     model.close()
 
 
-@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "ftp://chat.example", "null", ""])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("chat.example", "https://chat.example/", "ftp://chat.example", "null", "", "https://", "https://a@b.example"),
+        *(
+            "http://localhost:*",
+            "https://*.example.com",
+            "https://(a|b).example",
+            "https://chat.example?",
+            "http://[::1",
+        ),
+        *("http://chat.example:99999", "https://ch\u00e4t.example", "https://chat.example\n", "*.example"),
+    ],
+)
 def test_origins_are_origins(origin: str) -> None:
     with pytest.raises(InvalidSetting, match="--cors-origin"):
         ServerSettings(cors_origin=(origin,))
@@ -159,13 +209,15 @@ def run_key(*argv: str) -> tuple[int, str]:
 def test_a_key_is_made_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     _, first = run_key("alice", "--file", str(file))
-    _, second = run_key("bob", "--file", str(file), "--requests-per-minute", "5", "--tokens-per-minute", "900")
+    limits = ("--requests-per-minute", "5", "--tokens-per-minute", "900", "--metrics")
+    _, second = run_key("bob", "--file", str(file), *limits)
     assert first != second and len(first) > 40
     assert first not in file.read_text() and file.stat().st_mode & 0o777 == 0o600
     ring = KeyRing(read_keys(file))
     found = ring.find(second)
     assert found is not None
     assert (found.name, found.requests_per_minute, found.tokens_per_minute) == ("bob", 5, 900)
+    assert found.may_read_metrics
     assert ring.find(first + "x") is None and ring.find("") is None
     assert run_key("bob", "--file", str(file))[0] == run_key("a b", "--file", str(file))[0] == 2
     assert run_key("eve", "--file", str(file), "--tokens-per-minute", "0")[0] == 2

@@ -18,6 +18,7 @@ from runtime.text_model import TextModel
 from serve.app import create_app
 from serve.errors import kind_of
 from serve.metrics import ServerMetrics
+from serve.model_registry import ModelRegistry
 from serve.settings import ServerSettings
 from tests.fake_text_model import NAME, fake_text_model
 
@@ -210,6 +211,7 @@ def test_prompt_too_long_names_both_numbers(client: FlaskClient) -> None:
     ):
         error = post(client, path, body, 400)["error"]
         assert error["code"] == "context_length_exceeded" and "256" in error["message"]
+        assert error["param"] == ("prompt" if path == COMPLETIONS else "messages")
         assert "258" in error["message"] or "319" in error["message"], error["message"]
 
 
@@ -300,18 +302,112 @@ def test_draining_refuses_with_retry_after(served: tuple[TextModel, FlaskClient]
     assert client.get("/healthz").status_code == 200
 
 
-def test_closing_a_stream_early_frees_the_slot(held: tuple[TextModel, threading.Event]) -> None:
-    model, go_on = held
+def responses(client: FlaskClient) -> dict[str, float]:
+    """By the status that metrics, log and trace have noted: how many answers of POST /v1/completions."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        sample.labels["status"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "headrace_http_responses_total" and sample.labels["route"] == COMPLETIONS
+    }
+
+
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_closing_a_stream_early_frees_the_slot(num_read: int) -> None:
+    model = fake_text_model(num_slots=1, step_s=0.01)
+    model.start()
     app = create_app(model)
     environ = EnvironBuilder(path=COMPLETIONS, json=completion(stream=True, max_tokens=200)).get_environ()
     environ["REQUEST_METHOD"] = "POST"
     body: Any = app(environ, lambda *_: lambda _: None)
-    assert model.stats().num_running + model.stats().num_waiting == 1
-    body.close()  # as a WSGI server does when the client is gone before the first chunk was asked for
-    go_on.set()
+    assert model.stats().num_running == 1
+    # As a WSGI server does when the client is gone, perhaps before the first chunk was asked for.
+    chunks = iter(body)
+    for _ in range(num_read):
+        next(chunks)
+    body.close()
     client = app.test_client()
     assert post(client, COMPLETIONS, completion(max_tokens=1))["usage"]["completion_tokens"] == 1
     assert model.stats().num_running == 0
+    if num_read:
+        assert responses(client) == {"499": 1, "200": 1}, "a stream that was cut off is none that was answered"
+    model.close()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_fails_before_the_first_event_has_a_status(*, is_stream: bool) -> None:
+    """Clients know what to do with a status and Retry-After; of an event in a stream they know nothing."""
+    model = fake_text_model(num_slots=1, step_s=0.02, max_queue_wait=0.05)
+    model.start()
+    client = create_app(model).test_client()
+    running = client.post(COMPLETIONS, json=completion(stream=True, max_tokens=200, ignore_eos=True))
+    waited = client.post(COMPLETIONS, json=completion(stream=is_stream))
+    assert waited.status_code == 503 and int(waited.headers["Retry-After"]) >= 1
+    assert "--max-queue-wait" in waited.get_json()["error"]["message"]
+    late = client.post(COMPLETIONS, json=completion(stream=is_stream, timeout=0.001))
+    assert late.status_code == 504 and late.get_json()["error"]["code"] == "timeout"
+    running.close()
+    model.close()
+
+
+def test_a_stream_that_fails_later_counts_as_failed() -> None:
+    model = fake_text_model(step_s=0.02)
+    model.start()
+    client = create_app(model).test_client()
+    answer = client.post(COMPLETIONS, json=completion(stream=True, max_tokens=200, ignore_eos=True, timeout=0.3))
+    events = answer.get_data(as_text=True).split("\n\n")
+    assert answer.status_code == 200, "the head was out"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+    answer.close()
+    assert responses(client) == {"504": 1}
+    model.close()
+
+
+class Panic(BaseException):
+    """What PyO3 makes of a panic in Rust is no Exception either."""
+
+
+@pytest.mark.parametrize("error", [Panic("index out of range"), SystemExit(1), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_whatever_a_view_raises_is_a_500_and_leaves_nothing_behind(error: BaseException, *, is_stream: bool) -> None:
+    model = fake_text_model()
+    model.start()
+    models = ModelRegistry.of_one(model)
+    client = create_app(models).test_client()
+    token_bytes = model.token_bytes
+
+    def broken(token_id: int) -> bytes:
+        raise error
+
+    model.token_bytes = broken  # type: ignore[method-assign]  # a bug is what this test needs
+    answer = client.post(COMPLETIONS, json=completion(logprobs=1, stream=is_stream), buffered=True)
+    if is_stream:
+        assert answer.status_code == 200
+        event = json.loads(answer.get_data(as_text=True).split("\n\n")[-2].removeprefix("data: "))
+        assert event["error"]["code"] == "internal_error"
+    else:
+        assert answer.status_code == 500 and answer.get_json()["error"]["code"] == "internal_error"
+    model.token_bytes = token_bytes  # type: ignore[method-assign]
+    assert post(client, COMPLETIONS, completion())
+    assert responses(client) == {"500": 1, "200": 1}
+    assert models.default.current is not None and models.default.current.num_leases == 0
+    model.close()
+
+
+@pytest.mark.parametrize(("extra", "status"), [(0, 200), (1, 413), (100_000, 413)])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_beyond_the_limit_is_refused_and_never_cut(
+    client: FlaskClient, extra: int, status: int, *, is_chunked: bool
+) -> None:
+    """JSON with blanks up to the limit, and behind it anything: nobody may read it as the JSON alone."""
+    body = json.dumps(completion()).encode().ljust(100_000) + b"x" * extra
+    # gunicorn ends the stream of a body in chunks, which has no length.
+    chunked: Json = {"wsgi.input_terminated": True, "CONTENT_LENGTH": ""} if is_chunked else {}
+    answer = client.post(COMPLETIONS, data=body, content_type="application/json", environ_overrides=chunked)
+    assert answer.status_code == status, answer.text
+    if status == 413:
+        assert "100,000 bytes" in answer.get_json()["error"]["message"]
 
 
 def test_metrics_count_what_happened(client: FlaskClient) -> None:

@@ -65,7 +65,7 @@ def test_a_bad_manifest_is_named(artifact: Path) -> None:
         (json.dumps({**good, "schema_version": 99}), "schema version 99"),
         (json.dumps({**good, "dims": {}}), "malformed"),
         (json.dumps({**good, "dims": {**good["dims"], "head_dim": 0}}), "head_dim"),
-        (json.dumps({**good, "files": {**good["files"], "../x": {"size": 1, "sha256": ""}}}), "outside"),
+        (json.dumps({**good, "files": {**good["files"], "../x": {"size": 1, "sha256": "0" * 64}}}), "outside"),
     ]
     for text, message in bad:
         file.write_text(text)
@@ -83,12 +83,12 @@ def test_a_failed_receipt_needs_a_flag(tmp_path: Path, monkeypatch: pytest.Monke
     out = tmp_path / "artifact"
     wrong = np.float32(1.05)
 
-    def spoiled(checkpoint: Any, config: Any, draft: Any, limits: Any) -> dict[str, Any]:
+    def spoiled(reference: Any, config: Any, draft: Any, limits: Any) -> dict[str, Any]:
         """The real verification of a graph whose weights were changed after they were written."""
         file = draft.path / WEIGHTS
         data = np.fromfile(file, np.float32)
         (data * wrong).tofile(file)
-        return real_verify(checkpoint, config, draft, limits)
+        return real_verify(reference, config, draft, limits)
 
     real_verify = verify
     monkeypatch.setattr(export.pipeline, "verify", spoiled)
@@ -120,7 +120,7 @@ def test_a_corrupt_graph_is_refused_in_one_line(artifact: Path) -> None:
 def test_an_export_that_is_killed_leaves_the_old_artifact_and_nothing_loadable(artifact: Path) -> None:
     before = (artifact / MANIFEST).read_bytes()
     source = write_checkpoint(artifact.parent / "big", config_of("llama", num_hidden_layers=24, vocab_size=4000))
-    command = [sys.executable, "-m", "headrace", "export", str(source), "--out", str(artifact)]
+    command = [sys.executable, "-m", "headrace", "export", str(source), "--out", str(artifact), "--replace"]
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30

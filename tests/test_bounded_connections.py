@@ -37,7 +37,7 @@ def is_well(server: ServerProcess) -> bool:
 
 
 def request(body: bytes, length: int | None = None) -> bytes:
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
 
 
@@ -58,13 +58,13 @@ def test_more_idle_connections_than_there_are_places(server: ServerProcess) -> N
         idle = [connect(server, stack) for _ in range(150)]
         assert is_well(server)
         # The longest idle made room; the latest are still there and work.
-        idle[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        idle[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in idle[-1].recv(1000)
         assert ended_within(idle[0], 5) == b""
 
 
 def test_half_a_request_is_given_up(server: ServerProcess) -> None:
-    pieces = [b"GET /v1/mod", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n", request(b'{"model": ', 500)]
+    pieces = [b"GET /v1/mod", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n", request(b'{"model": ', 500)]
     with ExitStack() as stack:
         halves = [connect(server, stack) for _ in range(60)]
         for number, connection in enumerate(halves):
@@ -105,7 +105,7 @@ def test_clients_that_do_not_close_do_not_hold_up_accepting(server: ServerProces
         started_s = time.monotonic()
         for _ in range(30):
             connection = connect(server, stack)
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert b"200 OK" in connection.recv(1000)
         assert time.monotonic() - started_s < 20
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from runtime.chat_template import ChatTemplate
 from runtime.core import MAX_STOP_CHARS, SamplingParams
 from runtime.errors import InvalidRequest
 from runtime.stop_strings import StopStrings, prepared
@@ -128,7 +127,7 @@ WANTS_NINE = """{% for m in messages %}{% for call in m.tool_calls or [] %}
 
 
 def test_a_conversation_with_calls_goes_three_turns_where_ids_have_nine_letters() -> None:
-    model = fake_text_model(script=SCRIPT, capacity=1024, template=ChatTemplate(WANTS_NINE, {}))
+    model = fake_text_model(script=SCRIPT, capacity=1024, template=WANTS_NINE)
     model.start()
     client = create_app(model).test_client()
     foreign = {"id": "call_of_another_server", "type": "function", "function": {"name": "clock", "arguments": "{}"}}

@@ -139,7 +139,8 @@ def test_options_that_exclude_each_other(values: dict[str, Any], param: str) -> 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_the_reasoning_of_earlier_turns_reaches_the_template_under_any_name(name: str) -> None:
-    turns = [*MESSAGES, {"role": "assistant", "content": "4", name: "2 + 2"}]
+    last = {"role": "assistant", "content": "4", "reasoning_content": None, name: "2 + 2"}
+    turns: list[dict[str, Any]] = [*MESSAGES, last]
     template = ChatTemplate(THINKING, TOKENS)
     assert template.knows_reasoning and not ChatTemplate("{{ messages[0].content }}", {}).knows_reasoning
     assert "<assistant>[2 + 2]4</>" in template.render(turns)
@@ -183,9 +184,11 @@ def test_a_template_that_does_not_compile_is_an_invalid_artifact() -> None:
 
 
 def test_the_file_comes_before_the_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.jinja"
+
     def load(config: object) -> str | None:
         parsed = json.loads(json.dumps(config))
-        template = load_chat_template(tmp_path, parsed, TOKENS)
+        template = load_chat_template(file if file.is_file() else None, parsed, TOKENS)
         return None if template is None else template.render(MESSAGES)
 
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "list"}]
@@ -195,24 +198,25 @@ def test_the_file_comes_before_the_configuration(tmp_path: Path) -> None:
     assert load({"chat_template": named[:1]}) is None
     with pytest.raises(InvalidArtifact, match="int"):
         load({"chat_template": 3})
-    (tmp_path / "chat_template.jinja").write_text("file")
+    file.write_text("file")
     assert load({"chat_template": "string"}) == "file"
 
 
 def test_a_model_with_several_templates_has_one_for_tools(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "{{ tools }}tools"}, {"name": "default", "template": "plain"}]
-    template = load_chat_template(tmp_path, {"chat_template": named}, TOKENS)
+    template = load_chat_template(None, {"chat_template": named}, TOKENS)
     assert template is not None and template.render(MESSAGES) == "plain"
     assert template.with_tools.knows_tools and not template.knows_tools
-    (tmp_path / "chat_template.jinja").write_text("file")
-    template = load_chat_template(tmp_path, {"chat_template": named}, TOKENS)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text("file")
+    template = load_chat_template(file, {"chat_template": named}, TOKENS)
     assert template is not None and template.render(MESSAGES) == "file" and template.with_tools is not template
     prompts = ChatPrompts(BYTES, template, GENERIC)
     assert BYTES.decode(prompts.encode(MESSAGES, tools=(), options=ChatOptions())) == "file"
     assert BYTES.decode(prompts.encode(MESSAGES, tools=(CLOCK,), options=ChatOptions())).endswith("tools")
     assert BYTES.decode(prompts.encode([*MESSAGES, *CALLED], tools=(), options=ChatOptions())).endswith("tools")
     with pytest.raises(InvalidArtifact, match="tool_use does not compile"):
-        load_chat_template(tmp_path, {"chat_template": [{"name": "tool_use", "template": "{% if %}"}]}, TOKENS)
+        load_chat_template(file, {"chat_template": [{"name": "tool_use", "template": "{% if %}"}]}, TOKENS)
 
 
 JOINING = """{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}

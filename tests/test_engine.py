@@ -1,6 +1,7 @@
 """The engine on a fake session: random traces, fairness, cancellation, failure of one request."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from runtime.core import (
 from runtime.draft_model import DraftModel
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, PromptTooLong
-from runtime.session import Batch
+from runtime.session import Batch, TopRows
 from runtime.speculation import Speculator
 from tests.fake_session import FakeSession
 
@@ -481,3 +482,33 @@ def test_who_has_the_answer_finds_it_counted() -> None:
     while engine.has_work:
         engine.step()
     assert counted == [0, 1]
+
+
+class TopFakeSession(FakeSession):
+    """A session that picks the likeliest tokens itself, as TensorRT's does."""
+
+    num_top = 4
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_top_runs = 0
+
+    def run_top(self, batch: Batch) -> TopRows:
+        self.num_top_runs += 1
+        logits = self.run(batch)
+        ids = np.argsort(-logits, axis=-1, kind="stable")[:, : self.num_top]
+        log_sums = np.log(np.exp(logits.astype(np.float64)).sum(-1)).astype(np.float32)
+        return TopRows(np.take_along_axis(logits, ids, -1), ids, log_sums)
+
+
+@pytest.mark.parametrize(("min_tokens", "num_top_runs"), [(0, 20), (6, 14)])
+def test_whole_rows_are_copied_only_until_an_answer_may_end(min_tokens: int, num_top_runs: int) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0, min_tokens=min_tokens)
+    session = TopFakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB)
+    engine = Engine(session)
+    request, recorder = make_request("a", [1, 2, 3], params, frozenset([VOCAB - 1]))
+    engine.add(engine.prepare(request))
+    while engine.has_work:
+        engine.step()
+    assert recorder.token_ids == [event.token_id for event in alone([1, 2, 3], params, frozenset([VOCAB - 1]))]
+    assert len(recorder.token_ids) == 20 and session.num_top_runs == num_top_runs

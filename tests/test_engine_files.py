@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from export.artifact_writer import file_entry, write_manifest
 from export.engine_memory import check_fits, predicted_peak
 from export.engine_profiles import EngineLimits, derive_profiles, input_shape
 from export.engine_progress import Monitor
-from export.engine_store import engine_directory, prune, write_engine, write_whole
+from export.engine_store import engine_directory, list_files, prune, write_engine, write_whole
 from export.engine_timings import attach_timings, keep_timings
-from runtime.artifact import SCHEMA_VERSION, Artifact, FileEntry, KvContract, Manifest, ModelDims
+from runtime.artifact import SCHEMA_VERSION, Artifact, FileEntry, KvContract, Manifest, ModelDims, read_manifest
 from runtime.engine_files import PROFILES, EngineInfo, Shape, engine_files, find_engine, read_engine_info, weight_files
 from runtime.errors import HeadraceError, InvalidEngine, InvalidSetting
 
@@ -56,6 +58,7 @@ def artifact(tmp_path: Path) -> Artifact:
         },
         versions={},
     )
+    write_manifest(tmp_path, manifest)
     return Artifact(tmp_path, manifest, {})
 
 
@@ -77,14 +80,15 @@ def description(artifact: Artifact, **changes: Any) -> EngineInfo:
 
 
 def written(artifact: Artifact, **changes: Any) -> Path:
-    return write_engine(engine_directory(artifact), description(artifact, **changes), PLAN)
+    engine_directory(artifact)
+    return write_engine(artifact, description(artifact, **changes), PLAN)
 
 
 def test_a_description_survives_the_disk_and_finds_its_engine(artifact: Artifact) -> None:
     plan = written(artifact)
     info = description(artifact)
     assert plan.name == f"tensorrt-rtx-sm80+sm86-1.7.1.116-{info.key}.plan"
-    assert read_engine_info(plan) == info
+    assert read_engine_info(plan, read_manifest(artifact.path).engines) == info
     assert (info.max_batch, info.max_len, info.prefill_chunk, info.verify_tokens) == (4, 256, 128, 8)
     for gpu in info.gpus:
         found = find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu=gpu)
@@ -171,8 +175,8 @@ def edit_description(plan: Path) -> None:
         (truncate, "has 100 bytes, its .json says 600"),
         (alter, "has changed: sha256"),
         (lose_description, "no readable .*json beside it"),
-        (garble_description, "malformed"),
-        (edit_description, "another engine than its name says"),
+        (garble_description, "manifest.json lists it with another hash"),
+        (edit_description, "manifest.json lists it with another hash"),
     ],
 )
 def test_a_damaged_engine_is_named_and_pruned(artifact: Artifact, damage: Any, word: str) -> None:
@@ -183,6 +187,35 @@ def test_a_damaged_engine_is_named_and_pruned(artifact: Artifact, damage: Any, w
     assert find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm89").plan == good
     assert plan in prune(artifact)
     assert sorted(good.parent.iterdir()) == [good.with_suffix(".json"), good]
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [(garble_description, "is not JSON"), (edit_description, "another engine than its name says")],
+)
+def test_a_wrong_description_is_refused_even_where_it_is_listed(artifact: Artifact, damage: Any, word: str) -> None:
+    plan = written(artifact)
+    damage(plan)
+    list_files(artifact, plan.with_suffix(".json"))
+    with pytest.raises(InvalidEngine, match=word):
+        find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
+
+
+def test_an_engine_that_the_manifest_does_not_list_is_not_opened(artifact: Artifact) -> None:
+    plan = written(artifact)
+    assert list(read_manifest(artifact.path).engines) == [plan.with_suffix(".json").name]
+    write_manifest(artifact.path, artifact.manifest)
+    with pytest.raises(InvalidEngine, match=r"is not used: manifest\.json does not list it; build the engine again"):
+        find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
+
+
+def test_builds_at_once_keep_each_other_in_the_list_and_what_is_gone_leaves_it(artifact: Artifact) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        plans = list(threads.map(lambda gpu: written(artifact, gpus=(gpu,)), ("sm80", "sm86", "sm89", "sm120")))
+    assert set(read_manifest(artifact.path).engines) == {plan.with_suffix(".json").name for plan in plans}
+    plans[0].unlink()
+    prune(artifact)
+    assert set(read_manifest(artifact.path).engines) == {plan.with_suffix(".json").name for plan in plans[1:]}
 
 
 def test_an_engine_of_another_export_is_stale(artifact: Artifact) -> None:
@@ -322,11 +355,13 @@ def test_a_timing_cache_is_kept_and_a_foreign_one_ignored_with_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, config = tmp_path / "a.timings", TimingConfig()
-    assert attach_timings(config, file)
+    assert attach_timings(config, file, None)
     keep_timings(config, file)
     config = TimingConfig()
-    assert attach_timings(config, file) and config.cache is not None and config.cache.data == b"Orin: measured"
+    assert attach_timings(config, file, file_entry(file))
+    assert config.cache is not None and config.cache.data == b"Orin: measured"
+    assert attach_timings(config, file, None) and config.cache.data == b"", "what is not listed is not read"
     assert not capsys.readouterr().err
     file.write_bytes(b"Thor: measured")
-    assert not attach_timings(config, file) and config.cache.data == b""
+    assert not attach_timings(config, file, file_entry(file)) and config.cache.data == b""
     assert "another GPU or release" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from runtime.chat_template import ChatTemplate
-from runtime.core import FinishReason, SamplingParams, TokenEvent
+from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenEvent
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
 from runtime.session import Batch
 from runtime.settings import EngineSettings
@@ -111,12 +111,17 @@ def test_one_request_too_many_is_refused() -> None:
         assert list(model.generate([1], greedy(2)))
 
 
-def test_an_engine_failure_reaches_every_request_and_later_ones_are_refused() -> None:
+class Panic(BaseException):
+    """What PyO3 makes of a panic in Rust is no Exception either."""
+
+
+@pytest.mark.parametrize("kind", [MemoryError, Panic, SystemExit, KeyboardInterrupt])
+def test_an_engine_failure_reaches_every_request_and_later_ones_are_refused(kind: type[BaseException]) -> None:
     gate = Gate()
 
     def fail(batch: Batch) -> None:
         gate(batch)
-        raise MemoryError("out of cache")
+        raise kind("out of cache")
 
     with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=fail)) as model:
         requests = [model.generate([1], greedy(2)) for _ in range(3)]
@@ -125,12 +130,32 @@ def test_an_engine_failure_reaches_every_request_and_later_ones_are_refused() ->
         for request in requests:
             (event,) = request
             assert event.finish_reason is FinishReason.ERROR
-            assert event.error == "the engine failed: MemoryError: out of cache"
+            assert event.error == f"the engine failed: {kind.__name__}: out of cache"
         assert not model.is_ready
-        assert model.failure == "the engine failed: MemoryError: out of cache"
+        assert model.failure == f"the engine failed: {kind.__name__}: out of cache"
         with pytest.raises(Unavailable, match="out of cache"):
             model.generate([1], greedy(2))
         assert model.drain(LONG_WAIT_S)
+
+
+def test_a_panic_in_the_thread_that_computes_masks_ends_one_request() -> None:
+    """Of a whole run: the grammar's own request hears of it, the other one has all its tokens."""
+
+    def panic(*_: object) -> None:
+        raise Panic("in a mask")
+
+    constraint = Constraint(ConstraintKind.REGEX, "[a-z]{30}", param="structured_outputs")
+    with running(FakeSession(vocab_size=VOCAB)) as model:
+        held = model.generate([1], SamplingParams(max_tokens=20, temperature=0, constraint=constraint))
+        assert list(held)[-1].finish_reason is FinishReason.LENGTH
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("runtime.token_guide.mask_of", panic)
+            held = model.generate([1], SamplingParams(max_tokens=20, temperature=0, constraint=constraint))
+            other = model.generate([2], greedy(20))
+            last = list(held)[-1]
+            assert (last.finish_reason, last.error) == (FinishReason.ERROR, "Panic: in a mask")
+            assert list(other)[-1].finish_reason is FinishReason.LENGTH
+        assert model.is_ready and model.failure is None
 
 
 def test_a_cancellation_on_its_way_does_not_save_the_engine_from_failing_cleanly() -> None:

@@ -25,7 +25,7 @@ from runtime.artifact import open_artifact
 from tests.byte_tokenizer import CONFIG, byte_level_hf
 from tests.tiny_checkpoint import config_of, write_checkpoint
 
-SMALL = ["--precision", "w8a8", "--calib-samples", "8", "--calib-length", "64", "--force"]
+SMALL = ["--precision", "w8a8", "--calib-samples", "8", "--calib-length", "64", "--force", "--replace"]
 
 
 def checkpoint_at(directory: Path, **changes: Any) -> Path:

@@ -47,6 +47,8 @@ def test_every_setting_is_a_flag_of_the_verb() -> None:
         (["nowhere", "-p", "x"], "nowhere is not a directory"),
         (["nowhere", "-p", "x", "--temperature", "5"], "temperature must be at least 0 and at most 2, got 5.0"),
         (["nowhere", "-p", "x", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["nowhere", "-p", "x", "--max-tokens", "-1", "--top-k", "-1", "--top-p", "0"], "nowhere is not a directory"),
+        (["nowhere", "-p", "x", "--typical-p", "0"], "typical_p must be greater than 0 and at most 1, got 0.0"),
         (["nowhere", "-p", "x", "--prefill-chunk", "0"], "--prefill-chunk must be at least 1, got 0"),
         (["nowhere", "-p", "x", "--raw", "--system", "y"], "give one of them"),
     ],

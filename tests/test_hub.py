@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from runtime.artifact import open_artifact
+from tests.tiny_checkpoint import config_of, write_checkpoint
+
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
@@ -33,7 +36,7 @@ from export.checkpoint import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 try:
     checkpoint = open_checkpoint(sys.argv[1], revision=sys.argv[2] or None)
-    sys.stdout.write(f"{checkpoint.source} {checkpoint.config} {checkpoint.load('a').sum():g}")
+    sys.stdout.write(f"{checkpoint.source} {checkpoint.config} {checkpoint.load('a').sum():g} {checkpoint.commit}")
 except InvalidCheckpoint as error:
     sys.stdout.write(f"refused: {error}")
 """
@@ -55,7 +58,7 @@ def open_model(home: Path, *, revision: str = "", **settings: str) -> str:
     return result.stdout
 
 
-def write_cache(home: Path, *, revision: str = "main") -> None:
+def write_cache(home: Path, *, revision: str = "main", files: Mapping[str, bytes] = FILES) -> None:
     """The hub's cache with one snapshot, as documented: blobs, refs, snapshots of links."""
     repo = home / "hub" / f"models--{REPO.replace('/', '--')}"
     snapshot = repo / "snapshots" / COMMIT
@@ -63,21 +66,32 @@ def write_cache(home: Path, *, revision: str = "main") -> None:
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()
     (repo / "refs" / revision).write_text(COMMIT)
-    for number, name in enumerate(("config.json", "tokenizer.json", "model.safetensors")):
+    for number, name in enumerate(sorted(files.keys() & {"config.json", "tokenizer.json", "model.safetensors"})):
         blob = repo / "blobs" / f"{number:040x}"
-        blob.write_bytes(FILES[name])
+        blob.write_bytes(files[name])
         (snapshot / name).symlink_to(Path("../../blobs") / blob.name)
 
 
 def test_a_cached_snapshot_opens_offline(tmp_path: Path) -> None:
     write_cache(tmp_path)
-    assert open_model(tmp_path, HF_HUB_OFFLINE="1") == f"{REPO} {{'model_type': 'llama'}} 15"
+    assert open_model(tmp_path, HF_HUB_OFFLINE="1") == f"{REPO} {{'model_type': 'llama'}} 15 {COMMIT}"
+
+
+def test_an_export_records_the_commit_it_is_of(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", config_of("llama", num_hidden_layers=1))
+    write_cache(tmp_path, files={file.name: file.read_bytes() for file in model.iterdir()})
+    command = [sys.executable, "-m", "headrace", "export", REPO, "--out", str(tmp_path / "artifact")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path, timeout=120)
+    artifact = open_artifact(tmp_path / "artifact")
+    assert (artifact.manifest.source, artifact.manifest.name, artifact.manifest.commit) == (REPO, "tiny", COMMIT)
+    assert (artifact.receipt["source"], artifact.receipt["commit"]) == (REPO, COMMIT)
 
 
 def test_a_revision_is_part_of_the_source(tmp_path: Path) -> None:
     write_cache(tmp_path, revision="v2")
     printed = open_model(tmp_path, revision="v2", HF_HUB_OFFLINE="1")
-    assert printed == f"{REPO}@v2 {{'model_type': 'llama'}} 15"
+    assert printed == f"{REPO}@v2 {{'model_type': 'llama'}} 15 {COMMIT}"
 
 
 def test_offline_without_a_snapshot_says_what_to_do(tmp_path: Path) -> None:
@@ -145,7 +159,7 @@ def hub_server(*, error: tuple[int, str] | None = None) -> Iterator[tuple[str, l
 def test_only_weights_config_and_text_are_downloaded(tmp_path: Path) -> None:
     with hub_server() as (endpoint, asked):
         printed = open_model(tmp_path, HF_ENDPOINT=endpoint)
-    assert printed == f"{REPO} {{'model_type': 'llama'}} 15"
+    assert printed == f"{REPO} {{'model_type': 'llama'}} 15 {COMMIT}"
     downloaded = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
     assert downloaded == {"config.json", "tokenizer.json", "model.safetensors"}
 

@@ -153,6 +153,7 @@ def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
     from dataclasses import replace
 
     from export.pipeline import write_unverified
+    from export.references import NumpyReference
     from export.verify import verify
 
     checkpoint = open_checkpoint(str(model))
@@ -160,9 +161,8 @@ def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
     directory = tmp_path / "nearest"
     directory.mkdir()
     plain = replace(precision_named("w4a16"), calibrated=None)
-    return float(
-        verify(checkpoint, config, write_unverified(directory, checkpoint, config, plain, 256))["figures"]["kl"]
-    )
+    artifact = write_unverified(directory, checkpoint, config, plain, 256)
+    return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["kl"])
 
 
 @pytest.mark.parametrize(("first", "second"), [("w4a16", "w8a8"), ("w8a8", "w4a16"), ("w4a16", "w4a16")])

@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "serve": {"serve", "runtime"},
     "calibration_data": {"calibration_data"},
 }
-# A serving box needs none of the first three, and an exporting one no web server.
+# A serving box needs none of the first three, and an exporting one no web server. The first two only where --verify
+# transformers asks for them.
 HEAVY = {
-    "torch": set[str](),
-    "transformers": set[str](),
+    "torch": {"export"},
+    "transformers": {"export"},
     "onnx": {"export"},
     "onnx_ir": {"export"},
     "gguf": {"export"},

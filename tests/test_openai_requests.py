@@ -1,7 +1,7 @@
 """Request bodies: what is refused and how it is said, and a fuzz of everything else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.app import create_app
+from serve.fields import Field, FieldClass
 from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS, read_chat, read_completion
 from serve.settings import ServerSettings
 from tests.fake_text_model import NAME, fake_text_model
@@ -56,10 +57,11 @@ BAD_FIELDS = [
     ("temperature", True, "a number"),
     ("temperature", 2.5, "2.5"),
     ("temperature", 10**400, "finite"),
-    ("top_p", 0, "greater than 0"),
+    ("top_p", -0.1, "-0.1"),
+    ("top_p", 1.1, "at most 1"),
     ("repetition_penalty", 5e-324, "at least 0.01"),
     ("top_k", 1.5, "an integer"),
-    ("top_k", -1, "at least 0"),
+    ("top_k", -2, "top_k must be at least -1"),
     ("min_p", [1], "a list of 1"),
     ("seed", True, "an integer"),
     ("seed", 2**63, "an integer"),
@@ -67,11 +69,10 @@ BAD_FIELDS = [
     ("n", 17, "at most 16"),
     ("n", False, "an integer"),
     ("max_tokens", 0, "at least 1"),
-    ("max_tokens", -1, "at least"),
+    ("max_tokens", -3, "-1 for no limit"),
     ("max_tokens", "10", '"10"'),
     ("stream", 1, "true or false"),
     ("stream", "true", "true or false"),
-    ("stop", "", "none of them empty"),
     ("stop", ["a"] * 17, "at most 16"),
     ("stop", [1], "a string"),
     ("stop", "\ud800", "surrogates"),
@@ -80,12 +81,14 @@ BAD_FIELDS = [
     ("stop_token_ids", 5, "a list"),
     ("ignore_eos", 0, "true or false"),
     ("logit_bias", [1], "an object"),
+    ("best_of", 2, "equal n (1)"),
     ("logit_bias", {"x": 1}, '"x"'),
     ("logit_bias", {"-1": 1}, '"-1"'),
     ("logit_bias", {"1": "a"}, "a number"),
     ("logit_bias", {"1": 101}, "101"),
     ("logit_bias", {"100000": 1}, "100000"),
-    ("stream_options", {"include_usage": True}, "stream to be true"),
+    ("stream_options", {"include_usage": 1}, "true or false"),
+    ("extra_body", [1], "an object"),
     ("stream_options", True, "an object"),
     ("model", 5, "a string"),
     ("response_format", "json_object", "an object"),
@@ -93,7 +96,7 @@ BAD_FIELDS = [
     ("response_format", {"type": "json"}, '"json_schema"'),
     ("response_format", {"type": "json_schema"}, "json_schema is required"),
     ("response_format", {"type": "text", "json_schema": {"name": "n", "schema": {}}}, "not text"),
-    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "name is required"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}, "name": 5}}, "name must be a string"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}, "schema is required"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": []}}, "an object"),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "x"}}}, "type: x"),
@@ -130,7 +133,6 @@ BAD_COMPLETION_FIELDS = [
     ("prompt", "half \udc00", "surrogates"),
     ("logprobs", True, "an integer"),
     ("logprobs", 21, "at most 20"),
-    ("best_of", 2, "equal n (1)"),
     ("suffix", "end", "not supported"),
     ("messages", [{"role": "user", "content": "a"}], "use /v1/chat/completions"),
 ]
@@ -141,27 +143,32 @@ BAD_CHAT_FIELDS = [
     ("messages", [{"content": "hi"}], "messages[0].role is required"),
     ("messages", [{"role": "user"}], "messages[0].content is required"),
     ("messages", [{"role": "user", "content": 5}], "messages[0].content must be a string"),
-    ("messages", [{"role": "function", "content": "5"}], "messages[0].role"),
+    ("messages", [{"role": "robot", "content": "5"}], "messages[0].role"),
     ("messages", [{"role": "tool", "content": "5"}], "tool_call_id is required"),
     ("messages", [{"role": "tool", "content": "5", "tool_call_id": 5}], "tool_call_id must be a string"),
-    ("messages", [{"role": "assistant"}], "content is required"),
+    ("messages", [{"role": "system", "content": None}], "content is required"),
     ("messages", [{"role": "user", "content": "\ud83d"}], "surrogates"),
     ("messages", [{"role": "user", "content": []}], "empty list"),
-    ("messages", [{"role": "user", "content": ["hi"]}], "content[0] must be an object"),
+    ("messages", [{"role": "user", "content": [5]}], "content[0] must be an object"),
+    ("messages", [{"role": "user", "content": [{"type": 5, "text": "a"}]}], "type must be a string"),
+    ("messages", [{"role": "user", "content": [{"type": "text"}]}], "content[0].text is required"),
+    ("messages", [{"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}], '"thinking"'),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
-    ("messages", [{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}], '"text"'),
+    ("messages", [{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}], '"input_audio"'),
     ("messages", [{"role": "user", "content": "a", "tool_calls": [CALL]}], "role assistant"),
     ("messages", [{"role": "assistant", "tool_calls": {}}], "tool_calls must be a list"),
     ("messages", [{"role": "assistant", "tool_calls": [5]}], "tool_calls[0] must be an object"),
-    ("messages", [{"role": "assistant", "tool_calls": [{**CALL, "id": None}]}], "tool_calls[0].id is required"),
+    ("messages", [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}], "tool_calls[0].type"),
     ("messages", [{"role": "assistant", "tool_calls": [{**CALL, "function": []}]}], "function must be an object"),
-    ("messages", [called(name="a b")], "letters"),
-    ("messages", [called(arguments="{")], "arguments must be a JSON object"),
+    ("messages", [called(name="")], "1 to 256 characters"),
+    ("messages", [called(name="a" * 257)], "1 to 256 characters"),
+    ("messages", [called(arguments='["x"]')], "arguments must be a JSON object"),
     ("messages", [called(arguments="[]")], "arguments must be a JSON object"),
-    ("messages", [called(arguments={})], "arguments must be a string"),
+    ("messages", [called(arguments=5)], "arguments must be a string"),
+    ("messages", [called(arguments={"a": "\ud800"})], "surrogates"),
     ("logprobs", 1, "true or false"),
     ("top_logprobs", 3, "logprobs to be true"),
-    ("max_completion_tokens", 3, "differ"),
+    ("max_completion_tokens", 0, "at least 1"),
     ("tools", {}, "a list of at most 128 tools"),
     ("tools", [5], "tools[0] must be an object"),
     ("tools", [{"type": "function"}], "tools[0].function is required"),
@@ -172,11 +179,20 @@ BAD_CHAT_FIELDS = [
     ("tools", [tool(), tool()], "two functions"),
     ("tools", [tool(parameters={"type": "string"})], "JSON schema"),
     ("tools", [tool(parameters=[])], "JSON schema"),
+    ("tools", [tool(parameters={"title": "\ud800"})], "surrogates"),
+    ("tools", [tool(name="a" * 129)], "letters"),
     ("tools", [tool(description=1)], "a string"),
     ("tools", [tool(strict="yes")], "true or false"),
     ("tools", [tool()] * 129, "at most 128"),
     ("tool_choice", "required", "needs tools"),
-    ("tool_choice", "any", '"required"'),
+    ("tool_choice", "any", "needs tools"),
+    ("tool_choice", "f", '"required"'),
+    ("tool_choice", {"type": "any"}, "needs tools"),
+    ("tool_choice", {"type": "file_search"}, "tool_choice.type"),
+    ("tool_choice", {"type": "allowed_tools"}, "at least one"),
+    ("tool_choice", {"type": "allowed_tools", "tools": ["f"]}, "an object"),
+    ("tool_choice", {"type": "allowed_tools", "allowed_tools": {}}, "tools is required"),
+    ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}]}, "function is required"),
     ("tool_choice", 1, '"required"'),
     ("tool_choice", {"type": "function"}, "function is required"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, "needs tools"),
@@ -273,6 +289,81 @@ def test_neutral_values_of_unsupported_fields_pass() -> None:
     assert wanted.n == 3
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"max_tokens": -1}, 97),
+        ({"max_tokens": -2.0}, 97),
+        ({"max_tokens": 5, "max_completion_tokens": 3}, 3),
+        ({"max_tokens": 3, "max_completion_tokens": -1}, 3),
+        ({"max_new_tokens": 9, "num_predict": 8, "max_output_tokens": 10}, 8),
+        ({"max_completion_tokens": 3.0}, 3),
+    ],
+)
+def test_limits_of_tokens(fields: dict[str, Any], expected: int) -> None:
+    completion = {key: value for key, value in COMPLETION.items() if key != "max_tokens"}
+    conversation = {key: value for key, value in CONVERSATION.items() if key != "max_tokens"}
+    for wanted in (read_completion({**completion, **fields}), read_chat({**conversation, **fields})):
+        assert wanted.for_choice(0, prompt_len=3, max_len=100).max_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"top_k": 40.0}, {"top_k": 40}),
+        ({"seed": -1}, {"seed": None}),
+        ({"seed": -2}, {"seed": -2}),
+        ({"stop": ""}, {"stop": ()}),
+        ({"stop": ["", "a", ""]}, {"stop": ("a",)}),
+        ({"stop": []}, {"stop": ()}),
+        ({"logit_bias": []}, {"logit_bias": {}}),
+        ({"logit_bias": {}}, {"logit_bias": {}}),
+        ({"extra_body": {}}, {"seed": None}),
+        ({"extra_body": {"top_k": 3, "seed": 1}, "seed": 2, "top_k": None}, {"top_k": 3, "seed": 2}),
+    ],
+)
+def test_odd_values_of_sampling_fields(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    for wanted in (read_completion({**COMPLETION, **fields}), read_chat({**CONVERSATION, **fields})):
+        assert {name: getattr(wanted.params, name) for name in expected} == expected
+
+
+def test_top_p_0_is_the_likeliest_token_and_top_k_minus_1_all_of_them(client: FlaskClient) -> None:
+    def text(**fields: Any) -> str:
+        body = {**COMPLETION, "max_tokens": 30, "temperature": 2, "seed": 1, **fields}
+        return str(client.post(COMPLETIONS, json=body).get_json()["choices"][0]["text"])
+
+    assert text(top_p=0) == text(temperature=0) != text()
+    assert text(top_k=-1) == text(top_k=0) == text() != text(top_k=1)
+
+
+def test_seed_minus_1_is_another_one_every_time(client: FlaskClient) -> None:
+    body = {**CONVERSATION, "max_tokens": 20, "seed": -1}
+    answers = {client.post(CHAT, json=body).get_json()["choices"][0]["message"]["content"] for _ in range(3)}
+    assert len(answers) == 3
+
+
+def test_special_tokens_of_a_completion_are_the_clients_choice() -> None:
+    assert read_completion(COMPLETION).add_special_tokens
+    assert not read_completion({**COMPLETION, "add_special_tokens": False}).add_special_tokens
+
+
+def test_logprobs_that_are_not_asked_for() -> None:
+    assert read_completion({**COMPLETION, "logprobs": False}).params.logprobs is None
+    assert read_chat({**CONVERSATION, "top_logprobs": 0}).params.logprobs is None
+
+
+def test_a_schema_beside_its_type() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for kind in ("json_object", "json_schema"):
+        constraint = read_chat({**CONVERSATION, "response_format": {"type": kind, "schema": schema}}).params.constraint
+        assert constraint is not None and json.loads(constraint.source) == schema
+
+
+def test_a_byte_order_mark_is_no_part_of_the_body(client: FlaskClient) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps(COMPLETION).encode()
+    assert client.post(COMPLETIONS, data=body, content_type="application/json").status_code == 200
+
+
 def test_every_sampling_field_arrives() -> None:
     sampling = {
         "temperature": 0.5,
@@ -339,11 +430,16 @@ VALUES = st.recursive(
 )
 
 
+def names_to_try(table: Sequence[Field]) -> list[str]:
+    """The honoured names, and one of each other class: those are many, and tests/test_field_classes.py has them all."""
+    return [*sorted(row.name for row in table if row.kind is FieldClass.HONOURED), "metadata", "mirostat", "other"]
+
+
 @pytest.mark.parametrize(
     ("path", "good", "names"),
     [
-        (COMPLETIONS, COMPLETION, sorted(field.name for field in COMPLETION_FIELDS)),
-        (CHAT, CONVERSATION, sorted(field.name for field in CHAT_FIELDS)),
+        (COMPLETIONS, COMPLETION, names_to_try(COMPLETION_FIELDS)),
+        (CHAT, CONVERSATION, names_to_try(CHAT_FIELDS)),
     ],
 )
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -352,7 +448,7 @@ def test_no_body_is_ever_our_fault(
     client: FlaskClient, path: str, good: dict[str, Any], names: list[str], data: st.DataObject
 ) -> None:
     """A good request with a few fields replaced at random is answered or refused, never a 5xx."""
-    changes = data.draw(st.dictionaries(st.sampled_from([*names, "other"]), VALUES, max_size=3))
+    changes = data.draw(st.dictionaries(st.sampled_from(names), VALUES, max_size=3))
     # Python's dumps writes NaN and Infinity, which the server has to refuse.
     response = client.post(path, data=json.dumps(good | changes), content_type="application/json")
     text = response.get_data(as_text=True)
@@ -370,11 +466,55 @@ def test_tools_and_what_they_need(client: FlaskClient) -> None:
     named = {"type": "function", "function": {"name": "h"}}
     error = refusal(client, CHAT, {**body, "tool_choice": named})
     assert error["param"] == "tool_choice" and "f, g" in error["message"]
-    error = refusal(client, CHAT, {**body, "response_format": {"type": "json_object"}})
-    assert error["param"] == "tools" and "exclude" in error["message"]
     bad = tool(parameters={"properties": {"a": {"type": "strin"}}})
     error = refusal(client, CHAT, {**CONVERSATION, "tools": [bad], "tool_choice": "required"})
     assert error["param"] == "tools" and "strin" in error["message"]
+
+
+NAMED = {"type": "function", "function": {"name": "g"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "told", "forced"),
+    [
+        ("auto", "fg", ""),
+        ("any", "fg", "fg"),
+        ({"type": "auto"}, "fg", ""),
+        ({"type": "any"}, "fg", "fg"),
+        ({"type": "required"}, "fg", "fg"),
+        (NAMED, "fg", "g"),
+        ({"type": "function", "name": "g"}, "fg", "g"),
+        ({"type": "tool", "name": "g"}, "fg", "g"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}, "g", ""),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}, "g", "g"),
+        ({"type": "allowed_tools", "mode": "any", "tools": [{"type": "function", "name": "g"}, NAMED]}, "g", "g"),
+    ],
+    ids=json.dumps,
+)
+def test_choices_of_tools(choice: Any, told: str, forced: str) -> None:
+    body = {**CONVERSATION, "tools": [tool(), {"function": {"name": "g"}}], "tool_choice": choice}
+    use = read_chat(body).tool_use
+    assert use is not None
+    assert ("".join(item.name for item in use.tools), "".join(item.name for item in use.forced)) == (told, forced)
+    assert use.is_parallel is (forced != "g" or "allowed_tools" in str(choice))
+
+
+def test_a_choice_that_calls_nothing() -> None:
+    body = {**CONVERSATION, "tools": [tool()]}
+    for choice in ("none", {"type": "none"}):
+        assert read_chat({**body, "tool_choice": choice}).tool_use is None
+
+
+@pytest.mark.parametrize("kind", ["web_search_preview", "custom", "code_interpreter", "mcp"])
+def test_other_kinds_of_tools_are_refused_by_name(client: FlaskClient, kind: str) -> None:
+    error = refusal(client, CHAT, {**CONVERSATION, "tools": [{"type": kind}]})
+    assert error["code"] == "unsupported_parameter" and kind in error["message"] and error["param"] == "tools[0].type"
+
+
+@pytest.mark.parametrize("kind", [None, "object", ["object", "null"], ["null", "object"]])
+def test_parameters_are_an_objects(kind: Any) -> None:
+    use = read_chat({**CONVERSATION, "tools": [tool(parameters={"title": "t", "type": kind})]}).tool_use
+    assert use is not None and use.tools[0].parameters == {"type": "object", "title": "t"}
 
 
 def test_two_forms_exclude_each_other(client: FlaskClient) -> None:

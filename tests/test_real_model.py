@@ -56,7 +56,7 @@ def trt_session(tmp_path_factory: pytest.TempPathFactory) -> OrtSession:
 
 @pytest.fixture(scope="module")
 def text_ids(smollm2: Artifact) -> np.ndarray[Any, Any]:
-    return np.array(Tokenizer.from_directory(smollm2.path).encode(calibration_data.verification_text())[:256])
+    return np.array(Tokenizer.from_artifact(smollm2).encode(calibration_data.verification_text())[:256])
 
 
 @pytest.mark.parametrize("sizes", [[256], [1] * 64, [100, 1, 64, 91]], ids=["prefill", "decode", "chunked"])
@@ -89,7 +89,7 @@ def test_the_trt_dialect_equals_transformers(
     cuts = [1, 200, 60, 7, 33, 128, 2, 90]
     for cut, head in zip(cuts, run_ragged(trt_session, [text_ids[:cut] for cut in cuts], [0] * 8), strict=True):
         assert np.abs(head - expected[cut - 1]).max() <= LOGIT_TOLERANCE
-    tokenizer = Tokenizer.from_directory(smollm2.path)
+    tokenizer = Tokenizer.from_artifact(smollm2)
     prompts = [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
     assert greedy(trt_session, prompts, NUM_TOKENS) == greedy(session, prompts, NUM_TOKENS)
 
@@ -99,7 +99,7 @@ def test_greedy_tokens_equal_transformers(smollm2: Artifact, session: OrtSession
 
     transformers reads each finished sequence; were its own choice different anywhere, its greedy answer would be.
     """
-    tokenizer = Tokenizer.from_directory(smollm2.path)
+    tokenizer = Tokenizer.from_artifact(smollm2)
     prompts = [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
     assert len(prompts) == 20
     for prompt, tokens in zip(prompts, greedy(session, prompts, NUM_TOKENS), strict=True):

@@ -104,7 +104,7 @@ def send(server: ServerProcess, **fields: object) -> socket.socket:
     """A request written to a bare socket, so that the test decides when to hang up."""
     address = urlsplit(server.url)
     body = json.dumps({"model": NAME, "prompt": "once", "max_tokens": 200, "ignore_eos": True, **fields})
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=20)
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     return connection
@@ -142,6 +142,16 @@ def test_slots_of_clients_that_hang_up_are_freed(slow_server: ServerProcess, *, 
             assert b"200 OK" in readable[0].recv(100)
     eventually(lambda: num_live(slow_server) == 0, "all four cancelled")
     assert httpx.get(f"{slow_server.url}/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_stray_byte_before_the_end_hides_nothing(slow_server: ServerProcess, *, is_stream: bool) -> None:
+    """A line end, or the beginning of a next request: bytes that nobody reads stand before the connection's end."""
+    with hung_up(send(slow_server, stream=is_stream) for _ in range(4)) as connections:
+        eventually(lambda: num_live(slow_server) == 4, "four requests in the engine")
+        for number, connection in enumerate(connections):
+            connection.sendall(b"\n" if number % 2 else b"GET / HTTP/1.1\r\n")
+    eventually(lambda: num_live(slow_server) == 0, "all four cancelled")
 
 
 def test_a_full_queue_is_refused_at_once(slow_server: ServerProcess) -> None:

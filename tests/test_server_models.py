@@ -54,7 +54,8 @@ def test_each_request_gets_the_model_it_names() -> None:
         assert READY.match(server.process.stdout.readline() if server.process.stdout else "")
         assert [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["one", "two"]
         for name in ("one", "two"):
-            answer = httpx.post(f"{server.url}/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 3})
+            body = {"model": name, "prompt": "a", "max_tokens": 3, "ignore_eos": True}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body)
             assert answer.json()["model"] == name
         missing = httpx.post(f"{server.url}/v1/completions", json={"model": "three", "prompt": "a"})
         assert missing.status_code == 404 and '"one", "two"' in missing.json()["error"]["message"]

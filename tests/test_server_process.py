@@ -181,16 +181,19 @@ def test_access_log() -> None:
     first, second = map(json.loads, out.splitlines())
     assert first["request_id"] == "mine-1" and first["message"] == "POST /v1/completions"
     assert (first["status"], first["prompt_tokens"], first["completion_tokens"]) == (200, 15, 3)
+    assert first["peer"] == second["peer"] == "127.0.0.1"
     assert 0 < first["first_token_seconds"] <= first["seconds"]
     assert second["request_id"] == unfit and unfit != "a b"
 
 
 def test_prompts_are_logged_when_asked_for() -> None:
     with running_server("--access-log", "--log-prompts") as server:
-        httpx.post(f"{server.url}/v1/completions", json={"model": NAME, "prompt": "the secret word"})
+        # Sent with the line end as it is, which JSON has only between its tokens.
+        body = b'{"model": "%s",\n"prompt": "the secret word"}' % NAME.encode()
+        httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
         server.signal(signal.SIGTERM)
         _, out, _ = server.wait()
-    assert "POST /v1/completions request_id=" in out and "the secret word" in out
+    assert "POST /v1/completions request_id=" in out and "the secret word" in out and out.count("\n") == 1
 
 
 def test_serving_what_is_not_an_artifact(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.core import Request, RequestOptions, SamplingParams
+from runtime.core import FinishReason, Request, RequestOptions, SamplingParams
 from runtime.draft_model import DraftModel
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest
@@ -274,6 +274,27 @@ def test_what_a_grammar_forces_is_drafted_and_what_it_forbids_is_not(
     assert recorder.events == dictate(Engine(FakeSession(capacity=160, vocab_size=VOCAB, memory=1)))[1].events
     assert len(session.batches) == num_runs
     assert (request.usage.num_drafted, request.usage.num_accepted) == (num_drafted, num_accepted)
+
+
+@pytest.mark.parametrize("min_gain", [EVERY_DRAFT, 1e9], ids=["drafted", "plain"])
+def test_a_stop_token_that_a_grammar_forces_too_early_is_a_token_like_any_other(min_gain: float) -> None:
+    text = [3, 9, 4, 9, 5, 9, 6, 7]
+    request, recorder = make_request("a", [1], replace(greedy(20), min_tokens=4, stop_token_ids=frozenset({9})))
+    request.guide = Dictation(text, says_so=True)
+    engine = engine_for(FakeSession(capacity=160, vocab_size=VOCAB, memory=1), min_gain=min_gain)
+    engine.add(engine.prepare(request))
+    finish(engine)
+    assert recorder.token_ids == text[:6] and recorder.reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("min_gain", [EVERY_DRAFT, 1e9], ids=["drafted", "plain"])
+def test_an_answer_ends_where_its_grammar_leaves_only_the_end_of_text(min_gain: float) -> None:
+    request, recorder = make_request("a", [1], replace(greedy(20), min_tokens=9), frozenset({7}))
+    request.guide = Dictation([3, 4, 7], says_so=True)
+    engine = engine_for(FakeSession(capacity=160, vocab_size=VOCAB, memory=1), min_gain=min_gain)
+    engine.add(engine.prepare(request))
+    finish(engine)
+    assert recorder.token_ids == [3, 4, 7] and recorder.reason is FinishReason.STOP
 
 
 def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:

@@ -42,6 +42,13 @@ FORMATS: list[tuple[Json, str]] = [
     ({"structured_outputs": {"grammar": 'root ::= "x" [0-9] ";"'}}, r"x[0-9];"),
     ({"structured_outputs": {"json": json.dumps({"type": "boolean"})}}, "true|false"),
     ({"structured_outputs": {"json": {"enum": [1, 2]}, "json_object": False}}, "1|2"),
+    ({"guided_json": {"enum": [1, 2]}, "grammar": ""}, "1|2"),
+    ({"guided_json": json.dumps({"enum": [1, 2]})}, "1|2"),
+    ({"guided_regex": "[a-f]{3}-[0-9]{2}", "response_format": {"type": "text"}}, r"[a-f]{3}-[0-9]{2}"),
+    ({"guided_choice": ["left", "right"], "guided_regex": ""}, "left|right"),
+    ({"guided_grammar": 'start: "x" /[0-9]{4}/ ";"'}, r"x[0-9]{4};"),
+    ({"json_schema": {"enum": [1, 2]}}, "1|2"),
+    ({"grammar": 'root ::= "x" [0-9] ";"'}, r"x[0-9];"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": 7}}}}, "7"),
 ]
 

@@ -120,20 +120,18 @@ def test_text_that_is_not_unicode_is_refused() -> None:
         BYTE_LEVEL.encode("ab\ud800")
 
 
-def test_a_tokenizer_loads_from_a_directory_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_loads_from_its_files_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    file, config_file = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
     with pytest.raises(InvalidArtifact, match=r"tokenizer\.json"):
-        Tokenizer.from_directory(tmp_path)
-    byte_level_hf().save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_directory(tmp_path).special_tokens == {}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
-    assert Tokenizer.from_directory(tmp_path).special_tokens == {
-        "bos_token": "<|begin|>",
-        "eos_token": "<|end|>",
-    }
+        Tokenizer.from_files(file, None)
+    byte_level_hf().save(str(file))
+    assert Tokenizer.from_files(file, None).special_tokens == {}
+    config_file.write_text(json.dumps(CONFIG))
+    assert Tokenizer.from_files(file, config_file).special_tokens == {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
     for broken in ("[]", "{"):
-        (tmp_path / "tokenizer_config.json").write_text(broken)
+        config_file.write_text(broken)
         with pytest.raises(InvalidArtifact, match="tokenizer_config"):
-            Tokenizer.from_directory(tmp_path)
+            Tokenizer.from_files(file, config_file)
 
 
 @pytest.mark.parametrize("kind", ["WordPiece", "none"])

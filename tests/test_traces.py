@@ -63,7 +63,8 @@ def attributes(span: Any) -> dict[str, Any]:
 def test_every_request_becomes_a_span_of_the_clients_trace(collector: Collector) -> None:
     with running_server("--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}") as server:
         body = {"model": NAME, "prompt": "the secret word", "max_tokens": 5, "ignore_eos": True}
-        headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01", "X-Request-Id": "mine"}
+        # The flag 00 asks not to be traced; a client must not be able to hide its requests.
+        headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-00", "X-Request-Id": "mine"}
         httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
         httpx.get(f"{server.url}/nowhere")
         server.signal(signal.SIGTERM)

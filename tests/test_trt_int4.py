@@ -21,6 +21,7 @@ from export.int4_model import plan_of
 from export.layer_weights import Weight
 from export.pipeline import ExportOptions, export_model, write_unverified
 from export.precision import Blocks, precision_named
+from export.references import NumpyReference
 from export.trt_linear import TrtLinear
 from export.trt_precision import INT4_BLOCKS, trt_precision_named
 from export.verify import verify
@@ -159,7 +160,7 @@ def kl_of_nearest(model: Path, tmp_path: Path) -> float:
     directory = tmp_path / "nearest"
     directory.mkdir()
     artifact = write_unverified(directory, checkpoint, config, None, 256, dialects=("trt",), name="w4a16")
-    return float(verify(checkpoint, config, artifact)["figures"]["trt.kl"])
+    return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["trt.kl"])
 
 
 class CountingReads:
