@@ -63,7 +63,7 @@ class GgufCheckpoint:
         self._metadata, stored = read_gguf_header(file)
         arch = architecture(self._metadata, file.name)
         _refuse_types(stored, file)
-        rope_freqs = self._read(stored[ROPE_FREQS]) if ROPE_FREQS in stored else None
+        rope_freqs = self._read(stored[ROPE_FREQS], ROPE_FREQS) if ROPE_FREQS in stored else None
         shapes = {name: place.shape for name, place in stored.items()}
         self._config = model_config(self._metadata, shapes, rope_freqs, file.name)
         self._is_permuted = arch == "llama"
@@ -91,7 +91,7 @@ class GgufCheckpoint:
         place = self._places.get(name)
         if place is None:
             raise InvalidCheckpoint(f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others")
-        values = self._read(place)
+        values = self._read(place, name)
         rotated = _ROTATED.search(name) if self._is_permuted else None
         if rotated is None:
             return values
@@ -103,7 +103,7 @@ class GgufCheckpoint:
 
         return text_files(self._metadata, self._file.name)
 
-    def _read(self, place: GgufTensor) -> NDArray[np.float32]:
+    def _read(self, place: GgufTensor, name: str) -> NDArray[np.float32]:
         import gguf
 
         kind = gguf.GGMLQuantizationType(place.type_id)
@@ -116,6 +116,7 @@ class GgufCheckpoint:
 
         return read_float32(
             self._file,
+            name=name,
             offset=place.offset,
             num_bytes=place.num_bytes,
             shape=place.shape,

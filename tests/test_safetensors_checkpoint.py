@@ -93,19 +93,33 @@ def test_config_and_text_files_pass_through(tmp_path: Path) -> None:
     assert checkpoint.config == CONFIG
     assert checkpoint.source == tmp_path.name
     files = checkpoint.text_files()
-    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(files) == {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+    }  # fmt: skip
     assert files["tokenizer.json"] == '{"é": 1}'
     assert files["chat_template.jinja"] == "{{ own }}"
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{{ x }}", [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ x }}"}]],
-)
-def test_an_embedded_chat_template_is_found(tmp_path: Path, template: object) -> None:
+def test_one_embedded_chat_template_becomes_a_file(tmp_path: Path) -> None:
     write_single(tmp_path, random_tensors(STORED[0]))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert SafetensorsCheckpoint(tmp_path).text_files()["chat_template.jinja"] == "{{ x }}"
+    for template in ("{{ x }}", [{"name": "default", "template": "{{ x }}"}], {"default": "{{ x }}"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert SafetensorsCheckpoint(tmp_path).text_files()["chat_template.jinja"] == "{{ x }}"
+
+
+def test_several_chat_templates_become_one_list(tmp_path: Path) -> None:
+    """Wherever they stand: files of their own win over tokenizer_config.json, as in transformers."""
+    write_single(tmp_path, random_tensors(STORED[0]))
+    named = [{"name": "default", "template": "{{ x }}"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "eos_token": "</s>"}))
+    embedded = SafetensorsCheckpoint(tmp_path).text_files()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "older", "eos_token": "</s>"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    for files in (embedded, SafetensorsCheckpoint(tmp_path).text_files()):
+        assert set(files) == {"tokenizer_config.json"}
+        assert json.loads(files["tokenizer_config.json"]) == {"chat_template": named, "eos_token": "</s>"}
 
 
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
