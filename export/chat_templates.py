@@ -14,7 +14,7 @@ DEFAULT = "default"
 
 
 def chat_templates(texts: Mapping[str, str], tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates in a checkpoint's text files; empty if there are none. InvalidCheckpoint for one of another shape."""
+    """The templates in the text files; empty if there are none. InvalidCheckpoint for one of another shape."""
     return {DEFAULT: texts[TEMPLATE]} if TEMPLATE in texts else embedded_templates(tokenizer_config)
 
 

@@ -62,7 +62,7 @@ def flag(raw: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
 
 def token_ids(value: object, name: str, *, vocab_size: int) -> tuple[int, ...]:
     """One token id, a list of them, or null; `name` is the file and field, for errors."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
         raise InvalidCheckpoint(f"{name} must be a token id or a list of them, got {shown(value)}")
     outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]

@@ -8,7 +8,6 @@ are put into tokenizer.json. Whether the files fit the model is `checkpoint_text
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from export.added_tokens import named_tokens, with_named_tokens
 from export.chat_templates import DEFAULT, TEMPLATE, embedded_templates

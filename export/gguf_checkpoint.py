@@ -67,6 +67,7 @@ class GgufCheckpoint:
         shapes = {name: place.shape for name, place in stored.items()}
         self._config = model_config(self._metadata, shapes, rope_freqs, file.name)
         self._is_permuted = arch == "llama"
+        self._texts: Mapping[str, str] | None = None
         self._places = {_hugging_face_name(name, file): place for name, place in stored.items() if name != ROPE_FREQS}
         self._tensors = MappingProxyType(
             {
@@ -101,7 +102,9 @@ class GgufCheckpoint:
     def text_files(self) -> Mapping[str, str]:
         from export.gguf_tokenizer import text_files
 
-        return text_files(self._metadata, self._file.name)
+        if self._texts is None:
+            self._texts = text_files(self._metadata, self._file.name)
+        return self._texts
 
     def _read(self, place: GgufTensor, name: str) -> NDArray[np.float32]:
         import gguf
