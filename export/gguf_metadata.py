@@ -3,7 +3,6 @@
 Arrays of numbers are numpy arrays, as gguf_header.py reads them, or lists.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,9 @@ import numpy as np
 
 from export.config_fields import shown
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+MAX_NUMBER = 1e30
+"""Nothing in a model is larger; infinity and NaN are not either."""
 
 AGAIN = "convert the model again"
 
@@ -57,7 +59,7 @@ class GgufMetadata:
     def number(self, key: str, default: float) -> float:
         """A finite number."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
             raise self._wrong(key, "a finite number", value)
         return float(value)
 

@@ -44,10 +44,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     layer |= {f"{norm}.weight": (c.hidden_size,) for norm in ("input_layernorm", "post_attention_layernorm")}
     if c.qk_norm:
         layer |= {f"self_attn.{part}_norm.weight": (c.head_dim,) for part in "qk"}
-    tensors: dict[str, tuple[int, ...]] = {
-        f"model.layers.{idx}.{name}": shape for idx in range(c.num_layers) for name, shape in layer.items()
-    }
-    tensors |= {EMBEDDING: (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
+    tensors |= {f"model.layers.{idx}.{name}": shape for idx in range(c.num_layers) for name, shape in layer.items()}
+    tensors["model.norm.weight"] = (c.hidden_size,)
     if not c.tie_word_embeddings:
         tensors[LM_HEAD] = (c.vocab_size, c.hidden_size)
     return tensors

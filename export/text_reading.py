@@ -25,12 +25,13 @@ def read_text(file: Path) -> str:
             raise InvalidCheckpoint(
                 f"{file} is not a plain file" if file.exists() else f"{file.parent} has no {file.name}"
             )
-        with file.open("rb") as handle:
-            raw = handle.read(MAX_TEXT_BYTES + 1)
+        if (size := file.stat().st_size) > MAX_TEXT_BYTES:
+            raise InvalidCheckpoint(
+                f"{file} has {size:,} bytes, more than the {MAX_TEXT_BYTES:,} that a model's text file may have"
+            )
+        raw = file.read_bytes()
     except OSError as error:
         raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror or error}") from error
-    if len(raw) > MAX_TEXT_BYTES:
-        raise InvalidCheckpoint(f"{file} is larger than {MAX_TEXT_BYTES:,} bytes, more than any model's text file")
     refuse_lfs_pointer(raw, file)
     try:
         return raw.decode("utf-8-sig")

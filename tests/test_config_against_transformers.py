@@ -102,11 +102,12 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
 
 def windows_of(theirs: Any) -> tuple[int | None, ...]:
     """As the model code of each family reads them: Llama has none, Mistral one for all, the others by layer_types."""
+    num_layers, window = int(theirs.num_hidden_layers), getattr(theirs, "sliding_window", None)
     if theirs.model_type == "llama":
-        return (None,) * theirs.num_hidden_layers
+        return (None,) * num_layers
     if theirs.model_type == "mistral":
-        return (theirs.sliding_window,) * theirs.num_hidden_layers
-    return tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types)
+        return tuple(window for _ in range(num_layers))
+    return tuple(window if kind == "sliding_attention" else None for kind in theirs.layer_types)
 
 
 def rope_of(theirs: Any, head_dim: int) -> tuple[Any, float]:
