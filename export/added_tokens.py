@@ -5,11 +5,13 @@ tokenizer.json without them would cut `<|im_start|>` into pieces that the model 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from export.text_reading import parse_json_object
 from export.tokenizer_loading import load_tokenizer
 from runtime.errors import InvalidCheckpoint
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 ADDED_TOKENS = "added_tokens.json"
@@ -57,47 +59,36 @@ def with_named_tokens(tokenizer: str, named: Sequence[NamedToken]) -> str:
 
     InvalidCheckpoint if a file gives a token another id than tokenizer.json does, or one that it could not get there.
     """
-    ids = _ids_of(parse_json_object(tokenizer, TOKENIZER))
-    for token in named:
-        if ids.get(token.text, token.token_id) != token.token_id:
-            raise InvalidCheckpoint(
-                f"{token.file} gives {token.text!r} the id {token.token_id}, and {TOKENIZER} "
-                f"{ids[token.text]}: they are of different models; {SAVE_AGAIN}"
-            )
-    missing = {token.text: token for token in reversed(named) if token.text not in ids}
-    return _added(tokenizer, sorted(missing.values(), key=lambda token: token.token_id)) if missing else tokenizer
-
-
-def _added(tokenizer: str, missing: Sequence[NamedToken]) -> str:
-    from tokenizers import AddedToken
-
+    if not named:
+        return tokenizer
     library = load_tokenizer(tokenizer)
-    for token in missing:
-        library.add_tokens([AddedToken(token.text, special=token.is_special, normalized=False)])
-        given = library.token_to_id(token.text)
-        if given != token.token_id:
+    missing = {}
+    for token in named:
+        token_id = library.token_to_id(token.text)
+        if token_id is None:
+            missing[token.text] = token
+        elif token_id != token.token_id:
             raise InvalidCheckpoint(
-                f"{token.file} gives {token.text!r} the id {token.token_id}; {TOKENIZER} lacks it, and its "
-                f"next free id is {given}; {SAVE_AGAIN}"
+                f"{token.file} gives {token.text!r} the id {token.token_id}, and {TOKENIZER} {token_id}: they are of "
+                f"different models; {SAVE_AGAIN}"
             )
+    if not missing:
+        return tokenizer
+    for token in missing.values():
+        _add(library, token)
     return str(library.to_str())
 
 
-def _ids_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Token to id, of tokenizer.json as parsed; what has another shape is left to the library to refuse."""
-    model = tokenizer.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    ids: dict[str, int] = {}
-    if isinstance(vocab, dict):
-        ids.update(vocab)
-    elif isinstance(vocab, list):  # Unigram: pieces with their scores
-        pieces = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
-        ids.update((piece, i) for i, piece in enumerate(pieces) if isinstance(piece, str))
-    added = tokenizer.get("added_tokens")
-    for entry in added if isinstance(added, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            ids[entry["content"]] = entry.get("id", -1)
-    return ids
+def _add(library: "Tokenizer", token: NamedToken) -> None:
+    from tokenizers import AddedToken
+
+    library.add_tokens([AddedToken(token.text, special=token.is_special, normalized=False)])
+    given = library.token_to_id(token.text)
+    if given != token.token_id:
+        raise InvalidCheckpoint(
+            f"{token.file} gives {token.text!r} the id {token.token_id}; {TOKENIZER} lacks it, and its next free id is "
+            f"{given}; {SAVE_AGAIN}"
+        )
 
 
 def _token_id(value: object, file: str, text: str) -> int:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.added_tokens import named_tokens, with_named_tokens
+from export.added_tokens import TOKENIZER, named_tokens, with_named_tokens
 from export.chat_templates import DEFAULT, TEMPLATE, embedded_templates
 from export.special_tokens import special_tokens
 from export.text_reading import parse_json_object, read_text
@@ -17,7 +17,7 @@ from runtime.errors import InvalidCheckpoint
 
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 TEXT_FILES = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -36,10 +36,14 @@ def read_directory_texts(path: Path) -> dict[str, str]:
     cannot be read, is empty, or has another shape than its kind.
     """
     files = {name: read_text(path / name) for name in TEXT_FILES if (path / name).exists()}
-    objects = {name: parse_json_object(text, path / name) for name, text in files.items() if name.endswith(".json")}
-    if "tokenizer.json" in files:
+    objects = {
+        name: parse_json_object(text, path / name)
+        for name, text in files.items()
+        if name.endswith(".json") and name != TOKENIZER  # which the library parses, in a tenth of the memory
+    }
+    if TOKENIZER in files:
         named = named_tokens(objects, special_tokens(objects))
-        files["tokenizer.json"] = with_named_tokens(files["tokenizer.json"], named)
+        files[TOKENIZER] = with_named_tokens(files[TOKENIZER], named)
     else:
         _refuse_other_tokenizers(path)
     config = objects.get("tokenizer_config.json", {})

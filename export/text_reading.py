@@ -5,6 +5,7 @@ is named as one.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from runtime.errors import InvalidCheckpoint
 
 AGAIN = "download or copy it again"
 
-MAX_TEXT_BYTES = 256 << 20
-"""The largest tokenizer.json of a published model has some 35 MB; a larger file is a mistake or an attack."""
+# A larger file is a mistake or an attack. The largest tokenizer.json of a published model has some 35 MB; other JSON
+# files have at most 10, and Python takes some 20 times a file's length for what is in it.
+MAX_TEXT_BYTES = 128 << 20
+MAX_JSON_CHARS = 32 << 20
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -50,6 +55,8 @@ def refuse_lfs_pointer(head: bytes, file: Path | str) -> None:
 
 def parse_json_object(text: str, where: Path | str) -> dict[str, Any]:
     """Parse a JSON object; InvalidCheckpoint, naming `where`, for anything else."""
+    if len(text) > MAX_JSON_CHARS:
+        raise InvalidCheckpoint(f"{where} has {len(text):,} characters, more than the {MAX_JSON_CHARS:,} that are read")
     if not text.strip():
         raise InvalidCheckpoint(f"{where} is empty; {AGAIN}, or remove it if the model has none")
     try:
@@ -60,7 +67,18 @@ def parse_json_object(text: str, where: Path | str) -> dict[str, Any]:
         raise InvalidCheckpoint(f"{where} is nested too deep to be read; {AGAIN}") from error
     if not isinstance(value, dict):
         raise InvalidCheckpoint(f"{where} holds a {type(value).__name__}, not a JSON object; {AGAIN}")
+    _refuse_surrogates(text, value, where)
     return value
+
+
+def _refuse_surrogates(text: str, value: object, where: Path | str) -> None:
+    """JSON can spell half a character, which no library that takes UTF-8 accepts, nor a file."""
+    if not _SURROGATE.search(text):
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{where} spells half a character (a lone surrogate), which is no text") from error
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -65,6 +65,9 @@ def test_the_default_of_the_family_ends_a_text_only_where_nothing_else_does(tmp_
         ({"generation_config": {"eos_token_id": "2"}}, "generation_config.json: eos_token_id must be a token id"),
         ({"tokenizer_config": {"eos_token": 5}}, "tokenizer_config.json: eos_token must be"),
         ({"special_tokens_map": {"eos_token": ["</s>"]}}, "special_tokens_map.json: eos_token must be"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, "tokenizer_config.json spells half a character"),
+        ({"tokenizer_config": {"chat_template": "\udfff"}}, "tokenizer_config.json spells half a character"),
+        ({"config": {"model_type": "\ud800"}}, "config.json spells half a character"),
         ({"tokenizer_config": {"additional_special_tokens": 5}}, "additional_special_tokens must be a list"),
         ({"tokenizer_config": {"chat_template": 5}}, "chat_template must be a template"),
         ({"tokenizer_config": {"chat_template": ["a"]}}, "chat_template must be a template"),
@@ -135,5 +138,5 @@ def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
     path = directory(tmp_path)
     with (path / "generation_config.json").open("wb") as handle:
         handle.truncate(10 << 30)  # sparse
-    with pytest.raises(InvalidCheckpoint, match="has 10,737,418,240 bytes, more than"):
+    with pytest.raises(InvalidCheckpoint, match="has 10,737,418,240 bytes, more than the 134,217,728"):
         read_model(open_checkpoint(path))
