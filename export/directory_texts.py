@@ -8,8 +8,9 @@ are put into tokenizer.json. Whether the files fit the model is `checkpoint_text
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from export.added_tokens import TOKENIZER, named_tokens, with_named_tokens
+from export.added_tokens import TOKENIZER, TOKENIZER_CONFIG, named_tokens, with_named_tokens
 from export.chat_templates import DEFAULT, TEMPLATE, embedded_templates
 from export.special_tokens import special_tokens
 from export.text_reading import parse_json_object, read_text
@@ -18,7 +19,7 @@ from runtime.errors import InvalidCheckpoint
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 TEXT_FILES = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     TEMPLATE,
@@ -46,15 +47,20 @@ def read_directory_texts(path: Path) -> dict[str, str]:
         files[TOKENIZER] = with_named_tokens(files[TOKENIZER], named)
     else:
         _refuse_other_tokenizers(path)
-    config = objects.get("tokenizer_config.json", {})
-    templates = _template_files(path, files) or embedded_templates(config)
-    files.pop(TEMPLATE, None)
+    return _with_templates(path, files, objects.get(TOKENIZER_CONFIG, {}))
+
+
+def _with_templates(path: Path, files: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The files with all templates in one place."""
+    embedded = embedded_templates(config)
+    templates = _template_files(path, files) or embedded
+    others = {name: text for name, text in files.items() if name != TEMPLATE}
     if templates.keys() - {DEFAULT}:
         listed = [{"name": name, "template": template} for name, template in templates.items()]
-        files["tokenizer_config.json"] = json.dumps({**config, "chat_template": listed}, indent=2) + "\n"
-    elif templates:
-        files[TEMPLATE] = templates[DEFAULT]
-    return files
+        return {**others, TOKENIZER_CONFIG: json.dumps({**config, "chat_template": listed}, indent=2) + "\n"}
+    if embedded.keys() - {DEFAULT}:  # a file stands for all of them
+        others[TOKENIZER_CONFIG] = json.dumps({**config, "chat_template": None}, indent=2) + "\n"
+    return {**others, TEMPLATE: templates[DEFAULT]} if templates else others
 
 
 def _template_files(path: Path, files: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from export.text_reading import LFS_POINTER, refuse_lfs_pointer
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 MAGIC = b"GGUF"
@@ -90,6 +91,11 @@ class _Cursor:
             raise self.corrupt(f"its metadata goes beyond {MAX_HEAD_BYTES:,} bytes")
         return self._handle.read(count)
 
+    def refuse_lfs_pointer(self) -> None:
+        """InvalidCheckpoint if the file is one. Takes nothing."""
+        refuse_lfs_pointer(self._handle.read(len(LFS_POINTER)), self.file)
+        self._handle.seek(self.position)
+
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
@@ -123,6 +129,7 @@ class _Cursor:
 
 
 def _read(cursor: _Cursor) -> GgufHeader:
+    cursor.refuse_lfs_pointer()
     if cursor.size < len(MAGIC) or cursor.bytes(len(MAGIC)) != MAGIC:
         raise InvalidCheckpoint(f"{cursor.file} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
     version = cursor.number("I")

@@ -19,8 +19,8 @@ LM_HEAD = "lm_head.weight"
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|(masked_bias|causal_mask|position_ids))")
 """What older releases of transformers saved beside the weights: tables that any reader computes itself."""
 
-_NUMBERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F64", "F8_E4M3", "F8_E5M2"})
-"""Stored types (safetensors) that are no plain weights; those of GGUF were checked when the file was opened."""
+_NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F64|F[468]_\w+")
+"""Stored types of safetensors that are no plain weights; those of GGUF were checked when the file was opened."""
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -71,7 +71,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
                 f"{name} has the shape {list(found[name].shape)}, and config.json means {list(shape)}"
                 f"{_shape_advice(name, found[name].shape, config)}"
             )
-        if found[name].dtype in _NUMBERS:
+        if _NO_WEIGHTS.fullmatch(found[name].dtype):
             raise UnsupportedModel(
                 f"{name} is stored as {found[name].dtype}; supported: F32, F16 and BF16, and integers as GPTQ and AWQ "
                 "tools pack them"
@@ -86,7 +86,7 @@ def _has_no_effect(
     weight = f"{name.removesuffix('.bias')}.weight"
     info = checkpoint.tensors[name]
     is_bias = name.endswith(".bias") and weight in expected and info.shape == expected[weight][:1]
-    return is_bias and info.dtype not in _NUMBERS and not checkpoint.load(name).any()
+    return is_bias and not _NO_WEIGHTS.fullmatch(info.dtype) and not checkpoint.load(name).any()
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:

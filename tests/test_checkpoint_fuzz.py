@@ -17,6 +17,7 @@ from export.config_fields import READ_FIELDS
 from export.gguf_config import _KNOWN_KEYS, _NEUTRAL_VALUES, model_config
 from export.gguf_tokenizer import text_files
 from export.model_reading import read_model
+from export.quantization_config import _READ, parse_quantization
 from runtime.errors import InvalidCheckpoint
 from tests.byte_tokenizer import CONFIG, byte_level_hf
 from tests.test_gguf_tokenizer import byte_level_metadata, sentencepiece_metadata
@@ -69,6 +70,15 @@ def test_any_value_of_any_rotary_setting(field: str, base: dict[str, Any], name:
         assert rope.kind in ("default", "linear", "llama3", "yarn")
 
     assert_read_or_refused(read)
+
+
+QUANTIZATION_FIELDS = ["quant_method", *_READ, "mystery"]
+
+
+@given(method=st.sampled_from(["gptq", "awq"]), name=st.sampled_from(QUANTIZATION_FIELDS), value=junk)
+@quick
+def test_any_value_of_any_quantization_setting(method: str, name: str, value: object) -> None:
+    assert_read_or_refused(lambda: parse_quantization({"quant_method": method, "bits": 4, name: value}))
 
 
 def assert_read_or_refused(read: Any) -> None:

@@ -218,6 +218,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     [
         (b"", "is not a GGUF file"),
         (b"PK\x03\x04" * 8, "is not a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1; supported"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "the other byte order"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "truncated or corrupt"),

@@ -122,6 +122,16 @@ def test_several_chat_templates_become_one_list(tmp_path: Path) -> None:
         assert json.loads(files["tokenizer_config.json"]) == {"chat_template": named, "eos_token": "</s>"}
 
 
+def test_a_template_file_stands_for_every_embedded_template(tmp_path: Path) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    named = [{"name": "default", "template": "older"}, {"name": "tool_use", "template": "older"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}")
+    files = SafetensorsCheckpoint(tmp_path).text_files()
+    assert files["chat_template.jinja"] == "{{ x }}"
+    assert json.loads(files["tokenizer_config.json"]) == {"chat_template": None}
+
+
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     write_config(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
