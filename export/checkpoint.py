@@ -39,7 +39,7 @@ class Checkpoint(Protocol):
         ...
 
     def load(self, name: str) -> NDArray[np.float32]:
-        """Read one tensor as float32 (bf16, fp16 are widened). InvalidCheckpoint if it is missing, cut or not finite."""
+        """Read one tensor as float32 (bf16, fp16 are widened). InvalidCheckpoint if missing, cut or not finite."""
         ...
 
     def text_files(self) -> Mapping[str, str]:
