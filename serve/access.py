@@ -15,6 +15,7 @@ from serve.api_keys import ApiKey, KeyRing
 from serve.errors import UnauthorizedError
 from serve.rate_limits import RateLimits
 from serve.record import RequestRecord, request_id_of
+from serve.schema_replies import CHECK_HEADER, UNENFORCED_HEADER
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
 LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -23,6 +24,8 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-Id",
     "Retry-After",
+    UNENFORCED_HEADER,
+    CHECK_HEADER,
     *(f"x-ratelimit-{figure}-{what}" for figure in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
 )
 OnEnd = Callable[[RequestRecord], None]

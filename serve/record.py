@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from serve.api_keys import ApiKey
 from serve.choices import Choices
+from serve.schema_replies import AnswerChecks
 
 ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """A client's X-Request-Id is echoed and logged, so only what can do no harm there is taken over."""
@@ -33,6 +34,7 @@ class RequestRecord:
     key: ApiKey | None = None
     model: str | None = None
     choices: Choices | None = None
+    schema_checks: AnswerChecks | None = None
     body: str | None = None
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     """The client's traceparent and tracestate."""

@@ -22,6 +22,7 @@ from serve.model_registry import ModelRegistry
 from serve.openai_replies import Json, ReplyShape, chunks_of, usage
 from serve.openai_requests import GenerationRequest
 from serve.record import RequestRecord
+from serve.schema_replies import CHECK_HEADER, UNENFORCED_HEADER, AnswerChecks, unenforced
 from serve.settings import ServerSettings
 
 
@@ -94,22 +95,36 @@ def _salt(tenant: str, own: str) -> str:
 def _settle(context: Context, record: RequestRecord) -> None:
     """Book what was generated, and take the request out of the live view."""
     context.live.remove(record)
+    for outcome in record.schema_checks.outcomes if record.schema_checks is not None else ():
+        context.metrics.on_schema_check(outcome)
     if record.key is not None and record.choices is not None:
         context.access.limits.book_answer(record.key, record.choices.num_generated_tokens)
 
 
 def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> Response:
     """Stream the chunks as server-sent events, or fold them into one JSON object."""
-    chunks = chunks_of(choices, shape)
+    constraint = wanted.params.constraint
+    late_checks = () if constraint is None else constraint.late_checks
+    checks = current_record().schema_checks = AnswerChecks(late_checks)
+    headers = {UNENFORCED_HEADER: unenforced(late_checks)}
+    chunks = chunks_of(choices, shape, checks)
     if not wanted.is_stream:
-        return jsonify(shape.fold(chunks))
+        response = jsonify(shape.fold(chunks))
+        headers[CHECK_HEADER] = checks.worst and checks.worst.value
+        return _with_headers(response, headers)
     if wanted.has_running_usage:
         chunks = (chunk | {"usage": usage(choices)} for chunk in chunks)
     response = Response(_events(chunks, include_usage=wanted.include_usage), mimetype="text/event-stream")
+    _with_headers(response, headers)
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"  # nginx would otherwise hold the tokens back
     # A generator that was never started runs no `finally` when it is closed; this runs in any case.
     response.call_on_close(choices.close)
+    return response
+
+
+def _with_headers(response: Response, headers: Mapping[str, str | None]) -> Response:
+    response.headers.update({name: value for name, value in headers.items() if value is not None})
     return response
 
 

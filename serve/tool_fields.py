@@ -7,11 +7,12 @@ out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
+from runtime.schema_translation import TranslatedSchema, translate_schema
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
 from serve.fields import (
     Field,
@@ -26,7 +27,6 @@ from serve.fields import (
     string,
     table_schema,
 )
-from serve.output_format import schema_text
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
@@ -47,8 +47,11 @@ class ToolUse:
         """What holds the answer to calls, if it has to be calls."""
         if not self.forced:
             return None
-        source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
-        return Constraint(ConstraintKind.GRAMMAR, source, "tools")
+        translated = {tool.name: _translated(self.tools.index(tool), tool) for tool in self.forced}
+        tools = [replace(tool, compiled=translated[tool.name].source) for tool in self.forced]
+        source = calls_grammar(form, tools, is_parallel=self.is_parallel)
+        checks = (check for found in translated.values() for check in found.late_checks)
+        return Constraint(ConstraintKind.GRAMMAR, source, "tools", late_checks=tuple(checks))
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")
@@ -58,11 +61,18 @@ def _name(value: Any) -> str:
     return str(value)
 
 
-@described(type="object", description="A JSON schema.", properties={"type": {"enum": ["object"]}})
+def _translated(idx: int, tool: Tool) -> TranslatedSchema:
+    """The schema of a tool's arguments, which are an object whatever else the schema allows."""
+    schema = {name: value for name, value in tool.parameters.items() if name != "nullable"} | {"type": "object"}
+    param = f"tools[{idx}].function.parameters"
+    return translate_schema(schema, param=param, is_strict=tool.is_strict, tool=tool.name)
+
+
+@described(type="object", description="A JSON schema of an object.")
 def _parameters(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or value.get("type", "object") != "object":
+    kinds = (value.get("type") or "object") if isinstance(value, dict) else None
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         raise MismatchError('a JSON schema of type "object"')
-    schema_text(value)
     return {"type": "object", **value}
 
 
@@ -70,7 +80,7 @@ FUNCTION_FIELDS = (
     Field("name", _name, is_required=True),
     Field("description", string),
     Field("parameters", _parameters),
-    # Forced calls always follow the schema; those of `auto` are the model's own.
+    # Whether forced calls must follow all of the schema; those of `auto` are the model's own.
     Field("strict", boolean),
 )
 
@@ -104,7 +114,10 @@ def tools(value: Any) -> tuple[Tool, ...]:
             name=name,
             description=function.get("description", ""),
             parameters=function.get("parameters", NO_PARAMETERS),
+            is_strict=function.get("strict", False),
         )
+        if found[name].is_strict:
+            _translated(idx, found[name])
     return tuple(found.values())
 
 
