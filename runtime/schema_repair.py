@@ -249,7 +249,7 @@ class _Repair:
             return None
         for name in names:
             if name not in TYPES:
-                raise self._refuse(f"has the type {name[:40]!r}; valid are {', '.join(TYPES)}", place)
+                raise self._refuse(f"has an invalid type: {name[:40]}; valid are {', '.join(TYPES)}", place)
         if not names:
             raise self._refuse("must have at least one type", place)
         return names[0] if len(names) == 1 else list(dict.fromkeys(names))
