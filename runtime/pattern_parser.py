@@ -92,9 +92,10 @@ class _Parser:
                 options.append(tuple(items))
                 items = []
             elif (flagged := self._flags_ahead()) is not None:
-                if items or options:
+                rest = self.alternatives()  # flags hold to the end of the group, over its later alternatives, too
+                is_behind_anchors = all(isinstance(item, Anchor) for item in items) and len(rest.options) == 1
+                if options or (items and not is_behind_anchors):
                     raise PatternError("has flags that are not at the beginning")
-                rest = self.alternatives()
                 items.append(Group(rest, ignores_case=True) if flagged else Group(rest))
             elif (atom := self._atom()) is not None:
                 items.append(self._quantified(atom))

@@ -25,6 +25,8 @@ EXACT_NUMBER = 2**53
 """Numbers are 64-bit floats to the compiler: up to here every whole number is itself."""
 LEAST_DECIMAL = 1e-4
 """Smaller numbers are written with an exponent, and a constant of the grammar is written without."""
+MAX_PATTERN_CHARS = 100_000
+"""As many as the compiler's source may have; reading them takes 0.3 s."""
 MAX_DECIMALS = 9
 """Of `multipleOf`: the compiler counts its steps in 32 bits."""
 APPLICATORS = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
@@ -85,6 +87,7 @@ class _Reduction:
         self._pending: list[str] = []
         self._left_out: dict[Place, None] = {}
         self._is_exact = True
+        self._num_pattern_chars = 0
         self._handlers = self._table()
 
     def run(self) -> Reduced:
@@ -147,10 +150,14 @@ class _Reduction:
         return False if out.pop("not", False) else out
 
     def _translated(self, pattern: str, place: Place) -> Pattern:
+        self._num_pattern_chars += len(pattern)
+        if self._num_pattern_chars > MAX_PATTERN_CHARS:
+            message = f"{self._param}: the JSON schema's patterns have more than {MAX_PATTERN_CHARS:,} characters"
+            raise InvalidRequest(message, param=self._param)
         try:
             return translate_pattern(pattern)
         except PatternError as error:
-            message = f"{self._param}: the pattern {error}, at {place.pointer()}"
+            message = f"{self._param}: the pattern {error}, at {place.shown()}"
             raise InvalidRequest(message, param=self._param) from None
 
     def _keep(self, at: _Keyword) -> None:
@@ -268,7 +275,9 @@ class _Reduction:
     def _property_counts(self, schema: PlacedSchema, out: dict[str, Any], *, is_merged: bool) -> None:
         """`minProperties` and `maxProperties` where the compiler can count: in a map, or where one property decides."""
         required = set(schema.get("required", ()))
-        optional = [name for name, item in out.get("properties", {}).items() if name not in required and item]
+        optional = [
+            name for name, item in out.get("properties", {}).items() if name not in required and item is not False
+        ]
         is_closed = out.get("additionalProperties") is False and not out.get("patternProperties")
         least = max(0, schema.get("minProperties", 0) - len(required))
         most = schema["maxProperties"] - len(required) if "maxProperties" in schema else None

@@ -4,11 +4,14 @@ Pointers (`#/$defs/a`, `#/properties/x`), `$id` and draft 4's `id`, `$anchor`. N
 schemas mean. See https://json-schema.org/draft/2020-12/json-schema-core, sections 8 and 9.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag, urljoin
 
 MAX_PLACE_CHARS = 200
+MAX_SEEN = 100_000
+"""Objects and lists that are searched for identifiers."""
 ANCHORS = frozenset(("$anchor", "$dynamicAnchor", "$id", "id"))  # `id: "#name"` is draft 4's anchor
 
 
@@ -36,6 +39,10 @@ class Place(NamedTuple):
         half = MAX_PLACE_CHARS // 2
         return text if len(text) <= MAX_PLACE_CHARS else f"{text[:half]}...{text[-half:]}"
 
+    def shown(self) -> str:
+        """The pointer in a message, on one line."""
+        return json.dumps(self.pointer(), ensure_ascii=False)[1:-1] or "the top"
+
 
 ROOT = Place(None, "")
 
@@ -54,7 +61,7 @@ class References:
     def __init__(self, document: Any) -> None:
         self._document = document
         self._found: dict[str, Target] = {}
-        for target in _named(Target(document, "", ROOT)):
+        for target in _named(Target(document, "", ROOT)) if isinstance(document, dict) else ():
             schema = target.schema
             self._found.setdefault(target.base, target)
             for keyword in ANCHORS:
@@ -65,8 +72,8 @@ class References:
 
     def resolve(self, reference: str, base: str) -> Target | None:
         """What `reference` points to from a schema whose base is `base`; None if the document does not have it."""
-        try:
-            uri, fragment = urldefrag(urljoin(base, reference))
+        try:  # urljoin does not know what a fragment is relative to where the base is a URN
+            uri, fragment = urldefrag(base + reference if reference.startswith("#") else urljoin(base, reference))
         except ValueError:  # a host in brackets that is no IPv6 address
             return None
         known = self._found.get(f"{uri}#{fragment}") if fragment and not fragment.startswith("/") else None
@@ -95,16 +102,20 @@ def base_of(schema: Any, base: str) -> str:
 def _named(root: Target) -> Iterator[Target]:
     """The document, and every object in it that has an identifier or an anchor."""
     pending = [root]
-    while pending:
+    num_seen = 0
+    while pending and num_seen < MAX_SEEN:
         item = pending.pop()
+        num_seen += 1
         if isinstance(item.schema, dict):
             base = base_of(item.schema, item.base)
             if item is root or base != item.base or not ANCHORS.isdisjoint(item.schema):
                 yield Target(item.schema, base, item.place)
-            for name, value in reversed(item.schema.items()):
+            inner: Iterable[tuple[str | int, Any]] = reversed(item.schema.items())
+        else:
+            base, inner = item.base, enumerate(item.schema)
+        for name, value in inner:
+            if isinstance(value, dict | list):
                 pending.append(Target(value, base, item.place.inside(name)))
-        elif isinstance(item.schema, list):
-            pending += [Target(value, item.base, item.place.inside(idx)) for idx, value in enumerate(item.schema)]
 
 
 def _follow(start: Target, pointer: str) -> Target | None:

@@ -28,8 +28,8 @@ FORMATS = frozenset(
 )  # those that llguidance has an expression for
 MAX_DEPTH = 64
 """Levels of schemas within schemas. The compiler's JSON reader takes 128 levels, and a property has two."""
-MAX_SCHEMAS = 50_000
-"""llguidance's limit. A part that references point into counts again for each."""
+MAX_SCHEMAS = 20_000
+"""More than the compiler's source has room for. A part that references point into counts again for each."""
 UNREACHABLE_COUNT = 10_000_000
 """No answer has more characters, items or properties: a maximum beyond it says nothing."""
 EXACT_INTEGER = 2**53
@@ -85,9 +85,7 @@ class _Repair:
         return root
 
     def _refuse(self, problem: str, place: Place) -> InvalidRequest:
-        where = place.pointer()
-        message = f"{self._param}: the JSON schema {problem}" + (f", at {where}" if where else "")
-        return InvalidRequest(message, param=self._param)
+        return InvalidRequest(f"{self._param}: the JSON schema {problem}, at {place.shown()}", param=self._param)
 
     def _table(self) -> dict[str, Callable[[Any, Place, str, int], Any]]:
         """How the value of each keyword is read. The others say nothing about an answer."""

@@ -37,20 +37,21 @@ def translate_schema(schema: Any, *, param: str, is_strict: bool, tool: str | No
         source = json.dumps(reduced.schema, separators=(",", ":"))
     except RecursionError:
         raise InvalidRequest(f"{param}: the JSON schema is nested too deeply", param=param) from None
-    places = [place.pointer() for place in reduced.left_out]
-    if places and is_strict:
-        more = f" and {len(places) - MAX_REFUSED} more" if len(places) > MAX_REFUSED else ""
+    left_out = reduced.left_out
+    if left_out and is_strict:
+        names = [f"`{place.name}` at {place.outer.shown() if place.outer else ''}" for place in left_out[:MAX_REFUSED]]
+        more = f" and {len(left_out) - MAX_REFUSED} more" if len(left_out) > MAX_REFUSED else ""
         raise InvalidRequest(
-            f"{param}: strict is true, and no grammar holds an answer to {', '.join(places[:MAX_REFUSED])}{more}; "
-            "without strict it is checked when the answer is complete",
+            f"{param}: strict is true, and an answer cannot be held to {', '.join(names)}{more} while it is written; "
+            "without strict it is checked for that when it is complete",
             param=param,
         )
-    if not places and reduced.is_exact:
+    if not left_out and reduced.is_exact:
         return TranslatedSchema(source)
     check = LateCheck(
         schema=json.dumps(repaired, separators=(",", ":")),
-        left_out=tuple(places[:MAX_NAMED]),
-        num_left_out=len(places),
+        left_out=tuple(place.pointer() for place in left_out[:MAX_NAMED]),
+        num_left_out=len(left_out),
         tool=tool,
     )
     return TranslatedSchema(source, (check,))
