@@ -61,6 +61,7 @@ class _Parser:
         self.pos = 0
         self._num_groups = 0
         self._names: dict[str, int] = {}
+        self._open: set[int] = set()
         self._depth = 0
         self._dot_takes_all = False
 
@@ -168,7 +169,10 @@ class _Parser:
             return None
         make = self._group_kind(start)
         before = self._dot_takes_all
+        number = self._num_groups if isinstance(make, dict) and make.get("is_capturing") else 0
+        self._open.add(number)
         body = self.alternatives()
+        self._open.discard(number)
         self._dot_takes_all = before
         if not self._take(")"):
             raise PatternError(f"opens a group at {start} that it does not close")
@@ -192,10 +196,14 @@ class _Parser:
         self._num_groups += 1
         return {"is_capturing": True}
 
-    def _named(self, name: str) -> Backreference:
+    def _named(self, name: str) -> Node:
         if name not in self._names:
             raise PatternError(f"refers to a group {name[:40]!r} that is not before it")
-        return Backreference(self._names[name])
+        return self._numbered(self._names[name])
+
+    def _numbered(self, number: int) -> Node:
+        """A reference to a group; within the group itself, it is empty."""
+        return Group(Alternatives(((),))) if number in self._open else Backreference(number)
 
     def _escape(self) -> Node:
         """Behind a backslash, outside of a class."""
@@ -210,7 +218,7 @@ class _Parser:
             return self._named(name[1])
         if (digits := NUMBER.match(self.text, self.pos)) is not None and int(digits[0]) <= self._num_groups:
             self.pos = digits.end()
-            return Backreference(int(digits[0]))
+            return self._numbered(int(digits[0]))
         found = self._escaped()
         return found if isinstance(found, CharClass) else CharClass(((found, found),))
 

@@ -199,7 +199,10 @@ class _Patterns:
 def _compiled(pattern: str) -> Any:
     import regex
 
-    return regex.compile(translate_pattern(pattern).whole)
+    try:
+        return regex.compile(translate_pattern(pattern).whole)
+    except regex.error as error:  # a Unicode property that the package does not know
+        raise PatternError(str(error)) from None
 
 
 def _unique_items(validator: _Validator, value: Any, instance: Any, _: Any) -> Iterator[Any]:

@@ -63,6 +63,7 @@ EXACT = [
     (r"^a\-\_\"\'\%\<\>\#\&\~$", ["a-_\"'%<>#&~"], ["a"]),
     (r"^\101\n\t\v\f\r$", ["A\n\t\v\f\r"], ["A"]),
     (r"(?#words)^a$", ["a"], ["b"]),
+    (r"^(a\1)(?<n>b\k<n>)$", ["ab"], ["aab", "abb"]),
     ("", ["", "a"], []),
 ]
 # What it holds in part: texts that match, texts that it lets through and the check finds, texts that it stops.
