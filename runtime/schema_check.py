@@ -17,14 +17,13 @@ from typing import Any, NamedTuple, Protocol
 from runtime.core import LateCheck
 from runtime.pattern_parser import PatternError
 from runtime.schema_disjoint import json_key
+from runtime.schema_formats import format_checker
 from runtime.schema_patterns import translate_pattern
 
 CHECK_S = 1.0
 """Ordinary answers take milliseconds."""
 MAX_PROBLEMS = 3
 MAX_MESSAGE_CHARS = 200
-CHECKED_FORMATS = ("date", "ipv4", "ipv6", "uuid", "email")
-"""The grammar holds an answer to formats. Here they matter only inside of what it does not have, like `not`."""
 
 
 class Outcome(StrEnum):
@@ -78,7 +77,7 @@ def check_answer(check: LateCheck, text: str, *, limit_s: float = CHECK_S) -> Ch
 
 
 def _make_validator(schema: Any, deadline: float) -> _Validator:
-    from jsonschema import Draft7Validator, Draft202012Validator, FormatChecker, validators
+    from jsonschema import Draft7Validator, Draft202012Validator, validators
 
     matcher = _Patterns(schema, deadline)
     keywords: dict[str, Any] = {
@@ -93,7 +92,7 @@ def _make_validator(schema: Any, deadline: float) -> _Validator:
     }
     timed = {name: _timed(keyword, deadline) for name, keyword in keywords.items()}
     extend: Any = validators.extend
-    validator: _Validator = extend(Draft202012Validator, timed)(schema, format_checker=FormatChecker(CHECKED_FORMATS))
+    validator: _Validator = extend(Draft202012Validator, timed)(schema, format_checker=format_checker(matcher.matches))
     return validator
 
 
@@ -122,14 +121,15 @@ class _Patterns:
         self._deadline = deadline
         self._compile = cache(_compiled)
 
-    def _matches(self, pattern: str, text: str) -> bool:
+    def matches(self, pattern: str, text: str) -> bool:
+        """Whether a pattern is in a text."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise _TooLongError
         return self._compile(pattern).search(text, timeout=left_s) is not None
 
     def pattern(self, validator: _Validator, pattern: str, instance: Any, _: Any) -> Iterator[Any]:
-        if isinstance(instance, str) and not self._matches(pattern, instance):
+        if isinstance(instance, str) and not self.matches(pattern, instance):
             yield _error(f"{instance!r} does not match {pattern!r}")
 
     def pattern_properties(
@@ -138,7 +138,7 @@ class _Patterns:
         if isinstance(instance, dict):
             for pattern, schema in patterns.items():
                 for name, item in instance.items():
-                    if self._matches(pattern, name):
+                    if self.matches(pattern, name):
                         yield from validator.descend(item, schema, path=name)
 
     def additional_properties(
@@ -153,7 +153,7 @@ class _Patterns:
                         yield from validator.descend(instance[name], value, path=name)
 
     def _has_match(self, schema: Mapping[str, Any], name: str) -> bool:
-        return any(self._matches(pattern, name) for pattern in schema.get("patternProperties", ()))
+        return any(self.matches(pattern, name) for pattern in schema.get("patternProperties", ()))
 
     def unevaluated_properties(
         self, validator: _Validator, value: Any, instance: Any, schema: Mapping[str, Any]

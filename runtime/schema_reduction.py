@@ -15,6 +15,7 @@ from runtime.grammar import MAX_MULTIPLE
 from runtime.pattern_parser import PatternError
 from runtime.property_names import property_rules
 from runtime.schema_disjoint import Disjointness, type_of
+from runtime.schema_formats import GRAMMAR_FORMATS, PATTERNS
 from runtime.schema_patterns import Pattern, translate_pattern
 from runtime.schema_refs import Place
 from runtime.schema_repair import PlacedSchema, Schema
@@ -105,7 +106,7 @@ class _Reduction:
         """What is done with each keyword; with the others nothing, because they mean something to these only."""
         return {
             "type": self._type,
-            **dict.fromkeys(("required", "minItems", "minLength", "maxLength", "format"), self._keep),
+            **dict.fromkeys(("required", "minItems", "minLength", "maxLength"), self._keep),
             **dict.fromkeys(("items", "additionalProperties"), self._inner),
             **dict.fromkeys(("properties", "patternProperties"), self._inner_map),
             **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._bound),
@@ -120,6 +121,7 @@ class _Reduction:
             "enum": self._enum,
             "const": self._const,
             "pattern": self._pattern,
+            "format": self._format,
             "multipleOf": self._multiple,
             "maxItems": self._max_items,
             "contains": self._contains,
@@ -241,6 +243,14 @@ class _Reduction:
         at.out["pattern"] = pattern.grammar
         if not pattern.is_exact:
             self._leave_out(at.schema, at.name)
+
+    def _format(self, at: _Keyword) -> None:
+        if at.value in GRAMMAR_FORMATS:
+            at.out["format"] = at.value
+        elif at.value in PATTERNS:
+            at.out.setdefault("allOf", []).append({"pattern": translate_pattern(PATTERNS[at.value]).grammar})
+        else:
+            self._is_exact = False
 
     def _bound(self, at: _Keyword) -> None:
         """A bound beyond what floats count exactly is that of the sender's integers, not of what is meant."""

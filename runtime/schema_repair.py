@@ -7,7 +7,7 @@
     items: [...], additionalItems, exclusiveMinimum: true, id, `$ref` without regard to what stands beside it: draft 4-7
     required: true                of a property (draft 3): its name is added to `required` of the object
     STRING, any                   types of the Gemini API and of draft 3
-    format: ...                   enforced if the grammar knows it, else it says nothing
+    format: ...                   says nothing unless `runtime/schema_formats.py` has it
     $ref                          to the document itself: to `#/$defs/d1`; elsewhere: refused
 
 What is left is what constrains: descriptions, examples, `x-...` and unknown keywords are gone. What the grammar can do
@@ -15,17 +15,16 @@ with the rest is `runtime/schema_reduction.py`'s.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from runtime.errors import InvalidRequest
+from runtime.schema_formats import FORMATS
 from runtime.schema_refs import ROOT, Place, References, Target, base_of
 
 Schema = bool | dict[str, Any]
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-)  # those that llguidance has an expression for
 MAX_DEPTH = 64
 """Levels of schemas within schemas. The compiler's JSON reader takes 128 levels, and a property has two."""
 MAX_SCHEMAS = 20_000
@@ -34,8 +33,10 @@ UNREACHABLE_COUNT = 10_000_000
 """No answer has more characters, items or properties: a maximum beyond it says nothing."""
 EXACT_INTEGER = 2**53
 """Up to here a whole number written with a point is the same as without."""
-LEGACY_DRAFTS = ("/draft-03/", "/draft-04/", "/draft-06/", "/draft-07/")
-"""In these `$schema`s a `$ref` replaces what stands beside it."""
+DRAFT = re.compile(r"/draft-0([3-7])/")
+"""In a `$schema` with one of these a `$ref` replaces what stands beside it."""
+SINCE_DRAFT = {"contains": 6, "propertyNames": 6, "if": 7, "then": 7, "else": 7}
+"""Keywords that say nothing in an earlier one."""
 IN_PLACE = frozenset(("$ref", "allOf", "anyOf", "oneOf", "not", "if", "const"))
 
 
@@ -71,7 +72,8 @@ class _Repair:
         self._pending: list[tuple[str, Target]] = []
         self._num_schemas = 0
         declared = document.get("$schema") if isinstance(document, dict) else None
-        self._is_legacy = isinstance(declared, str) and any(draft in declared for draft in LEGACY_DRAFTS)
+        draft = DRAFT.search(declared) if isinstance(declared, str) else None
+        self._draft = int(draft[1]) if draft is not None else None
         self._keywords = self._table()
 
     def run(self) -> Schema:
@@ -125,18 +127,22 @@ class _Repair:
             raise self._refuse(f"has more than {MAX_SCHEMAS:,} schemas in it", ROOT)
         base = base_of(schema, base)
         reference = self._reference(schema, place, base)
-        if self._is_legacy and reference is not None:
+        if self._draft is not None and reference is not None:
             schema = {key: schema[key] for key in ("$ref", "nullable") if key in schema}
         found = PlacedSchema(place)
         for keyword, value in _modern(schema).items():
             if keyword in ("$ref", "$recursiveRef", "$dynamicRef"):
                 if reference is not None:
                     found["$ref"] = reference
-            elif keyword in self._keywords and (value is not None or keyword == "const"):
+            elif self._is_read(keyword) and (value is not None or keyword == "const"):
                 read = self._keywords[keyword](value, place.inside(keyword), base, depth + 1)
                 if read is not None or keyword == "const":
                     found[keyword] = read
         return self._finished(found, schema)
+
+    def _is_read(self, keyword: str) -> bool:
+        is_known = self._draft is None or self._draft >= SINCE_DRAFT.get(keyword, 0)
+        return is_known and keyword in self._keywords
 
     def _finished(self, found: PlacedSchema, schema: dict[str, Any]) -> Schema:
         """What no keyword can say alone."""

@@ -9,6 +9,7 @@ import regex
 from runtime.core import Constraint, ConstraintKind
 from runtime.grammar import GrammarCompiler
 from runtime.pattern_parser import PatternError
+from runtime.schema_formats import CHECKED_PATTERNS, PATTERNS
 from runtime.schema_patterns import Pattern, translate_pattern
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -134,6 +135,36 @@ def test_what_the_grammar_cannot_have_makes_it_wider_only(
 def test_what_cannot_be_read(pattern: str, words: str | None) -> None:
     with pytest.raises(PatternError, match=words):
         translate_pattern(pattern)
+
+
+FORMATS = {
+    "uri-reference": (
+        ["a/b?c#d", "//h/p", "http://[::1]:80/", "../a", "#f", "", "a:b"],
+        ["://", "a b", "\u00e9", "#a#b"],
+    ),
+    "iri": (["http://\u00e9.org/\u00fc"], ["not-an-iri", "a: b"]),
+    "iri-reference": (["\u00fc"], ["a b"]),
+    "uri-template": (["http://x/{a}{?b,c*}{+d:3}", "a"], ["{", "{a b}", "x y"]),
+    "json-pointer": (["", "/a~1b"], ["a", "/~2"]),
+    "relative-json-pointer": (["0", "1/a", "2#"], ["/a", "01"]),
+    "idn-email": (["\u00fc@x"], ["x"]),
+    "uri": (["http://a/b", "urn:x:y"], ["a/b", "//x"]),
+    "time": (["10:00:00Z", "10:00:00.5+01:00"], ["10:00", "25:00:00Z"]),
+    "date-time": (["2026-01-02T03:04:05Z"], ["2026-01-02 03:04:05Z", "2026-13-02T03:04:05Z"]),
+    "hostname": (["a.b-c"], ["-a", "a..b"]),
+    "duration": (["P1D", "PT1H", "P1Y2M", "P3W", "P1DT2H"], ["P", "PT", "1D", "P1DT"]),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED_PATTERNS)
+def test_formats_that_are_patterns(compiler: GrammarCompiler, name: str) -> None:
+    found = translate_pattern(CHECKED_PATTERNS[name])
+    good, bad = FORMATS[name]
+    for texts, is_match in ((good, True), (bad, False)):
+        for text in texts:
+            assert (regex.search(found.whole, text) is not None) is is_match, text
+            if name in PATTERNS:
+                assert found.is_exact and lets_through(compiler, found, text) is is_match, text
 
 
 ATOMS = (

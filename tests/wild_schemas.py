@@ -374,6 +374,28 @@ WILD = [
         [{"o": "ab", "p": "a"}],
         [{"o": "abc"}, {"o": "a", "p": 1}],
     ),
+    Wild(
+        "formats: the grammar's, by a pattern, only checked, unknown",
+        closed(
+            email={"type": "string", "format": "email"},
+            link={"type": ["string", "null"], "format": "uri-reference", "pattern": "^a"},
+            code={"type": "string", "format": "regex"},
+            other={"type": ["string", "integer"], "format": "uint"},
+        ),
+        [{"email": "a@b.c", "link": "a/b", "code": "a+", "other": -1}],
+        [
+            {"email": "a", "link": "a", "code": "a", "other": 1},
+            {"email": "a@b.c", "link": "a b", "code": "a", "other": 1},
+            {"email": "a@b.c", "link": "/b", "code": "a", "other": 1},
+            {"email": "a@b.c", "link": "a", "code": "(a", "other": 1},
+        ],
+    ),
+    Wild(
+        "draft 4: a keyword of a later one says nothing",
+        {"$schema": DRAFT_4, "type": "integer", "if": {"minimum": 5}, "then": False},
+        [1, 9],
+        ["a"],
+    ),
     # What no grammar holds
     Wild(
         "if, then, else",
