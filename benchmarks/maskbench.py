@@ -11,8 +11,8 @@ a schema and its tests. --sample 0 takes all of them. For each schema:
     sound         wrong answers that the grammar stops or the check finds, of all
 
 The grammar writes properties in the order of the schema and whole numbers without a point, and the data's are put so
-where they are not: an answer counts as let through if some order of its properties is. Each schema has a process that ends after --timeout
-seconds, since the search for that order may be long. Prints a table, then one JSON line.
+where they are not: an answer counts as let through if some order of its properties is. Each schema has a process that
+ends after --timeout seconds, since the search for that order may be long. Prints a table, then one JSON line.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     by a pattern            written out here, in JavaScript's syntax, for the grammar and for the check
     only checked            `regex`: no grammar knows what is one
 
-References: RFC 3986 and 3987 (URI, IRI), 6570 (templates), 6901 (pointers), 3339 (dates). The patterns are as strict as a
-line can be: what they let through has the right characters in the right places.
+References: RFC 3986 and 3987 (URI, IRI), 6570 (templates), 6901 (pointers), 3339 (dates). The patterns are as strict as
+a line can be: what they let through has the right characters in the right places.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ complete. The limits are llguidance's (https://github.com/guidance-ai/llguidance
 Schemas are those of `runtime/schema_repair.py`.
 """
 
+import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ class _Reduction:
         self._left_out: dict[Place, None] = {}
         self._is_exact = True
         self._num_pattern_chars = 0
+        self._steps = _Steps()
         self._handlers = self._table()
 
     def run(self) -> Reduced:
@@ -260,10 +262,7 @@ class _Reduction:
             self._is_exact = False
 
     def _multiple(self, at: _Keyword) -> None:
-        value = Decimal(str(at.value))
-        exponent = value.as_tuple().exponent
-        places = max(0, -exponent) if isinstance(exponent, int) else 0
-        if places <= MAX_DECIMALS and value.scaleb(places) <= MAX_MULTIPLE:
+        if self._steps.fits(at.value):
             at.out["multipleOf"] = at.value
         else:
             self._leave_out(at.schema, at.name)
@@ -303,6 +302,30 @@ class _Reduction:
                 self._leave_out(schema, keyword)
         if least > 1:
             self._is_exact = False  # a name that is not declared may come twice, and counts once
+
+
+class _Steps:
+    """The multiples that the grammar divides by, within the limits that the compiler's check has for all of them."""
+
+    def __init__(self) -> None:
+        self._places = 0
+        self._total = 0
+        self._lcm = 1
+
+    def fits(self, multiple: int | float) -> bool:
+        """Whether one more is within the limits; if so, it is counted."""
+        value = Decimal(str(multiple))
+        exponent = value.as_tuple().exponent
+        places = max(self._places, -exponent if isinstance(exponent, int) else 0)
+        if places > MAX_DECIMALS or value > MAX_MULTIPLE:
+            return False
+        more, scaled = 10 ** (places - self._places), int(value.scaleb(places))
+        total = self._total * more + scaled
+        lcm = math.lcm(self._lcm * more, scaled) if self._total else scaled
+        if total > MAX_MULTIPLE or lcm > MAX_MULTIPLE:
+            return False
+        self._places, self._total, self._lcm = places, total, lcm
+        return True
 
 
 def _is_written_exactly(value: Any) -> bool:

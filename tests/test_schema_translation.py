@@ -5,6 +5,8 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
@@ -164,6 +166,54 @@ def test_translation_takes_time_in_proportion(schema: Any) -> None:
     found = translated(schema)
     assert time.thread_time() - started_s < 5
     assert all(len(check.schema) < 10 * len(json.dumps(schema)) + 100_000 for check in found.late_checks)
+
+
+KEYWORDS = (
+    *(
+        "type",
+        "enum",
+        "const",
+        "$ref",
+        "$id",
+        "id",
+        "$anchor",
+        "$schema",
+        "$defs",
+        "definitions",
+        "nullable",
+        "required",
+    ),
+    *("properties", "patternProperties", "additionalProperties", "propertyNames", "minProperties", "maxProperties"),
+    *("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "contains", "minContains"),
+    *("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas"),
+    *("unevaluatedProperties", "unevaluatedItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum"),
+    *("exclusiveMinimum", "exclusiveMaximum", "multipleOf", "x-guidance", "$dynamicRef"),
+)
+LEAVES: st.SearchStrategy[Any] = st.sampled_from(
+    [
+        *(None, True, False, 0, 1, -1, 2.0, 0.1, 1e300, 10**30, [], {}),
+        *("", "a", "#", "#/$defs/a", "#a", "^a(?!b)", "[", "object", "string", "integer", "date", "uri-reference"),
+        "http://json-schema.org/draft-04/schema#",
+    ]
+)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYWORDS, "a"]), inner, max_size=4),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=st.dictionaries(st.sampled_from(KEYWORDS), TREES, max_size=5), answer=LEAVES, is_strict=st.booleans())
+def test_any_json_is_translated_or_refused(schema: Any, answer: Any, is_strict: bool) -> None:
+    try:
+        found = translated(schema, is_strict=is_strict)
+    except InvalidRequest as refused:
+        assert str(refused).startswith(PARAM)
+        return
+    assert isinstance(json.loads(found.source), dict | bool)
+    for check in found.late_checks:
+        assert check_answer(check, json.dumps(answer)).outcome in Outcome
 
 
 def test_too_many_schemas_are_refused() -> None:

@@ -522,6 +522,23 @@ WILD = [
         ("/items/enum",),
     ),
     Wild(
+        "multiples that take too many steps together",
+        {
+            "type": "array",
+            "items": False,
+            "prefixItems": [{"type": "integer", "multipleOf": step} for step in (86_400_000, 5, 9973, 9967)],
+        },
+        [[86_400_000, 5, 9973, 9967], []],
+        [[1], [86_400_000, 6], [86_400_000, 5, 1], [86_400_000, 5, 9973, 1]],
+        ("/prefixItems/0/multipleOf", "/prefixItems/2/multipleOf", "/prefixItems/3/multipleOf"),
+    ),
+    Wild(
+        "multiples of people",
+        closed(price={"type": "number", "multipleOf": 0.01}, score={"type": "integer", "multipleOf": 5.0}),
+        [{"price": 1.25, "score": 10}],
+        [{"price": 1.255, "score": 10}, {"price": 1, "score": 3}],
+    ),
+    Wild(
         "a property named like a keyword, and unknown keywords",
         {
             "type": "object",
