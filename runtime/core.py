@@ -79,17 +79,34 @@ class ConstraintKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LateCheck:
+    """What a grammar could not hold of a JSON schema, to be looked at when the answer is complete.
+
+    schema: the whole schema, as JSON in draft 2020-12
+    left_out: the first of the places (JSON pointers) whose keywords are not in the grammar; num_left_out: how many
+    tool: the function whose arguments it is for; None: the answer itself
+    """
+
+    schema: str
+    left_out: tuple[str, ...]
+    num_left_out: int
+    tool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Constraint:
     """The form that an answer must have, as a request writes it; `runtime/grammar.py` reads it.
 
     source: a JSON schema as JSON; a regular expression that the whole answer matches; a grammar in Lark's or
         llama.cpp's (GBNF) notation; a JSON list of strings, one of which is the answer
     param: the request field it came from, for error messages
+    late_checks: what the grammar is too wide for
     """
 
     kind: ConstraintKind
     source: str
     param: str
+    late_checks: tuple[LateCheck, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,11 +39,18 @@ TOOL_FORMATS = {row.name: row for row in (HERMES, LLAMA3, GENERIC)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function the model may call. `parameters` is the JSON schema of its arguments, an object's."""
+    """A function the model may call.
+
+    parameters: the JSON schema of its arguments, an object's
+    is_strict: whether calls must follow all of it
+    compiled: what of it a grammar can hold, as JSON; None: all
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    is_strict: bool = False
+    compiled: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The form that chat templates expect, which is OpenAI's."""
@@ -75,8 +82,10 @@ def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool,
     after = f"\n{form.closing}" if form.closing else ""
     rules = [f"{start}: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
+        schema = dict(tool.parameters) if tool.compiled is None else json.loads(tool.compiled)
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
         head = call_head(form, tool.name)
-        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **tool.parameters}
         rules.append(f"call{i}: {_quoted(head)} arguments{i} {_quoted('}' + after)}")
         rules.append(f"arguments{i}: %json {json.dumps(schema)}")
     return "\n".join(rules)

@@ -20,6 +20,7 @@ from serve.errors import NotAllowedError, UnauthorizedError
 from serve.hosts import ANY, HostRule, plain_origin
 from serve.rate_limits import RateLimits
 from serve.record import RequestRecord, request_id_of
+from serve.schema_replies import CHECK_HEADER, UNENFORCED_HEADER
 from serve.settings import ServerSettings
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
@@ -32,6 +33,8 @@ EXPOSED_HEADERS = (
     "X-Request-Id",
     ignored.HEADER,
     "Retry-After",
+    UNENFORCED_HEADER,
+    CHECK_HEADER,
     *(f"x-ratelimit-{figure}-{what}" for figure in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
 )
 OnEnd = Callable[[RequestRecord], None]

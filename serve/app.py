@@ -84,6 +84,8 @@ def _at_end(context: Context, traces: Traces | None) -> OnEnd:
     """What is noted of every request when its last byte is out, or when the client has gone."""
 
     def note(record: RequestRecord) -> None:
+        for outcome in () if record.schema_checks is None else record.schema_checks.outcomes:
+            context.metrics.on_schema_check(outcome)
         context.metrics.on_response(
             route=record.route, status=record.status, request_s=record.seconds, ignored=record.ignored
         )

@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from runtime.core import EngineStats
+from runtime.schema_check import Outcome
 from serve.ignored import label
 from serve.metrics import REQUEST_BUCKETS, ServerMetrics
 
@@ -39,6 +40,19 @@ class HttpMetrics:
             ["field"],
             registry=self.registry,
         )
+
+        self._schema_checks = Counter(
+            "headrace_schema_checks",
+            "Complete answers held against what of their JSON schema no grammar could hold",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in Outcome:
+            self._schema_checks.labels(outcome.value)
+
+    def on_schema_check(self, outcome: Outcome) -> None:
+        """One choice was checked, or could not be."""
+        self._schema_checks.labels(outcome.value).inc()
 
     def on_response(self, *, route: str, status: int, request_s: float, ignored: Iterable[str] = ()) -> None:
         """A reply was sent, or given up: the route's rule, the status, seconds from the request's arrival, and the

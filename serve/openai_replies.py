@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.choices import Choices
+from serve.schema_replies import AnswerChecks
 from serve.tool_replies import ToolDeltas, add_delta, close_message, open_message
 
 Json = dict[str, Any]
@@ -42,11 +43,14 @@ class ReplyShape(Protocol):
         ...
 
 
-def chunks_of(choices: Choices, shape: ReplyShape) -> Iterator[Json]:
+def chunks_of(choices: Choices, shape: ReplyShape, checks: AnswerChecks) -> Iterator[Json]:
     """Every chunk of a reply. Raises what iterating `choices` raises; closing it cancels the request."""
     yield from shape.opening(len(choices))
     for index, event in choices:
-        yield from shape.pieces(index, event)
+        for chunk in shape.pieces(index, event):
+            if event.prompt_logprobs is None:
+                checks.see(*chunk["choices"])
+            yield chunk
     yield shape.usage(choices)
 
 
@@ -102,7 +106,7 @@ class CompletionShape:
                 if choice is piece:
                     continue
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
-                choice["finish_reason"] = piece["finish_reason"]
+                _end(choice, piece)
         for index, choice in whole.items():
             choice["text"] = "".join(texts[index])
         return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
@@ -199,7 +203,7 @@ class ChatShape:
                 choice = whole[index]
                 add_delta(choice["message"], delta)
                 choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
-                choice["finish_reason"] = piece["finish_reason"]
+                _end(choice, piece)
         for choice in whole.values():
             close_message(choice["message"])
         return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
@@ -285,6 +289,13 @@ def _head(prefix: str, kind: str, model_name: str) -> Json:
         "model": model_name,
         "system_fingerprint": None,
     }
+
+
+def _end(choice: Json, piece: Json) -> None:
+    """Take from a piece what only the last one has."""
+    choice["finish_reason"] = piece["finish_reason"]
+    if "schema_check" in piece:
+        choice["schema_check"] = piece["schema_check"]
 
 
 def _joined(left: Json | None, right: Json | None) -> Json | None:

@@ -27,10 +27,17 @@ def ref(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def reply(kind: str, choice: Json, *, is_chunk: bool = False) -> Json:
+def choice(**properties: Json) -> Json:
+    """A choice; only some have a `schema_check`."""
+    described = record(index=COUNT, finish_reason=FINISH, **properties)
+    check = record(outcome={"enum": ["passed", "failed", "not_done"]}, problems=array(TEXT))
+    return described | {"properties": described["properties"] | {"schema_check": check}}
+
+
+def reply(kind: str, item: Json, *, is_chunk: bool = False) -> Json:
     """The head that every reply has and its choices; a chunk need not have the usage."""
     usage = {} if is_chunk else {"usage": ref("Usage")}
-    return record(id=TEXT, object={"const": kind}, created=COUNT, model=TEXT, choices=array(choice), **usage)
+    return record(id=TEXT, object={"const": kind}, created=COUNT, model=TEXT, choices=array(item), **usage)
 
 
 TOKEN_LOGPROB = record(token=TEXT, logprob=NUMBER, bytes=optional(array({"type": "integer", "minimum": 0})))
@@ -63,21 +70,11 @@ REPLIES: dict[str, Json] = {
         prompt_tokens_details=record(cached_tokens=COUNT),
         completion_tokens_details=record(accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT),
     ),
-    "Completion": reply(
-        "text_completion", record(text=TEXT, index=COUNT, logprobs=COMPLETION_LOGPROBS, finish_reason=FINISH)
-    ),
-    "CompletionChunk": reply(
-        "text_completion",
-        record(text=TEXT, index=COUNT, logprobs=COMPLETION_LOGPROBS, finish_reason=FINISH),
-        is_chunk=True,
-    ),
-    "ChatCompletion": reply(
-        "chat.completion", record(index=COUNT, message=MESSAGE, logprobs=CHAT_LOGPROBS, finish_reason=FINISH)
-    ),
+    "Completion": reply("text_completion", choice(text=TEXT, logprobs=COMPLETION_LOGPROBS)),
+    "CompletionChunk": reply("text_completion", choice(text=TEXT, logprobs=COMPLETION_LOGPROBS), is_chunk=True),
+    "ChatCompletion": reply("chat.completion", choice(message=MESSAGE, logprobs=CHAT_LOGPROBS)),
     "ChatCompletionChunk": reply(
-        "chat.completion.chunk",
-        record(index=COUNT, delta={"type": "object"}, logprobs=CHAT_LOGPROBS, finish_reason=FINISH),
-        is_chunk=True,
+        "chat.completion.chunk", choice(delta={"type": "object"}, logprobs=CHAT_LOGPROBS), is_chunk=True
     ),
     "Model": record(id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, max_model_len=COUNT),
     "Models": record(object={"const": "list"}, data=array(ref("Model"))),

@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
+from runtime.schema_translation import translate_schema
 from serve.field_classes import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
 from serve.fields import (
     Check,
@@ -26,31 +27,32 @@ from serve.fields import (
 )
 
 MAX_CHOICES = 5000
-ANY_OBJECT = '{"type":"object"}'
+ANY_OBJECT = {"type": "object"}
 
 
 @described(type=["object", "boolean"], description="A JSON schema.")
-def schema_text(value: Any) -> str:
-    """A JSON schema (an object, or true) as JSON text, its properties in the order they came."""
+def any_schema(value: Any) -> Any:
+    """A JSON schema (an object, or true), read later, where it is known whether it is strict."""
     if not isinstance(value, dict | bool):
         raise MismatchError("a JSON schema: an object")
-    try:
-        text = json.dumps(value, separators=(",", ":"))
-        text.encode("ascii")
-    except RecursionError:
-        raise MismatchError("a JSON schema that is nested less deeply") from None
-    return text
+    return value
 
 
 @described(type=["object", "boolean", "string"], description="A JSON schema, or one as JSON text.")
-def _schema_or_text(value: Any) -> str:
+def _schema_or_text(value: Any) -> Any:
     """vLLM takes the schema as JSON text, too."""
     if not isinstance(value, str):
-        return str(schema_text(value))
+        return any_schema(value)
     try:
-        return str(schema_text(json.loads(string(value))))
+        return any_schema(json.loads(string(value)))
     except (ValueError, RecursionError):
         raise MismatchError("a JSON schema: an object, or one as JSON text") from None
+
+
+def schema_constraint(schema: Any, *, param: str, is_strict: bool = False) -> Constraint:
+    """What holds an answer to a JSON schema. Raises InvalidRequest if it is none, or cannot be held to as asked."""
+    found = translate_schema(schema, param=param, is_strict=is_strict)
+    return Constraint(ConstraintKind.JSON_SCHEMA, found.source, param, late_checks=found.late_checks)
 
 
 @described(type="array", items={"type": "string"}, minItems=1, maxItems=MAX_CHOICES)
@@ -71,18 +73,18 @@ def _some_text(value: Any) -> str:
 JSON_SCHEMA_FIELDS = table(
     JSON_SCHEMA,
     Field("name", string),
-    Field("schema", schema_text, is_required=True),
+    Field("schema", any_schema),
     Field("description", string),
-    # Either way the answer follows the schema; OpenAI's other mode only tries to.
+    # Whether what a grammar cannot hold is refused, or left out and checked when the answer is complete.
     Field("strict", boolean),
 )
 
 
 @described(**table_schema(JSON_SCHEMA_FIELDS))
-def _json_schema(value: Any) -> str:
+def _json_schema(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MismatchError("an object")
-    return str(read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")["schema"])
+    return read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")
 
 
 RESPONSE_FORMAT_FIELDS = table(
@@ -90,7 +92,7 @@ RESPONSE_FORMAT_FIELDS = table(
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
     Field("json_schema", _json_schema),
     # Of llama.cpp, Together and others: the schema beside the type, without a name.
-    Field("schema", schema_text),
+    Field("schema", any_schema),
 )
 
 
@@ -102,15 +104,16 @@ def response_format(value: Any) -> Constraint | None:
     path = "response_format."
     found = read_fields(value, RESPONSE_FORMAT_FIELDS, path)
     if found["type"] != "text" and "json_schema" not in found and "schema" in found:
-        return Constraint(ConstraintKind.JSON_SCHEMA, found["schema"], "response_format")
+        return schema_constraint(found["schema"], param="response_format")
     is_schema = found["type"] == "json_schema"
     if is_schema != ("json_schema" in found):
         needs = "is required" if is_schema else f"needs the type json_schema, not {found['type']}"
         raise InvalidRequest(f"{path}json_schema {needs}", param=f"{path}json_schema")
     if found["type"] == "text":
         return None
-    source = found["json_schema"] if is_schema else ANY_OBJECT
-    return Constraint(ConstraintKind.JSON_SCHEMA, source, "response_format")
+    wanted = found["json_schema"] if is_schema else {}
+    schema = wanted.get("schema", ANY_OBJECT)
+    return schema_constraint(schema, param="response_format", is_strict=wanted.get("strict", False))
 
 
 STRUCTURED_FIELDS = table(
@@ -141,9 +144,10 @@ def structured_outputs(value: Any) -> Constraint:
     if len(found) != 1:
         raise MismatchError(f"an object with exactly one of {', '.join(STRUCTURED_KINDS)}")
     ((name, source),) = found.items()
-    if name == "json_object":
-        source = ANY_OBJECT
-    return Constraint(STRUCTURED_KINDS[name], source, f"structured_outputs.{name}")
+    param = f"structured_outputs.{name}"
+    if STRUCTURED_KINDS[name] is ConstraintKind.JSON_SCHEMA:
+        return schema_constraint(ANY_OBJECT if name == "json_object" else source, param=param)
+    return Constraint(STRUCTURED_KINDS[name], source, param)
 
 
 def _form(name: str, kind: ConstraintKind, check: Check) -> Field:
@@ -154,7 +158,11 @@ def _form(name: str, kind: ConstraintKind, check: Check) -> Field:
 
     @described(**{key: value for key, value in schema.items() if key != "minLength"})
     def read(value: Any) -> Constraint | None:
-        return None if takes_text and value == "" else Constraint(kind, check(value), name)
+        if takes_text and value == "":
+            return None
+        found = check(value)
+        is_schema = kind is ConstraintKind.JSON_SCHEMA
+        return schema_constraint(found, param=name) if is_schema else Constraint(kind, found, name)
 
     return Field(name, read)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from serve.api_keys import ApiKey
 from serve.choices import Choices
 from serve.rate_limits import Reservation
+from serve.schema_replies import AnswerChecks
 
 ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """A client's X-Request-Id is echoed and logged, so only what can do no harm there is taken over."""
@@ -38,6 +39,7 @@ class RequestRecord:
     choices: Choices | None = None
     reservation: Reservation | None = None
     """What the request holds of its key's limits."""
+    schema_checks: AnswerChecks | None = None
     body: str | None = None
     ignored: Collection[str] = ()
     """Fields of the body that were taken without effect."""

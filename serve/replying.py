@@ -4,7 +4,7 @@ The only module that knows both Flask and the generator of chunks.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from serve.model_registry import ModelRegistry
 from serve.openai_replies import Json, ReplyShape, chunks_of, usage
 from serve.openai_requests import GenerationRequest
 from serve.record import RequestRecord
+from serve.schema_replies import CHECK_HEADER, UNENFORCED_HEADER, AnswerChecks, unenforced
 from serve.settings import ServerSettings
 
 
@@ -135,10 +136,16 @@ def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> R
     A stream's head waits for the first event: what fails before it has a status of its own and Retry-After, which
     clients know how to handle.
     """
-    chunks = chunks_of(choices, shape)
+    constraint = wanted.params.constraint
+    late_checks = () if constraint is None else constraint.late_checks
+    checks = current_record().schema_checks = AnswerChecks(late_checks)
+    headers = {UNENFORCED_HEADER: unenforced(late_checks)}
+    chunks = chunks_of(choices, shape, checks)
     try:
         if not wanted.is_stream:
-            return jsonify(shape.fold(chunks))
+            response = jsonify(shape.fold(chunks))
+            headers[CHECK_HEADER] = checks.worst and checks.worst.value
+            return _with_headers(response, headers)
         choices.wait_for_first()
     except BaseException:
         choices.close()
@@ -146,11 +153,16 @@ def respond(choices: Choices, shape: ReplyShape, wanted: GenerationRequest) -> R
     if wanted.has_running_usage:
         chunks = (chunk | {"usage": usage(choices)} for chunk in chunks)
     events = _events(chunks, current_record(), include_usage=wanted.include_usage)
-    response = Response(events, mimetype="text/event-stream")
+    response = _with_headers(Response(events, mimetype="text/event-stream"), headers)
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"  # nginx would otherwise hold the tokens back
     # A generator that was never started runs no `finally` when it is closed; this runs in any case.
     response.call_on_close(choices.close)
+    return response
+
+
+def _with_headers(response: Response, headers: Mapping[str, str | None]) -> Response:
+    response.headers.update({name: value for name, value in headers.items() if value is not None})
     return response
 
 

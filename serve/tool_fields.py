@@ -8,12 +8,13 @@ how a model writes calls.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from runtime.call_or_answer import calls_or
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest, UnsupportedField
+from runtime.schema_translation import TranslatedSchema, translate_schema
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
 from serve.field_classes import CALL, CALLED, CHOICE, FUNCTION, TOOL, table
 from serve.fields import (
@@ -31,7 +32,6 @@ from serve.fields import (
     string,
     table_schema,
 )
-from serve.output_format import schema_text
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
@@ -55,12 +55,17 @@ class ToolUse:
     def constraint(self, form: ToolFormat, answer: Constraint | None) -> Constraint | None:
         """What holds the answer to calls, if it has to be calls; to calls or to the form of an `answer`, if it has to
         have one."""
-        if self.forced:
-            source = calls_grammar(form, self.forced, is_parallel=self.is_parallel)
-            return Constraint(ConstraintKind.GRAMMAR, source, "tools")
-        if answer is None:
+        if not self.forced and answer is None:
             return None
-        return calls_or(answer, form, self.tools, is_parallel=self.is_parallel)
+        offered = self.forced or self.tools
+        translated = [_translated(self.tools.index(tool), tool) for tool in offered]
+        tools = [replace(tool, compiled=found.source) for tool, found in zip(offered, translated, strict=True)]
+        checks = tuple(check for found in translated for check in found.late_checks)
+        if self.forced or answer is None:
+            source = calls_grammar(form, tools, is_parallel=self.is_parallel)
+            return Constraint(ConstraintKind.GRAMMAR, source, "tools", late_checks=checks)
+        with_calls = calls_or(answer, form, tools, is_parallel=self.is_parallel)
+        return replace(with_calls, late_checks=(*answer.late_checks, *checks))
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")
@@ -70,12 +75,18 @@ def _name(value: Any) -> str:
     return str(value)
 
 
+def _translated(idx: int, tool: Tool) -> TranslatedSchema:
+    """The schema of a tool's arguments, which are an object whatever else the schema allows."""
+    schema = {name: value for name, value in tool.parameters.items() if name != "nullable"} | {"type": "object"}
+    param = f"tools[{idx}].function.parameters"
+    return translate_schema(schema, param=param, is_strict=tool.is_strict, tool=tool.name)
+
+
 @described(type="object", description="A JSON schema.")
 def _parameters(value: Any) -> dict[str, Any]:
     """A schema of objects: arguments are never anything else, so null beside the type `object` is left out."""
     if not isinstance(value, dict) or value.get("type") not in (None, "object", ["object"], *OR_NULL):
         raise MismatchError('a JSON schema of type "object"')
-    schema_text(value)
     check_utf8(value)
     return {"type": "object"} | value | {"type": "object"}
 
@@ -85,7 +96,7 @@ FUNCTION_FIELDS = table(
     Field("name", _name, is_required=True),
     Field("description", string),
     Field("parameters", _parameters),
-    # Forced calls always follow the schema; those of `auto` are the model's own.
+    # Whether forced calls must follow all of the schema; those of `auto` are the model's own.
     Field("strict", boolean),
 )
 
@@ -121,7 +132,10 @@ def tools(value: Any) -> tuple[Tool, ...]:
             name=name,
             description=function.get("description", ""),
             parameters=function.get("parameters", NO_PARAMETERS),
+            is_strict=function.get("strict", False),
         )
+        if found[name].is_strict:
+            _translated(idx, found[name])
     return tuple(found.values())
 
 
