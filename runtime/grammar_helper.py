@@ -287,9 +287,10 @@ def _follow(matcher: "LLMatcher") -> None:
 
 def _any_allowed(mask: bytes, rng: random.Random) -> int | None:
     start = rng.randrange(len(mask))
-    for place in (*range(start, len(mask)), *range(start)):
-        if (bits := mask[place]) != 0:
-            return place * 8 + int(bits & -bits).bit_length() - 1
+    for offset in range(len(mask)):
+        place = (start + offset) % len(mask)
+        if mask[place]:
+            return place * 8 + (mask[place] & -mask[place]).bit_length() - 1
     return None
 
 

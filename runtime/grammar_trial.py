@@ -69,8 +69,8 @@ class Lane:
 def standard_lanes() -> tuple[Lane, ...]:
     """Those of one model, see above."""
     return (
-        Lane(num_places=2, cpu_s=0.3, wall_s=1.5),
-        Lane(num_places=2, cpu_s=2.0, wall_s=4.5, niceness=5),
+        Lane(num_places=2, cpu_s=0.3, wall_s=1.0),
+        Lane(num_places=2, cpu_s=2.0, wall_s=4.0, niceness=5),
     )
 
 
