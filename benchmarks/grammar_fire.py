@@ -9,8 +9,8 @@ Two parts, on a real server on loopback, stopped by its process id:
             every second of them needs a trial (a pattern), the others none
 
 Demanded: bombs get 200, 400 or 429, within 15 s, and the same worker answers to the end; the streams go on, the others
-are answered with 200, and at the end the memory is back to within 200 MB of where it was after the first request
-that had a form. Prints tables, then one JSON line; the exit code is 1 if a demand is not met.
+are answered with 200, and at the end the memory is back to within 100 MB of where it was with every slot used once.
+Prints tables, then one JSON line; the exit code is 1 if a demand is not met.
 """
 
 import argparse
@@ -34,8 +34,10 @@ from runtime.roofline import describe_machine
 from tests.grammar_bombs import bombs
 
 MAX_REPLY_S = 15
-MAX_GROWTH_BYTES = 200 * 10**6
+MAX_GROWTH_BYTES = 100 * 10**6
+"""Grammars are kept for the next request in 64 MB of it."""
 REPLY_S = 120
+NUM_SLOTS, MAX_LEN = 8, 1024
 FIELDS = {ConstraintKind.REGEX: "regex", ConstraintKind.GRAMMAR: "grammar"}
 Json = dict[str, Any]
 
@@ -71,6 +73,20 @@ def ask(server: Server, form: Json, *, max_tokens: int = 40) -> Reply:
         connection.close()
     message = json.loads(text)["error"]["message"] if response.status != 200 else ""
     return Reply(response.status, time.perf_counter() - started_s, message)
+
+
+def fill(server: Server) -> None:
+    """Use every slot to its end: Linux gives memory when it is first written, so that it would pass for growth."""
+    body: Json = {"ignore_eos": True}
+    with ThreadPoolExecutor(NUM_SLOTS) as pool:
+        prompts = [f"{number} " * ((MAX_LEN - 200) // 2) for number in range(NUM_SLOTS)]
+        jobs = [
+            pool.submit(ask, server, body | {"prompt": prompt[: MAX_LEN - 100]}, max_tokens=50) for prompt in prompts
+        ]
+        statuses = {job.result().status for job in jobs}
+    if statuses != {200}:
+        raise HeadraceError(f"the server could not be filled: {statuses}")
+    ask(server, fresh_form(-1))
 
 
 def alone(server: Server) -> Json:
@@ -159,7 +175,11 @@ def beside(server: Server, args: argparse.Namespace) -> Json:
             "bomb_statuses": dict(siege.bomb_statuses),
             "slowest_bomb_s": siege.slowest_bomb_s,
             "stream_tokens": len(gaps_ms),
-            "stream_gap_ms_median_p99_max": [gaps_ms[len(gaps_ms) // 2], gaps_ms[len(gaps_ms) * 99 // 100], gaps_ms[-1]],
+            "stream_gap_ms_median_p99_max": [
+                gaps_ms[len(gaps_ms) // 2],
+                gaps_ms[len(gaps_ms) * 99 // 100],
+                gaps_ms[-1],
+            ],
             "forms": len(siege.forms),
             "form_statuses": dict(Counter(reply.status for reply in siege.forms)),
             "form_s_median_max": [
@@ -197,8 +217,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         errors = Path(directory) / "errors"
         artifact = args.artifact or tiny_artifact(Path(directory))
-        with served(artifact, errors, ["--max-batch", "8", "--kv-memory", "1GB"]) as server:
-            ask(server, fresh_form(-1))
+        flags = ["--max-batch", str(NUM_SLOTS), "--max-len", str(MAX_LEN)]
+        with served(artifact, errors, flags) as server:
+            fill(server)
             before = server.rss_bytes()
             found: Json = {"alone": alone(server), "beside": beside(server, args)}
             after = server.rss_bytes()

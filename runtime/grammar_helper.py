@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -46,22 +46,44 @@ MAX_GRAMMAR_BYTES = 64 * 2**20
 MAX_FORESEEN_CHARS = 10_000
 """Longest source whose forced text is searched for, by whoever computes a mask: see `UNFORCED`."""
 MAX_SEARCH_S = 0.01
-"""Longest search for forced text at the beginning: a count such as `(abc){100000}` makes a short source long."""
+"""Longest search for forced text at the beginning. Ordinary ones take 10 us; a count such as `(abc){100000}` makes a
+short source long."""
 NUM_STEPS = 16
 MAX_STEP_S = 0.02
 """Longest that a token may take on average over the first NUM_STEPS; the batch waits for it. Ordinary ones take 20 to
 200 us."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a child is given. Processor time counts for the verdict; the clock only bounds how long a place is held on a
+    busy machine. Without `may_force` nothing searches for forced text."""
+
+    cpu_s: float
+    wall_s: float
+    niceness: int = 0
+    may_force: bool = True
+    heap_bytes: int = HEAP_BYTES
+    stack_bytes: int = TRIAL_STACK_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One trial: what is compiled, a `ConstraintKind` and its checked source, and the limits of the child."""
+    """One trial: a `ConstraintKind`, its checked source, and limits."""
 
     kind: str
     source: str
-    cpu_s: float
-    wall_s: float
-    niceness: int
+    limits: Limits
+
+    def packed(self) -> bytes:
+        """For the child."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> "Job":
+        """What `packed` gave."""
+        found = json.loads(data)
+        return cls(found["kind"], found["source"], Limits(**found["limits"]))
 
 
 class RefusedError(Exception):
@@ -159,7 +181,7 @@ class _Trials:
             data = bytearray()
             while piece := connection.recv(2**20):
                 data += piece
-            _write(connection, tried(self._view, Job(**json.loads(data))))
+            _write(connection, tried(self._view, Job.unpacked(bytes(data))))
         finally:
             os._exit(0)
 
@@ -187,10 +209,10 @@ def tried(view: "LLTokenizer", job: Job) -> dict[str, Any]:
     """Compile and follow within the job's limits. In the answer either `refused` says why not, or `grammar` is what the
     server is to compile, `num_bytes` the memory it takes, and `has_foresight` whether forced text is searched for."""
     try:
-        _limit(job)
+        _limit(job.limits)
         before = _resident_bytes()
         grammar, is_forced, matcher = on_deep_stack(
-            lambda: _compiled(view, job), name="compile", stack_bytes=TRIAL_STACK_BYTES
+            lambda: _compiled(view, job), name="compile", stack_bytes=job.limits.stack_bytes
         ).result()
         on_deep_stack(lambda: _follow(matcher), name="follow", stack_bytes=FOLLOW_STACK_BYTES).result()
         _give_back_freed()
@@ -202,25 +224,25 @@ def tried(view: "LLTokenizer", job: Job) -> dict[str, Any]:
     except RefusedError as error:
         return {"refused": str(error)}
     except MemoryError:
-        return {"refused": too_large()}
+        return {"refused": too_large(job.limits.heap_bytes)}
     except BaseException as error:  # a panic of Rust code is no Exception
         return {"refused": f"cannot be compiled: {brief(str(error))}"}
     return {"grammar": grammar, "num_bytes": num_bytes, "has_foresight": is_forced}
 
 
-def too_large() -> str:
+def too_large(heap_bytes: int) -> str:
     """Why a grammar is refused that ran out of memory."""
-    return f"needs more than {HEAP_BYTES / 1e6:.0f} MB to be compiled; make it simpler"
+    return f"needs more than {heap_bytes / 1e6:.0f} MB to be compiled; make it simpler"
 
 
-def _limit(job: Job) -> None:
+def _limit(limits: Limits) -> None:
     with contextlib.suppress(OSError):  # where memory runs out all the same, this is what the kernel ends first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    os.nice(job.niceness)
-    address_bytes = _pages(0) * resource.getpagesize() + TRIAL_STACK_BYTES + ARENA_BYTES + HEAP_BYTES
+    os.nice(limits.niceness)
+    address_bytes = _pages(0) * resource.getpagesize() + limits.stack_bytes + ARENA_BYTES + limits.heap_bytes
     resource.setrlimit(resource.RLIMIT_AS, (address_bytes, address_bytes))
-    signal.setitimer(signal.ITIMER_REAL, job.wall_s)  # SIGALRM
-    signal.setitimer(signal.ITIMER_PROF, job.cpu_s)  # SIGPROF
+    signal.setitimer(signal.ITIMER_REAL, limits.wall_s)  # SIGALRM
+    signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)  # SIGPROF
 
 
 def _pages(column: int) -> int:
@@ -246,12 +268,13 @@ def _compiled(view: "LLTokenizer", job: Job) -> tuple[str, bool, "LLMatcher"]:
         grammar = to_lark(job.kind, job.source)
     except Exception as error:  # ValueError of the JSON reader; IndexError, RecursionError... of the GBNF reader
         raise RefusedError(f"cannot be read: {brief(str(error))}") from None
-    if len(job.source) <= MAX_FORESEEN_CHARS:
+    if job.limits.may_force and len(job.source) <= MAX_FORESEEN_CHARS:
         matcher = _sound(new_matcher(view, grammar))
         started_s = time.thread_time()
-        matcher.compute_bitmask()
         matcher.compute_ff_tokens()
-        if not matcher.is_error() and time.thread_time() - started_s <= MAX_SEARCH_S:
+        taken_s = time.thread_time() - started_s
+        matcher.compute_bitmask()
+        if not matcher.is_error() and taken_s <= MAX_SEARCH_S:
             return grammar, True, matcher
         del matcher
     matcher = _sound(new_matcher(view, UNFORCED + grammar))

@@ -46,7 +46,7 @@ SIMPLE_KEYWORDS = frozenset(
 """Keywords that make no schema of MAX_SIMPLE_CHARS expensive: at most 9 ms in 1,000 random ones of them."""
 
 LARK_WORD = re.compile(
-    r'"(?:\\["\\/bfnrt]|[^"\\\x00-\x1f\x7f])*"'  # a string
+    r'"(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2})|[^"\\\x00-\x1f\x7f])*"'  # a string
     r"|/(?:\\.|[^/\\])+/"  # an expression; two slashes begin a comment
     r"|(?:#|//)[^\n]*"
     r"|%(?:json|regex|llguidance)\b"

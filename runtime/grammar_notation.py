@@ -33,6 +33,7 @@ class Vocabulary:
         self.eos_ids = eos_ids
         self.eos_token_id = eos_ids[0]
         self._tokenizer: Tokenizer | None = None
+        self._view: LLTokenizer | None = None
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer", *, vocab_size: int, eos_ids: frozenset[int]) -> "Vocabulary":
@@ -53,15 +54,16 @@ class Vocabulary:
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Vocabulary":
-        """What `packed` gave. It divides forced text as if every text were one long unknown word."""
+        """What `packed` gave. It divides forced text into the longest tokens, which need not be the tokenizer's."""
         found = json.loads(data)
         tokens = [token.encode("latin-1") for token in found["tokens"]]
         return cls(tokens, found["special_ids"], found["eos_ids"])
 
     def __call__(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            return []
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        if self._tokenizer is not None:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        assert self._view is not None
+        return self._view.greedy_tokenize(text)
 
     def view(self) -> "LLTokenizer":
         """llguidance's own view of it. It takes 0.2 to 0.4 s for 49,152 tokens and 2 s for 150,000, in which no other
@@ -69,7 +71,10 @@ class Vocabulary:
         from llguidance import LLTokenizer
 
         wrapper: Any = self
-        return LLTokenizer(wrapper, n_vocab=len(self.tokens), eos_token=list(self.eos_ids), slices=None)
+        view = LLTokenizer(wrapper, n_vocab=len(self.tokens), eos_token=list(self.eos_ids), slices=None)
+        if self._tokenizer is None:  # only then: the two hold each other for good
+            self._view = view
+        return view
 
 
 def to_lark(kind: str, source: str) -> str:

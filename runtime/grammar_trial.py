@@ -19,13 +19,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.core import Constraint
 from runtime.errors import HeadraceError, Overloaded, Unavailable
-from runtime.grammar_helper import HEADER_BYTES, READY, Job, too_large
+from runtime.grammar_helper import HEADER_BYTES, READY, Job, Limits, too_large
 from runtime.grammar_limits import refused
 from runtime.grammar_notation import Vocabulary
 
@@ -51,26 +51,19 @@ class Tried(NamedTuple):
     has_foresight: bool
 
 
-@dataclass(frozen=True, kw_only=True)
 class Lane:
-    """Places for trials of one patience. Processor time counts for the verdict; the clock only bounds how long a place
-    is held on a busy machine."""
+    """Places for trials with the same limits."""
 
-    num_places: int
-    cpu_s: float
-    wall_s: float
-    niceness: int = 0
-    places: threading.Semaphore = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "places", threading.Semaphore(self.num_places))
+    def __init__(self, num_places: int, limits: Limits) -> None:
+        self.limits = limits
+        self.places = threading.Semaphore(num_places)
 
 
 def standard_lanes() -> tuple[Lane, ...]:
     """Those of one model, see above."""
     return (
-        Lane(num_places=2, cpu_s=0.3, wall_s=1.0),
-        Lane(num_places=2, cpu_s=2.0, wall_s=4.0, niceness=5),
+        Lane(2, Limits(cpu_s=0.3, wall_s=1.0)),
+        Lane(2, Limits(cpu_s=2.0, wall_s=4.0, niceness=5)),
     )
 
 
@@ -108,11 +101,12 @@ class GrammarTrials:
         Raises InvalidRequest if it cannot be used or takes more time, memory or stack than is given; Overloaded if the
         trials of others, or a busy machine, leave none; Unavailable if the process cannot be started.
         """
+        may_force = True
         for lane in self._lanes:
             if not lane.places.acquire(timeout=MAX_WAIT_S):
                 raise _overloaded("too many grammars are being compiled")
             try:
-                answer = self._run(constraint, lane)
+                answer = self._run(constraint, replace(lane.limits, may_force=may_force))
             finally:
                 lane.places.release()
             if "grammar" in answer:
@@ -121,20 +115,23 @@ class GrammarTrials:
                 raise refused(constraint, answer["refused"])
             if answer.get("signal") not in OUT_OF_TIME:
                 break
-        raise _verdict(constraint, answer, self._lanes[-1])
+            # The time may have gone into the search for forced text, without which all works as well.
+            may_force = answer["signal"] != signal.SIGPROF
+        raise _verdict(constraint, answer, lane.limits)
 
-    def _run(self, constraint: Constraint, lane: Lane) -> dict[str, Any]:
+    def _run(self, constraint: Constraint, limits: Limits) -> dict[str, Any]:
         """The answer of one trial; or which signal ended it, after how much processor time; or nothing."""
-        job = Job(str(constraint.kind), constraint.source, lane.cpu_s, lane.wall_s, lane.niceness)
+        job = Job(str(constraint.kind), constraint.source, limits)
         for _ in range(2):
             helper = self._running()
             ours, theirs = socket.socketpair()
             with ours, theirs, contextlib.suppress(OSError):
                 socket.send_fds(helper.control, [b"\x00"], [theirs.fileno()])
                 theirs.close()
-                ours.settimeout(lane.wall_s + SILENCE_S)
-                ours.sendall(json.dumps(asdict(job)).encode())
-                ours.shutdown(socket.SHUT_WR)
+                ours.settimeout(limits.wall_s + SILENCE_S)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # then it says why
+                    ours.sendall(job.packed())
+                    ours.shutdown(socket.SHUT_WR)
                 if line := _first_line(ours):
                     return dict(json.loads(line))
             self._replace(helper)
@@ -215,13 +212,13 @@ def _first_line(connection: socket.socket) -> bytes:
     return bytes(data + piece.partition(b"\n")[0])
 
 
-def _verdict(constraint: Constraint, ending: dict[str, Any], lane: Lane) -> HeadraceError:
+def _verdict(constraint: Constraint, ending: dict[str, Any], limits: Limits) -> HeadraceError:
     """The error for a trial without an answer: `ending` says which signal ended it, after how much processor time."""
     number, cpu_s = ending.get("signal"), ending.get("cpu_s", 0.0)
-    if number in OUT_OF_TIME and cpu_s >= lane.cpu_s / 2:
-        return refused(constraint, f"does not compile in {lane.cpu_s:g} s of processor time; make it simpler")
+    if number in OUT_OF_TIME and cpu_s >= limits.cpu_s / 2:
+        return refused(constraint, f"does not compile in {limits.cpu_s:g} s of processor time; make it simpler")
     if number == signal.SIGABRT:
-        return refused(constraint, too_large())
+        return refused(constraint, too_large(limits.heap_bytes))
     if number == signal.SIGSEGV:
         return refused(constraint, "is nested too deeply: compiling it crashed; make it simpler")
     return _overloaded("there is no time or memory to compile a grammar now")

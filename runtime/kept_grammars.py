@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GrammarKey = tuple[ConstraintKind, str]
 
-KEPT_BYTES = 128 * 2**20
+KEPT_BYTES = 64 * 2**20
 """Memory for grammars that nobody uses at the moment. Ordinary ones take 10 to 300 KB."""
 USED_BYTES = 512 * 2**20
 """Memory for grammars that are kept or in use. Beyond it a request waits."""

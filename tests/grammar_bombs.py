@@ -8,6 +8,7 @@ benchmarks/grammar_fire.py sends them to a real server.
 import json
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,12 +18,13 @@ import numpy as np
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
 from runtime.grammar import GrammarCompiler
+from runtime.grammar_helper import Limits
 from runtime.grammar_trial import Lane
 from tests.byte_tokenizer import byte_tokenizer
 
 CPU_S, ADDRESS_SPACE = 60, 3 * 2**30
 NUM_TOKENS = 60
-SHORT_LANES = (Lane(num_places=2, cpu_s=0.1, wall_s=2.0), Lane(num_places=2, cpu_s=0.3, wall_s=10.0))
+SHORT_LANES = (Lane(2, Limits(cpu_s=0.1, wall_s=5.0)), Lane(2, Limits(cpu_s=0.4, wall_s=20.0)))
 """A fifth of the server's patience: what takes all of it takes all of this."""
 EOS_ID = 257
 
@@ -195,6 +197,7 @@ def followed(compiler: GrammarCompiler, constraint: Constraint) -> bool:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    threading.stack_size(2**20)  # grammars are followed on threads that may have little more
     compiler = GrammarCompiler(byte_tokenizer(), vocab_size=258, eos_ids=frozenset([EOS_ID]), lanes=SHORT_LANES)
     all_bombs = list(bombs())
     with ThreadPoolExecutor(2) as pool:
