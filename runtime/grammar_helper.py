@@ -11,7 +11,6 @@ Imports neither ONNX Runtime nor numpy, and nothing of the project that does.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from runtime.deep_stack import STACK_BYTES, on_deep_stack
+from runtime.freed_memory import give_back_freed
 from runtime.grammar_notation import UNFORCED, Vocabulary, brief, new_matcher, problem_of, to_lark
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def tried(view: "LLTokenizer", job: Job) -> dict[str, Any]:
             lambda: _compiled(view, job), name="compile", stack_bytes=job.limits.stack_bytes
         ).result()
         on_deep_stack(lambda: _follow(matcher), name="follow", stack_bytes=FOLLOW_STACK_BYTES).result()
-        _give_back_freed()
+        give_back_freed()  # or it would be measured
         num_bytes = max(0, _resident_bytes() - before)
         if num_bytes > MAX_GRAMMAR_BYTES:
             raise RefusedError(
@@ -252,14 +252,6 @@ def _pages(column: int) -> int:
 def _resident_bytes() -> int:
     """Memory that is this process's own: resident, and of no file."""
     return (_pages(1) - _pages(2)) * resource.getpagesize()
-
-
-def _give_back_freed() -> None:
-    """Have the allocator return what is free, so that it is not measured. Other libraries than glibc have no such
-    function."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _compiled(view: "LLTokenizer", job: Job) -> tuple[str, bool, "LLMatcher"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.core import ConstraintKind
 from runtime.errors import Overloaded
+from runtime.freed_memory import give_back_freed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -32,6 +33,8 @@ CHEAP_S_PER_TOKEN = 2e-9
 MAX_GROWTH_BYTES = 32 * 2**20
 """A grammar that may have grown by so much is compiled anew for the next request, so that no form of an answer is
 used up for good: llguidance ends a lexer at 20,000 states."""
+MAX_FREED_BYTES = 32 * 2**20
+"""Memory of grammars that were let go, before what is free of it is given back to the operating system."""
 
 
 class SharedLexer:
@@ -82,15 +85,18 @@ class KeptGrammars:
         self._lock = threading.Lock()
         self._kept: OrderedDict[GrammarKey, Compiled] = OrderedDict()
         self._alive: weakref.WeakSet[SharedLexer] = weakref.WeakSet()
+        self._freed_bytes = 0
 
     def find(self, key: GrammarKey) -> Compiled | None:
         """One that was kept and is as good as new."""
         with self._lock:
             compiled = self._kept.get(key)
-            if compiled is not None and compiled.lexer.is_worn:
-                compiled = self._kept.pop(key) and None
-            if compiled is not None:
-                self._kept.move_to_end(key)
+            if compiled is None:
+                return None
+            if compiled.lexer.is_worn:
+                self._let_go(key)
+                return None
+            self._kept.move_to_end(key)
             return compiled
 
     def keep(self, key: GrammarKey, compiled: Compiled) -> None:
@@ -99,6 +105,10 @@ class KeptGrammars:
             self._alive.add(compiled.lexer)
             self._kept[key] = compiled
             self._shrink(KEPT_BYTES)
+            is_much = self._freed_bytes > MAX_FREED_BYTES
+            self._freed_bytes = 0 if is_much else self._freed_bytes
+        if is_much:
+            give_back_freed()
 
     def make_room(self, num_bytes: int) -> None:
         """Let grammars go until there is room for so much more. Raises Overloaded if those in use leave none."""
@@ -121,4 +131,7 @@ class KeptGrammars:
 
     def _shrink(self, num_bytes: int) -> None:
         while self._kept and self._kept_bytes() > num_bytes:
-            self._kept.popitem(last=False)
+            self._let_go(next(iter(self._kept)))
+
+    def _let_go(self, key: GrammarKey) -> None:
+        self._freed_bytes += self._kept.pop(key).lexer.num_bytes
