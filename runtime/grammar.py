@@ -21,7 +21,7 @@ from concurrent.futures import TimeoutError as NotInTimeError
 from typing import TYPE_CHECKING
 
 from runtime.core import Constraint, ConstraintKind
-from runtime.deep_stack import on_deep_stack
+from runtime.deep_stack import NoThreadError, on_deep_stack
 from runtime.errors import Overloaded, Unavailable
 from runtime.grammar_helper import MAX_FORESEEN_CHARS
 from runtime.grammar_limits import checked, is_simple, refused
@@ -128,11 +128,12 @@ class GrammarCompiler:
         else:
             tried = self._open()[1].try_out(fit)
         self._kept.make_room(tried.num_bytes)
-        work = on_deep_stack(lambda: self._begin(tried.grammar), name="grammar")
         try:
-            matcher, first = work.result(PATIENCE_S)
-        except NotInTimeError:
-            raise Overloaded("there is no time to compile a grammar now; try again later", retry_after=5) from None
+            matcher, first = on_deep_stack(lambda: self._begin(tried.grammar), name="grammar").result(PATIENCE_S)
+        except (NotInTimeError, NoThreadError):
+            raise Overloaded(
+                "there is no time or thread to compile a grammar now; try again later", retry_after=5
+            ) from None
         if matcher.is_error():
             raise refused(constraint, problem_of(matcher))
         return Compiled(matcher, first, SharedLexer(tried.num_bytes, has_foresight=tried.has_foresight))

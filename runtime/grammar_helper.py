@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runtime.deep_stack import STACK_BYTES, on_deep_stack
+from runtime.deep_stack import STACK_BYTES, NoThreadError, on_deep_stack
 from runtime.freed_memory import give_back_freed
 from runtime.grammar_notation import UNFORCED, Vocabulary, brief, new_matcher, problem_of, to_lark
 
@@ -225,7 +225,9 @@ def tried(view: "LLTokenizer", job: Job) -> dict[str, Any]:
         return {"refused": str(error)}
     except MemoryError:
         return {"refused": too_large(job.limits.heap_bytes)}
-    except BaseException as error:  # a panic of Rust code is no Exception
+    except NoThreadError as error:
+        return {"busy": str(error)}
+    except Exception as error:
         return {"refused": f"cannot be compiled: {brief(str(error))}"}
     return {"grammar": grammar, "num_bytes": num_bytes, "has_foresight": is_forced}
 
@@ -240,7 +242,9 @@ def _limit(limits: Limits) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     os.nice(limits.niceness)
     address_bytes = _pages(0) * resource.getpagesize() + limits.stack_bytes + ARENA_BYTES + limits.heap_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (address_bytes, address_bytes))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY or address_bytes < most:
+        resource.setrlimit(resource.RLIMIT_AS, (address_bytes, address_bytes))
     signal.setitimer(signal.ITIMER_REAL, limits.wall_s)  # SIGALRM
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)  # SIGPROF
 

@@ -24,8 +24,8 @@ from tests.byte_tokenizer import byte_tokenizer
 
 CPU_S, ADDRESS_SPACE = 60, 3 * 2**30
 NUM_TOKENS = 60
-SHORT_LANES = (Lane(2, Limits(cpu_s=0.1, wall_s=5.0)), Lane(2, Limits(cpu_s=0.4, wall_s=20.0)))
-"""A fifth of the server's patience: what takes all of it takes all of this."""
+SHORT_LANES = (Lane(2, Limits(cpu_s=0.06, wall_s=5.0)), Lane(2, Limits(cpu_s=0.25, wall_s=20.0)))
+"""An eighth of the server's patience: what takes all of it takes all of this."""
 EOS_ID = 257
 
 

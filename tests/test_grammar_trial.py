@@ -114,7 +114,7 @@ def test_a_busy_machine_and_the_trials_of_others_are_not(monkeypatch: pytest.Mon
 
 def test_nobody_waits_behind_what_never_ends() -> None:
     """Three bombs at once fill the patient lane, which has two places; another one's trial is over long before."""
-    lanes = (Lane(2, Limits(cpu_s=0.1, wall_s=20.0)), Lane(2, Limits(cpu_s=1.0, wall_s=60.0)))
+    lanes = (Lane(2, Limits(cpu_s=0.05, wall_s=20.0)), Lane(2, Limits(cpu_s=0.5, wall_s=60.0)))
     with trials(*lanes) as opened, ThreadPoolExecutor(3) as pool:
         bombs = [pool.submit(opened.try_out, ENDLESS) for _ in range(3)]
         eventually(lambda: lanes[1].places._value == 0, "the patient lane is full")
@@ -214,6 +214,12 @@ def test_simple_constraints_need_no_process() -> None:
     compiler.guide(Constraint(ConstraintKind.CHOICE, '["a","b"]', "field"))
     assert compiler._opened is not None and compiler._opened[1]._helper is None
     compiler.close()
+
+
+def test_a_thread_that_cannot_be_had_is_not_the_requests_fault() -> None:
+    """A stack of 100 TB fits into no process."""
+    with trials(limited(stack_bytes=100 * 2**40)) as opened, pytest.raises(Overloaded):
+        opened.try_out(PATTERN)
 
 
 def test_every_refusal_is_one_of_ours() -> None:
