@@ -25,6 +25,7 @@ from runtime.deep_stack import NoThreadError, on_deep_stack
 from runtime.errors import Overloaded, Unavailable
 from runtime.grammar_helper import MAX_FORESEEN_CHARS
 from runtime.grammar_limits import checked, is_simple, refused
+from runtime.grammar_notation import JSON_WHITESPACE as JSON_WHITESPACE  # noqa: PLC0414 - for who writes grammars
 from runtime.grammar_notation import Vocabulary, new_matcher, problem_of, to_lark
 from runtime.grammar_trial import GrammarTrials, Lane, Tried
 from runtime.kept_grammars import Compiled, KeptGrammars, SharedLexer

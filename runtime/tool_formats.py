@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.grammar import JSON_WHITESPACE
+
 MAX_CALLS = 16
 """Most calls in one forced answer: a model that may always add another one need not find an end."""
 
@@ -68,8 +70,9 @@ def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool)
     rules = [f"start: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
         head = f'{before}{{"name": "{tool.name}", "{form.arguments_key}": '
+        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **tool.parameters}
         rules.append(f"call{i}: {_quoted(head)} arguments{i} {_quoted('}' + after)}")
-        rules.append(f"arguments{i}: %json {json.dumps(dict(tool.parameters))}")
+        rules.append(f"arguments{i}: %json {json.dumps(schema)}")
     return "\n".join(rules)
 
 
