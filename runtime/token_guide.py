@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidRequest
+from runtime.grammar_notation import brief
+from runtime.kept_grammars import SharedLexer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -37,11 +39,9 @@ WORD_BITS = 32
 class GrammarGuide:
     """Implements `runtime.core.TokenGuide`. Used by one thread at a time; masks come from `pool`'s threads."""
 
-    def __init__(
-        self, matcher: "LLMatcher", first: Mask, pool: Executor, *, param: str, has_foresight: bool = True
-    ) -> None:
-        """`matcher` stands at its beginning, where `first` bool [vocab_size] is the mask. Without foresight it never
-        says what is forced."""
+    def __init__(self, matcher: "LLMatcher", first: Mask, pool: Executor, *, param: str, lexer: SharedLexer) -> None:
+        """`matcher` stands at its beginning, where `first` bool [vocab_size] is the mask. `lexer` is what it shares
+        with others."""
         self._matcher = matcher
         self._masks = [first]  # here, and after each token of the draft
         self._draft: list[int] = []
@@ -52,7 +52,8 @@ class GrammarGuide:
         self._vocab_size = len(first)
         self._spent_s = 0.0
         self._num_tokens = 0
-        self._has_foresight = has_foresight
+        self._lexer = lexer
+        self._has_foresight = lexer.has_foresight
 
     @property
     def is_stopped(self) -> bool:
@@ -99,7 +100,7 @@ class GrammarGuide:
         except ValueError:  # too complex to tell
             seen = unknown
         taken_s = time.thread_time() - started_s
-        self._spent_s += taken_s
+        self._spend(taken_s, num_masks=0)
         self._has_foresight = taken_s <= MAX_FORESIGHT_S
         return unknown if self._matcher.is_error() else seen
 
@@ -128,7 +129,7 @@ class GrammarGuide:
         if len(self._masks) > 1:
             self._matcher.rollback(len(self._masks) - 1)
         self._check()
-        self._spent_s += time.thread_time() - started_s
+        self._spend(time.thread_time() - started_s, num_masks=len(self._masks))
         if self._spent_s > FREE_S + FREE_PER_TOKEN_S * self._num_tokens:
             raise self._too_complex(f"{self._num_tokens} tokens took {self._spent_s:.1f} s")
 
@@ -137,8 +138,13 @@ class GrammarGuide:
         self._check()
         return mask
 
+    def _spend(self, taken_s: float, *, num_masks: int) -> None:
+        self._spent_s += taken_s
+        self._lexer.note(taken_s, num_masks=num_masks, vocab_size=self._vocab_size)
+
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._lexer.note_failure()
             raise self._too_complex(brief(self._matcher.get_error()))
 
     def _too_complex(self, reason: str) -> InvalidRequest:
@@ -152,10 +158,3 @@ def mask_of(matcher: "LLMatcher", vocab_size: int) -> Mask:
     words = np.zeros(-(-vocab_size // WORD_BITS), np.uint32)
     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     return np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
-
-
-def brief(message: str) -> str:
-    """What llguidance says, without quotations, state and backtrace, in one line of at most 400 characters."""
-    lines = message.strip().splitlines() or [""]
-    reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
-    return " ".join([lines[0][:200], *reasons])[:400]

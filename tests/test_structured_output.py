@@ -7,8 +7,10 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
@@ -25,6 +27,7 @@ from serve.app import create_app
 from tests.fake_session import prefix_logits
 from tests.fake_text_model import NAME, VOCAB_SIZE, fake_text_model
 from tests.graded_schemas import Graded, graded_schemas
+from tests.grammar_bombs import aliases, chain, rules, same_property
 from tests.server_process import running_server
 
 Json = dict[str, Any]
@@ -209,6 +212,39 @@ def test_the_official_client_parses_into_a_class() -> None:
                 extra_body={"structured_outputs": {"regex": "("}},
             )
         assert refused.value.param == "structured_outputs.regex"
+
+
+def test_bombs_end_neither_the_worker_nor_the_answers_of_others() -> None:
+    """By recursion, by time and by what a schema says of itself, all at once, beside a stream and a form of its own."""
+    bombs: list[Json] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "bomb", "schema": schema}}}
+        for schema in (chain(1000), aliases(2500), same_property(30), {"const": "xy z" * 22_000})
+    ]
+    large = {"type": "object", "description": "%json", "properties": {"a": {"multipleOf": 99_999_989}}}
+    function = {"name": "f", "parameters": large}
+    bombs.append({"tools": [{"type": "function", "function": function}], "tool_choice": "required"})
+    bombs.append({"structured_outputs": {"grammar": rules(4400, 'r{i}: "a" r{j} | "b"', 'r{i}: "c"')}})
+    plain: Json = {"model": NAME, "messages": [{"role": "user", "content": "go"}], "max_tokens": 20}
+    form = {"structured_outputs": {"regex": "[a-f]{9}-[0-9]{9}"}}
+    with (
+        running_server("--num-slots", "4", "--capacity", "512", "--step-s", "0.002") as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+        ThreadPoolExecutor(len(bombs)) as pool,
+    ):
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        worker = children.read_text()
+        body = {**plain, "stream": True, "max_tokens": 400, "ignore_eos": True}
+        with client.stream("POST", CHAT, json=body) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            replies = [pool.submit(client.post, CHAT, json={**plain, **bomb}) for bomb in bombs]
+            answer = client.post(CHAT, json={**plain, **form})
+            assert re.fullmatch("[a-f]{9}-[0-9]{9}", answer.json()["choices"][0]["message"]["content"])
+            statuses = [reply.result().status_code for reply in replies]
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert statuses[4] == 400 and statuses[2] in (400, 429), statuses
+        assert statuses[:2] + statuses[3:4] + statuses[5:] == [200] * 4, statuses
+        assert children.read_text() == worker
 
 
 @pytest.mark.real
