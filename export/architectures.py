@@ -1,244 +1,278 @@
 """The table of decoders this release exports: one row a family, holding only what differs.
 
-A row says which switches a family sets and which config fields it reads; `parse_config` turns any config.json into a
-`ModelConfig`, and refuses by name what the graph could not honour. Reads no files.
+A row says which switches a family sets, its defaults and the config fields it reads; `parse_config` turns any
+config.json into a `ModelConfig`, and refuses by name what the graph could not honour. Reads no files.
+
+A field that is missing has transformers' default of the family, because tools leave out what equals it; the tests
+compare every default with `AutoConfig`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from export.config import ModelConfig, RopeConfig
+from export.config import ModelConfig
+from export.config_fields import refuse_unknown, shown
+from export.config_values import flag, integer, number, token_ids
+from export.rope_fields import rope_config
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+MAX_LAYERS = 1024
+"""The largest published decoder has 126."""
+
+_ANY: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """transformers' values for fields that a config.json leaves out.
+
+    num_kv_heads, head_dim: None is as many as heads, and hidden_size / num_attention_heads
+    window: of sliding_window
+    """
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    window: int | None = None
+    max_window_layers: int = 28
+    bos_id: int | None = 1
+    eos_id: int | None = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """What sets a family apart from Llama.
 
+    class_name: transformers' class for it
     qkv_bias, o_bias, mlp_bias: True, False, or the name of the config field that decides
     sliding: "always" (every layer, if sliding_window is set), "flagged" (only with use_sliding_window, from layer
-    max_window_layers on) or "never"; a `layer_types` list in the config wins over both
-    fields: config fields of this family beyond the shared ones
+        max_window_layers on) or "never"; a `layer_types` list in the config wins where there is a window
+    fields: config fields of this family beyond the shared ones, with the values that they may have; () is any
     """
 
+    class_name: str
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
     sliding: str = "never"
-    fields: frozenset[str] = frozenset()
+    defaults: Defaults = field(default_factory=Defaults)
+    fields: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
-_SLIDING_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+_QWEN = Defaults(
+    vocab_size=151_936,
+    intermediate_size=22_016,
+    num_kv_heads=32,
+    max_position_embeddings=32_768,
+    window=4096,
+    bos_id=None,
+    eos_id=None,
+)
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        mlp_bias="mlp_bias",
-        fields=frozenset({"attention_bias", "mlp_bias", "pretraining_tp"}),
-    ),
-    "mistral": Architecture(sliding="always", fields=_SLIDING_FIELDS),
-    "qwen2": Architecture(qkv_bias=True, sliding="flagged", fields=_SLIDING_FIELDS),
-    "qwen3": Architecture(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        sliding="flagged",
-        fields=_SLIDING_FIELDS | {"attention_bias"},
-    ),
-}
-
-_SHARED_FIELDS = frozenset(
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
-        "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "hidden_act",
-        "bos_token_id", "eos_token_id",
+        "llama": Architecture(
+            class_name="LlamaForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
+            fields={"attention_bias": _ANY, "mlp_bias": _ANY},
+        ),
+        "mistral": Architecture(
+            class_name="MistralForCausalLM",
+            sliding="always",
+            defaults=Defaults(intermediate_size=14_336, num_kv_heads=8, max_position_embeddings=131_072, window=4096),
+        ),
+        "qwen2": Architecture(
+            class_name="Qwen2ForCausalLM",
+            qkv_bias=True,
+            sliding="flagged",
+            defaults=_QWEN,
+            fields={"attention_bias": (True, False), "qkv_bias": (True,), "use_mrope": (False,)},
+        ),
+        "qwen3": Architecture(
+            class_name="Qwen3ForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=True,
+            sliding="flagged",
+            defaults=replace(_QWEN, head_dim=128),
+            fields={"attention_bias": _ANY, "use_qk_norm": (True,), "qk_norm": (True,)},
+        ),
     }
-)  # fmt: skip
-
-# Fields that cannot change the graph: training, generation, bookkeeping.
-_IRRELEVANT_FIELDS = frozenset(
-    {
-        "attention_dropout", "auto_map", "dtype", "initializer_range", "is_local", "keys_to_ignore_at_inference",
-        "local_files_only", "name_or_path", "pad_token_id", "torch_dtype", "transformers_version",
-        "transformers.js_config",
-        "unk_token_id", "use_cache", "chunk_size_feed_forward", "output_attentions", "output_hidden_states",
-        "return_dict", "problem_type", "id2label", "label2id", "unsloth_version", "unsloth_fixed", "use_mrope",
-        "is_llama_config", "rope_interleaved",
-    }
-)  # fmt: skip
-
-_ROPE_FIELDS = {
-    "default": frozenset[str](),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        {
-            "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-            "mscale_all_dim", "truncate",
-        }
-    ),
-}  # fmt: skip
+)
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Check a config.json and reduce it to what the graph needs.
 
     UnsupportedModel names the model type or field that has no graph here and lists what has;
-    InvalidCheckpoint names a field that is missing or makes no sense.
+    InvalidCheckpoint names a field that makes no sense.
     """
-    model_type = raw.get("model_type")
-    arch = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if arch is None:
-        raise UnsupportedModel(
-            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
-    _refuse_unknown(raw, arch)
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
-    if raw.get("rope_interleaved"):
-        raise UnsupportedModel("rope_interleaved: true is not supported; supported: false")
-    hidden_size = _size(raw, "hidden_size")
-    num_heads = _size(raw, "num_attention_heads")
-    num_layers = _size(raw, "num_hidden_layers")
-    num_kv_heads = _size(raw, "num_key_value_heads", num_heads)
-    head_dim = _size(raw, "head_dim", hidden_size // num_heads)
-    if num_heads % num_kv_heads:
-        raise InvalidCheckpoint(
-            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
-        )
-    if head_dim % 8:
-        raise UnsupportedModel(f"head_dim {head_dim} is not supported; supported: multiples of 8")
-    max_len = _size(raw, "max_position_embeddings")
+    arch = _architecture(raw)
+    refuse_unknown(raw, arch.fields)
+    if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UnsupportedModel(f"config.json: hidden_act {shown(activation)} is not supported; supported: silu")
+    defaults = arch.defaults
+    num_layers = integer(raw, "num_hidden_layers", defaults.num_layers, maximum=MAX_LAYERS)
+    vocab_size = integer(raw, "vocab_size", defaults.vocab_size)
+    max_len = integer(raw, "max_position_embeddings", defaults.max_position_embeddings)
+    heads = _heads(raw, defaults)
     return ModelConfig(
-        model_type=str(model_type),
-        hidden_size=hidden_size,
-        intermediate_size=_size(raw, "intermediate_size"),
+        model_type=str(raw["model_type"]),
+        hidden_size=heads.hidden_size,
+        intermediate_size=integer(raw, "intermediate_size", defaults.intermediate_size),
         num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=_size(raw, "vocab_size"),
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        vocab_size=vocab_size,
         max_position_embeddings=max_len,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        rope=_rope(raw, max_len),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+        rms_norm_eps=number(raw, "rms_norm_eps", defaults.rms_norm_eps),
+        rope=rope_config(raw, max_len),
+        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
         qkv_bias=_switch(raw, arch.qkv_bias),
         o_bias=_switch(raw, arch.o_bias),
         mlp_bias=_switch(raw, arch.mlp_bias),
         qk_norm=arch.qk_norm,
         sliding_windows=_windows(raw, arch, num_layers),
-        eos_ids=_token_ids(raw, "eos_token_id"),
-        bos_id=next(iter(_token_ids(raw, "bos_token_id")), None),
+        eos_ids=_ids(raw, "eos_token_id", defaults.eos_id, vocab_size),
+        bos_id=next(iter(_ids(raw, "bos_token_id", defaults.bos_id, vocab_size)), None),
     )
 
 
-def _refuse_unknown(raw: Mapping[str, Any], arch: Architecture) -> None:
-    known = _SHARED_FIELDS | _IRRELEVANT_FIELDS | arch.fields
-    for name, value in raw.items():
-        if name in known or name.startswith("_") or value in (None, False, [], {}, ""):
-            continue
+def _architecture(raw: Mapping[str, Any]) -> Architecture:
+    """The row of model_type, if `architectures` and `auto_map` do not name a class that computes something else."""
+    model_type = raw.get("model_type")
+    arch = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if arch is None:
+        found = f"model_type {shown(model_type)} is not supported" if "model_type" in raw else "there is no model_type"
+        raise UnsupportedModel(f"config.json: {found}; supported: {', '.join(sorted(ARCHITECTURES))}")
+    # A class of another family is a slip of a tool: transformers goes by model_type, and so do we.
+    known = {row.class_name.lower() for row in ARCHITECTURES.values()}
+    classes = raw.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InvalidCheckpoint(f"config.json: architectures must be a list of class names, got {shown(classes)}")
+    if classes and not any(name.lower() in known for name in classes):
         raise UnsupportedModel(
-            f"config field {name} = {value!r} is not supported for model type {raw['model_type']!r}: it may change "
-            f"the computation. Fields read: {', '.join(sorted(_SHARED_FIELDS | arch.fields))}. "
-            f"Remove it from config.json if it has no effect."
+            f"config.json: architectures {shown(classes)} is not supported for model_type {model_type!r}; supported: "
+            f"{arch.class_name}, a causal language model"
         )
+    remote = raw.get("auto_map") or {}
+    code = remote.get("AutoModelForCausalLM") if isinstance(remote, dict) else remote
+    if code is not None and (not isinstance(code, str) or code.rpartition(".")[2].lower() not in known):
+        raise UnsupportedModel(
+            f"config.json: auto_map names code of the model's own ({shown(code)}), which is never run; supported: "
+            f"{arch.class_name}"
+        )
+    return arch
 
 
-def _rope(raw: Mapping[str, Any], max_len: int) -> RopeConfig:
-    """transformers 5 keeps theta and scaling in rope_parameters, 4 in rope_theta and rope_scaling."""
-    scaling: dict[str, Any] = {}
-    for field in ("rope_scaling", "rope_parameters"):
-        value = raw.get(field) or {}
-        if not isinstance(value, dict):
-            raise InvalidCheckpoint(f"config.json: {field} must be an object, got {value!r}")
-        scaling.update(value)
-    theta = float(scaling.pop("rope_theta", raw.get("rope_theta", 10000.0)))
-    older_kind = scaling.pop("type", None)
-    kind = scaling.pop("rope_type", older_kind) or "default"
-    if kind not in _ROPE_FIELDS:
-        raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_FIELDS)}")
-    for name, value in scaling.items():
-        if name not in _ROPE_FIELDS[kind] and value not in (None, False, 1.0) and kind != "default":
-            raise UnsupportedModel(f"rope field {name} = {value!r} is not supported for rope type {kind!r}")
-        if name == "partial_rotary_factor" and value not in (None, 1.0):
-            raise UnsupportedModel(f"partial_rotary_factor {value!r} is not supported; supported: 1.0")
-    factor = float(scaling.get("factor") or 1.0)
-    original = int(scaling.get("original_max_position_embeddings") or max_len)
-    if theta <= 0 or factor <= 0 or original <= 0:
+class _Heads(NamedTuple):
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def _heads(raw: Mapping[str, Any], defaults: Defaults) -> _Heads:
+    """Sizes of attention that must fit each other."""
+    hidden_size = integer(raw, "hidden_size", defaults.hidden_size)
+    num_heads = integer(raw, "num_attention_heads", defaults.num_heads)
+    # transformers takes null as one key-value head a head, and a missing field as the family's number.
+    kv_default = num_heads if raw.get("num_key_value_heads", 0) is None else defaults.num_kv_heads or num_heads
+    num_kv_heads = integer(_without_null(raw, "num_key_value_heads"), "num_key_value_heads", kv_default)
+    if num_heads % num_kv_heads:
+        source = (
+            "" if raw.get("num_key_value_heads") is not None else " (the family's default, as config.json has none)"
+        )
         raise InvalidCheckpoint(
-            f"config.json: rope theta {theta}, factor {factor}, original length {original} must be positive"
+            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            f"{source}"
         )
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        original_max_len=original,
-        low_freq_factor=float(scaling.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(scaling.get("high_freq_factor") or 4.0),
-        beta_fast=float(scaling.get("beta_fast") or 32.0),
-        beta_slow=float(scaling.get("beta_slow") or 1.0),
-        attention_factor=scaling.get("attention_factor"),
-        mscale=scaling.get("mscale"),
-        mscale_all_dim=scaling.get("mscale_all_dim"),
-        truncate=bool(scaling.get("truncate", True)),
-    )
+    values = raw if defaults.head_dim is not None else _without_null(raw, "head_dim")
+    if "head_dim" not in values and defaults.head_dim is None and hidden_size % num_heads:
+        raise InvalidCheckpoint(
+            f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there "
+            "is no head_dim"
+        )
+    head_dim = integer(values, "head_dim", defaults.head_dim or hidden_size // num_heads)
+    if head_dim % 8:
+        raise UnsupportedModel(f"config.json: head_dim {head_dim} is not supported; supported: multiples of 8")
+    return _Heads(hidden_size, num_heads, num_kv_heads, head_dim)
 
 
 def _windows(raw: Mapping[str, Any], arch: Architecture, num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    if arch.sliding == "never" or window is None:
-        return (None,) * num_layers
-    window = _size(raw, "sliding_window")
+    """The window of each layer, None where it attends to everything."""
     layer_types = raw.get("layer_types")
+    kinds = ("full_attention", "sliding_attention")
+    if layer_types is not None and not (
+        isinstance(layer_types, list)
+        and len(layer_types) == num_layers
+        and all(isinstance(kind, str) and kind in kinds for kind in layer_types)
+    ):
+        raise UnsupportedModel(
+            f"config.json: layer_types must name {' or '.join(kinds)} for each of the {num_layers} layers, got "
+            f"{shown(layer_types)}"
+        )
+    is_on = flag(raw, "use_sliding_window", default=arch.sliding == "always")
+    window = _window(raw, arch, is_on=is_on)
     if layer_types is not None:
-        if len(layer_types) != num_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
-            raise UnsupportedModel(
-                f"layer_types must name full_attention or sliding_attention for each of the {num_layers} layers, "
-                f"got {layer_types!r}"
+        if window is None and "sliding_attention" in layer_types:
+            raise InvalidCheckpoint(
+                "config.json: layer_types has sliding_attention, and no window is switched on: sliding_window is "
+                f"{shown(raw.get('sliding_window'))}, use_sliding_window {shown(raw.get('use_sliding_window'))}"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    if arch.sliding == "always":
+    if arch.sliding != "flagged":
         return (window,) * num_layers
-    if not _flag(raw, "use_sliding_window"):
-        return (None,) * num_layers
-    first = _size(raw, "max_window_layers", num_layers, minimum=0)
+    first = integer(raw, "max_window_layers", arch.defaults.max_window_layers, minimum=0)
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
-def _size(raw: Mapping[str, Any], name: str, default: int | None = None, *, minimum: int = 1) -> int:
-    value = raw.get(name)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InvalidCheckpoint(f"config.json: {name} must be an integer of at least {minimum}, got {value!r}")
-    return value
+def _window(raw: Mapping[str, Any], arch: Architecture, *, is_on: bool) -> int | None:
+    """The window of the layers that have one; None if it is switched off. Refuses one that the family would not honour.
 
-
-def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
-    value = raw.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InvalidCheckpoint(f"config.json: {name} must be a positive number, got {value!r}")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], name: str) -> bool:
-    value = raw.get(name) or False
-    if not isinstance(value, bool):
-        raise InvalidCheckpoint(f"config.json: {name} must be true or false, got {value!r}")
-    return value
+    Llama has no window, Mistral no switch: where a config of theirs has one all the same, transformers ignores it, and
+    others do not.
+    """
+    if raw.get("sliding_window", arch.defaults.window) is None:
+        return None
+    window = integer(raw, "sliding_window", arch.defaults.window or 0)
+    if arch.sliding == "flagged":
+        return window if is_on else None
+    if arch.sliding == "always" and not is_on:
+        raise UnsupportedModel(
+            f"config.json: use_sliding_window is false and sliding_window is {window}, which {raw['model_type']} would "
+            "use all the same; set sliding_window to null if there is none"
+        )
+    if arch.sliding == "never" and raw.get("use_sliding_window") is not False:
+        raise UnsupportedModel(
+            f"config.json: sliding_window = {window} is not supported for model_type {raw['model_type']!r}; supported: "
+            "null"
+        )
+    return window if is_on else None
 
 
 def _switch(raw: Mapping[str, Any], switch: bool | str) -> bool:
-    return switch if isinstance(switch, bool) else _flag(raw, switch)
+    return switch if isinstance(switch, bool) else flag(raw, switch)
 
 
-def _token_ids(raw: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    value = raw.get(name)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-        raise InvalidCheckpoint(f"config.json: {name} must be a token id or a list of them, got {value!r}")
-    return tuple(ids)
+def _ids(raw: Mapping[str, Any], name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
+    if name not in raw:  # the family's default need not be in a small vocabulary
+        return () if default is None or default >= vocab_size else (default,)
+    return token_ids(raw[name], f"config.json: {name}", vocab_size=vocab_size)
+
+
+def _without_null(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The config without a field whose null means the same as its absence."""
+    return {key: value for key, value in raw.items() if key != name} if raw.get(name, 0) is None else raw

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from export.calibration_files import Record
-from runtime.chat_template import TEMPLATE_FILE, ChatTemplate
+from export.chat_templates import DEFAULT, chat_templates
+from runtime.chat_template import ChatTemplate
 from runtime.errors import InvalidCheckpoint, InvalidRequest, InvalidSetting
 from runtime.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Tokenizer
 
@@ -33,7 +34,7 @@ class RecordEncoder:
         except Exception as error:  # the library raises plain Exception
             raise InvalidCheckpoint(f"{TOKENIZER} of the checkpoint cannot be loaded: {error}") from error
         self.tokenizer = Tokenizer(library, _parsed_config(texts.get(TOKENIZER_CONFIG) or "{}"))
-        source = texts.get(TEMPLATE_FILE)
+        source = chat_templates(texts, self.tokenizer.config).get(DEFAULT)
         self._template = None if source is None else ChatTemplate(source, self.tokenizer.special_tokens)
         self.hashes = {
             "tokenizer_sha256": hashlib.sha256(texts[TOKENIZER].encode()).hexdigest(),

@@ -39,11 +39,11 @@ class Checkpoint(Protocol):
         ...
 
     def load(self, name: str) -> NDArray[np.float32]:
-        """Read one tensor as float32 (bf16 and fp16 are widened); InvalidCheckpoint if it is missing or truncated."""
+        """Read one tensor as float32 (bf16, fp16 are widened). InvalidCheckpoint if missing, cut or not finite."""
         ...
 
     def text_files(self) -> Mapping[str, str]:
-        """tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json: those there are."""
+        """The text files there are by name, tokenizer.json and others: see `directory_texts.py`. InvalidCheckpoint."""
         ...
 
 

@@ -63,10 +63,11 @@ class GgufCheckpoint:
         self._metadata, stored = read_gguf_header(file)
         arch = architecture(self._metadata, file.name)
         _refuse_types(stored, file)
-        rope_freqs = self._read(stored[ROPE_FREQS]) if ROPE_FREQS in stored else None
+        rope_freqs = self._read(stored[ROPE_FREQS], ROPE_FREQS) if ROPE_FREQS in stored else None
         shapes = {name: place.shape for name, place in stored.items()}
         self._config = model_config(self._metadata, shapes, rope_freqs, file.name)
         self._is_permuted = arch == "llama"
+        self._texts: Mapping[str, str] | None = None
         self._places = {_hugging_face_name(name, file): place for name, place in stored.items() if name != ROPE_FREQS}
         self._tensors = MappingProxyType(
             {
@@ -91,7 +92,7 @@ class GgufCheckpoint:
         place = self._places.get(name)
         if place is None:
             raise InvalidCheckpoint(f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others")
-        values = self._read(place)
+        values = self._read(place, name)
         rotated = _ROTATED.search(name) if self._is_permuted else None
         if rotated is None:
             return values
@@ -101,9 +102,11 @@ class GgufCheckpoint:
     def text_files(self) -> Mapping[str, str]:
         from export.gguf_tokenizer import text_files
 
-        return text_files(self._metadata, self._file.name)
+        if self._texts is None:
+            self._texts = text_files(self._metadata, self._file.name)
+        return self._texts
 
-    def _read(self, place: GgufTensor) -> NDArray[np.float32]:
+    def _read(self, place: GgufTensor, name: str) -> NDArray[np.float32]:
         import gguf
 
         kind = gguf.GGMLQuantizationType(place.type_id)
@@ -116,6 +119,7 @@ class GgufCheckpoint:
 
         return read_float32(
             self._file,
+            name=name,
             offset=place.offset,
             num_bytes=place.num_bytes,
             shape=place.shape,

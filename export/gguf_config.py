@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.config_fields import shown
+from export.gguf_metadata import AGAIN, GgufMetadata
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
@@ -80,68 +82,80 @@ def model_config(
     is one; `where` names the file in errors. Raises UnsupportedModel for an architecture or setting without a
     graph, InvalidCheckpoint for missing keys.
     """
+    m = GgufMetadata(metadata, where)
     arch = architecture(metadata, where)
     _refuse_unknown(metadata, arch, where)
-    num_heads = _integer(metadata, f"{arch}.attention.head_count", where)
-    hidden_size = _integer(metadata, f"{arch}.embedding_length", where)
-    rotary_dim = metadata.get(f"{arch}.rope.dimension_count")
-    head_dim = int(metadata.get(f"{arch}.attention.key_length") or rotary_dim or hidden_size // num_heads)
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if metadata.get(f"{arch}.{key}", head_dim) != head_dim:
-            raise UnsupportedModel(
-                f"{where}: {arch}.{key} is {metadata[f'{arch}.{key}']}, and head_dim is {head_dim}; "
-                "only models where they are equal are supported"
-            )
-    if "token_embd.weight" not in shapes:
-        raise InvalidCheckpoint(f"{where} has no tensor token_embd.weight: not a whole language model")
-    if f"{arch}.attention.layer_norm_rms_epsilon" not in metadata:
+    num_heads = m.size(f"{arch}.attention.head_count")
+    hidden_size = m.size(f"{arch}.embedding_length")
+    head_dim = _head_dim(m, arch, hidden_size // num_heads)
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise InvalidCheckpoint(f"{where} has no matrix token_embd.weight: not a whole language model")
+    if f"{arch}.attention.layer_norm_rms_epsilon" not in m:
         raise InvalidCheckpoint(f"{where} has no {arch}.attention.layer_norm_rms_epsilon; convert the model again")
-    eos = eos_ids(metadata)
+    vocab_size = shapes["token_embd.weight"][0]
+    eos = eos_ids(metadata, where)
+    ids = {key: m.integer(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "padding")}
+    for key, token_id in (("eos, eot or eom", max(eos, default=0)), ("bos", ids["bos"] or 0)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidCheckpoint(
+                f"{where}: {key}_token_id {token_id} is outside the vocabulary of {vocab_size:,} tokens; {AGAIN}"
+            )
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "hidden_act": "silu",
         "hidden_size": hidden_size,
-        "intermediate_size": _integer(metadata, f"{arch}.feed_forward_length", where),
-        "num_hidden_layers": _integer(metadata, f"{arch}.block_count", where),
+        "intermediate_size": m.size(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": m.size(f"{arch}.block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": _integer(metadata, f"{arch}.attention.head_count_kv", where, default=num_heads),
+        "num_key_value_heads": m.size(f"{arch}.attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "vocab_size": shapes["token_embd.weight"][0],
-        "max_position_embeddings": _integer(metadata, f"{arch}.context_length", where),
-        "rms_norm_eps": float(metadata[f"{arch}.attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": _rope(metadata, arch, rope_freqs, where),
+        "vocab_size": vocab_size,
+        "max_position_embeddings": m.size(f"{arch}.context_length"),
+        "rms_norm_eps": m.number(f"{arch}.attention.layer_norm_rms_epsilon", 0.0),
+        "rope_parameters": _rope(m, arch, rope_freqs, head_dim),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": ids["bos"],
         "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": ids["padding"],
     }
     return config | _biases(shapes, arch, where)
 
 
+def _head_dim(m: GgufMetadata, arch: str, default: int) -> int:
+    rotary_dim, key_length = f"{arch}.rope.dimension_count", f"{arch}.attention.key_length"
+    head_dim = m.size(key_length, m.size(rotary_dim, max(default, 1)))
+    for key in (rotary_dim, f"{arch}.attention.value_length"):
+        if m.size(key, head_dim) != head_dim:
+            raise UnsupportedModel(
+                f"{m.where}: {key} is {m.size(key, head_dim)}, and head_dim is {head_dim}; only models where they are "
+                "equal are supported"
+            )
+    return head_dim
+
+
 def architecture(metadata: Mapping[str, Any], where: str) -> str:
     """general.architecture, if it is supported; refuses adapters, projectors and pieces of split files."""
-    arch = metadata.get("general.architecture")
-    kind = metadata.get("general.type", "model")
+    m = GgufMetadata(metadata, where)
+    arch, kind = m.text("general.architecture"), m.text("general.type") or "model"
     if kind != "model":
-        raise UnsupportedModel(f"{where}: general.type is {kind!r}, not a model; give the model's own file")
-    if metadata.get("split.count", 1) > 1:
+        raise UnsupportedModel(f"{where}: general.type is {shown(kind)}, not a model; give the model's own file")
+    if (count := m.integer("split.count") or 1) > 1:
+        raise UnsupportedModel(f"{where} is one of {count} pieces; join them: `llama-gguf-split --merge`")
+    if arch is None or arch not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{where} is one of {metadata['split.count']} pieces; join them: `llama-gguf-split --merge`"
+            f"{where}: general.architecture {shown(arch)} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    if arch not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"{where}: GGUF architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
-    return str(arch)
+    return arch
 
 
-def eos_ids(metadata: Mapping[str, Any]) -> list[int]:
+def eos_ids(metadata: Mapping[str, Any], where: str) -> list[int]:
     """Every id that ends generation: those the file lists, then tokens known to end a turn."""
-    listed = [metadata.get(f"tokenizer.ggml.{key}") for key in EOS_KEYS]
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    m = GgufMetadata(metadata, where)
+    listed = [m.integer(f"tokenizer.ggml.{key}") for key in EOS_KEYS]
+    tokens = m.texts("tokenizer.ggml.tokens")
     named = [tokens.index(token) for token in TURN_ENDS if token in tokens]
-    return list(dict.fromkeys(int(token_id) for token_id in (*listed, *named) if token_id is not None))
+    return list(dict.fromkeys(token_id for token_id in (*listed, *named) if token_id is not None))
 
 
 def _refuse_unknown(metadata: Mapping[str, Any], arch: str, where: str) -> None:
@@ -149,21 +163,11 @@ def _refuse_unknown(metadata: Mapping[str, Any], arch: str, where: str) -> None:
         field = key.removeprefix(f"{arch}.")
         if field == key or field in _KNOWN_KEYS:
             continue
-        if value not in _NEUTRAL_VALUES.get(field, ()):
+        is_scalar = isinstance(value, bool | int | float | str)
+        if not is_scalar or value not in _NEUTRAL_VALUES.get(field, ()):
             raise UnsupportedModel(
-                f"{where}: {key} = {value!r} is not supported; a {arch} model without that setting is"
+                f"{where}: {key} = {shown(value)} is not supported; a {arch} model without that setting is"
             )
-
-
-def _integer(metadata: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = metadata.get(key, default)
-    if isinstance(value, list) and len(set(value)) == 1:
-        value = value[0]
-    if isinstance(value, list):
-        raise UnsupportedModel(f"{where}: {key} differs between layers ({value}); only equal layers are supported")
-    if not isinstance(value, int) or value < 1:
-        raise InvalidCheckpoint(f"{where}: {key} must be a positive integer, got {value!r}; convert the model again")
-    return value
 
 
 def _biases(shapes: Mapping[str, tuple[int, ...]], arch: str, where: str) -> dict[str, bool]:
@@ -177,33 +181,37 @@ def _biases(shapes: Mapping[str, tuple[int, ...]], arch: str, where: str) -> dic
     return {"attention_bias": has_qkv} | mlp
 
 
-def _rope(metadata: Mapping[str, Any], arch: str, rope_freqs: NDArray[np.float32] | None, where: str) -> dict[str, Any]:
+def _rope(m: GgufMetadata, arch: str, rope_freqs: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any]:
     """rope_parameters. Scaling comes from metadata (linear, yarn) or from a tensor of divisors (llama3)."""
-    prefix = f"{arch}.rope.scaling."
-    kind = metadata.get(f"{prefix}type", "none")
-    factor = float(metadata.get(f"{prefix}factor", metadata.get(f"{arch}.rope.scale_linear", 0.0)))
-    theta = float(metadata.get(f"{arch}.rope.freq_base", 10000.0))
-    if f"{prefix}type" not in metadata and factor not in (0.0, 1.0):
+    prefix, where = f"{arch}.rope.scaling.", m.where
+    kind = m.text(f"{prefix}type") or "none"
+    factor = m.number(f"{prefix}factor", m.number(f"{arch}.rope.scale_linear", 0.0))
+    theta = m.number(f"{arch}.rope.freq_base", 10000.0)
+    if f"{prefix}type" not in m and factor not in (0.0, 1.0):
         kind = "linear"  # llama.cpp's own default when only a factor is given
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModel(f"{where}: {prefix}type {kind!r} is not supported; supported: none, linear, yarn")
+        raise UnsupportedModel(f"{where}: {prefix}type {shown(kind)} is not supported; supported: none, linear, yarn")
     if kind != "none":
         if factor <= 0:
             raise InvalidCheckpoint(f"{where}: {prefix}type is {kind} and {prefix}factor is not a positive number")
         rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        original = metadata.get(f"{prefix}original_context_length")
-        if original is None:
+        if f"{prefix}original_context_length" not in m:
             raise InvalidCheckpoint(f"{where}: {prefix}type is yarn without {prefix}original_context_length")
-        rope["original_max_position_embeddings"] = int(original)
+        rope["original_max_position_embeddings"] = m.size(f"{prefix}original_context_length")
         for name in ("beta_fast", "beta_slow"):
-            if f"{prefix}yarn_{name}" in metadata:
-                rope[name] = float(metadata[f"{prefix}yarn_{name}"])
+            if f"{prefix}yarn_{name}" in m:
+                rope[name] = m.number(f"{prefix}yarn_{name}", 0.0)
     if rope_freqs is None or np.all(rope_freqs == 1):
         return rope
     if kind != "none":
         raise UnsupportedModel(f"{where}: rope_freqs.weight together with {prefix}type {kind!r} is not supported")
+    if rope_freqs.shape != (head_dim // 2,) or theta < 1 or rope_freqs.min() <= 0:
+        raise InvalidCheckpoint(
+            f"{where}: rope_freqs.weight of shape {list(rope_freqs.shape)} and {arch}.rope.freq_base {theta:g} do "
+            f"not fit the head_dim {head_dim}; {AGAIN}"
+        )
     return rope | _llama3_scaling(rope_freqs, theta, where)
 
 

@@ -13,12 +13,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
+from export.text_reading import LFS_POINTER, refuse_lfs_pointer
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+
+# What keeps a corrupt or hostile file from taking the memory: the largest published heads have 30 MB, of some 50 keys,
+# 5,000 tensors and 800,000 strings.
+MAX_HEAD_BYTES = 512 << 20
+MAX_ENTRIES = 65_536
+MAX_STRINGS = 4_000_000
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -37,7 +46,7 @@ class GgufTensor:
 
 
 class GgufHeader(NamedTuple):
-    """Every metadata value by key, every tensor by name, as the file has them."""
+    """Every metadata value by key, every tensor by name, as the file has them. Arrays of numbers are numpy's."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -63,6 +72,7 @@ class _Cursor:
         self.file = file
         self.size = file.stat().st_size
         self.position = 0
+        self._num_strings = 0
         self._handle = file.open("rb")
 
     def __enter__(self) -> Self:
@@ -77,7 +87,14 @@ class _Cursor:
         if count > self.size - self.position:
             raise self.corrupt(f"{count:,} bytes are announced at byte {self.position:,} of {self.size:,}")
         self.position += count
+        if self.position > MAX_HEAD_BYTES:
+            raise self.corrupt(f"its metadata goes beyond {MAX_HEAD_BYTES:,} bytes")
         return self._handle.read(count)
+
+    def refuse_lfs_pointer(self) -> None:
+        """InvalidCheckpoint if the file is one. Takes nothing."""
+        refuse_lfs_pointer(self._handle.read(len(LFS_POINTER)), self.file)
+        self._handle.seek(self.position)
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
@@ -98,11 +115,13 @@ class _Cursor:
             raise self.corrupt(f"value type {kind} at byte {self.position:,} is unknown")
         item_kind, count = self.number("I"), self.number("Q")
         if item_kind in _SCALARS:
-            code = _SCALARS[item_kind]
-            raw = self.bytes(count * struct.calcsize("<" + code))
-            return list(struct.unpack(f"<{count}{code}", raw))
+            dtype = np.dtype(f"<{_SCALARS[item_kind]}")
+            return np.frombuffer(self.bytes(count * dtype.itemsize), dtype)
         if item_kind != _STRING:
             raise self.corrupt(f"an array at byte {self.position:,} holds values of type {item_kind}")
+        self._num_strings += count
+        if count > self.size or self._num_strings > MAX_STRINGS:
+            raise self.corrupt(f"{count:,} strings are announced at byte {self.position:,}, of {MAX_STRINGS:,} at most")
         return [self.string() for _ in range(count)]
 
     def corrupt(self, reason: str) -> InvalidCheckpoint:
@@ -110,6 +129,7 @@ class _Cursor:
 
 
 def _read(cursor: _Cursor) -> GgufHeader:
+    cursor.refuse_lfs_pointer()
     if cursor.size < len(MAGIC) or cursor.bytes(len(MAGIC)) != MAGIC:
         raise InvalidCheckpoint(f"{cursor.file} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
     version = cursor.number("I")
@@ -118,6 +138,10 @@ def _read(cursor: _Cursor) -> GgufHeader:
         what = "the other byte order" if is_swapped else f"GGUF version {version}"
         raise UnsupportedModel(f"{cursor.file} has {what}; supported: little-endian, versions 2 and 3")
     num_tensors, num_values = cursor.number("Q"), cursor.number("Q")
+    if max(num_tensors, num_values) > MAX_ENTRIES:
+        raise cursor.corrupt(
+            f"{num_tensors:,} tensors and {num_values:,} keys are announced, of {MAX_ENTRIES:,} at most"
+        )
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
         key = cursor.string()

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from export.chat_templates import DEFAULT, TEMPLATE
+from export.config_fields import shown
 from export.gguf_config import eos_ids
+from export.gguf_metadata import AGAIN, GgufMetadata
+from export.tokenizer_loading import library_errors
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-AGAIN = "convert the model again"
+MAX_PIECE_LEN = 1024
+"""Characters of a SentencePiece token. Training stops at 16; the search for merges takes their square."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+"
@@ -76,7 +81,7 @@ class _Vocabulary:
     """The lists of the file, checked: ids are positions; `types` and `scores` may be empty."""
 
     tokens: Sequence[str]
-    types: Sequence[int]
+    types: Sequence[float]
     scores: Sequence[float]
     merges: Sequence[str]
 
@@ -87,40 +92,50 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
     Raises UnsupportedModel for a kind of tokenizer or split that is not in the tables, InvalidCheckpoint for
     lists that are missing or do not fit together. `where` names the file in errors.
     """
-    vocabulary = _vocabulary(metadata, where)
-    kind = metadata.get("tokenizer.ggml.model")
+    m = GgufMetadata(metadata, where)
+    vocabulary = _vocabulary(m)
+    kind = m.text("tokenizer.ggml.model")
     if kind == "gpt2":
-        row = _pre_tokenizer_row(metadata, where)
+        row = _pre_tokenizer_row(m)
         tokenizer, adds_bos = _byte_level(vocabulary, row, where), row.adds_bos
     elif kind == "llama":
-        has_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        tokenizer, adds_bos = _sentencepiece(vocabulary, metadata, where, has_prefix=has_prefix), True
+        has_prefix = m.flag("tokenizer.ggml.add_space_prefix", default=True)
+        tokenizer, adds_bos = _sentencepiece(vocabulary, m, has_prefix=has_prefix), True
     else:
-        raise UnsupportedModel(f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
-    _add_whole_tokens(tokenizer, vocabulary)
-    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos))
-    adds_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+        raise UnsupportedModel(f"{where}: tokenizer.ggml.model {shown(kind)} is not supported; supported: gpt2, llama")
+    adds_bos = m.flag("tokenizer.ggml.add_bos_token", default=adds_bos)
+    adds_eos = m.flag("tokenizer.ggml.add_eos_token", default=False)
     named = {
-        f"{name}_token": _token_of(metadata, key, vocabulary.tokens, where)
+        f"{name}_token": _token_of(m, key, vocabulary.tokens)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
-    _add_template(tokenizer, named["bos_token"] if adds_bos else None, named["eos_token"] if adds_eos else None)
-    eos = eos_ids(metadata)
+    with library_errors(f"{where}: the tokenizer's special tokens cannot be used", AGAIN):
+        _add_whole_tokens(tokenizer, vocabulary)
+        _add_template(tokenizer, named["bos_token"] if adds_bos else None, named["eos_token"] if adds_eos else None)
+    eos = eos_ids(metadata, where)
     generation = {
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": m.integer("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": m.integer("tokenizer.ggml.padding_token_id"),
     }
-    settings = named | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    settings: dict[str, Any] = {**named, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"clean_up_tokenization_spaces": False, "add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    templates = _templates(m)
+    if templates.keys() - {DEFAULT}:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     files = {
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": _to_json(settings),
         "generation_config.json": _to_json(generation),
     }
-    if metadata.get("tokenizer.chat_template"):
-        files["chat_template.jinja"] = metadata["tokenizer.chat_template"]
-    return files
+    return files if templates.keys() != {DEFAULT} else {**files, TEMPLATE: templates[DEFAULT]}
+
+
+def _templates(m: GgufMetadata) -> dict[str, str]:
+    """The chat templates by name; the key of the default one has no name at its end."""
+    found = {DEFAULT: m.text("tokenizer.chat_template")}
+    found |= {name: m.text(f"tokenizer.chat_template.{name}") for name in m.texts("tokenizer.chat_templates")}
+    return {name: text for name, text in found.items() if text}
 
 
 def _to_json(values: Mapping[str, Any]) -> str:
@@ -128,33 +143,34 @@ def _to_json(values: Mapping[str, Any]) -> str:
     return json.dumps(present, indent=2, ensure_ascii=False) + "\n"
 
 
-def _vocabulary(metadata: Mapping[str, Any], where: str) -> _Vocabulary:
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    types = metadata.get("tokenizer.ggml.token_type") or []
-    scores = metadata.get("tokenizer.ggml.scores") or []
+def _vocabulary(m: GgufMetadata) -> _Vocabulary:
+    tokens = m.texts("tokenizer.ggml.tokens")
+    types, scores = m.numbers("tokenizer.ggml.token_type"), m.numbers("tokenizer.ggml.scores")
     if not tokens:
-        raise InvalidCheckpoint(f"{where} has no tokenizer.ggml.tokens; convert the model with its tokenizer")
-    if len(set(tokens)) != len(tokens):
-        twice = next(token for position, token in enumerate(tokens) if tokens.index(token) != position)
-        raise InvalidCheckpoint(f"{where}: token {twice!r} is in tokenizer.ggml.tokens twice; convert the model again")
+        raise InvalidCheckpoint(f"{m.where} has no tokenizer.ggml.tokens; convert the model with its tokenizer")
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            raise InvalidCheckpoint(f"{m.where}: token {shown(token)} is in tokenizer.ggml.tokens twice; {AGAIN}")
+        seen.add(token)
     for name, values in (("token_type", types), ("scores", scores)):
         if values and len(values) != len(tokens):
             raise InvalidCheckpoint(
-                f"{where}: tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens; {AGAIN}"
+                f"{m.where}: tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens; {AGAIN}"
             )
-    return _Vocabulary(tokens, types, scores, metadata.get("tokenizer.ggml.merges") or [])
+    return _Vocabulary(tokens, types, scores, m.texts("tokenizer.ggml.merges"))
 
 
-def _pre_tokenizer_row(metadata: Mapping[str, Any], where: str) -> PreTokenizer:
-    name = metadata.get("tokenizer.ggml.pre")
+def _pre_tokenizer_row(m: GgufMetadata) -> PreTokenizer:
+    name = m.text("tokenizer.ggml.pre")
     if name is None:
         raise UnsupportedModel(
-            f"{where} has no tokenizer.ggml.pre, so how it splits text is unknown; convert the model "
+            f"{m.where} has no tokenizer.ggml.pre, so how it splits text is unknown; convert the model "
             "with a llama.cpp of May 2024 or later"
         )
     if name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
-            f"{where}: tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}"
+            f"{m.where}: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(PRE_TOKENIZERS)}"
         )
     return PRE_TOKENIZERS[name]
 
@@ -166,7 +182,7 @@ def _byte_level(vocabulary: _Vocabulary, row: PreTokenizer, where: str) -> "Toke
     for merge in vocabulary.merges:
         left, space, right = merge.partition(" ")
         if not space:
-            raise InvalidCheckpoint(f"{where}: merge {merge!r} is not two parts; {AGAIN}")
+            raise InvalidCheckpoint(f"{where}: merge {shown(merge)} is not two parts; {AGAIN}")
         merges.append((left, right))
     tokenizer = Tokenizer(_bpe(models.BPE, vocabulary, merges, where, ignore_merges=row.ignore_merges))
     if row.is_nfc:
@@ -180,21 +196,24 @@ def _byte_level(vocabulary: _Vocabulary, row: PreTokenizer, where: str) -> "Toke
     return tokenizer
 
 
-def _sentencepiece(
-    vocabulary: _Vocabulary, metadata: Mapping[str, Any], where: str, *, has_prefix: bool
-) -> "Tokenizer":
+def _sentencepiece(vocabulary: _Vocabulary, m: GgufMetadata, *, has_prefix: bool) -> "Tokenizer":
     """SentencePiece BPE in the form that Hugging Face's Llama 2 and Mistral files have."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     if not vocabulary.scores:
-        raise InvalidCheckpoint(f"{where} has no tokenizer.ggml.scores; {AGAIN}")
-    unknown = _token_of(metadata, "unknown", vocabulary.tokens, where)
+        raise InvalidCheckpoint(f"{m.where} has no tokenizer.ggml.scores; {AGAIN}")
+    longest = max(vocabulary.tokens, key=len)
+    if len(longest) > MAX_PIECE_LEN:
+        raise InvalidCheckpoint(
+            f"{m.where}: token {shown(longest)} has {len(longest):,} characters, more than {MAX_PIECE_LEN:,}; {AGAIN}"
+        )
+    unknown = _token_of(m, "unknown", vocabulary.tokens)
     tokenizer = Tokenizer(
         _bpe(
             models.BPE,
             vocabulary,
             merges_by_score(vocabulary.tokens, vocabulary.scores),
-            where,
+            m.where,
             unk_token=unknown,
             fuse_unk=unknown is not None,
             byte_fallback=True,
@@ -224,7 +243,7 @@ def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tupl
     merges = []
     for token_id in ranked:
         token = tokens[token_id]
-        cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         known = [(left, right) for left, right in cuts if left in ids and right in ids]
         merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     return merges
@@ -233,20 +252,21 @@ def merges_by_score(tokens: Sequence[str], scores: Sequence[float]) -> list[tupl
 def _bpe(model: Any, vocabulary: _Vocabulary, merges: list[tuple[str, str]], where: str, **options: Any) -> Any:
     """Build the library's BPE model; a merge of tokens that are not in the vocabulary is its only error."""
     vocab = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
-    try:
+    with library_errors(f"{where}: the tokenizer's merges do not fit its tokens", AGAIN):
         return model(vocab=vocab, merges=merges, **options)
-    except Exception as error:  # the library raises bare Exception
-        raise InvalidCheckpoint(f"{where}: the tokenizer's merges do not fit its tokens ({error})") from error
 
 
 def _add_whole_tokens(tokenizer: "Tokenizer", vocabulary: _Vocabulary) -> None:
+    """All at once: the library builds its matcher again at every call."""
     from tokenizers import AddedToken
 
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=False):
-        if kind in _SPECIAL_TYPES:
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+    kinds = list(zip(vocabulary.tokens, vocabulary.types, strict=False))
+    special = [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind in _SPECIAL_TYPES]
+    plain = [AddedToken(token, normalized=False, special=False) for token, kind in kinds if kind == _USER_DEFINED]
+    if special:
+        tokenizer.add_special_tokens(special)
+    if plain:
+        tokenizer.add_tokens(plain)
 
 
 def _add_template(tokenizer: "Tokenizer", bos: str | None, eos: str | None) -> None:
@@ -259,12 +279,12 @@ def _add_template(tokenizer: "Tokenizer", bos: str | None, eos: str | None) -> N
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
 
 
-def _token_of(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], where: str) -> str | None:
-    token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if token_id is None:
+def _token_of(m: GgufMetadata, key: str, tokens: Sequence[str]) -> str | None:
+    token_id = m.integer(f"tokenizer.ggml.{key}_token_id")
+    if token_id is None or (key == "padding" and not 0 <= token_id < len(tokens)):  # -1 and its like: no padding
         return None
     if not 0 <= token_id < len(tokens):
         raise InvalidCheckpoint(
-            f"{where}: tokenizer.ggml.{key}_token_id is {token_id}, and there are {len(tokens)} tokens"
+            f"{m.where}: tokenizer.ggml.{key}_token_id is {token_id}, and there are {len(tokens)} tokens"
         )
-    return str(tokens[token_id])
+    return tokens[token_id]

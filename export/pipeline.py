@@ -1,14 +1,11 @@
 """Checkpoint to artifact: read, build, check, verify, gate, publish. The one path every export takes."""
 
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
-from export.architectures import parse_config
 from export.artifact_writer import file_entry, resolved, staged, write_json, write_manifest, write_texts
 from export.calibrated_export import (
     CalibratedModel,
@@ -39,6 +36,7 @@ from export.kv_calibration import (
     with_kv_statistics,
 )
 from export.kv_scales import PER_CHANNEL
+from export.model_reading import read_model
 from export.precision import EXPORTABLE, Precision, precision_named
 from export.references import NUMPY, check_reference, reference_named
 from export.self_samples import artifact_generator
@@ -124,7 +122,7 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
     precision = row if "ort" in options.dialects else None
     check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
     _check_quantization(options, row)
-    config = parse_config(checkpoint.config)
+    config = read_model(checkpoint)
     reference = reference_named(options.verify, options.model, checkpoint, config)
     max_len = _max_len(options.max_len, config)
     with staged(options.out, check=options.check_target) as staging:
@@ -315,7 +313,6 @@ def _manifest(
     name: str,
     step_weight_bytes: int,
 ) -> Manifest:
-    generation = json.loads(checkpoint.text_files().get("generation_config.json", "{}"))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=_name_of(checkpoint),
@@ -336,7 +333,7 @@ def _manifest(
         trt_kv=KvContract(dtype=trt_precision_named(name).numpy_dtype.name) if set(dialects) - {"ort"} else None,
         dialects={dialect: DIALECT_FILES[dialect] for dialect in dialects},
         is_tied=config.tie_word_embeddings,
-        eos_ids=_eos_ids(generation, config),
+        eos_ids=config.eos_ids,
         bos_id=config.bos_id,
         files={file.name: file_entry(file) for file in sorted(staging.iterdir())},
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
@@ -348,10 +345,3 @@ def _name_of(checkpoint: Checkpoint) -> str:
     """What clients call the model: of a hub id the last part, without the revision, which may have a slash itself."""
     source = checkpoint.source
     return source.partition("@")[0].rpartition("/")[2] if "/" in source.partition("@")[0] else source
-
-
-def _eos_ids(generation: Mapping[str, Any], config: ModelConfig) -> tuple[int, ...]:
-    """generation_config.json names more ends than config.json (end of turn as well as end of text)."""
-    listed = generation.get("eos_token_id")
-    ids = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    return tuple(sorted({*config.eos_ids, *ids}))

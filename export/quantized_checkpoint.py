@@ -47,6 +47,9 @@ class QuantizedCheckpoint:
         packed = {f"{module}.{part}" for module in self._modules for part in _PARTS}
         virtual = {f"{module}.weight": self._info(module) for module in sorted(self._modules)}
         rest = {name: info for name, info in plain.tensors.items() if name not in packed}
+        twice = next((name for name in virtual if name in rest), None)
+        if twice is not None:
+            raise InvalidCheckpoint(f"the checkpoint has both {twice} and its quantized form; remove one of them")
         self._tensors = MappingProxyType(rest | virtual)
 
     @property

@@ -77,6 +77,6 @@ def _yarn(rope: RopeConfig, base: NDArray[np.float64], head_dim: int) -> NDArray
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    width = max(high - low, 0.001)  # transformers' guard against a division by zero
+    width = high - low or 0.001  # transformers' guard against a division by zero
     stretched = np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / width, 0.0, 1.0)
     return np.asarray(base / rope.factor * stretched + base * (1 - stretched))

@@ -1,6 +1,7 @@
 """Reads a byte range of a file as float32, piece by piece.
 
-Knows neither names nor formats: the caller gives the offset and how stored bytes become numbers. Plain reads
+Knows no format: the caller gives the offset and how stored bytes become numbers. A number that is not finite is refused
+here, while its piece is in the processor's cache, so that looking for it costs no second read. Plain reads
 rather than a memory map, because mapped pages count as resident memory until the map goes: reading a model
 through one makes the process look, to a container's memory limit too, as large as the file.
 """
@@ -21,13 +22,13 @@ CHUNK_BYTES = 1 << 20
 
 
 def read_float32(
-    file: Path, *, offset: int, num_bytes: int, shape: tuple[int, ...], block_bytes: int, decode: Decode
+    file: Path, *, name: str, offset: int, num_bytes: int, shape: tuple[int, ...], block_bytes: int, decode: Decode
 ) -> NDArray[np.float32]:
-    """Read `num_bytes` at `offset` and return them decoded, float32 `shape`.
+    """Read `num_bytes` at `offset` and return them decoded, float32 `shape`. `name` is the tensor's, for errors.
 
     `decode` gets whole blocks of `block_bytes` (the smallest unit of the stored type: an element, or a block
     of a quantized type) and returns all their values, in any shape. Peak memory is the result plus a few
-    chunks. Raises InvalidCheckpoint if the file ends early or cannot be read.
+    chunks. Raises InvalidCheckpoint if the file ends early or cannot be read, or holds NaN or infinity.
     """
     result = np.empty(math.prod(shape), dtype=np.float32)
     chunk_bytes = max(1, CHUNK_BYTES // block_bytes) * block_bytes
@@ -40,12 +41,26 @@ def read_float32(
                 piece = buffer[: min(chunk_bytes, num_bytes - start)]
                 _fill(piece, handle.readinto, file, offset + start)
                 values = decode(piece).reshape(-1)
+                if not np.isfinite(values).all():
+                    raise _not_finite(values, filled, file, name, shape)
                 result[filled : filled + values.size] = values
                 filled += values.size
     except OSError as error:
         raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror or error}") from error
     assert filled == result.size, f"{file}: decoded {filled} values for shape {shape}"
     return result.reshape(shape)
+
+
+def _not_finite(
+    values: NDArray[np.float32], start: int, file: Path, name: str, shape: tuple[int, ...]
+) -> InvalidCheckpoint:
+    """The error for the first value of a piece that is NaN or infinite; the piece begins at element `start`."""
+    first = int(np.argmin(np.isfinite(values)))
+    place = [int(index) for index in np.unravel_index(start + first, shape)]
+    return InvalidCheckpoint(
+        f"{file}: tensor {name!r} holds {values[first]} at {place}; every output would be wrong. Download it again, or "
+        "use another checkpoint: this one was broken when it was trained or saved"
+    )
 
 
 def _fill(piece: NDArray[np.uint8], readinto: Callable[[memoryview], int], file: Path, at: int) -> None:

@@ -163,11 +163,12 @@ def refuse_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 def test_a_model_of_nan_is_shown_as_failed_and_stays_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama"))
     byte_level_tokenizer(source)
     tensors = load_file(source / "model.safetensors")
-    tensors["model.norm.weight"][0] = np.nan
+    tensors["model.norm.weight"][:] = 3e38  # finite itself, unlike every sum of it
     save_file(tensors, source / "model.safetensors")
     artifact = str(export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", force=True)).path)
     text = tmp_path / "text.txt"

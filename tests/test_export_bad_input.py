@@ -102,29 +102,42 @@ def test_text_for_a_model_without_a_tokenizer(
     assert "257 is longer than" in fails(capsys, exported, model, "--calib-length", "257")
 
 
+def broken_at(model: Path, value: float) -> Path:
+    """A model one row of whose weights is `value`."""
+    checkpoint_at(model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = value
+    save_file(tensors, model / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
+@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
+def test_weights_that_are_not_finite_are_named(
+    precision: str, value: float, shown: str, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, exported, broken_at(tmp_path / "broken", value), "--precision", precision)
+    assert f"tensor 'model.layers.1.mlp.up_proj.weight' holds {shown} at [3, 0]" in line
+
+
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
 def test_activations_that_are_not_finite(
-    precision: str, value: float, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+    precision: str, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = checkpoint_at(tmp_path / "broken")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = value
-    save_file(tensors, model / "model.safetensors")
-    line = fails(capsys, exported, model, "--precision", precision)
+    line = fails(capsys, exported, broken_at(tmp_path / "broken", 3e38), "--precision", precision)
     assert "is not finite on the calibration text" in line
 
 
 def test_memory_that_is_not_there_is_refused_before_a_weight_is_read(
-    tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = checkpoint_at(tmp_path / "huge")
-    (model / "config.json").write_text(json.dumps(config_of("llama", vocab_size=10**11)))
+    monkeypatch.setattr("export.memory_plan.available_memory", lambda: 1_000_000)
+    model = broken_at(tmp_path / "huge", np.nan)
     line = fails(capsys, exported, model)
-    assert "needs about " in line and " GB are free" in line and "--ignore-memory" in line
+    assert "needs about " in line and " MB are free" in line and "--ignore-memory" in line
     # Told to go on, it finds what is wrong with the weights.
-    assert "free" not in fails(capsys, exported, model, "--ignore-memory")
+    assert "holds nan" in fails(capsys, exported, model, "--ignore-memory")
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w4a16"])

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from export.architectures import parse_config
 from export.checkpoint import open_checkpoint
 from export.default_model import default_model_file
 from export.gguf_checkpoint import GgufCheckpoint
+from export.gguf_config import model_config
+from export.gguf_header import read_gguf_header
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.tiny_gguf import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyGguf, hugging_face_tensors
 
@@ -215,6 +218,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     [
         (b"", "is not a GGUF file"),
         (b"PK\x03\x04" * 8, "is not a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1; supported"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "the other byte order"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "truncated or corrupt"),
@@ -246,6 +250,62 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         cut.write_bytes(whole[:length])
         with pytest.raises(InvalidCheckpoint, match="truncated or corrupt"):
             GgufCheckpoint(cut)
+
+
+def test_a_head_takes_no_more_memory_than_its_file(tmp_path: Path) -> None:
+    """Arrays of numbers stay bytes, and what is announced is held against what a model can have."""
+    numbers = np.arange(100_000, dtype=np.uint8)
+    file = tmp_path / "bytes.gguf"
+    head = b"GGUF" + struct.pack("<IQQQ1sII", 3, 0, 1, 1, b"k", 9, 0) + struct.pack("<Q", numbers.size)
+    file.write_bytes(head + numbers.tobytes())
+    value = read_gguf_header(file).metadata["k"]
+    assert value.nbytes == numbers.size
+    np.testing.assert_array_equal(value, numbers)
+    for content, reason in (
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 65_537), "65,537 keys are announced"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 65_537, 0), "65,537 tensors"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 4_000_001), "4,000,001 strings are announced"),
+    ):
+        file.write_bytes(content + bytes(64))
+        with pytest.raises(InvalidCheckpoint, match=reason):
+            read_gguf_header(file)
+
+
+def test_a_head_without_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "long.gguf"
+    with file.open("wb") as handle:
+        handle.write(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 0, 1 << 30))
+        handle.truncate(2 << 30)  # sparse
+    with pytest.raises(InvalidCheckpoint, match="metadata goes beyond 536,870,912 bytes"):
+        read_gguf_header(file)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"llama.block_count": 4294967295}, "num_hidden_layers must be an integer from 1 to 1,024, got 4294967295"),
+        ({"llama.block_count": "two"}, r"llama\.block_count must be a positive integer, got 'two'"),
+        ({"split.count": "x"}, r"split\.count must be an integer, got 'x'"),
+        ({"tokenizer.ggml.eos_token_id": math.nan}, "eos_token_id must be an integer, got nan"),
+        ({"tokenizer.ggml.eot_token_id": 6}, "eos, eot or eom_token_id 6 is outside the vocabulary of 6 tokens"),
+        ({"tokenizer.ggml.bos_token_id": 6}, "bos_token_id 6 is outside"),
+        ({"llama.rope.freq_base": math.inf}, "freq_base must be a finite number, got inf"),
+        ({"general.architecture": 5}, "must be a string, got 5"),
+        ({"llama.expert_count": [0, 0]}, "llama.expert_count = "),
+    ],
+)
+def test_metadata_of_another_type_is_named(tmp_path: Path, extra: dict[str, object], reason: str) -> None:
+    file = TinyGguf(extra={key: value for key, value in extra.items() if key != "general.architecture"})
+    header = read_gguf_header(file.write(tmp_path / "tiny.gguf"))
+    shapes = {name: place.shape for name, place in header.tensors.items()}
+    with pytest.raises(InvalidCheckpoint, match=reason):
+        parse_config(model_config(header.metadata | extra, shapes, None, "tiny.gguf"))
+
+
+def test_divisors_that_do_not_fit_the_heads_are_refused(tmp_path: Path) -> None:
+    divisors = np.full(HEAD_DIM, 2, np.float32)
+    with pytest.raises(InvalidCheckpoint, match=r"rope_freqs\.weight of shape \[16\].* head_dim 16"):
+        open_tiny(tmp_path, raw_tensors={"rope_freqs.weight": divisors})
 
 
 @pytest.mark.real

@@ -220,6 +220,13 @@ def test_merges_rank_by_score_then_by_position() -> None:
     ]
 
 
+LONG_TOKEN = {
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "x" * 1025],
+    "tokenizer.ggml.scores": [0.0] * 3,
+    "tokenizer.ggml.token_type": [2, 3, 1],
+}
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
@@ -236,11 +243,34 @@ def test_merges_rank_by_score_then_by_position() -> None:
         (byte_level_metadata("gpt-2", {"tokenizer.ggml.merges": ["b c"]}), "merges do not fit its tokens"),
         (byte_level_metadata("gpt-2", {"tokenizer.ggml.eos_token_id": 999}), "eos_token_id is 999"),
         (sentencepiece_metadata({"tokenizer.ggml.scores": None}), r"has no tokenizer\.ggml\.scores"),
+        (sentencepiece_metadata({"tokenizer.ggml.scores": [float("nan")] * 270}), "an array of finite numbers"),
+        (sentencepiece_metadata(LONG_TOKEN), "has 1,025 characters, more than 1,024"),
+        (
+            sentencepiece_metadata({"tokenizer.ggml.add_space_prefix": 1}),
+            "add_space_prefix must be true or false, got 1",
+        ),
+        (byte_level_metadata("gpt-2", {"tokenizer.ggml.tokens": 5}), "tokens must be an array of strings, got 5"),
+        (byte_level_metadata("gpt-2", {"tokenizer.ggml.merges": [1]}), "merges must be an array of strings"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(metadata: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=reason):
         text_files(metadata, "tiny.gguf")
+
+
+def test_named_templates_become_one_list() -> None:
+    named = {"tokenizer.chat_template": "one", "tokenizer.chat_templates": ["tool_use"]}
+    files = text_files(byte_level_metadata("gpt-2", named | {"tokenizer.chat_template.tool_use": "two"}), "tiny.gguf")
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == [
+        {"name": "default", "template": "one"},
+        {"name": "tool_use", "template": "two"},
+    ]
+    assert "chat_template.jinja" not in files
+
+
+def test_a_padding_id_that_is_no_token_is_none() -> None:
+    files = text_files(byte_level_metadata("gpt-2", {"tokenizer.ggml.padding_token_id": 4294967295}), "tiny.gguf")
+    assert "pad_token" not in json.loads(files["tokenizer_config.json"])
 
 
 def test_unknown_splits_are_a_model_not_supported_rather_than_a_broken_file() -> None:

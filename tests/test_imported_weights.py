@@ -177,6 +177,8 @@ def test_groups_that_fit_no_block_are_refused() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown setting": ({**Packing().config(), "rotation": "hadamard"}, "rotation = 'hadamard'"),
+    "no zero points": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point: false"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
     "fp8": ({"quant_method": "fp8"}, "quant_method 'fp8'"),
     "compressed-tensors": ({"quant_method": "compressed-tensors"}, "quant_method 'compressed-tensors'"),

@@ -93,19 +93,43 @@ def test_config_and_text_files_pass_through(tmp_path: Path) -> None:
     assert checkpoint.config == CONFIG
     assert checkpoint.source == tmp_path.name
     files = checkpoint.text_files()
-    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(files) == {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+    }  # fmt: skip
     assert files["tokenizer.json"] == '{"é": 1}'
     assert files["chat_template.jinja"] == "{{ own }}"
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{{ x }}", [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ x }}"}]],
-)
-def test_an_embedded_chat_template_is_found(tmp_path: Path, template: object) -> None:
+def test_one_embedded_chat_template_becomes_a_file(tmp_path: Path) -> None:
     write_single(tmp_path, random_tensors(STORED[0]))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert SafetensorsCheckpoint(tmp_path).text_files()["chat_template.jinja"] == "{{ x }}"
+    for template in ("{{ x }}", [{"name": "default", "template": "{{ x }}"}], {"default": "{{ x }}"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert SafetensorsCheckpoint(tmp_path).text_files()["chat_template.jinja"] == "{{ x }}"
+
+
+def test_several_chat_templates_become_one_list(tmp_path: Path) -> None:
+    """Wherever they stand: files of their own win over tokenizer_config.json, as in transformers."""
+    write_single(tmp_path, random_tensors(STORED[0]))
+    named = [{"name": "default", "template": "{{ x }}"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "eos_token": "</s>"}))
+    embedded = SafetensorsCheckpoint(tmp_path).text_files()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "older", "eos_token": "</s>"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    for files in (embedded, SafetensorsCheckpoint(tmp_path).text_files()):
+        assert set(files) == {"tokenizer_config.json"}
+        assert json.loads(files["tokenizer_config.json"]) == {"chat_template": named, "eos_token": "</s>"}
+
+
+def test_a_template_file_stands_for_every_embedded_template(tmp_path: Path) -> None:
+    write_single(tmp_path, random_tensors(STORED[0]))
+    named = [{"name": "default", "template": "older"}, {"name": "tool_use", "template": "older"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}")
+    files = SafetensorsCheckpoint(tmp_path).text_files()
+    assert files["chat_template.jinja"] == "{{ x }}"
+    assert json.loads(files["tokenizer_config.json"]) == {"chat_template": None}
 
 
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
@@ -179,6 +203,62 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         SafetensorsCheckpoint(tmp_path)
 
 
+def test_a_file_beside_an_index_that_names_others_is_ambiguous(tmp_path: Path) -> None:
+    write_sharded(tmp_path, [{"a": np.ones(1, np.float32)}])
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        InvalidCheckpoint, match=r"both model\.safetensors and .* \(model-00001-of-00001\.safetensors\)"
+    ):
+        SafetensorsCheckpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert SafetensorsCheckpoint(tmp_path).load("a")[0] == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_whole_set_of_shards_needs_no_index(tmp_path: Path, count: int) -> None:
+    write_sharded(tmp_path, [{f"t{number}": np.full(2, number, np.float32)} for number in range(count)])
+    (tmp_path / "model.safetensors.index.json").unlink()
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert [checkpoint.load(f"t{number}")[1] for number in range(count)] == list(range(count))
+
+
+def test_half_a_set_of_shards_without_an_index_is_named(tmp_path: Path) -> None:
+    write_sharded(tmp_path, [{f"t{number}": np.ones(2, np.float32)} for number in range(3)])
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InvalidCheckpoint, match="lacks 1 of 3 shards: model-00002-of-00003"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_the_only_file_is_read_and_of_several_none(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "gptq_model-4bit-128g.safetensors")
+    save_file({"b": np.ones(2, np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert set(SafetensorsCheckpoint(tmp_path).tensors) == {"a"}
+    save_file({"b": np.ones(2, np.float32)}, tmp_path / "consolidated.safetensors")
+    with pytest.raises(InvalidCheckpoint, match=r"several files .*\(consolidated\.safetensors, gptq_model"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00000.safetensors", "model-00001-of-99999999.safetensors"])
+def test_a_shard_whose_name_makes_no_sense_is_refused(tmp_path: Path, name: str) -> None:
+    write_config(tmp_path)
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / name)
+    with pytest.raises(InvalidCheckpoint, match="has 1 shards, and the name model-00001-of-"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_there_and_one_in_two_shards_is_refused(tmp_path: Path) -> None:
+    write_sharded(tmp_path, [{"a": np.ones(1, np.float32)}, {"b": np.ones(1, np.float32)}])
+    save_file(
+        {"b": np.ones(1, np.float32), "c": np.full(1, 3, np.float32)}, tmp_path / "model-00002-of-00002.safetensors"
+    )
+    assert SafetensorsCheckpoint(tmp_path).load("c")[0] == 3
+    save_file({name: np.ones(1, np.float32) for name in "ab"}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(InvalidCheckpoint, match="'a' twice: in model-00001-of-00002"):
+        SafetensorsCheckpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
@@ -186,6 +266,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         ({"weight_map": {"a": "../model.safetensors"}}, "outside the directory"),
         ({"weight_map": {"a": 3}}, "no weight_map"),
         ({}, "no weight_map"),
+        ({"weight_map": {}}, "empty weight_map"),
         ([], "holds a list"),
     ],
 )
