@@ -6,13 +6,12 @@ texts, to the letter, so the beginning decides, and an answer in the form is nev
 form that itself begins with such a text leaves a doubt; then it is a call. Knows nothing of tokens or HTTP.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
-from runtime.grammar import JSON_WHITESPACE
+from runtime.grammar_notation import to_lark
 from runtime.tool_formats import Tool, ToolFormat, call_head, calls_grammar
 from runtime.tool_parser import ToolCallParser, ToolPiece
 
@@ -32,36 +31,18 @@ def calls_or(answer: Constraint, form: ToolFormat, tools: Sequence[Tool], *, is_
 
 def _in_lark(answer: Constraint) -> str:
     """A form in Lark's notation."""
-    from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    source = answer.source
-    match answer.kind:
-        case ConstraintKind.JSON_SCHEMA:
-            schema = json.loads(source)
-            if isinstance(schema, dict) or schema is True:
-                own = {} if schema is True else schema
-                schema = {**own, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
-            return f"start: %json {json.dumps(schema)}"
-        case ConstraintKind.REGEX:
-            (regex,) = json.loads(LLMatcher.grammar_from_regex(source))["grammars"]
-            return str(regex["lark_grammar"])
-        case ConstraintKind.CHOICE:
-            return "start: CHOICE\nCHOICE: " + " | ".join(
-                json.dumps(choice, ensure_ascii=False) for choice in json.loads(source)
-            )
-    if "::=" not in source:
-        return source
-    if len(source) > MAX_GBNF_CHARS:
+    num_chars = len(answer.source)
+    if answer.kind is ConstraintKind.GRAMMAR and "::=" in answer.source and num_chars > MAX_GBNF_CHARS:
         raise InvalidRequest(
-            f"{answer.param} has {len(source):,} characters; together with tools a grammar in llama.cpp's notation may "
+            f"{answer.param} has {num_chars:,} characters; together with tools a grammar in llama.cpp's notation may "
             f"have {MAX_GBNF_CHARS:,}, and one in Lark's 100,000",
             param=answer.param,
         )
     try:
-        return any_to_lark(source)
-    except Exception as error:  # whatever its reader stumbles over
-        raise InvalidRequest(f"{answer.param}: the grammar cannot be read: {error}"[:400], param=answer.param) from None
+        return to_lark(answer.kind.value, answer.source)
+    except Exception as error:  # whatever the readers stumble over
+        message = f"{answer.param}: the {answer.kind} cannot be read: {error}"[:400]
+        raise InvalidRequest(message, param=answer.param) from None
 
 
 class CallOrAnswerParser:

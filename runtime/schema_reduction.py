@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from runtime.errors import InvalidRequest
-from runtime.grammar import MAX_MULTIPLE
+from runtime.grammar_limits import MAX_MULTIPLE
 from runtime.pattern_parser import PatternError
 from runtime.property_names import property_rules
 from runtime.schema_disjoint import Disjointness, type_of

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.grammar import JSON_WHITESPACE
-
 MAX_CALLS = 16
 """Most calls in one forced answer: a model that may always add another one need not find an end."""
 
@@ -83,8 +81,6 @@ def calls_grammar(form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool,
     rules = [f"{start}: call{more}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
         schema = dict(tool.parameters) if tool.compiled is None else json.loads(tool.compiled)
-        if isinstance(schema, dict):
-            schema = {**schema, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
         head = call_head(form, tool.name)
         rules.append(f"call{i}: {_quoted(head)} arguments{i} {_quoted('}' + after)}")
         rules.append(f"arguments{i}: %json {json.dumps(schema)}")

@@ -221,7 +221,7 @@ def test_bombs_end_neither_the_worker_nor_the_answers_of_others() -> None:
         for schema in (chain(1000), aliases(2500), same_property(30), {"const": "xy z" * 22_000})
     ]
     large = {"type": "object", "description": "%json", "properties": {"a": {"multipleOf": 99_999_989}}}
-    function = {"name": "f", "parameters": large}
+    function = {"name": "f", "strict": True, "parameters": large}
     bombs.append({"tools": [{"type": "function", "function": function}], "tool_choice": "required"})
     bombs.append({"structured_outputs": {"grammar": rules(4400, 'r{i}: "a" r{j} | "b"', 'r{i}: "c"')}})
     plain: Json = {"model": NAME, "messages": [{"role": "user", "content": "go"}], "max_tokens": 20}
