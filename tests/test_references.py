@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import export.pipeline
+import export.model_reading
 from export.architectures import parse_config
 from export.checkpoint import open_checkpoint
 from export.config import ModelConfig
@@ -53,7 +53,7 @@ def test_a_config_that_is_misread_passes_numpy_and_not_transformers(
     def misread(config: Any) -> ModelConfig:
         return parse_config({**config, "rope_theta": 9.0})
 
-    monkeypatch.setattr(export.pipeline, "parse_config", misread)
+    monkeypatch.setattr(export.model_reading, "parse_config", misread)
     model = write_checkpoint(tmp_path / "model", config_of("llama", num_hidden_layers=2, rope_theta=1e6))
     assert exported(model, tmp_path / "artifact")["passed"]
     command = ["export", str(model), "--out", str(tmp_path / "other"), "--verify", "transformers"]
