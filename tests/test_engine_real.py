@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export.architectures import parse_config
+from export.artifact_writer import write_manifest
 from export.calibrated_export import CalibratedModel, QuantizationOptions, prepare
 from export.calibration_set import CalibrationOptions
 from export.checkpoint import Checkpoint, open_checkpoint
@@ -50,6 +51,7 @@ def built(directory: Path, checkpoint: Checkpoint, precision: str, model: Calibr
     """Without the receipt's figures, which take longer than the build; other tests hold that they are asked for."""
     config = parse_config(checkpoint.config)
     artifact = write_unverified(directory, checkpoint, config, None, 512, model, dialects=("trt",), name=precision)
+    write_manifest(directory, artifact.manifest)
     graph = artifact.manifest.files[artifact.manifest.dialects["trt"]].sha256
     return build_engine(replace(artifact, receipt={"graphs": {"trt": graph}}), OPTIONS)
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from runtime.chat_template import ChatTemplate
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.tool_formats import GENERIC, HERMES, TOOL_FORMATS, ToolFormat, plain_messages
 from runtime.tool_parser import ToolCallParser
@@ -185,8 +184,7 @@ ITEMS = "{% for c in messages[0].tool_calls %}{{ c.function.arguments.items() | 
     ],
 )
 def test_templates_get_text_and_those_that_want_objects_get_one(source: str, prompt: str) -> None:
-    model = fake_text_model(capacity=512)
-    model._chat_template = ChatTemplate(source, {})
+    model = fake_text_model(capacity=512, template=source)
     model.start()
     client = create_app(model).test_client()
     body = {"model": NAME, "messages": [called(arguments="London")], "max_tokens": 1}
@@ -213,7 +211,7 @@ def app() -> Iterator[Flask]:
 @pytest.fixture(scope="module")
 def client(app: Flask) -> Iterator[openai.OpenAI]:
     transport = httpx.Client(transport=httpx.WSGITransport(app=app))
-    with openai.OpenAI(base_url="http://x/v1", api_key="k", max_retries=0, http_client=transport) as client:
+    with openai.OpenAI(base_url="http://localhost/v1", api_key="k", max_retries=0, http_client=transport) as client:
         yield client
 
 
