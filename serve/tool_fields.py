@@ -6,11 +6,11 @@ out when a call is forced, by `runtime/grammar.py`. Knows nothing of HTTP or of 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.core import Constraint, ConstraintKind
+from runtime.core import Constraint, ConstraintKind, LateCheck
 from runtime.errors import InvalidRequest
 from runtime.schema_translation import TranslatedSchema, translate_schema
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
@@ -47,11 +47,15 @@ class ToolUse:
         """What holds the answer to calls, if it has to be calls."""
         if not self.forced:
             return None
-        translated = {tool.name: _translated(self.tools.index(tool), tool) for tool in self.forced}
-        tools = [replace(tool, compiled=translated[tool.name].source) for tool in self.forced]
+        tools, checks = self._compilable(self.forced)
         source = calls_grammar(form, tools, is_parallel=self.is_parallel)
-        checks = (check for found in translated.values() for check in found.late_checks)
-        return Constraint(ConstraintKind.GRAMMAR, source, "tools", late_checks=tuple(checks))
+        return Constraint(ConstraintKind.GRAMMAR, source, "tools", late_checks=checks)
+
+    def _compilable(self, tools: Sequence[Tool]) -> tuple[list[Tool], tuple[LateCheck, ...]]:
+        """The tools with what of their parameters a grammar can hold, and the checks for the rest."""
+        translated = [_translated(self.tools.index(tool), tool) for tool in tools]
+        checks = tuple(check for found in translated for check in found.late_checks)
+        return [replace(tool, compiled=found.source) for tool, found in zip(tools, translated, strict=True)], checks
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")
