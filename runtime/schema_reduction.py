@@ -22,7 +22,7 @@ from runtime.schema_refs import Place
 from runtime.schema_repair import PlacedSchema, Schema
 
 MAX_ITEMS = 100_000
-"""Most items that the grammar counts: it has a rule for each."""
+"""Most items or properties that the grammar counts: it has a rule for each."""
 EXACT_NUMBER = 2**53
 """Numbers are 64-bit floats to the compiler: up to here every whole number is itself."""
 LEAST_DECIMAL = 1e-4
@@ -108,7 +108,8 @@ class _Reduction:
         """What is done with each keyword; with the others nothing, because they mean something to these only."""
         return {
             "type": self._type,
-            **dict.fromkeys(("required", "minItems", "minLength", "maxLength"), self._keep),
+            **dict.fromkeys(("required", "minLength", "maxLength"), self._keep),
+            **dict.fromkeys(("minItems", "maxItems"), self._item_count),
             **dict.fromkeys(("items", "additionalProperties"), self._inner),
             **dict.fromkeys(("properties", "patternProperties"), self._inner_map),
             **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._bound),
@@ -125,7 +126,6 @@ class _Reduction:
             "pattern": self._pattern,
             "format": self._format,
             "multipleOf": self._multiple,
-            "maxItems": self._max_items,
             "contains": self._contains,
             "uniqueItems": self._unique,
         }
@@ -267,9 +267,9 @@ class _Reduction:
         else:
             self._leave_out(at.schema, at.name)
 
-    def _max_items(self, at: _Keyword) -> None:
+    def _item_count(self, at: _Keyword) -> None:
         if at.value <= MAX_ITEMS:
-            at.out["maxItems"] = at.value
+            at.out[at.name] = at.value
         else:
             self._is_exact = False
 
@@ -294,7 +294,8 @@ class _Reduction:
             most = None
         wanted = {"minProperties": bool(least), "maxProperties": most is not None}
         is_whole = not is_merged and APPLICATORS.isdisjoint(out)
-        is_countable = not optional or (is_closed and least <= 1 and most in (None, 1))
+        is_countable = max(least, most or 0) <= MAX_ITEMS
+        is_countable &= not optional or (is_closed and least <= 1 and most in (None, 1))
         for keyword in (keyword for keyword, is_wanted in wanted.items() if is_wanted):
             if is_whole and is_countable:
                 out[keyword] = schema[keyword]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from runtime.call_or_answer import calls_or
-from runtime.core import Constraint, ConstraintKind
+from runtime.core import Constraint, ConstraintKind, LateCheck
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.schema_translation import TranslatedSchema, translate_schema
 from runtime.tool_formats import Tool, ToolFormat, calls_grammar
@@ -57,15 +57,18 @@ class ToolUse:
         have one."""
         if not self.forced and answer is None:
             return None
-        offered = self.forced or self.tools
-        translated = [_translated(self.tools.index(tool), tool) for tool in offered]
-        tools = [replace(tool, compiled=found.source) for tool, found in zip(offered, translated, strict=True)]
-        checks = tuple(check for found in translated for check in found.late_checks)
+        tools, checks = self._compilable(self.forced or self.tools)
         if self.forced or answer is None:
             source = calls_grammar(form, tools, is_parallel=self.is_parallel)
             return Constraint(ConstraintKind.GRAMMAR, source, "tools", late_checks=checks)
         with_calls = calls_or(answer, form, tools, is_parallel=self.is_parallel)
         return replace(with_calls, late_checks=(*answer.late_checks, *checks))
+
+    def _compilable(self, tools: Sequence[Tool]) -> tuple[list[Tool], tuple[LateCheck, ...]]:
+        """The tools with what of their parameters a grammar can hold, and the checks for the rest."""
+        translated = [_translated(self.tools.index(tool), tool) for tool in tools]
+        checks = tuple(check for found in translated for check in found.late_checks)
+        return [replace(tool, compiled=found.source) for tool, found in zip(tools, translated, strict=True)], checks
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from export.architectures import ARCHITECTURES, parse_config
@@ -143,6 +143,14 @@ def test_a_config_of_the_model_type_alone_is_the_family(family: str, tmp_path: P
     chosen=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}),
     missing=st.sets(st.sampled_from(sorted(WHOLE)), max_size=2),
 )
+@example(
+    family="qwen2",
+    chosen={
+        "head_dim": NULL,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
+    missing=set(),
+)
 def test_what_is_accepted_means_the_same(
     family: str, chosen: dict[str, Any], missing: set[str], tmp_path: Path
 ) -> None:
@@ -158,7 +166,10 @@ def test_what_is_accepted_means_the_same(
     except Exception:  # stricter than transformers 4, which wrote configs with null where a number belongs
         assert None in raw.values(), raw
         return
-    assert_same(ours, theirs, raw)
+    try:
+        assert_same(ours, theirs, raw)
+    except TypeError:  # transformers 5 reads a head_dim of null, and then multiplies it when it computes yarn
+        assert raw.get("head_dim", 0) is None, raw
 
 
 def test_both_names_of_the_rotary_settings_are_read(tmp_path: Path) -> None:

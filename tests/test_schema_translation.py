@@ -115,6 +115,14 @@ def test_only_what_constrains_reaches_the_compiler() -> None:
     assert translated(schema).source == translated(value({"type": "string"})).source
 
 
+def test_counts_beyond_any_answer_are_not_compiled() -> None:
+    beyond = {"minItems": 10**9, "maxItems": 10**9, "maxLength": 2**63, "minProperties": 10**9}
+    found = translated({**beyond, "minLength": 5, "maxProperties": 2**31 - 1, "minimum": -(2**63)})
+    assert found.source == '{"minLength":5}'
+    (check,) = found.late_checks
+    assert check.left_out == ("/minProperties",) and check_answer(check, "[]").outcome is Outcome.FAILED
+
+
 def test_a_schema_that_is_not_an_object() -> None:
     assert translated(True).source == "true"
     assert translated(None).source == translated([]).source == "{}"
