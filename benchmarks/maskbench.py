@@ -38,7 +38,7 @@ from runtime.token_guide import GrammarGuide
 from tests.byte_tokenizer import byte_tokenizer
 
 EOS_ID, VOCAB_SIZE = 257, 258
-MAX_TRIES = 150_000
+MAX_TRIES = 30_000
 """Orders of properties that are tried for one answer."""
 
 PARAM = "schema"
