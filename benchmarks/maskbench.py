@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,7 +39,7 @@ from runtime.token_guide import GrammarGuide
 from tests.byte_tokenizer import byte_tokenizer
 
 EOS_ID, VOCAB_SIZE = 257, 258
-MAX_TRIES = 150_000
+MAX_TRIES = 30_000
 """Orders of properties that are tried for one answer."""
 
 PARAM = "schema"
@@ -232,8 +233,9 @@ def is_let_through(constraint: Constraint, answer: Any) -> bool:
 def serve_files(connection: Connection) -> None:
     """What a process of the benchmark does: files in, results out."""
     sys.setrecursionlimit(20_000)  # the search goes one deeper with each field
-    while True:
-        connection.send(run_file(connection.recv()))
+    with suppress(EOFError, OSError):  # the benchmark was ended
+        while True:
+            connection.send(run_file(connection.recv()))
 
 
 def results(paths: Sequence[Path], *, num_jobs: int, timeout_s: float) -> Iterator[SchemaResult]:
