@@ -140,7 +140,7 @@ class EngineThread:
         with self._changed:
             self._is_accepting = False
             self._failure = reason
-            arrived = [item for item in self._inbox if isinstance(item, Sequence)]
+            arrived = self._arrived()
             self._inbox.clear()
             self._num_inbox = 0
             try:
@@ -150,7 +150,7 @@ class EngineThread:
                 self._changed.notify_all()
 
     def _cancel_all(self) -> None:
-        waiting = [item.request.request_id for item in self._inbox if isinstance(item, Sequence)]
+        waiting = [sequence.request.request_id for sequence in self._arrived()]
         self._inbox.extend([*self._engine.live, *waiting])
         self._changed.notify_all()
 
@@ -158,8 +158,12 @@ class EngineThread:
         return (self._is_idle and not self._inbox) or not self._thread.is_alive()
 
     def _is_known(self, request_id: str) -> bool:
-        queued = (item for item in self._inbox if isinstance(item, Sequence))
-        return request_id in self._engine.live or any(s.request.request_id == request_id for s in queued)
+        return request_id in self._engine.live or any(s.request.request_id == request_id for s in self._arrived())
+
+    def _arrived(self) -> list[Sequence]:
+        """The sequences in the inbox. Of a copy: the lock does not hold off its own thread, on which the garbage
+        collector may close an abandoned reply at any moment, and that puts a cancellation into the inbox."""
+        return [item for item in tuple(self._inbox) if isinstance(item, Sequence)]
 
     def _check_accepting(self) -> None:
         if self._failure is not None:

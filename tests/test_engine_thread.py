@@ -8,12 +8,15 @@ import pytest
 
 from runtime.chat_template import ChatTemplate
 from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenEvent
+from runtime.engine import Engine
+from runtime.engine_thread import EngineThread
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
 from runtime.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text_model import TextModel
 from tests.byte_tokenizer import byte_tokenizer
 from tests.fake_session import FakeSession
+from tests.test_engine import make_request
 
 VOCAB = 258
 LONG_WAIT_S = 30.0
@@ -292,3 +295,25 @@ def test_chat_needs_a_template_and_uses_it() -> None:
         assert (ids[0], ids[-1]) == (256, 257)
         assert b"".join(model.token_bytes(i) for i in ids).decode() == "hé"
         assert model.token_text(257) == "<|end|>"
+
+
+def test_an_abandoned_reply_may_be_closed_in_the_middle_of_anything() -> None:
+    """The garbage collector runs on whatever thread allocates, also on one that holds the inbox's lock."""
+    thread = EngineThread(Engine(FakeSession(num_slots=1)), max_waiting=8)
+
+    class Meddler(str):
+        """An id that, looked at, has a cancellation put in, as a collected reply does."""
+
+        def __eq__(self, other: object) -> bool:
+            thread.cancel("abandoned")
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    thread._is_accepting = True  # without its thread: nothing empties the inbox
+    for name in (Meddler("a"), Meddler("b")):
+        thread.submit(make_request(name, [1], greedy(1))[0])
+    with pytest.raises(InvalidRequest, match="request id 'b' is in use"):
+        thread.submit(make_request("b", [1], greedy(1))[0])
+    thread.submit(make_request("c", [1], greedy(1))[0])
+    assert thread.stats().num_waiting == 3
