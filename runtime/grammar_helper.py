@@ -93,8 +93,9 @@ class RefusedError(Exception):
 def main() -> int:
     """Serve trials on the socket that is standard input, until it ends."""
     control = socket.socket(fileno=sys.stdin.fileno())
-    # A terminal's ^C reaches every process of the server, which may have requests to finish; SIGTERM likewise.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # A terminal's ^C and its end reach every process of the server, and the second may mean a reload. SIGTERM, where it
+    # is sent to all of them, means the end: a server that drains takes no new constraints.
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

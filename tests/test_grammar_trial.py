@@ -157,8 +157,18 @@ def test_closing_ends_the_process_and_what_runs_in_it() -> None:
         eventually(lambda: not any(map(is_running, pids)), "all have ended")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_to_the_whole_group_leave_it_to_the_server(plenty: GrammarTrials, number: signal.Signals) -> None:
+def test_the_end_of_the_whole_group_is_its_end_too() -> None:
+    """Who stops a server by its process group is to find nothing of it alive; the next constraint begins anew."""
+    with trials() as opened:
+        opened.try_out(PATTERN)
+        pid = helper_pid(opened)
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not is_running(pid), "it has ended")
+        assert opened.try_out(PATTERN).grammar and helper_pid(opened) != pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_of_a_terminal_leave_it_to_the_server(plenty: GrammarTrials, number: signal.Signals) -> None:
     """A server that was told to stop may have requests to finish."""
     plenty.try_out(PATTERN)
     pid = helper_pid(plenty)
