@@ -37,7 +37,7 @@ help:  ## list the targets
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
-	@exec $(BIN)/headrace serve '$(OUT)' --port $(PORT) --ask 'Why is the sky blue?'
+	@exec $(BIN)/headrace serve '$(OUT)' --port $(PORT) --ask 'What is the capital of Japan?'
 
 test: $(VENV)/.tested  ## set up what the tests need and run them, JOBS files at a time
 	@$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
