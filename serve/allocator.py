@@ -9,7 +9,6 @@ Two habits of it make resident memory grow for ten thousand requests though noth
 The limits are read when a process begins, the first from nowhere but its environment; hence a second beginning.
 """
 
-import ctypes
 import os
 import sys
 from collections.abc import Mapping
@@ -39,13 +38,6 @@ def begin_again_tuned() -> None:
     environment = tuned(os.environ)
     if environment is not None and sys.executable and _is_glibc():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - no shell wanted
-
-
-def release_free_memory() -> None:
-    """Give what is free in the heaps back to the operating system: after a model was closed, that is hundreds of
-    megabytes, which its successor, loaded beside it, does not need any more."""
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_glibc() -> bool:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import HeadraceError, InvalidSetting, ModelNotFound, Unavailable
+from runtime.freed_memory import give_back_freed
 from runtime.text_model import TextModel
-from serve.allocator import release_free_memory
 from serve.fields import shown
 from serve.metrics import ServerMetrics
 
@@ -188,7 +188,8 @@ class ModelRegistry:
         with self._changed:
             self._changed.wait_for(lambda: old.num_leases == 0 or self._is_closing)
         old.model.close()
-        release_free_memory()
+        # What a closed model leaves in the heap is hundreds of megabytes, and its successor is loaded already.
+        give_back_freed()
 
     def drain(self, timeout_s: float) -> bool:
         """Stop accepting everywhere, wait for what runs, cancel the rest. True if nothing was cancelled."""

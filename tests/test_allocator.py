@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from serve.allocator import SETTINGS, VARIABLE, release_free_memory, tuned
+from runtime.freed_memory import give_back_freed
+from serve.allocator import SETTINGS, VARIABLE, tuned
 from tests.test_kv_pages import resident_bytes
 
 NUM_THREADS = 8
@@ -85,6 +86,6 @@ def test_what_a_closed_model_leaves_in_the_heap_goes_back_to_the_system() -> Non
     for piece in pieces[:-1]:  # the last one is above all others: the heap cannot just become shorter
         libc.free(piece)
     held = resident_bytes()
-    release_free_memory()
+    give_back_freed()
     assert held - resident_bytes() > 2**26
     libc.free(pieces[-1])
