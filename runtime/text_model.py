@@ -272,8 +272,8 @@ class TextModel:
         return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
 
     def encode_prediction(self, text: str) -> list[int]:
-        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. None if nothing is speculated here, or
-        if no answer can be so long: they would be without effect, or of little."""
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. Empty if nothing is speculated here,
+        or if the text is longer than any answer can be: as drafts they would have no effect, or little."""
         if not self._engine.is_speculating:
             return []
         try:

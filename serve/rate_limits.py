@@ -86,14 +86,13 @@ class RateLimits:
             self._running[key.name] += 1
         return Reservation(key)
 
-    def reserve_prompt(self, reservation: Reservation, num_tokens: int, *, param: str = "prompt") -> None:
-        """Reserve a prompt. Raises RateLimitedError if the minute has no room for it, InvalidRequest, which names the
-        field `param`, if none ever has."""
+    def reserve_prompt(self, reservation: Reservation, num_tokens: int) -> None:
+        """Reserve a prompt. Raises RateLimitedError if this minute has no room for it, InvalidRequest if none has."""
         key, limit = reservation.key, reservation.key.tokens_per_minute
         if limit is not None and num_tokens > limit:
             raise InvalidRequest(
                 f"the prompt has {num_tokens} tokens and the key {key.name} may use {limit} in a minute; shorten it",
-                param=param,
+                param="prompt",
             )
         with self._lock:
             self._check_room(key, TOKENS, num_tokens)

@@ -59,11 +59,12 @@ def noted(context: Context) -> Iterator[None]:
 
 @contextmanager
 def blaming(param: str) -> Iterator[None]:
-    """Let a PromptTooLong name the field that the prompt came from; the engine knows prompts alone."""
+    """Let errors of the prompt name the field that it came from; engine and limits know prompts alone."""
     try:
         yield
-    except PromptTooLong as error:
-        error.param = param
+    except InvalidRequest as error:
+        if isinstance(error, PromptTooLong) or error.param == "prompt":
+            error.param = param
         raise
 
 

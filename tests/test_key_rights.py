@@ -69,6 +69,13 @@ def test_a_refused_request_costs_nothing(client: FlaskClient, fields: dict[str, 
     assert [post(client, BOB).status_code for _ in range(3)] == [200, 200, 429]
 
 
+def test_a_prompt_that_no_minute_has_room_for_is_blamed_on_its_own_field(client: FlaskClient) -> None:
+    chat = {"model": NAME, "messages": [{"role": "user", "content": "x" * 120}], "max_tokens": 4}
+    answer = client.post("/v1/chat/completions", json=chat, headers=bearer(CAROL))
+    assert answer.status_code == 400 and answer.get_json()["error"]["param"] == "messages"
+    assert post(client, CAROL, prompt="x" * 120).get_json()["error"]["param"] == "prompt"
+
+
 def test_a_key_may_have_a_limit_of_requests_at_once(client: FlaskClient) -> None:
     running = post(client, BOB, is_read=False, stream=True, max_tokens=200)
     next(running.iter_encoded())
