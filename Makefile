@@ -14,7 +14,7 @@ KV ?=
 CALIB ?=
 DIALECT ?=
 OPTIMIZE ?=
-# The name in the default OUT, as export/identity.py has it: only the suffix of a weight file goes, so that Llama-3.2-1B
+# The name in the default OUT, as export/artifact/identity.py has it: only the suffix of a weight file goes, so that Llama-3.2-1B
 # and Llama-3.2-3B stay apart.
 NAME := $(shell basename "$$(case '$(MODEL)' in (.|./|..|../|*/..|*/../) realpath '$(MODEL)';; (*) echo '$(MODEL)';; esac)" \
     | sed -E 's/(.)\.(gguf|safetensors)$$/\1/I' | tr A-Z a-z)

@@ -6,16 +6,16 @@ import sys
 
 VERBS = {
     "export": ("export.cli", "write a checkpoint as an ONNX artifact"),
-    "engine": ("export.engine_cli", "compile an artifact for TensorRT"),
+    "engine": ("export.tensorrt.cli", "compile an artifact for TensorRT"),
     "serve": ("serve.cli", "serve an artifact over HTTP"),
-    "generate": ("runtime.generate", "stream an answer to the terminal"),
-    "eval": ("runtime.evaluate", "perplexity of an artifact on a text, and its distance from another"),
-    "bench": ("runtime.bench", "prefill and decode speed, memory, fraction of the roofline"),
-    "fit": ("runtime.fit", "which precision, context and batch fit a device's memory, with the sums"),
-    "verify": ("runtime.verify_command", "repeat the receipt's tokens on the device that will serve"),
-    "doctor": ("runtime.doctor", "which devices can run a model here, and what the others want"),
-    "key": ("serve.key_command", "make an API key for a server"),
-    "inspect": ("runtime.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),
+    "generate": ("runtime.commands.generate", "stream an answer to the terminal"),
+    "eval": ("runtime.commands.evaluate", "perplexity of an artifact on a text, and its distance from another"),
+    "bench": ("runtime.commands.bench", "prefill and decode speed, memory, fraction of the roofline"),
+    "fit": ("runtime.commands.fit", "which precision, context and batch fit a device's memory, with the sums"),
+    "verify": ("runtime.commands.verify", "repeat the receipt's tokens on the device that will serve"),
+    "doctor": ("runtime.commands.doctor", "which devices can run a model here, and what the others want"),
+    "key": ("serve.access.key_command", "make an API key for a server"),
+    "inspect": ("runtime.commands.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),
 }
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"headrace: no verb {verb!r}; one of {', '.join(VERBS)}\n")
         return 2
     if argv is None and verb == "serve":
-        from serve.allocator import begin_again_tuned
+        from serve.process.allocator import begin_again_tuned
 
         begin_again_tuned()
     return _run(verb, args[1:])

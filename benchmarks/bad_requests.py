@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.serving import Server, served, tiny_artifact
+from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
-from serve.openai_requests import CHAT_FIELDS, COMPLETION_FIELDS
-from serve.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+from serve.api.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS
 
 REPLY_S = 60
 ASKED_FOR = "late, as asked"

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import calibration_data
-from runtime.artifact import Artifact, open_artifact
-from runtime.bench_runs import opened
+from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.commands.bench_runs import opened
+from runtime.commands.roofline import describe_machine
 from runtime.core import SamplingParams
 from runtime.errors import HeadraceError
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
+from runtime.text.tokenizer import Tokenizer
 from runtime.text_model import TextModel
-from runtime.tokenizer import Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = (4, 200), (8, 48)
 CAPACITY = PROMPT_TOKENS[1] + NEW_TOKENS[1]

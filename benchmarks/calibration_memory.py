@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.export_memory import peak_of_export, write_random
-from export.architectures import parse_config
-from export.checkpoint import open_checkpoint
-from export.memory_plan import phases
-from export.precision import precision_named
-from runtime.roofline import describe_machine
+from export.checkpoint.protocol import open_checkpoint
+from export.model.architectures import parse_config
+from export.model.precision import precision_named
+from export.pipeline.memory_plan import phases
+from runtime.commands.roofline import describe_machine
 
 MAY_GROW, MAY_MISS = 1.1, 0.2
 FEW, MANY, LENGTH = 16, 512, 512

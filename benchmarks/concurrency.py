@@ -23,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from runtime.artifact import open_artifact
-from runtime.bench_runs import EngineRun, opened, random_ids, run_requests
+from runtime.artifact.manifest import open_artifact
+from runtime.commands.bench_runs import EngineRun, opened, random_ids, run_requests
+from runtime.commands.roofline import describe_machine
 from runtime.core import SamplingParams
 from runtime.errors import HeadraceError
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
 
 START_S = 300
 """Longest wait for the server; hashing and loading a large artifact from a slow disk takes minutes."""

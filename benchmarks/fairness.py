@@ -25,15 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.artifact import open_artifact
-from runtime.bench_runs import decode, prefill, random_ids
+from runtime.artifact.manifest import open_artifact
+from runtime.backends.ort.cpu_session import OrtSession
+from runtime.commands.bench_runs import decode, prefill, random_ids
+from runtime.commands.roofline import describe_machine
 from runtime.core import Request, SamplingParams, TokenEvent
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import HeadraceError
-from runtime.ort_session import OrtSession
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
-from runtime.session import Batch
+from runtime.session.session import Batch
 
 CHUNK = 128
 SLACK = 1.5

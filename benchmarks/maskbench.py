@@ -29,14 +29,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.commands.roofline import describe_machine
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
-from runtime.grammar import GrammarCompiler
-from runtime.roofline import describe_machine
-from runtime.schema_check import Outcome, check_answer
-from runtime.schema_translation import translate_schema
-from runtime.token_guide import GrammarGuide
-from tests.byte_tokenizer import byte_tokenizer
+from runtime.grammar.grammar import GrammarCompiler
+from runtime.grammar.guide import GrammarGuide
+from runtime.grammar.schema.check import Outcome, check_answer
+from runtime.grammar.schema.translation import translate_schema
+from tests.support.byte_tokenizer import byte_tokenizer
 
 EOS_ID, VOCAB_SIZE = 257, 258
 MAX_TRIES = 30_000

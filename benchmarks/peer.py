@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from export.default_model import cache_dir
-from export.pipeline import ExportOptions, export_model
-from runtime.artifact import PRECISIONS, Artifact, open_artifact
-from runtime.bench_runs import decode, prefill
+from export.checkpoint.default_model import cache_dir
+from export.pipeline.export_model import ExportOptions, export_model
+from runtime.artifact.manifest import PRECISIONS, Artifact, open_artifact
+from runtime.backends.ort.cpu_session import OrtSession
+from runtime.commands.bench_runs import decode, prefill
+from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError, InvalidArtifact
-from runtime.ort_session import OrtSession
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
 
 NUM_SLOTS, CAPACITY = 32, 1024
 # Set on our side only where somebody tunes numpy; a peer is to choose its threads as it does for everyone.

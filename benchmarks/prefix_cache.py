@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.artifact import open_artifact
+from runtime.artifact.manifest import open_artifact
+from runtime.backends.ort.cpu_session import OrtSession
+from runtime.commands.roofline import describe_machine
 from runtime.core import Request, SamplingParams
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import HeadraceError
-from runtime.ort_session import OrtSession
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
 
 COLD_REQUESTS, COLD_PROMPT, COLD_TOKENS = 16, 256, 8
 COLD_SLOTS = 8

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.concurrency import Address, served
+from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError
-from runtime.roofline import describe_machine
 
 SEED = 7
 REQUEST_S = 600

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from export.pipeline import ExportOptions, export_model
+from export.pipeline.export_model import ExportOptions, export_model
 from runtime.errors import HeadraceError
-from tests.byte_tokenizer import CONFIG, byte_level_hf
-from tests.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 START_S = 300
 """Longest wait for the server; hashing and loading a large artifact from a slow disk takes minutes."""

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.speculation_tasks import COPY, HELD, PLAIN, Task
-from runtime.artifact import open_artifact
-from runtime.chat_template import TEMPLATE_FILE, load_chat_template
+from runtime.artifact.manifest import open_artifact
+from runtime.backends.ort.cpu_session import OrtSession
+from runtime.commands.roofline import describe_machine
 from runtime.core import Constraint, Request, SamplingParams, TokenEvent, Usage
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.speculation.speculator import Speculator
 from runtime.errors import HeadraceError
-from runtime.grammar import GrammarCompiler
-from runtime.ort_session import OrtSession
+from runtime.grammar.grammar import GrammarCompiler
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
-from runtime.speculation import Speculator
-from runtime.tokenizer import Tokenizer
+from runtime.text.chat.template import TEMPLATE_FILE, load_chat_template
+from runtime.text.tokenizer import Tokenizer
 
 ALONE = 3
 """Tasks of each kind that are measured one at a time; the batch takes all four."""

@@ -4,7 +4,7 @@ import json
 from typing import NamedTuple
 
 from runtime.core import Constraint, ConstraintKind
-from runtime.tool_formats import HERMES, Tool, calls_grammar
+from runtime.text.tools.formats import HERMES, Tool, calls_grammar
 
 STORY = (
     "The ferry to the island leaves at nine in the morning and returns at six in the evening. Tickets cost twelve "

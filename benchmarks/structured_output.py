@@ -2,8 +2,8 @@
 
 usage: python -m benchmarks.structured_output ARTIFACT [--repeat 21] [--new-tokens 32] [--max-tokens 1500]
 
-1. The 200 schemas of tests/graded_schemas.py, eight requests at a time, sampled at temperature 0.7; each answer is
-   parsed and validated by `jsonschema`. Answers cut by --max-tokens are counted apart: they may be fine so far.
+1. The 200 schemas of tests/support/graded_schemas.py, eight requests at a time, sampled at temperature 0.7; each answer
+   is parsed and validated by `jsonschema`. Answers cut by --max-tokens are counted apart: they may be fine so far.
 2. The time of a decode step of eight rows, free and held to a schema, in turn: A B A B. Rows generate as many tokens
    from the same prompts; medians over the steps of a round, the ratio of neighbouring rounds. The rounds are short, two
    seconds, since a machine that others share changes its pace by more than a mask costs.
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 from jsonschema import Draft202012Validator
 
+from runtime.commands.roofline import describe_machine
 from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParams, Usage
 from runtime.progress import progress_bar
-from runtime.roofline import describe_machine
 from runtime.settings import EngineSettings
 from runtime.text_model import TextModel, open_text_model
-from tests.graded_schemas import Graded, graded_schemas
+from tests.support.graded_schemas import Graded, graded_schemas
 
 BATCH = 8
 MAX_MASK_SHARE = 0.05

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.environment import CudaDevice, Environment
 from runtime.core import SamplingParams
-from runtime.environment import CudaDevice, Environment
 from runtime.errors import HeadraceError
 from runtime.settings import EngineSettings
 from runtime.text_model import open_text_model

@@ -29,9 +29,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from deploy.hashes import with_hashes, write_checksum
-from export.artifact_writer import file_entry, write_json
-from runtime.artifact import CALIBRATION, CALIBRATION_ARRAYS, MANIFEST, RECEIPT, Artifact, open_artifact, read_manifest
-from runtime.engine_files import ENGINES, engine_files
+from export.artifact.writer import file_entry, write_json
+from runtime.artifact.manifest import (
+    CALIBRATION,
+    CALIBRATION_ARRAYS,
+    MANIFEST,
+    RECEIPT,
+    Artifact,
+    open_artifact,
+    read_manifest,
+)
+from runtime.artifact.plan_files import ENGINES, engine_files
 from runtime.errors import HeadraceError, InvalidSetting
 
 HERE = Path(__file__).parent

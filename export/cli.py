@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.artifact import DIALECT_FILES, PRECISIONS
+from runtime.artifact.manifest import DIALECT_FILES, PRECISIONS
 from runtime.errors import InvalidSetting
 
 if TYPE_CHECKING:
-    from export.identity import Present
-    from runtime.artifact import Artifact
+    from export.artifact.identity import Present
+    from runtime.artifact.manifest import Artifact
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +105,7 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     """Export; prints the receipt's figures and where the artifact is."""
     args = _parser().parse_args(argv)
-    from export.identity import check_replaceable, default_name, identity_of
+    from export.artifact.identity import check_replaceable, default_name, identity_of
 
     suffix = "-kv-int8" if args.kv == "int8" else ""
     out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
@@ -128,12 +128,12 @@ def main(argv: list[str]) -> int:
 
 
 def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "Artifact":
-    from export.calibrated_export import QuantizationOptions
-    from export.calibration_set import calibration_options
-    from export.choose_precision import export_fastest
-    from export.int8_model import Int8Options
-    from export.kv_calibration import INT8, NUM_SEQUENCES
-    from export.pipeline import ExportOptions, export_model
+    from export.calibration.dataset import calibration_options
+    from export.pipeline.auto_precision import export_fastest
+    from export.pipeline.calibrated import QuantizationOptions
+    from export.pipeline.export_model import ExportOptions, export_model
+    from export.quantize.int8.model import Int8Options
+    from export.quantize.kv_cache import INT8, NUM_SEQUENCES
 
     options = ExportOptions(
         model=args.model,
@@ -170,8 +170,8 @@ def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "
 
 
 def _print(artifact: "Artifact", out: Path) -> None:
-    from runtime.artifact import described
-    from runtime.choice import choice_lines, read_choice
+    from runtime.artifact.choice import choice_lines, read_choice
+    from runtime.artifact.manifest import described
 
     if (choice := read_choice(artifact)) is not None:
         sys.stdout.write("\n".join(choice_lines(choice)) + "\n")
@@ -188,8 +188,8 @@ def _print(artifact: "Artifact", out: Path) -> None:
 @contextmanager
 def _naming_what_is_kept(out: Path) -> Iterator[None]:
     """If the export does not finish, say where the finished part of its calibration lies."""
-    from export.artifact_writer import resolved
-    from export.calibrated_export import workdir_of
+    from export.artifact.writer import resolved
+    from export.pipeline.calibrated import workdir_of
 
     try:
         yield
@@ -227,7 +227,7 @@ def _share(text: str) -> float:
 
 def _lack(out: Path, present: "Present", dialects: Sequence[str], max_len: int | None) -> str | None:
     """What an artifact of the same model lacks of what is asked for; None if nothing."""
-    from runtime.artifact import open_artifact
+    from runtime.artifact.manifest import open_artifact
     from runtime.errors import InvalidArtifact
 
     if missing := [dialect for dialect in dialects if dialect not in present.dialects]:

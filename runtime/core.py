@@ -95,7 +95,7 @@ class LateCheck:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """The form that an answer must have, as a request writes it; `runtime/grammar.py` reads it.
+    """The form that an answer must have, as a request writes it; `runtime/grammar/grammar.py` reads it.
 
     source: a JSON schema as JSON; a regular expression that the whole answer matches; a grammar in Lark's or
         llama.cpp's (GBNF) notation; a JSON list of strings, one of which is the answer
@@ -342,7 +342,9 @@ class EngineStats(NamedTuple):
 
 
 class EngineObserver(Protocol):
-    """Hears what the engine did; called on the engine's thread, must be quick. serve/metrics.py is one."""
+    """Hears what the engine did; called on the engine's thread, must be quick. serve/observe/engine_metrics.py is
+    one.
+    """
 
     def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
         """A step ran: rows decoded, prompt tokens prefilled, seconds in all and inside the session."""

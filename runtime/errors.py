@@ -1,6 +1,6 @@
 """Every error a user can cause, as one tree.
 
-    HeadraceError                    exit code 2; HTTP status from serve/errors.py
+    HeadraceError                    exit code 2; HTTP status from serve/access/errors.py
     |- InvalidRequest                a request field or prompt that cannot be served (400)
     |  |- PromptTooLong              prompt plus max_tokens exceed the context (400)
     |  |- UnsupportedField           a request field that asks for what this server does not do (400)

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from runtime.errors import InvalidSetting
-from runtime.kv_budget import MemoryShare
+from runtime.machine.memory import MemoryShare
 
 T = TypeVar("T")
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from runtime.artifact import open_artifact
-from runtime.chat_options import DEFAULT_CHAT, REASONING, ChatOptions
-from runtime.chat_prompt import ChatPrompts
-from runtime.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
+from runtime.artifact.manifest import open_artifact
+from runtime.artifact.model_card import model_card
+from runtime.backends.select import Backend, check_speculation, open_session
 from runtime.core import (
     DEFAULT_OPTIONS,
     EngineObserver,
@@ -26,23 +25,24 @@ from runtime.core import (
     TokenEvent,
     Usage,
 )
-from runtime.devices import Backend, check_speculation, open_session
-from runtime.draft_model import DraftModel
-from runtime.draft_session import beside_draft, open_draft, open_draft_session
-from runtime.engine import Engine
-from runtime.engine_thread import EngineThread
+from runtime.engine.engine import Engine
+from runtime.engine.speculation.draft_model import DraftModel
+from runtime.engine.speculation.draft_session import beside_draft, open_draft, open_draft_session
+from runtime.engine.speculation.speculator import Speculator
+from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
-from runtime.grammar import GrammarCompiler
-from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, format_bytes
-from runtime.model_card import model_card
-from runtime.one_call import OneCallText
-from runtime.session import Session
+from runtime.grammar.grammar import GrammarCompiler
+from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget, format_bytes
+from runtime.session.session import Session
 from runtime.settings import EngineSettings
-from runtime.speculation import Speculator
-from runtime.stop_strings import RequestText
-from runtime.tokenizer import Tokenizer
-from runtime.tool_formats import TOOL_FORMATS, Tool, detect_format
-from runtime.tool_parser import ToolCallParser
+from runtime.text.chat.options import DEFAULT_CHAT, REASONING, ChatOptions
+from runtime.text.chat.prompt import ChatPrompts
+from runtime.text.chat.template import TEMPLATE_FILE, ChatTemplate, load_chat_template
+from runtime.text.stop_strings import RequestText
+from runtime.text.tokenizer import Tokenizer
+from runtime.text.tools.formats import TOOL_FORMATS, Tool, detect_format
+from runtime.text.tools.one_call import OneCallText
+from runtime.text.tools.parser import ToolCallParser
 
 
 class Generation(Iterator[TokenEvent]):
@@ -123,7 +123,7 @@ class TextModel:
     ) -> None:
         self.name = name
         self.card = card or {}
-        """What the artifact says of itself, for people and clients; see runtime/model_card.py."""
+        """What the artifact says of itself, for people and clients; see runtime/artifact/model_card.py."""
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
@@ -171,8 +171,8 @@ class TextModel:
         max_tokens: int | None = None,
     ) -> list[int]:
         """Token ids of a chat, up to where the assistant speaks. Control tokens in messages and tools are text
-        (runtime/chat_prompt.py). InvalidRequest without a chat template, or for options that cannot be had with it;
-        PromptTooLong for a chat that certainly has more than `max_tokens`, by default those of the context.
+        (runtime/text/chat/prompt.py). InvalidRequest without a chat template, or for options that cannot be had with
+        it; PromptTooLong for a chat that certainly has more than `max_tokens`, by default those of the context.
         """
         if self._chats is None:
             raise InvalidRequest(
@@ -348,8 +348,8 @@ def open_text_model(
 ) -> TextModel:
     """Open an artifact for text generation; the result is not started.
 
-    `backends` are those of runtime/devices.py unless given. Raises InvalidArtifact, InvalidSetting if the settings do
-    not fit the model or the memory, DeviceUnavailable or DeviceFailed if the device cannot be used.
+    `backends` are those of runtime/backends/select.py unless given. Raises InvalidArtifact, InvalidSetting if the
+    settings do not fit the model or the memory, DeviceUnavailable or DeviceFailed if the device cannot be used.
     """
     artifact = open_artifact(path, allow_failed=allow_failed)
     manifest = artifact.manifest

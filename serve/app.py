@@ -1,6 +1,6 @@
 """The Flask application: blueprints over the models, errors, access and metrics around them.
 
-Knows nothing of processes, ports or signals; those are serve/wsgi.py's. Any WSGI server can run what this
+Knows nothing of processes, ports or signals; those are serve/process/wsgi.py's. Any WSGI server can run what this
 makes, Flask's test client included.
 """
 
@@ -8,25 +8,25 @@ from flask import Flask
 from flask.typing import ResponseReturnValue
 
 from runtime.text_model import TextModel
-from serve.access import Access, OnEnd, register_access
-from serve.chat import chat_blueprint
-from serve.completions import completions_blueprint
-from serve.errors import register_errors
-from serve.health import health_blueprint
-from serve.http_metrics import HttpMetrics
-from serve.logs import write_access_line
-from serve.metrics import ServerMetrics
-from serve.model_registry import ModelRegistry
-from serve.models import models_blueprint
-from serve.openapi import openapi_blueprint
-from serve.page_routes import page_blueprint
-from serve.record import RequestRecord
-from serve.replying import Context
-from serve.routes import register_routes
+from serve.access.errors import register_errors
+from serve.access.middleware import Access, OnEnd, register_access
+from serve.access.record import RequestRecord
+from serve.api.chat import chat_blueprint
+from serve.api.completions import completions_blueprint
+from serve.api.health import health_blueprint
+from serve.api.models import models_blueprint
+from serve.api.openapi import openapi_blueprint
+from serve.api.page import page_blueprint
+from serve.api.replying import Context
+from serve.api.routes import register_routes
+from serve.api.status import status_blueprint
+from serve.api.tokenize import tokenize_blueprint
+from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.http_metrics import HttpMetrics
+from serve.observe.logs import write_access_line
+from serve.observe.traces import Traces
+from serve.process.model_registry import ModelRegistry
 from serve.settings import ServerSettings
-from serve.status import status_blueprint
-from serve.tokenize import tokenize_blueprint
-from serve.traces import Traces
 
 BLUEPRINTS = (
     completions_blueprint,

@@ -13,11 +13,11 @@ from runtime.settings import EngineSettings, SharedSettings, add_flags, from_nam
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from runtime.devices import Backend
+    from runtime.backends.select import Backend
     from runtime.text_model import MemoryUse, TextModel
-    from serve.metrics import ServerMetrics
-    from serve.model_registry import ModelRegistry, ModelSource
-    from serve.wsgi import Listener
+    from serve.observe.engine_metrics import ServerMetrics
+    from serve.process.model_registry import ModelRegistry, ModelSource
+    from serve.process.wsgi import Listener
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) -> int:
     """Run the server; the exit code is 0 after a signal, 2 if it could not start.
 
-    `backends` are what --device chooses from, by default those of runtime/devices.py.
+    `backends` are what --device chooses from, by default those of runtime/backends/select.py.
     """
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
@@ -58,7 +58,7 @@ def _source(
     name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
 ) -> "ModelSource":
     """How to open one artifact, and to see whether it has changed since."""
-    from serve.model_registry import ModelSource
+    from serve.process.model_registry import ModelSource
 
     opened: list[MemoryUse] = []
 
@@ -89,7 +89,7 @@ def like_before(engine: EngineSettings, before: "MemoryUse") -> EngineSettings:
 def stamp_of(artifact: Path) -> object:
     """What changes when an artifact is exported again or gets an engine: the manifest's bytes, and which engines there
     are. Raises InvalidArtifact if there is no manifest."""
-    from runtime.engine_files import ENGINES
+    from runtime.artifact.plan_files import ENGINES
 
     try:
         manifest = (artifact / "manifest.json").read_bytes()
@@ -101,7 +101,7 @@ def stamp_of(artifact: Path) -> object:
 
 def read_paths(args: argparse.Namespace) -> dict[str, str]:
     """Name and path of every artifact, the first one the default. Raises InvalidSetting, InvalidArtifact."""
-    from runtime.artifact import open_artifact
+    from runtime.artifact.manifest import open_artifact
 
     paths: dict[str, str] = {}
     if args.artifact is not None:
@@ -129,9 +129,9 @@ def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: 
     """Settings for each model: with several of them, a share of the default caches; see MemoryShare."""
     if len(paths) == 1:
         return [engine]
-    from runtime.artifact import open_artifact
-    from runtime.engine_files import device_weight_bytes
-    from runtime.kv_budget import PREFIX_CACHE_FRACTION, default_budget, shares_of
+    from runtime.artifact.manifest import open_artifact
+    from runtime.artifact.plan_files import device_weight_bytes
+    from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget, shares_of
 
     artifacts = [open_artifact(path, allow_failed=allow_failed, check_hashes=False) for path in paths]
     weight_bytes = [artifact.weight_bytes for artifact in artifacts]
@@ -150,8 +150,8 @@ def serve(
     sources: "Mapping[str, ModelSource]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
     """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had, or must not."""
-    from serve.hosts import check_exposure
-    from serve.wsgi import listen, run_server
+    from serve.access.hosts import check_exposure
+    from serve.process.wsgi import listen, run_server
 
     # More choices than the queue holds would be refused as overload, however often the client tries again.
     server = replace(server, max_choices=min(server.max_choices, max(1, engine.max_waiting)))
@@ -175,7 +175,7 @@ def _announcer(listener: "Listener", question: str | None) -> "Callable[[ModelRe
 
 
 def _ask(url: str, model_name: str, question: str) -> None:
-    from serve.ask import AskFailedError, ask
+    from serve.process.ask import AskFailedError, ask
 
     def write(text: str) -> None:
         sys.stdout.write(text)

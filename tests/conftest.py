@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from export.pipeline import ExportOptions, export_model
-from runtime.artifact import Artifact
+from export.pipeline.export_model import ExportOptions, export_model
+from runtime.artifact.manifest import Artifact
 
 
 @pytest.fixture(scope="session")

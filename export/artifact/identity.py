@@ -1,0 +1,174 @@
+"""Which model an export is of, and which one an artifact directory holds: an export never replaces another's artifact.
+
+names match and precisions match   the same model: a new export replaces the old one
+anything else                      refused, unless the user says --replace
+not an artifact                    refused always: nothing else is ever deleted
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint.open import DEFAULT_MODEL
+from runtime.artifact.json_shape import read_json
+from runtime.artifact.manifest import CHOICE, MANIFEST, PRECISIONS
+from runtime.artifact.plan_files import ENGINES
+from runtime.errors import HeadraceError, InvalidSetting
+
+AUTO = "auto"
+_IMPORTED = "imported"
+"""As precision.py has it, which imports more than a look at a directory may take."""
+
+_WEIGHT_SUFFIX = re.compile(r"\.(gguf|safetensors)$", re.IGNORECASE)
+_SHOWN = 3
+"""File names in a message; more are counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What must agree for one export to replace another.
+
+    source: what the user calls the checkpoint, without its path; origin: a hash of that path, None for what has none
+    precision: as asked for, `auto` included; has_int8_kv: whether the KV cache is in 8 bits
+    """
+
+    source: str
+    origin: str | None
+    precision: str
+    has_int8_kv: bool = False
+
+    @property
+    def described(self) -> str:
+        """For people: `model (w8a16, int8 KV cache)`."""
+        return f"{self.source} ({self.precision}{', int8 KV cache' if self.has_int8_kv else ''})"
+
+    def is_same(self, other: "Identity") -> bool:
+        """Whether an export of this one may take the other's place."""
+        # What was exported before the place was noted has none.
+        is_same_place = None in (self.origin, other.origin) or self.origin == other.origin
+        is_same_precision = self.precision == other.precision or (
+            self.precision == _IMPORTED and other.precision in PRECISIONS
+        )
+        is_same_kv = self.has_int8_kv == other.has_int8_kv
+        return self.source == other.source and is_same_place and is_same_precision and is_same_kv
+
+
+def identity_of(model: str, *, revision: str | None, precision: str, has_int8_kv: bool) -> Identity:
+    """What an export of `model`, as the user gave it, would be; reads no checkpoint."""
+    path = Path(model).expanduser()
+    if model == DEFAULT_MODEL or not path.exists():
+        source = model if revision is None else f"{model}@{revision}"
+        return Identity(source=source, origin=None, precision=precision, has_int8_kv=has_int8_kv)
+    source = path.resolve().name if path.is_dir() else path.name
+    return Identity(source=source, origin=origin_of(path), precision=precision, has_int8_kv=has_int8_kv)
+
+
+def origin_of(path: Path) -> str:
+    """A hash of where a checkpoint lies: tells two of one name apart, and does not tell the path to who reads it."""
+    return hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def default_name(model: str) -> str:
+    """The model's part of the default --out: its last name, lower-case, without the suffix of a weight file.
+
+    Only such a suffix goes: what is behind another dot tells models apart (Llama-3.2-1B, Llama-3.2-3B).
+    """
+    path = Path(model).expanduser()
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return (_WEIGHT_SUFFIX.sub("", name) or name).lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Present:
+    """An artifact that lies where one is to be written, as far as its manifest can be read.
+
+    foreign: what lies in the directory and is none of its files
+    """
+
+    identity: Identity
+    dialects: frozenset[str]
+    max_len: int | None
+    foreign: Sequence[str]
+
+
+def present_at(target: Path) -> Present | None:
+    """What is at `target`: None if nothing, or an empty directory. InvalidSetting for what is no artifact.
+
+    Artifacts of other releases and damaged ones count, as long as their manifest says what they are.
+    """
+    try:
+        if not target.exists():
+            return None
+        if not target.is_dir():
+            raise InvalidSetting(f"{target} is a file; name another --out")
+        names = sorted(entry.name for entry in target.iterdir())
+    except OSError as error:
+        raise InvalidSetting(f"{target} cannot be read: {error.strerror}; name another --out") from error
+    if not names:
+        return None
+    manifest = _manifest_at(target)
+    files = set(manifest["files"])
+    return Present(
+        identity=Identity(
+            source=manifest["source"],
+            origin=manifest.get("origin"),
+            precision=AUTO if CHOICE in files else manifest["precision"],
+            has_int8_kv=_dict_at(manifest, "kv").get("dtype") == "int8",
+        ),
+        dialects=frozenset(map(str, _dict_at(manifest, "dialects"))),
+        max_len=_dict_at(manifest, "dims").get("max_len"),
+        foreign=[name for name in names if name not in files | {MANIFEST, ENGINES}],
+    )
+
+
+def check_replaceable(target: Path, wanted: Identity, *, replaces_any: bool = False) -> Present | None:
+    """What an export to `target` would replace; None if nothing.
+
+    InvalidSetting if it is no artifact, or, unless `replaces_any`, one of another model or precision, or one with
+    somebody's own files in it.
+    """
+    present = present_at(target)
+    if present is None or replaces_any:
+        return present
+    if not wanted.is_same(present.identity):
+        is_namesake = wanted.described == present.identity.described
+        other = "of the same name from another place" if is_namesake else f"and not {wanted.described}"
+        raise InvalidSetting(
+            f"{target} holds {present.identity.described}, {other}; name another --out, or say --replace to delete it"
+        )
+    if present.foreign:
+        more = f" and {len(present.foreign) - _SHOWN} more" if len(present.foreign) > _SHOWN else ""
+        raise InvalidSetting(
+            f"{target} also holds {', '.join(present.foreign[:_SHOWN])}{more}, which no export wrote; move that away, "
+            "or say --replace to delete it"
+        )
+    return present
+
+
+def _manifest_at(target: Path) -> dict[str, Any]:
+    """The manifest as far as identity needs it; InvalidSetting if there is none that is ours."""
+    refusal = InvalidSetting(
+        f"{target} holds something that is not an artifact; name another --out, or empty it yourself"
+    )
+    try:
+        raw = read_json(target / MANIFEST)
+    except HeadraceError as error:
+        raise refusal from error
+    texts = ("source", "precision")
+    is_ours = (
+        isinstance(raw, dict)
+        and isinstance(raw.get("schema_version"), int)
+        and all(isinstance(raw.get(name), str) for name in texts)
+        and isinstance(raw.get("files"), dict)
+    )
+    if not is_ours:
+        raise refusal
+    return dict(raw)
+
+
+def _dict_at(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    value = manifest.get(name)
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,159 @@
+"""Write an artifact so that half of one can never be loaded: into a hidden directory beside it, renamed when whole.
+
+A reader accepts a directory only with a manifest that lists every file; the manifest is written last, and synced.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from export.artifact.identity import present_at
+from runtime.artifact.manifest import MANIFEST, FileEntry, Manifest, sha256_of
+from runtime.errors import HeadraceError, InvalidSetting
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew beyond what is allowed here (see `ulimit -f`)",
+}
+
+_STAGING = ".{name}.partial-{pid}"
+_ASIDE = ".old"
+"""Behind the name of a staging directory: the artifact that it replaces, until it has."""
+
+
+@contextmanager
+def staged(target: Path, *, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
+    """Yield an empty directory; on success it replaces `target`, on any exception it is removed.
+
+    check: raises if what is at `target` must stay; called before anything is written, and again before the swap, since
+        another export may have finished meanwhile. Without it only what is no artifact stays.
+    InvalidSetting if `target` cannot be written, or is something other than an artifact or an empty directory. A full
+    disk is a HeadraceError that says so.
+    """
+    target = resolved(target)
+    present_at(target)
+    check()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(target)
+        staging = target.parent / _STAGING.format(name=target.name, pid=os.getpid())
+        staging.mkdir()
+        lock = _locked(staging)
+    except OSError as error:
+        raise InvalidSetting(f"cannot write to {target.parent}: {error.strerror}") from error
+    try:
+        yield staging
+        _sync(staging)
+        present_at(target)
+        check()
+        _replace(staging, target)
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(target.parent).free
+            raise HeadraceError(
+                f"{_FULL[error.errno]}: {target.parent} had {free / 1e6:,.0f} MB left when writing failed; "
+                "nothing was changed"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def resolved(target: Path) -> Path:
+    """Where `target` really is, so that a link to it stays one. InvalidSetting for links that go round in a circle."""
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError is Python 3.11's word for a circle
+        raise InvalidSetting(f"--out {target} cannot be followed: {error}; name another") from error
+
+
+def write_texts(directory: Path, files: Mapping[str, str]) -> None:
+    """Write small text files, UTF-8."""
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: object) -> None:
+    """Write indented JSON; refuses NaN, which no other reader would take."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def file_entry(file: Path) -> FileEntry:
+    """Size and hash of a file, for the manifest."""
+    return FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _locked(directory: Path) -> int:
+    """A lock on a directory that the kernel drops when this process ends, however it ends; its file descriptor."""
+    handle = os.open(directory, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks: _is_abandoned then goes by the process id
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _is_abandoned(directory: Path) -> bool:
+    """Whether the export that wrote a staging directory is gone."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return not Path(f"/proc/{directory.name.rpartition('-')[2]}").exists()
+    finally:
+        os.close(handle)
+    return True
+
+
+def _clear_stale(target: Path) -> None:
+    """Remove what killed exports to the same target left behind, and put back an artifact that one had set aside."""
+    pattern = re.compile(re.escape(_STAGING.format(name=target.name, pid="PID")).replace("PID", r"\d+"))
+    for left in sorted(target.parent.iterdir()):
+        staging = left.with_name(left.name.removesuffix(_ASIDE))
+        if not pattern.fullmatch(staging.name) or not left.is_dir() or left.is_symlink():
+            continue
+        if staging.is_dir() and not _is_abandoned(staging):
+            continue
+        if left != staging and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Force the files and their names to disk before the rename makes them visible."""
+    for path in (*directory.iterdir(), directory):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Rename over the target; an older artifact steps aside first and is removed last."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = staging.with_name(staging.name + _ASIDE)
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:  # Ctrl-C between the two as well
+        if not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

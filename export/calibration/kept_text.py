@@ -1,0 +1,49 @@
+"""The text of an earlier calibration, which its files do not hold unless they were told to keep it.
+
+What a calibration found (statistics, ranges, costs) is enough for most; rounding weights wants the text once more. It
+is made again from where it came from, and must be the same, by its hash.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from export.calibration.dataset import BUILT_IN, CalibrationOptions, CalibrationSet, sequences_digest
+from export.calibration.records import FLAG
+from export.quantize.int8.saved import Calibration
+from runtime.errors import InvalidSetting
+
+RANDOM = "random ids"
+"""How the account of a calibration without a tokenizer begins; they are always the same ones."""
+
+ReadText = Callable[[CalibrationOptions], CalibrationSet]
+
+
+def with_text(found: Calibration, path: Path, given: CalibrationOptions, read: ReadText) -> Calibration:
+    """`found` with its sequences: its own where it kept them, else read again.
+
+    given: the user's own --calib, for text that is not the project's
+    InvalidSetting if that is missing, or another text than the calibration's.
+    """
+    if found.sequences:
+        return found
+    source = str(found.provenance.get("source", "unknown text"))
+    is_ours = source == BUILT_IN or source.startswith(RANDOM)
+    if not is_ours and given.source == BUILT_IN:
+        raise InvalidSetting(
+            f"--calibration {path} holds no text, and this export needs it: give {FLAG} {source} as well, the text it "
+            "was made of, or export that artifact with --keep-calibration"
+        )
+    sizes = {name: found.provenance.get(name, getattr(given, name)) for name in ("num_samples", "length")}
+    material = read(CalibrationOptions(source=BUILT_IN if is_ours else given.source, **sizes))
+    if sequences_digest(material.sequences) != found.provenance.get("sequences_sha256"):
+        raise InvalidSetting(
+            f"{FLAG} {given.source} is not the text that --calibration {path} was made of ({source}); give that text, "
+            "or leave --calibration out"
+        )
+    return replace(found, sequences=material.sequences)
+
+
+def without_text(calibration: Calibration) -> Calibration:
+    """What an artifact holds of a calibration unless told otherwise: all but the words."""
+    return replace(calibration, sequences=())

@@ -1,0 +1,46 @@
+"""Decides which reader a model name means. Knows the four kinds of source, not how any of them is read."""
+
+import re
+from pathlib import Path
+
+from export.checkpoint.protocol import Checkpoint
+from runtime.errors import InvalidCheckpoint, InvalidSetting
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open the default model's name, a directory, a .gguf file or a hub id (`owner/name`), tried in that
+    order.
+
+    `revision` is a branch, tag or commit of a hub id. Raises InvalidCheckpoint if `model` is none of the four
+    or cannot be read, InvalidSetting for a revision of something that has none.
+    """
+    path = Path(model).expanduser()
+    is_hub_id = model != DEFAULT_MODEL and not path.exists() and _HUB_ID.fullmatch(model) is not None
+    if revision is not None and not is_hub_id:
+        raise InvalidSetting(f"revision {revision!r}: only a hub id (owner/name) has revisions, and {model!r} is none")
+    if model == DEFAULT_MODEL:
+        from export.checkpoint.default_model import default_model_file
+        from export.checkpoint.gguf.file import GgufCheckpoint
+
+        return GgufCheckpoint(default_model_file(), source=DEFAULT_MODEL)
+    if model and path.is_dir():
+        from export.checkpoint.quantized.gptq_awq import open_directory
+
+        return open_directory(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from export.checkpoint.gguf.file import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    if is_hub_id:
+        from export.checkpoint.hub import open_hub_model
+
+        return open_hub_model(model, revision=revision)
+    what = "is a file that does not end in .gguf" if path.is_file() else "does not exist"
+    raise InvalidCheckpoint(
+        f"{model!r} {what}; give {DEFAULT_MODEL}, a Hugging Face model directory, a .gguf file, "
+        "or a hub id like HuggingFaceTB/SmolLM2-135M-Instruct"
+    )

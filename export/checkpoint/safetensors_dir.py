@@ -1,0 +1,98 @@
+"""A local Hugging Face directory: config.json, safetensors in one file or in shards, and the text files.
+
+Knows the safetensors format, not what the tensors mean; `safetensors_files.py` finds them. Only safetensors are read:
+a pickle (`pytorch_model.bin`) runs code when it is loaded, so it never is.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint.protocol import TensorInfo
+from export.checkpoint.safetensors_files import find_tensors
+from export.checkpoint.tensor_file import read_float32
+from export.checkpoint.texts.directory import read_directory_texts
+from export.checkpoint.texts.reading import AGAIN, read_json_object
+from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+CONFIG = "config.json"
+
+STORED_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+)
+"""The safetensors types that are weights as they stand; others are quantized or are no weights."""
+
+
+class SafetensorsCheckpoint:
+    """A Checkpoint over a directory: headers are read at once, a tensor when it is asked for."""
+
+    def __init__(self, path: Path, *, source: str | None = None) -> None:
+        """Open `path`; `source` is what the user called it, the directory's name if they gave a path.
+
+        Raises InvalidCheckpoint for files that are missing, truncated or inconsistent. One that is quantized already
+        is for quantized_checkpoint.py.
+        """
+        self._path = path
+        self._source = source or path.resolve().name
+        self._config = read_json_object(path / CONFIG)
+        self._places = find_tensors(path)
+        self._tensors = MappingProxyType({name: place.info for name, place in self._places.items()})
+        self._texts: Mapping[str, str] | None = None
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        place = self._places.get(name)
+        if place is None:
+            raise InvalidCheckpoint(f"{self._path} has no tensor {name!r}; it has {len(self._places)} others")
+        stored = STORED_TYPES.get(place.info.dtype)
+        if stored is None:
+            raise UnsupportedModel(
+                f"{place.file}: tensor {name!r} is stored as {place.info.dtype}; "
+                f"only {', '.join(STORED_TYPES)} are read"
+            )
+        return read_float32(
+            place.file,
+            name=name,
+            offset=place.offset,
+            num_bytes=place.num_bytes,
+            shape=place.info.shape,
+            block_bytes=stored.itemsize,
+            decode=lambda raw: raw.view(stored).astype(np.float32, copy=False),
+        )
+
+    def load_words(self, name: str) -> NDArray[np.int32]:
+        """Read one tensor of 32-bit integers, in which quantization tools pack smaller ones."""
+        place = self._places.get(name)
+        if place is None or place.info.dtype != "I32":
+            stored = "is not there" if place is None else f"is stored as {place.info.dtype}"
+            raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; 32-bit integers (I32) are wanted")
+        try:
+            with place.file.open("rb") as handle:
+                handle.seek(place.offset)
+                words = np.fromfile(handle, "<i4", place.num_bytes // 4)
+        except OSError as error:
+            raise InvalidCheckpoint(f"{place.file} cannot be read: {error.strerror or error}") from error
+        if words.size != place.num_bytes // 4:
+            raise InvalidCheckpoint(f"{place.file} is truncated in tensor {name!r}; {AGAIN}")
+        return words.reshape(place.info.shape)
+
+    def text_files(self) -> Mapping[str, str]:
+        if self._texts is None:
+            self._texts = read_directory_texts(self._path)
+        return self._texts

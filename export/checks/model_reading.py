@@ -1,0 +1,22 @@
+"""The step between opening a checkpoint and reading its weights: is this a model that will be exported right?"""
+
+from dataclasses import replace
+
+from export.checkpoint.protocol import Checkpoint
+from export.checks.tensors import check_tensors
+from export.checks.texts import check_texts
+from export.model.architectures import parse_config
+from export.model.config import ModelConfig
+
+
+def read_model(checkpoint: Checkpoint) -> ModelConfig:
+    """The checkpoint's config, after its fields, text files and tensors were found to fit each other.
+
+    What ends a text is the union of config.json, generation_config.json and the tokenizer's `eos_token`; the family's
+    default holds where none of them says anything. Raises InvalidCheckpoint, or UnsupportedModel for what has no graph.
+    """
+    config = parse_config(checkpoint.config)
+    ends = check_texts(checkpoint.text_files(), config)
+    check_tensors(checkpoint, config)
+    listed = config.eos_ids if "eos_token_id" in checkpoint.config or not ends else ()
+    return replace(config, eos_ids=tuple(sorted({*listed, *ends})))

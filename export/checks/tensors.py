@@ -1,0 +1,166 @@
+"""Every tensor of a checkpoint is used, or known to have no effect, or named in a refusal.
+
+Graph and reference read the same config, so a bias that config.json does not mention would be missing in both, and the
+receipt would pass a model that is not the checkpoint's. Here the checkpoint's tensors are compared with those that the
+config means, before the first weight is read.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+
+from export.checkpoint.protocol import Checkpoint
+from export.model.config import ModelConfig
+from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|(masked_bias|causal_mask|position_ids))")
+"""What older releases of transformers saved beside the weights: tables that any reader computes itself."""
+
+_NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F64|F[468]_\w+")
+"""Stored types of safetensors that are no plain weights; those of GGUF were checked when the file was opened."""
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a graph of this config reads, with its shape."""
+    c = config
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    linear = {
+        "self_attn.q_proj": (q_size, c.hidden_size, c.qkv_bias),
+        "self_attn.k_proj": (kv_size, c.hidden_size, c.qkv_bias),
+        "self_attn.v_proj": (kv_size, c.hidden_size, c.qkv_bias),
+        "self_attn.o_proj": (c.hidden_size, q_size, c.o_bias),
+        "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+        "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+        "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
+    }
+    layer: dict[str, tuple[int, ...]] = {}
+    for name, (n, k, has_bias) in linear.items():
+        layer[f"{name}.weight"] = (n, k)
+        if has_bias:
+            layer[f"{name}.bias"] = (n,)
+    layer |= {f"{norm}.weight": (c.hidden_size,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    if c.qk_norm:
+        layer |= {f"self_attn.{part}_norm.weight": (c.head_dim,) for part in "qk"}
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
+    tensors |= {f"model.layers.{idx}.{name}": shape for idx in range(c.num_layers) for name, shape in layer.items()}
+    tensors["model.norm.weight"] = (c.hidden_size,)
+    if not c.tie_word_embeddings:
+        tensors[LM_HEAD] = (c.vocab_size, c.hidden_size)
+    return tensors
+
+
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """InvalidCheckpoint, naming them, for tensors that are missing, of another shape, or without a place in the model.
+
+    Reads nothing but what decides whether an extra tensor has an effect: biases, which are zero in the files of some
+    quantization tools, and a second LM head where the config ties it to the embedding.
+    """
+    expected = expected_tensors(config)
+    found = checkpoint.tensors
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not _BUFFER.fullmatch(name)]
+    unused = [name for name in extra if not _has_no_effect(checkpoint, name, expected, config)]
+    if missing or unused:
+        raise InvalidCheckpoint(_told(config, missing, unused))
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise InvalidCheckpoint(
+                f"{name} has the shape {list(found[name].shape)}, and config.json means {list(shape)}"
+                f"{_shape_advice(name, found[name].shape, config)}"
+            )
+        if _NO_WEIGHTS.fullmatch(found[name].dtype):
+            raise UnsupportedModel(
+                f"{name} is stored as {found[name].dtype}; supported: F32, F16 and BF16, and integers as GPTQ and AWQ "
+                "tools pack them"
+            )
+
+
+def _has_no_effect(
+    checkpoint: Checkpoint, name: str, expected: dict[str, tuple[int, ...]], config: ModelConfig
+) -> bool:
+    if name == LM_HEAD and config.tie_word_embeddings and EMBEDDING in checkpoint.tensors:
+        return _is_tied(checkpoint)
+    weight = f"{name.removesuffix('.bias')}.weight"
+    info = checkpoint.tensors[name]
+    is_bias = name.endswith(".bias") and weight in expected and info.shape == expected[weight][:1]
+    return is_bias and not _NO_WEIGHTS.fullmatch(info.dtype) and not checkpoint.load(name).any()
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether embedding and LM head hold the same numbers. Where they differ, releases of transformers differ too."""
+    is_equal = checkpoint.tensors[EMBEDDING].shape == checkpoint.tensors[LM_HEAD].shape
+    # By hash, because only one of the two largest matrices of a model should be in memory.
+    if is_equal and _hash_of(checkpoint, EMBEDDING) == _hash_of(checkpoint, LM_HEAD):
+        return True
+    raise InvalidCheckpoint(
+        f"{LM_HEAD} differs from {EMBEDDING}, and config.json says tie_word_embeddings: set that to false if the LM "
+        f"head is meant, as transformers 5 takes it, or remove {LM_HEAD} if it is left over, as transformers 4 does"
+    )
+
+
+def _hash_of(checkpoint: Checkpoint, name: str) -> bytes:
+    return hashlib.blake2b(checkpoint.load(name).data).digest()
+
+
+def _told(config: ModelConfig, missing: list[str], unused: list[str]) -> str:
+    """One sentence on what is missing and what is there instead, and what to do about the likeliest cause."""
+    parts = []
+    if missing:
+        parts.append(f"there is no tensor {_some(missing)}")
+    if unused:
+        parts.append(f"a {config.model_type} model with this config.json has no place for {_some(unused)}")
+    advice = next((text for applies, text in _CAUSES if applies(config, missing, unused)), None)
+    return "; ".join((*parts, advice or "config.json belongs to another model, or the checkpoint is not whole"))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _any(names: Iterable[str], *parts: str) -> bool:
+    return any(part in name for name in names for part in parts)
+
+
+def _is_too_deep(config: ModelConfig, missing: list[str], unused: list[str]) -> bool:
+    layers = [int(match[1]) for name in unused if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
+    return any(layer >= config.num_layers for layer in layers)
+
+
+_CAUSES: tuple[tuple[Callable[[ModelConfig, list[str], list[str]], bool], str], ...] = (
+    (
+        lambda config, missing, unused: missing == [LM_HEAD],
+        "set tie_word_embeddings to true in config.json if the embedding is the LM head; else the checkpoint lacks it",
+    ),
+    (
+        lambda config, missing, unused: _any(unused, "lora_", "base_model.model."),
+        "that is an adapter: merge it into its base model",
+    ),
+    (
+        lambda config, missing, unused: _any(unused, ".qweight", ".weight_packed", "_scale", ".absmax", ".qzeros"),
+        "these are quantized weights that config.json's quantization_config does not describe",
+    ),
+    (
+        lambda config, missing, unused: _any(missing, "model.embed_tokens") and _any(unused, "embed_tokens", "wte"),
+        "the names are those of another class of model: save it as a causal language model with transformers "
+        "(AutoModelForCausalLM, then save_pretrained)",
+    ),
+    (_is_too_deep, "num_hidden_layers is too small, or those layers are for something else than the next token"),
+    (
+        lambda config, missing, unused: _any(unused, ".bias"),
+        "these biases are not zero: set attention_bias or mlp_bias in config.json if the model is to use them",
+    ),
+    (
+        lambda config, missing, unused: _any(unused, "_norm."),
+        "the model is of another family than model_type says, or of one that is not supported",
+    ),
+)
+
+
+def _shape_advice(name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
+    if name in (EMBEDDING, LM_HEAD) and shape[1:] == (config.hidden_size,):
+        return f": {shape[0]} rows, and vocab_size is {config.vocab_size}; set vocab_size to the number of rows"
+    return ""

@@ -1,0 +1,82 @@
+"""Checks a checkpoint's text files against its model before the first weight is read, and finds what ends a text.
+
+For directories and GGUF files alike: it reads what `Checkpoint.text_files()` gives.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from export.checkpoint.texts.chat_templates import chat_templates, check_template
+from export.checkpoint.texts.reading import parse_json_object
+from export.checkpoint.texts.special_tokens import FILES, special_token, special_tokens
+from export.checkpoint.texts.tokenizer_loading import load_tokenizer
+from export.model.config import ModelConfig
+from export.model.config_values import token_ids
+from runtime.errors import InvalidArtifact, InvalidCheckpoint
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HfTokenizer
+
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def check_texts(texts: Mapping[str, str], config: ModelConfig) -> tuple[int, ...]:
+    """Every token id that ends a text by the word of generation_config.json or the tokenizer's `eos_token`, sorted.
+
+    InvalidCheckpoint if a file is no JSON object, has a field of another type, names ids outside the vocabulary, or if
+    the tokenizer or the chat template cannot be loaded by the server.
+    """
+    objects = {
+        name: parse_json_object(text, name)
+        for name, text in texts.items()
+        if name.endswith(".json") and name != TOKENIZER
+    }
+    generation = objects.get(GENERATION, {})
+    where = f"{GENERATION}: eos_token_id"
+    ends = set(token_ids(generation.get("eos_token_id"), where, vocab_size=config.vocab_size))
+    special_tokens(objects)  # refuses other types
+    settings, special = objects.get(TOKENIZER_CONFIG, {}), {}
+    if TOKENIZER in texts:
+        tokenizer = load_tokenizer(texts[TOKENIZER])
+        _check_vocabulary(tokenizer, config)
+        special = _loaded_as_served(tokenizer, settings)
+        ends |= _eos_of(tokenizer, objects, config)
+    for name, source in chat_templates(texts, settings).items():
+        check_template(name, source, special)
+    return tuple(sorted(ends))
+
+
+def _eos_of(tokenizer: "HfTokenizer", objects: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> set[int]:
+    """The ids of `eos_token`. One that the tokenizer does not know can never be generated, and so ends nothing."""
+    found: set[int] = set()
+    for file in FILES:
+        text = special_token(objects.get(file, {}), "eos_token", file)
+        token_id = None if text is None else tokenizer.token_to_id(text)
+        if token_id is not None:
+            found.update(token_ids(token_id, f"{file}: eos_token {text!r} with the id", vocab_size=config.vocab_size))
+    return found
+
+
+def _check_vocabulary(tokenizer: "HfTokenizer", config: ModelConfig) -> None:
+    """Ordinary tokens must have a row in the embedding.
+
+    Added ones may lie beyond it: many fine-tunes have a `[PAD]` behind the last row, which no text needs.
+    """
+    highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    if highest >= config.vocab_size:
+        raise InvalidCheckpoint(
+            f"{TOKENIZER} has tokens up to id {highest:,}, and the model's vocabulary ends at "
+            f"{config.vocab_size - 1:,}: the tokenizer is another model's"
+        )
+
+
+def _loaded_as_served(tokenizer: "HfTokenizer", config: Mapping[str, Any]) -> dict[str, str]:
+    """Load a tokenizer as the server will; its special tokens. Better refused here than there."""
+    from runtime.text.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer(tokenizer, config).special_tokens
+    except InvalidArtifact as error:
+        raise InvalidCheckpoint(str(error)) from error

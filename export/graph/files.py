@@ -1,0 +1,96 @@
+"""Writes the graphs of an artifact, a file a dialect, and the weights they read."""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.artifact.weight_file import WeightFile
+from export.checkpoint.protocol import Checkpoint
+from export.graph.builder import ORT_OPSETS, GraphBuilder
+from export.graph.decoder import DecoderGraph
+from export.graph.int8_attention import INT8_KV_OPSETS
+from export.graph.int8_linear import Int8Layers
+from export.graph.portable.writer import write_trt_graph
+from export.model.config import ModelConfig
+from export.model.precision import Precision
+from export.quantize.kv_scales import KvScales
+from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
+from runtime.progress import progress_bar
+
+
+def write_graphs(
+    staging: Path,
+    checkpoints: Mapping[str, Checkpoint],
+    config: ModelConfig,
+    precision: Precision | None,
+    max_len: int,
+    dialects: Sequence[str],
+    name: str,
+    int8_layers: Int8Layers,
+    kv_scales: Sequence[KvScales] | None,
+) -> int:
+    """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoints["ort"].tensors) * len(dialects)
+    others = [dialect for dialect in dialects if dialect != "ort"]
+    step_weight_bytes: dict[str, int] = {}
+    with (
+        WeightFile(staging, is_shared=bool(others)) as weights,
+        progress_bar("export", total=num_reads, unit="tensor") as bar,
+    ):
+        counting = {dialect: _Counting(checkpoint, bar) for dialect, checkpoint in checkpoints.items()}
+        if precision is not None:
+            step_weight_bytes["ort"] = _write_ort_graph(
+                staging, counting["ort"], config, precision, max_len, weights, int8_layers, kv_scales
+            )
+        if others:
+            with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
+                for dialect in others:
+                    step_weight_bytes[dialect] = write_trt_graph(
+                        staging,
+                        dialect,
+                        counting[dialect],
+                        config,
+                        name,
+                        max_len=max_len,
+                        weights=rest,
+                        int8_layers=int8_layers,
+                    )
+    return step_weight_bytes[dialects[0]]
+
+
+def _write_ort_graph(
+    staging: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    precision: Precision,
+    max_len: int,
+    weights: WeightFile,
+    int8_layers: Int8Layers,
+    kv_scales: Sequence[KvScales] | None,
+) -> int:
+    """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
+    import onnx
+
+    graph = GraphBuilder(weights, opsets=ORT_OPSETS if kv_scales is None else INT8_KV_OPSETS)
+    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers, kv_scales).build()
+    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
+    weights.flush()
+    onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
+    return graph.step_weight_bytes()
+
+
+class _Counting:
+    """A checkpoint that moves a progress bar with every tensor it loads."""
+
+    def __init__(self, checkpoint: Checkpoint, bar: Any) -> None:
+        self._checkpoint, self._bar = checkpoint, bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def load(self, name: str) -> Any:
+        self._bar.update(1)
+        return self._checkpoint.load(name)

@@ -1,0 +1,138 @@
+"""Linear layers, embeddings and LM heads of a graph, in whatever form the precision stores them.
+
+The seam for further schemes: a scheme turns (input, weight) into nodes. Nothing here knows decoders.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.artifact.weight_file import Extent
+from export.checkpoint.quantized.quantized_rows import ImportedRows
+from export.graph.builder import MICROSOFT, GraphBuilder
+from export.model.layer_weights import Weight
+from export.model.precision import Blocks, Precision
+from export.quantize.rounding.nearest import QuantizedRows, check_divisible, quantize_rows
+
+# Weights quantized at once: the search for the best range holds a dozen float32 copies of them, 50 MB.
+_WEIGHTS_AT_ONCE = 1 << 20
+
+# MatMulNBits: int8 products with int32 sums; the activations are rounded per block and row as they come.
+_INT8_PRODUCTS = 4
+
+
+class QuantizedWeight(NamedTuple):
+    """The initializers of a block-quantized matrix, and where its values lie."""
+
+    extent: Extent
+    values: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
+def linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, name: str) -> ir.Value:
+    """x `[..., K]` times weight transposed, `[..., N]`."""
+    if precision.keeps_imported and (imported := weight.imported()) is not None:
+        return _imported_matmul(g, x, weight, imported, name)
+    blocks = precision.blocks_of(weight.kind)
+    if blocks is None:
+        matrix = weight.load().T.astype(precision.numpy_dtype)
+        return g.op("MatMul", [x, g.array(weight.name, matrix)], name)
+    stored = _write_blocks(g, weight, blocks)
+    return _blocked_matmul(g, x, stored, weight.shape, blocks, name)
+
+
+def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, precision: Precision, name: str) -> tuple[ir.Value, Any]:
+    """Rows of the embedding for int64 ids; also what a tied LM head needs to share its bytes."""
+    blocks = precision.blocks_of(weight.kind)
+    if blocks is None:
+        table = g.array(weight.name, weight.load().astype(precision.numpy_dtype, copy=False))
+        return g.op("Gather", [table, ids], name), table
+    stored = _write_blocks(g, weight, blocks)
+    # GatherBlockQuantized wants the same bytes as a matrix: a second name for the same extent.
+    rows, row_bytes = weight.shape[0], weight.shape[1] * blocks.bits // 8
+    flat = g.weight(f"{weight.name}.rows", stored.extent, ir.DataType.UINT8, (rows, row_bytes))
+    inputs = [flat, ids, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
+    x = g.op(
+        "GatherBlockQuantized",
+        inputs,
+        name,
+        domain=MICROSOFT,
+        bits=blocks.bits,
+        block_size=blocks.block_size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    return x, stored
+
+
+def tied_lm_head(
+    g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, precision: Precision, name: str
+) -> ir.Value:
+    """Logits of x `[R, K]` with the embedding's own bytes."""
+    blocks = precision.blocks_of("embedding")
+    if blocks is None:
+        return g.op("Gemm", [x, shared], name, transB=1)
+    return _blocked_matmul(g, x, shared, weight.shape, blocks, name)
+
+
+def _imported_matmul(g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str) -> ir.Value:
+    """The checkpoint's own integers; inputs that were quantized out of order are put in that order first."""
+    rows, blocks, order = imported
+    if order is not None:
+        x = g.op("Gather", [x, g.array(f"{weight.name}.input_order", order)], f"{name}.ordered", axis=-1)
+    extent = g.write([rows.values])
+    values = g.weight(f"{weight.name}.q{blocks.bits}", extent, ir.DataType.UINT8, rows.values.shape)
+    scales = g.array(f"{weight.name}.scales", rows.scales)
+    zero_points = None if rows.zero_points is None else g.array(f"{weight.name}.zero_points", rows.zero_points)
+    return _blocked_matmul(g, x, QuantizedWeight(extent, values, scales, zero_points), weight.shape, blocks, name)
+
+
+def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedWeight:
+    n, k = weight.shape
+    check_divisible(weight.name, k, blocks.block_size)
+    matrix = weight.load()
+    rest: list[QuantizedRows] = []
+
+    def values() -> Iterator[NDArray[np.uint8]]:
+        step = max(1, _WEIGHTS_AT_ONCE // k)
+        for start in range(0, n, step):
+            rows = quantize_rows(
+                matrix[start : start + step],
+                bits=blocks.bits,
+                block_size=blocks.block_size,
+                symmetric=blocks.symmetric,
+            )
+            rest.append(rows._replace(values=rows.values[:0]))
+            yield rows.values
+
+    num_blocks = k // blocks.block_size
+    shape = (n, num_blocks, blocks.block_size * blocks.bits // 8)
+    extent = g.write(values())
+    stored = g.weight(f"{weight.name}.q{blocks.bits}", extent, ir.DataType.UINT8, shape)
+    scales = g.array(f"{weight.name}.scales", np.concatenate([rows.scales for rows in rest]))
+    zero_points = None
+    if not blocks.symmetric:
+        packed = np.concatenate([rows.zero_points for rows in rest if rows.zero_points is not None])
+        zero_points = g.array(f"{weight.name}.zero_points", packed)
+    return QuantizedWeight(extent, stored, scales, zero_points)
+
+
+def _blocked_matmul(
+    g: GraphBuilder, x: ir.Value, stored: QuantizedWeight, shape: tuple[int, int], blocks: Blocks, name: str
+) -> ir.Value:
+    inputs = [x, stored.values, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
+    return g.op(
+        "MatMulNBits",
+        inputs,
+        name,
+        domain=MICROSOFT,
+        N=shape[0],
+        K=shape[1],
+        bits=blocks.bits,
+        block_size=blocks.block_size,
+        accuracy_level=_INT8_PRODUCTS,
+    )

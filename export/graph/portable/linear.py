@@ -1,0 +1,123 @@
+"""Linear layers of the `trt` dialects: QuantizeLinear and DequantizeLinear around a MatMul, which TensorRT fuses.
+
+Every scheme is symmetric, its zero point 0 left out. Weights lie as `[K, N]`, the MatMul's own order, so that a wide
+one is byte for byte the `ort` dialect's, and a calibrated one too: same integers, same static scales. Scales have the
+compute type (the network is strongly typed). Integers that are rounded here are rounded with the scale as stored, so
+that a half-precision scale costs no accuracy of its own; in calibrated ones it costs a few parts in ten thousand.
+
+A layer that the `ort` dialect runs in two int8 passes keeps its int8 weights, and its activations stay wide. Layers of
+a checkpoint that int4_model.py has rounded for TensorRT are its integers; others are rounded here, each weight for
+itself.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.graph.builder import GraphBuilder
+from export.graph.int8_linear import Int8Layers, layer_of
+from export.model.layer_weights import Weight
+from export.model.precision import Blocks
+from export.model.trt_precision import INT4_BLOCKS, INT4_SIZES, Scheme, TrtPrecision
+from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
+from export.quantize.rounding.int8 import Int8Rows
+from export.quantize.rounding.nearest import QuantizedRows, check_divisible, signed_codes
+
+_SCALE_ERROR = 2.0**-10
+"""Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""
+
+
+class TrtLinear:
+    """Adds linear layers to one graph; quantizes an input once however many layers read it."""
+
+    def __init__(self, g: GraphBuilder, precision: TrtPrecision, int8_layers: Int8Layers) -> None:
+        self._g, self._precision, self._int8_layers = g, precision, int8_layers
+        self._quantized: dict[str, ir.Value] = {}
+
+    def __call__(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+        """x `[..., K]` times weight transposed, `[..., N]`."""
+        scheme = self._precision.scheme_of(weight.kind)
+        layer = layer_of(weight, self._int8_layers)
+        if layer is not None:
+            matrix = self._calibrated(weight, layer.load())
+            if scheme is Scheme.INT8 and layer.fine_scale is None:
+                x = self._rounded(x, layer.scale)
+        elif scheme is Scheme.WIDE:
+            matrix = self._g.array(weight.name, weight.load().T.astype(self._precision.numpy_dtype))
+        elif scheme is Scheme.INT4_WEIGHTS:
+            matrix = self._int4(weight)
+        else:
+            matrix = self._int8(weight)
+        return self._g.op("MatMul", [x, matrix], name)
+
+    def _rounded(self, x: ir.Value, scale: float) -> ir.Value:
+        """x through int8 and back."""
+        key = f"{x.name}.int8"
+        if key not in self._quantized:
+            g, zero = self._g, self._g.constant("zero_point", np.array(0, np.int8))
+            stored = g.constant(f"{x.name}.scale", self._stored_scales(np.array(scale, np.float32)))
+            small = g.op("QuantizeLinear", [x, stored, zero], key)
+            self._quantized[key] = g.op("DequantizeLinear", [small, stored, zero], f"{x.name}.rounded")
+        return self._quantized[key]
+
+    def _calibrated(self, weight: Weight, rows: Int8Rows) -> ir.Value:
+        """The `ort` dialect's integers, or, where half precision has no such scale, others for one that it has."""
+        assert rows.values.shape == weight.shape, (weight.name, rows.values.shape, weight.shape)
+        scales, values = self._stored_scales(rows.scales), np.ascontiguousarray(rows.values.T)
+        if not self._can_store(rows.scales):
+            values = _rounded_with(rows.dequantized().T, scales)
+        return self._dequantized(weight, values, scales)
+
+    def _int8(self, weight: Weight) -> ir.Value:
+        """One scale an output channel."""
+        matrix = weight.load().T  # [K, N]
+        scales = self._stored_scales(np.abs(matrix).max(0) / 127)
+        return self._dequantized(weight, _rounded_with(matrix, scales), scales)
+
+    def _dequantized(self, weight: Weight, values: NDArray[np.int8], scales: NDArray[Any]) -> ir.Value:
+        """int8 `[K, N]` and a scale a column, as the MatMul reads them."""
+        inputs = [self._g.array(f"{weight.name}.int8", values), self._g.array(f"{weight.name}.int8.scales", scales)]
+        return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=1)
+
+    def _int4(self, weight: Weight) -> ir.Value:
+        """The checkpoint's own integers where it has such as TensorRT takes, or those nearest to its weights."""
+        imported = weight.imported()
+        if imported is not None and imported.blocks.symmetric and imported.input_order is None:
+            rows, blocks = imported.rows, imported.blocks
+            if blocks.bits == 8 and blocks.block_size == weight.shape[1]:
+                return self._calibrated(weight, Int8Rows(signed_codes(rows, bits=8), rows.scales[:, 0]))
+            if blocks.bits == 4 and blocks.block_size in INT4_SIZES and self._can_store(rows.scales):
+                return self._int4_blocks(weight, rows, blocks)
+        check_divisible(weight.name, weight.shape[1], INT4_BLOCKS.block_size)
+        return self._int4_blocks(weight, nearest_rows(weight.load(), INT4_BLOCKS), INT4_BLOCKS)
+
+    def _int4_blocks(self, weight: Weight, rows: QuantizedRows, blocks: Blocks) -> ir.Value:
+        """One scale a block of inputs of one output channel."""
+        n, k = weight.shape
+        packed = _pack_int4(np.ascontiguousarray(signed_codes(rows, bits=4).T))
+        stored = self._g.weight(f"{weight.name}.int4", self._g.write([packed]), ir.DataType.INT4, (k, n))
+        scales = np.ascontiguousarray(self._stored_scales(rows.scales).T)
+        inputs = [stored, self._g.array(f"{weight.name}.int4.scales", scales)]
+        return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=0, block_size=blocks.block_size)
+
+    def _stored_scales(self, scales: NDArray[np.float32]) -> NDArray[Any]:
+        """In the compute type, and never 0."""
+        return np.maximum(scales, SMALLEST_SCALE).astype(self._precision.numpy_dtype)
+
+    def _can_store(self, scales: NDArray[np.float32]) -> bool:
+        """Whether scales that integers were made for survive in the compute type."""
+        stored = self._stored_scales(scales).astype(np.float32)
+        return bool((np.abs(stored - scales) <= _SCALE_ERROR * scales).all())
+
+
+def _rounded_with(matrix: NDArray[np.float32], scales: NDArray[Any]) -> NDArray[np.int8]:
+    """`[K, N]` to the nearest multiples of its columns' scales, -127 to 127."""
+    return np.clip(np.rint(matrix / scales.astype(np.float32)), -127, 127).astype(np.int8)
+
+
+def _pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Two to a byte in row-major order, the first in the low half, as ONNX stores INT4."""
+    pairs = (values & 15).astype(np.uint8).reshape(-1, 2)
+    return np.asarray(pairs[:, 0] | (pairs[:, 1] << 4), np.uint8)

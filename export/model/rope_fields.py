@@ -1,0 +1,159 @@
+"""The rotary embedding as config.json describes it: `rope_theta` and `rope_scaling`, or `rope_parameters`.
+
+transformers 4 writes the first two, transformers 5 the third, some tools all of them. A setting that is not understood
+is refused: plain rotary embedding in its place would give a model that only babbles beyond some length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from export.checkpoint.config_fields import shown
+from export.model.config import RopeConfig
+from export.model.config_values import integer, number, optional_number
+from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+DEFAULT_THETA = 10_000.0
+
+_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "default": frozenset(),
+        "linear": frozenset({"factor"}),
+        "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+        "yarn": frozenset(
+            {
+                "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                "mscale_all_dim", "truncate",
+            }
+        ),
+    }
+)  # fmt: skip
+"""By rope type, beside rope_theta."""
+
+_NO_EFFECT = frozenset({"finetuned", "original_max_position_embeddings"})
+"""Of a type that does not read them: how the model was made."""
+
+_NEUTRAL_ONE = frozenset({"factor", "partial_rotary_factor", "attention_factor", "attn_factor", "extrapolation_factor"})
+
+MAX_FACTOR = 65_536
+"""Of a stretch: published models have up to 128."""
+
+
+def rope_config(raw: Mapping[str, Any], max_len: int) -> RopeConfig:
+    """The rotary embedding of a config.json whose max_position_embeddings is `max_len`.
+
+    UnsupportedModel for a type or field without a graph; InvalidCheckpoint for a value that makes no sense, and where
+    two fields say different things.
+    """
+    top = number(raw, "rope_theta", DEFAULT_THETA)
+    found = {
+        field: _parsed(raw[field], field, top, max_len)
+        for field in ("rope_scaling", "rope_parameters")
+        if raw.get(field) not in (None, {}, [])
+    }
+    if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
+        raise InvalidCheckpoint(
+            f"config.json: rope_scaling {shown(raw['rope_scaling'])} and rope_parameters "
+            f"{shown(raw['rope_parameters'])} say different things; remove the wrong one"
+        )
+    rope = next(iter(found.values()), RopeConfig(theta=top, original_max_len=max_len))
+    if "rope_theta" in raw and rope.theta != top:
+        raise InvalidCheckpoint(
+            f"config.json: rope_theta is {top:g}, and {next(iter(found))} has {rope.theta:g}; remove the wrong one"
+        )
+    if rope.theta < 1:
+        raise InvalidCheckpoint(f"config.json: rope_theta must be at least 1, got {rope.theta:g}")
+    return rope
+
+
+def _parsed(values: object, field: str, top_theta: float, max_len: int) -> RopeConfig:
+    """One of the two objects."""
+    if not isinstance(values, dict):
+        raise InvalidCheckpoint(f"config.json: {field} must be an object, got {shown(values)}")
+    nested = [name for name, value in values.items() if isinstance(value, dict)]
+    if nested:
+        raise UnsupportedModel(
+            f"config.json: {field} has settings by kind of layer ({shown(nested)}), which are not supported; "
+            "supported: one setting for all layers"
+        )
+    kind = _kind(values, field)
+    _refuse_fields(values, field, kind)
+    plain = RopeConfig(
+        theta=number(values, "rope_theta", top_theta, field=f"{field}.rope_theta"), original_max_len=max_len
+    )
+    if kind == "default":
+        return plain
+    factor = number(values, "factor", field=f"{field}.factor")
+    if factor > MAX_FACTOR:
+        raise InvalidCheckpoint(f"config.json: {field}.factor must be at most {MAX_FACTOR:,}, got {factor:g}")
+    scaled = replace(plain, kind=kind, factor=factor)
+    if kind == "linear":
+        return scaled
+    name = "original_max_position_embeddings"
+    scaled = replace(scaled, original_max_len=integer(values, name, max_len, field=f"{field}.{name}"))
+    return _llama3(scaled, values, field) if kind == "llama3" else _yarn(scaled, values, field)
+
+
+def _kind(values: Mapping[str, Any], field: str) -> str:
+    """transformers 4 called it type, then rope_type."""
+    kinds = {name: values[name] for name in ("rope_type", "type") if values.get(name) is not None}
+    if not kinds and values.get("factor") not in (None, 1):
+        raise InvalidCheckpoint(
+            f"config.json: {field} has the factor {shown(values['factor'])} and no rope_type; add it: one of "
+            f"{', '.join(_FIELDS)}"
+        )
+    kind = next(iter(kinds.values()), "default")
+    if any(other != kind for other in kinds.values()):
+        raise InvalidCheckpoint(f"config.json: {field} has two types, {shown(kinds)}; remove the wrong one")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        raise UnsupportedModel(
+            f"config.json: {field} has the rope type {shown(kind)}, which is not supported; supported: "
+            f"{', '.join(_FIELDS)}"
+        )
+    return kind
+
+
+def _refuse_fields(values: Mapping[str, Any], field: str, kind: str) -> None:
+    for name, value in values.items():
+        if name in ("rope_type", "type", "rope_theta") or name in _FIELDS[kind] or name in _NO_EFFECT:
+            continue
+        if value is None or value is False or (name in _NEUTRAL_ONE and value is not True and value == 1):
+            continue
+        raise UnsupportedModel(
+            f"config.json: {field}.{name} = {shown(value)} is not supported for the rope type {kind!r}"
+        )
+
+
+def _llama3(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConfig:
+    low, high = (number(values, name, field=f"{field}.{name}") for name in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise InvalidCheckpoint(
+            f"config.json: {field}.low_freq_factor {low:g} must be less than high_freq_factor {high:g}"
+        )
+    return replace(rope, low_freq_factor=low, high_freq_factor=high)
+
+
+def _yarn(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConfig:
+    read = {
+        name: optional_number(values, name, field=f"{field}.{name}")
+        for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    }
+    fast, slow = read["beta_fast"] or rope.beta_fast, read["beta_slow"] or rope.beta_slow
+    if fast < slow or rope.theta <= 1:
+        raise InvalidCheckpoint(
+            f"config.json: {field} needs a beta_fast of at least beta_slow, and a rope_theta above 1; got beta_fast "
+            f"{fast:g}, beta_slow {slow:g}, rope_theta {rope.theta:g}"
+        )
+    truncate = values.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise InvalidCheckpoint(f"config.json: {field}.truncate must be true or false, got {shown(truncate)}")
+    return replace(
+        rope,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=read["attention_factor"],
+        mscale=read["mscale"],
+        mscale_all_dim=read["mscale_all_dim"],
+        truncate=truncate,
+    )

@@ -1,0 +1,89 @@
+"""Calibrated int8: from a checkpoint and a calibration set to a smoothed checkpoint, rounded weights and scales.
+
+    statistics and ranges -> what each layer costs -> which layers get two passes -> weights rounded
+    (calibrate)               (sensitivity)            (choose_wide)                  (round_weights)
+
+What was found is a `Calibration`, kept in the artifact so that another export need not run the first three again.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from export.calibration.dataset import CalibrationSet
+from export.checkpoint.protocol import Checkpoint
+from export.graph.int8_linear import Int8Layer, Int8Layers
+from export.model.config import ModelConfig
+from export.quantize.int8.ranges import Range
+from export.quantize.int8.saved import Calibration
+from export.quantize.int8.search import RangeSearch, RoundedWeights, layer_name, round_weights, smoothing_vectors
+from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
+from export.quantize.int8.smoothquant import LM_HEAD, SmoothedCheckpoint, smoothed_config
+from export.quantize.statistics.activation_stats import Site
+from export.quantize.statistics.collect import collect_statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Options:
+    """max_ppl_increase: 0.005 is half a per cent; keep: layers that get two int8 passes whatever they cost."""
+
+    max_ppl_increase: float = DEFAULT_MAX_INCREASE
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Model:
+    """What the decoder graph is built from."""
+
+    checkpoint: SmoothedCheckpoint
+    config: ModelConfig
+    layers: Int8Layers
+    ranges: Mapping[Site, Range]
+    calibration: Calibration
+
+
+def calibrate(checkpoint: Checkpoint, config: ModelConfig, material: CalibrationSet, workdir: Path) -> Calibration:
+    """Run the text, search the ranges, measure what each layer costs. `checkpoint` is rotated already.
+
+    CalibrationFailed if something is not finite.
+    """
+    search = RangeSearch(config)
+    statistics = collect_statistics(checkpoint, config, material.sequences, workdir, search)
+    ranges = search.ranges
+    costs = measure_costs(checkpoint, config, material.sequences, statistics, ranges)
+    return Calibration(statistics, ranges, costs, material.sequences, material.provenance, is_rotated=True)
+
+
+def int8_model(
+    checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration, options: Int8Options, workdir: Path
+) -> Int8Model:
+    """Choose the layers in two passes and round all weights, into `workdir`, where they stay until the export ends."""
+    wide = choose_wide(calibration.costs, max_increase=options.max_ppl_increase, keep=options.keep)
+    ranges = {site: found.wide if site in wide else found.narrow for site, found in calibration.ranges.items()}
+    vectors = smoothing_vectors(checkpoint, config, calibration.statistics, ranges)
+    smoothed, own_config = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
+    rounded = RoundedWeights(workdir / "rounded")
+    round_weights(smoothed, own_config, calibration.sequences, ranges, rounded)
+    layers = {
+        layer_name(site): Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site))
+        for site, chosen in ranges.items()
+    }
+    return Int8Model(smoothed, own_config, layers, ranges, calibration)
+
+
+def summary(model: Int8Model) -> dict[str, Any]:
+    """The receipt's account of what was quantized how; JSON-able."""
+    costs = model.calibration.costs
+    two_pass = [cost for cost in costs if model.layers[layer_name(cost.site)].fine_scale is not None]
+    counted = [cost for cost in costs if cost.site.kind != LM_HEAD]
+    return {
+        "two_pass": [str(cost.site) for cost in two_pass],
+        "two_pass_share": sum(cost.macs for cost in counted if cost in two_pass) / sum(cost.macs for cost in counted),
+        "predicted_perplexity_increase": math.expm1(sum(cost.kl for cost in costs if cost not in two_pass)),
+        "layer_errors": {str(site): chosen.error for site, chosen in model.ranges.items()},
+        "share_counts": "multiply-adds a token of all linear layers but the LM head",
+        "calibration": model.calibration.provenance,
+    }

@@ -1,0 +1,106 @@
+"""calibration.json and calibration.npz: what calibration found, in the artifact and to be used again.
+
+The .npz holds the statistics, and the token ids of the text if the user asked to keep it; the .json says where that
+came from, which ranges were found, and what each layer costs: everything a reader or a plot wants. Another precision
+or target reads both and does not search again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.artifact.writer import write_json
+from export.quantize.int8.search import SiteRanges, ranges_from_json, ranges_to_json
+from export.quantize.int8.sensitivity import LayerCost
+from export.quantize.statistics.activation_stats import Site, Statistics
+from export.quantize.statistics.store import load_arrays, load_statistics, save_arrays, save_statistics
+from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS
+from runtime.errors import CalibrationFailed
+
+_VERSION = 2
+
+MAX_KEPT = 128
+"""Sequences kept: all of a run of the default size, 260 kB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences, empty if they were not
+    kept, and their origin.
+
+    is_rotated: statistics, ranges and costs are those of the rotated checkpoint (rotation.py)
+    """
+
+    statistics: Statistics
+    ranges: dict[Site, SiteRanges]
+    costs: list[LayerCost]
+    sequences: Sequence[Sequence[int]]
+    provenance: dict[str, Any]
+    is_rotated: bool = False
+
+
+def save_calibration(directory: Path, calibration: Calibration, vocab_size: int) -> None:
+    """Write both files; `vocab_size` is the model's."""
+    costs = {cost.site: cost for cost in calibration.costs}
+    write_json(
+        directory / CALIBRATION,
+        {
+            "version": _VERSION,
+            "is_rotated": calibration.is_rotated,
+            "vocab_size": vocab_size,
+            "provenance": calibration.provenance,
+            "layers": [
+                {
+                    **item,
+                    "kl": costs[site].kl,
+                    "macs": costs[site].macs,
+                    "highest": float(calibration.statistics[site].highest.max()),
+                    "typical": calibration.statistics[site].percentile(0.5),
+                }
+                for site, item in zip(calibration.ranges, ranges_to_json(calibration.ranges), strict=True)
+            ],
+        },
+    )
+    save_statistics(directory / CALIBRATION_ARRAYS, calibration.statistics)
+    arrays = load_arrays(directory / CALIBRATION_ARRAYS)
+    for idx, sequence in enumerate(calibration.sequences[:MAX_KEPT]):
+        arrays[f"sequence/{idx}"] = np.asarray(sequence, np.int32)
+    save_arrays(directory / CALIBRATION_ARRAYS, arrays)
+
+
+def load_calibration(path: Path, vocab_size: int) -> Calibration:
+    """Read an artifact's calibration, or that of a calibration.json; CalibrationFailed says what is wrong."""
+    file = path / CALIBRATION if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CalibrationFailed(f"{file} cannot be read as a calibration: {error}") from error
+    if not isinstance(raw, dict) or raw.get("version") != _VERSION:
+        raise CalibrationFailed(f"{file} is not a calibration of this release (version {_VERSION}); calibrate again")
+    statistics = load_statistics(file.with_name(CALIBRATION_ARRAYS))
+    arrays = load_arrays(file.with_name(CALIBRATION_ARRAYS))
+    try:
+        ranges = ranges_from_json(raw["layers"])
+        costs = [LayerCost(Site(item["layer"], item["kind"]), item["kl"], item["macs"]) for item in raw["layers"]]
+        count = sum(name.startswith("sequence/") for name in arrays)
+        sequences = [arrays[f"sequence/{idx}"].tolist() for idx in range(count)]
+        provenance = _without_path(dict(raw["provenance"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibrationFailed(f"{file} is damaged: {error!r}; calibrate again") from error
+    highest = max((max(ids, default=0) for ids in sequences), default=0)
+    # Releases before this one did not write the size.
+    if highest >= vocab_size or raw.get("vocab_size", vocab_size) != vocab_size:
+        raise CalibrationFailed(f"{file} was made for another vocabulary than this model's {vocab_size:,} tokens")
+    return Calibration(statistics, ranges, costs, sequences, provenance, raw.get("is_rotated") is True)
+
+
+def _without_path(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Releases before this one wrote where the text's file lay: its name is enough."""
+    source = provenance.get("source")
+    if isinstance(source, str) and source.startswith(("/", "~")):
+        return {**provenance, "source": Path(source).name}
+    return provenance

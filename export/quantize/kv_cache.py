@@ -1,0 +1,93 @@
+"""The int8 KV cache of an export: which exports can have one, and where its scales come from.
+
+A precision that is calibrated has its text already, w8a8 the statistics of K and V as well. Any other reads some text
+for them alone, and keeps them in the artifact like any calibration, to be used again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from export.checkpoint.protocol import Checkpoint
+from export.model.config import ModelConfig
+from export.quantize.int8.saved import Calibration, load_calibration
+from export.quantize.int8.smoothquant import SmoothedCheckpoint
+from export.quantize.kv_scales import KvScales, kv_scales
+from export.quantize.statistics.activation_stats import Site, Statistics
+from export.quantize.statistics.collect import collect_statistics
+from runtime.errors import InvalidSetting
+
+COMPUTE, INT8 = "compute", "int8"
+KV_TYPES = (COMPUTE, INT8)
+"""What --kv takes: the type that the precision computes in, or int8."""
+
+_KINDS = ("k", "v")
+
+NUM_SEQUENCES = 32
+"""Read for K and V alone, unless told: 16,000 tokens; scales from four times as many are within a few per cent."""
+
+
+def check_kv(kv: str, dialects: Sequence[str], precision: str) -> None:
+    """InvalidSetting, before anything is read, for a cache type that is unknown or that this export cannot have."""
+    if kv not in KV_TYPES:
+        raise InvalidSetting(f"--kv {kv} is unknown; choose from {', '.join(KV_TYPES)}")
+    if kv == COMPUTE:
+        return
+    if others := [dialect for dialect in dialects if dialect != "ort"]:
+        raise InvalidSetting(
+            f"--kv {INT8} is for the ort dialect alone, and --dialect asks for {', '.join(others)}: TensorRT's cache "
+            f"update takes fp32, fp16 and bf16; leave --kv out, or export the two apart"
+        )
+    if precision in ("fp16", "bf16"):
+        raise InvalidSetting(
+            f"--kv {INT8} needs float32 attention, and {precision} computes in half precision; choose another "
+            f"--precision, like w8a16"
+        )
+
+
+def load_kv_calibration(path: Path, config: ModelConfig) -> Calibration:
+    """An earlier calibration, for K and V. InvalidSetting if it is of a model of another shape."""
+    found = load_calibration(path, config.vocab_size)
+    size = config.num_kv_heads * config.head_dim
+    stored = {site: entry for site, entry in found.statistics.items() if site.kind in _KINDS}
+    layers = {site.layer for site in stored}
+    if (layers and layers != set(range(config.num_layers))) or any(
+        entry.absmax.shape[1] != size for entry in stored.values()
+    ):
+        raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
+    return found
+
+
+def unrotated(found: Calibration) -> Calibration:
+    """What holds for the checkpoint as it is: of a calibration in the rotated basis (rotation.py), the text alone."""
+    return replace(found, statistics={}, ranges={}, costs=[], is_rotated=False) if found.is_rotated else found
+
+
+def has_kv_statistics(found: Calibration, config: ModelConfig) -> bool:
+    """Whether a calibration covers K and V of every layer."""
+    return all(Site(layer, kv) in found.statistics for layer in range(config.num_layers) for kv in _KINDS)
+
+
+def with_kv_statistics(
+    checkpoint: Checkpoint, config: ModelConfig, found: Calibration, workdir: Path, *, limit: int | None = None
+) -> Calibration:
+    """`found` with statistics of K and V, from a run over its sequences (at most `limit` of them) if it has none."""
+    if has_kv_statistics(found, config):
+        return found
+    run = collect_statistics(checkpoint, config, found.sequences[:limit], workdir / "kv")
+    kept: Statistics = {site: entry for site, entry in run.items() if site.kind in _KINDS}
+    return replace(found, statistics={**found.statistics, **kept})
+
+
+def for_kv_alone(found: Calibration) -> Calibration:
+    """Only what belongs to K and V: no other layer of this export was calibrated."""
+    kept: Statistics = {site: entry for site, entry in found.statistics.items() if site.kind in _KINDS}
+    return replace(found, statistics=kept, ranges={}, costs=[])
+
+
+def scales_of(found: Calibration, checkpoint: Checkpoint, config: ModelConfig) -> list[KvScales]:
+    """Scales of every layer; `checkpoint` is the one that the graph is written from, perhaps smoothed."""
+    if not isinstance(checkpoint, SmoothedCheckpoint):
+        return kv_scales(found.statistics, config)
+    names = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(config.num_layers)]
+    return kv_scales(found.statistics, config, [checkpoint.row_divisor(name) for name in names])

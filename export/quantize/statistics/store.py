@@ -1,0 +1,60 @@
+"""Statistics and smoothing vectors as one .npz file: names of arrays are `WHAT/layer/kind`.
+
+A few kilobytes a layer. Reading checks that every array is there and finite.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.quantize.statistics.activation_stats import NUM_FOLDS, Site, SiteStatistics, Statistics
+from runtime.errors import CalibrationFailed
+
+_FIELDS = ("absmax", "square_sum", "num_tokens", "histogram")
+
+
+def save_statistics(file: Path, statistics: Statistics) -> None:
+    """Write all sites; the file appears whole or not at all."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for site, entry in statistics.items():
+        for name in _FIELDS:
+            arrays[f"{name}/{site.layer}/{site.kind}"] = np.asarray(getattr(entry, name))
+    save_arrays(file, arrays)
+
+
+def save_arrays(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """np.savez under a temporary name, then renamed."""
+    partial = file.with_name(file.name + ".partial.npz")
+    with partial.open("wb") as handle:
+        np.savez(handle, allow_pickle=False, **arrays)
+    partial.replace(file)
+
+
+def load_statistics(file: Path) -> Statistics:
+    """Read all sites; CalibrationFailed if the file is not one of ours."""
+    arrays = load_arrays(file)
+    sites = {tuple(name.split("/")[1:]) for name in arrays if name.startswith("absmax/")}
+    statistics: Statistics = {}
+    try:
+        for layer, kind in sorted(sites, key=lambda site: (int(site[0]), site[1])):
+            absmax, square_sum, num_tokens, histogram = (arrays[f"{name}/{layer}/{kind}"] for name in _FIELDS)
+            if absmax.shape != (NUM_FOLDS, len(square_sum)) or not np.isfinite(absmax).all():
+                raise CalibrationFailed(f"{file}: the maxima of layer {layer} {kind} are damaged; calibrate again")
+            entry = SiteStatistics(absmax, square_sum, int(num_tokens), histogram)
+            statistics[Site(int(layer), kind)] = entry
+    except (KeyError, ValueError, TypeError) as error:
+        raise CalibrationFailed(f"{file} is not a calibration file: {error}; calibrate again") from error
+    return statistics
+
+
+def load_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz file; CalibrationFailed if it cannot be read."""
+    try:
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise CalibrationFailed(f"{file} cannot be read as a calibration file: {error}; calibrate again") from error

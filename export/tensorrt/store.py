@@ -1,0 +1,104 @@
+"""Writes and removes the files of an artifact's `engines/`: whole or not at all, and listed in its manifest.
+
+runtime/artifact/plan_files.py reads them.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from export.artifact.writer import file_entry
+from runtime.artifact.manifest import MANIFEST, Artifact, read_manifest
+from runtime.artifact.plan_files import ENGINES, EngineInfo, engine_files
+from runtime.errors import HeadraceError, InvalidSetting
+
+_PARTIAL = ".partial-"
+
+
+def engine_directory(artifact: Artifact) -> Path:
+    """The artifact's `engines/`, made if need be, without what killed builds left there."""
+    directory = artifact.path / ENGINES
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidSetting(f"cannot write to {directory}: {error.strerror}") from error
+    for left in leftovers(artifact):
+        left.unlink(missing_ok=True)
+    return directory
+
+
+def write_engine(artifact: Artifact, info: EngineInfo, plan: bytes) -> Path:
+    """Write plan and .json, then list the .json; the plan's path.
+
+    The .json comes first: a plan is never there without it.
+    """
+    file = artifact.path / ENGINES / f"{info.stem}.plan"
+    write_whole(file.with_suffix(".json"), info.to_json().encode())
+    write_whole(file, plan)
+    list_files(artifact, file.with_suffix(".json"))
+    return file
+
+
+def list_files(artifact: Artifact, *files: Path) -> None:
+    """Note files of `engines/` in the manifest with their hashes, and take out those that are gone.
+
+    Builds at the same time wait for each other here, so that none takes another's entry out.
+    """
+    root = os.open(artifact.path, os.O_RDONLY)
+    try:
+        fcntl.flock(root, fcntl.LOCK_EX)
+        manifest = read_manifest(artifact.path)
+        engines = {
+            name: entry for name, entry in manifest.engines.items() if (artifact.path / ENGINES / name).is_file()
+        }
+        engines |= {file.name: file_entry(file) for file in files}
+        if engines != manifest.engines:
+            write_whole(artifact.path / MANIFEST, replace(manifest, engines=engines).to_json().encode())
+    finally:
+        os.close(root)
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write under a temporary name, sync, rename. HeadraceError if the disk is full; nothing is left then."""
+    partial = file.with_name(f"{file.name}{_PARTIAL}{os.getpid()}")
+    try:
+        with partial.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HeadraceError(f"the disk is full: {file} needs {len(data) / 1e6:,.0f} MB") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def leftovers(artifact: Artifact) -> Iterator[Path]:
+    """Half-written files of builds that no longer run."""
+    for file in sorted((artifact.path / ENGINES).glob(f"*{_PARTIAL}*")):
+        pid = file.name.rpartition("-")[2]
+        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            yield file
+
+
+def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
+    """Remove what cannot be used (or everything, timing caches too): the files that went, by name."""
+    directory = artifact.path / ENGINES
+    usable = {engine.plan.stem for engine in engine_files(artifact, check_hashes=True) if engine.problem is None}
+    gone = list(leftovers(artifact))
+    for file in sorted(directory.glob("*")):
+        is_engine = file.suffix in (".plan", ".json")
+        if _PARTIAL not in file.name and (everything or (is_engine and file.stem not in usable)):
+            gone.append(file)
+    for file in gone:
+        file.unlink(missing_ok=True)
+    list_files(artifact)
+    with suppress(OSError):  # not empty
+        directory.rmdir()
+    return sorted(set(gone))

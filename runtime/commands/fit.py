@@ -1,0 +1,197 @@
+"""`headrace fit`: how long a context and how many requests together fit a given memory, with the sums.
+
+The sums are the server's own (kv_budget.py): weights first, then a share of what is left for KV slots. The artifact's
+own rows count its files; rows of other precisions are estimates from the dimensions. Loads no model.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, ModelDims, open_artifact
+from runtime.artifact.plan_files import engine_files
+from runtime.errors import InvalidSetting
+from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION, format_bytes, kv_bytes_per_token
+from runtime.settings import check_at_least, parse_bytes
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of a weight by kind, scales included, and the KV cache's type, for one precision of one runtime.
+
+    qkv: of those projections where they are wider than the other layers; last_mlp: of the last layers' MLP, see
+    export/quantize/int4/model.py; head: of an LM head of its own, where it is not stored as the embedding is
+    """
+
+    linear: float
+    embedding: float
+    kv: str
+    qkv: float | None = None
+    last_mlp: float | None = None
+    head: float | None = None
+
+
+LAST_SHARE = 1 / 16
+"""Of the layers, those whose MLP a 4-bit export keeps wider."""
+_BLOCK_INT8 = 1 + 4 / 32  # a float32 scale for 32 weights
+_BLOCK_INT4 = 0.5 + 4.5 / 32  # and a 4-bit zero point
+STORAGE = {
+    ("ort", "fp32"): Storage(4, 4, "float32"),
+    ("ort", "fp16"): Storage(2, 2, "float16"),
+    ("ort", "w8a16"): Storage(_BLOCK_INT8, _BLOCK_INT8, "float32"),
+    ("ort", "w4a16"): Storage(_BLOCK_INT4, _BLOCK_INT8, "float32", _BLOCK_INT8, _BLOCK_INT8),
+    ("ort", "w8a8"): Storage(1, _BLOCK_INT8, "float32"),
+    ("trt", "fp32"): Storage(4, 4, "float32"),
+    ("trt", "fp16"): Storage(2, 2, "float16"),
+    ("trt", "w8a16"): Storage(1, 2, "float16", head=1),
+    ("trt", "w4a16"): Storage(0.5 + 2 / 64, 2, "float16", 1, 1, head=1),
+    ("trt", "w8a8"): Storage(1, 2, "float16", head=1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one precision leaves for the KV cache; `slots` is by their length in tokens."""
+
+    runtime: str
+    precision: str
+    is_estimate: bool
+    weight_bytes: int
+    buffer_bytes: int
+    kv_dtype: str
+    token_bytes: int
+    kv_budget: int
+    slots: dict[int, int]
+
+    @property
+    def fits(self) -> bool:
+        return any(count > 0 for count in self.slots.values())
+
+
+def rows(artifact: Artifact, memory: int, max_batch: int) -> list[Row]:
+    """The artifact's dialects as they are, then other precisions of the same dialects."""
+    manifest = artifact.manifest
+    dialects = ["ort"] * ("ort" in manifest.dialects) + ["trt"] * any(name != "ort" for name in manifest.dialects)
+    found = [
+        _row(artifact, dialect, manifest.precision, _file_bytes(artifact, dialect), memory, max_batch)
+        for dialect in dialects
+    ]
+    for dialect, precision in STORAGE:
+        if dialect in dialects and precision != manifest.precision:
+            found.append(_row(artifact, dialect, precision, None, memory, max_batch))
+    return found
+
+
+def _row(artifact: Artifact, dialect: str, precision: str, file_bytes: int | None, memory: int, max_batch: int) -> Row:
+    dims, storage = artifact.manifest.dims, STORAGE.get((dialect, precision))
+    kv_dtype = storage.kv if file_bytes is None and storage else artifact.manifest.kv_of(dialect).dtype
+    assert file_bytes is not None or storage is not None
+    weight_bytes = file_bytes if storage is None or file_bytes is not None else _estimate(artifact, storage)
+    token_bytes = kv_bytes_per_token(
+        num_layers=dims.num_layers, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv_dtype
+    )
+    # Logits of every row; on a GPU once more in pinned memory, which a Jetson takes from the same chips.
+    buffer_bytes = max_batch * dims.vocab_size * 4 * (2 if dialect == "trt" else 1)
+    fraction = DEVICE_FREE_FRACTION if dialect == "trt" else FREE_FRACTION
+    assert weight_bytes is not None
+    budget = max(0, int((memory - weight_bytes - buffer_bytes) * fraction))
+    slots = {length: min(max_batch, budget // (length * token_bytes)) for length in _contexts(dims)}
+    return Row(dialect, precision, file_bytes is None, weight_bytes, buffer_bytes, kv_dtype, token_bytes, budget, slots)
+
+
+def _contexts(dims: ModelDims) -> list[int]:
+    """The usual lengths that the artifact was exported for, and its own limit."""
+    return sorted({*(length for length in CONTEXTS if length < dims.max_len), dims.max_len})
+
+
+def _file_bytes(artifact: Artifact, dialect: str) -> int:
+    """What the dialect reads: for TensorRT its largest engine, before one is built the weight files."""
+    files = artifact.manifest.files
+    if dialect == "trt":
+        plans = [engine.info.plan.size for engine in engine_files(artifact) if engine.info and not engine.problem]
+        if plans:
+            return max(plans)
+    names = (WEIGHTS,) if dialect == "ort" else (TRT_WEIGHTS,) if TRT_WEIGHTS in files else (WEIGHTS,)
+    return sum(files[name].size for name in names if name in files)
+
+
+def _estimate(artifact: Artifact, storage: Storage) -> int:
+    """From the sizes of the matrices; norms and biases are some thousandths of it."""
+    dims = artifact.manifest.dims
+    q_size, kv_size = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    qkv = dims.hidden_size * (q_size + 2 * kv_size) * (storage.qkv or storage.linear)
+    mlp = 3 * dims.hidden_size * dims.intermediate_size
+    layer = qkv + (dims.hidden_size * q_size + mlp) * storage.linear
+    num_last = max(1, round(dims.num_layers * LAST_SHARE)) if storage.last_mlp else 0
+    last = num_last * mlp * ((storage.last_mlp or 0) - storage.linear)
+    table = dims.vocab_size * dims.hidden_size
+    head = 0.0 if artifact.manifest.is_tied else table * (storage.head or storage.embedding)
+    return int(dims.num_layers * layer + last + table * storage.embedding + head)
+
+
+def lines(artifact: Artifact, memory: int, max_batch: int) -> Iterator[str]:
+    """The table, and the flags that serve the longest context that fits."""
+    found = rows(artifact, memory, max_batch)
+    lengths = list(found[0].slots)
+    yield f"{artifact.manifest.name} in {format_bytes(memory)}, at most {max_batch} requests together"
+    yield ""
+    head = "".join(f"{f'{length:,}':>8}" for length in lengths)
+    columns = "".join(f"{name:>10}" for name in ("weights", "logits", "KV", "a token", "for KV"))
+    yield f"{'runtime':9}{'precision':11}{columns}  slots of{head}"
+    for row in found:
+        weights = f"{'~' if row.is_estimate else ''}{format_bytes(row.weight_bytes)}"
+        counts = "".join(f"{count:8}" for count in row.slots.values())
+        yield (
+            f"{row.runtime:9}{row.precision:11}{weights:>10}{format_bytes(row.buffer_bytes):>10}{row.kv_dtype:>10}"
+            f"{format_bytes(row.token_bytes):>10}{format_bytes(row.kv_budget):>10}          {counts}"
+        )
+    yield ""
+    yield (
+        f"for KV = (memory - weights - logits) x {FREE_FRACTION} (ort) or x {DEVICE_FREE_FRACTION} (trt); "
+        "a slot takes its tokens x bytes a token; ~ is an estimate for another export"
+    )
+    best = best_row(found)
+    if best is not None:
+        length = max(length for length, count in best.slots.items() if count > 0)
+        yield (
+            f"fits: {best.precision} on {best.runtime}, --max-len {length} --max-batch {best.slots[length]} "
+            f"--kv-memory {best.slots[length] * length * best.token_bytes}"
+        )
+
+
+def best_row(found: list[Row]) -> Row | None:
+    """The artifact as it is, if it fits; else the widest other precision that does."""
+    return next((row for row in sorted(found, key=lambda row: row.is_estimate) if row.fits), None)
+
+
+def main(argv: list[str]) -> int:
+    """Print what fits. InvalidSetting, with the sums, if nothing does."""
+    parser = argparse.ArgumentParser(prog="headrace fit", description="What of an artifact fits a device's memory.")
+    parser.add_argument("artifact", help="directory written by `headrace export`")
+    parser.add_argument("--memory", type=parse_bytes, required=True, metavar="SIZE", help="free memory, like 8GB")
+    parser.add_argument("--max-batch", type=int, default=32, help="most requests together (default: 32)")
+    parser.add_argument("--allow-failed", action="store_true", help="use an artifact that failed its accuracy gate")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    check_at_least("max_batch", args.max_batch, 1)
+    artifact = open_artifact(args.artifact, allow_failed=args.allow_failed, check_hashes=False)
+    found = rows(artifact, args.memory, args.max_batch)
+    if best_row(found) is None:
+        least = min(found, key=lambda row: row.weight_bytes + row.buffer_bytes)
+        raise InvalidSetting(
+            f"{artifact.manifest.name} does not fit {format_bytes(args.memory)} in any precision: {least.precision} "
+            f"has {format_bytes(least.weight_bytes)} of weights and {format_bytes(least.buffer_bytes)} of logits, "
+            f"which leaves {format_bytes(least.kv_budget)} for slots of "
+            f"{format_bytes(min(least.slots) * least.token_bytes)}; lower --max-batch, or take a smaller model"
+        )
+    if args.json:
+        entries: list[dict[str, Any]] = [{**asdict(row), "fits": row.fits} for row in found]
+        sys.stdout.write(json.dumps({"memory": args.memory, "rows": entries}, indent=2) + "\n")
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines(artifact, args.memory, args.max_batch))
+    return 0

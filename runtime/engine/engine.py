@@ -1,0 +1,286 @@
+"""Continuous batching: schedule, run, sample, emit. One thread calls everything here; `engine_thread.py` is
+that thread.
+
+The engine knows nothing about text except that a request may carry a `TextStream`, and nothing about HTTP.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from itertools import islice, repeat
+
+import numpy as np
+
+from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
+from runtime.engine.prefix_cache import PrefixCache, block_keys
+from runtime.engine.sampler import Row
+from runtime.engine.scheduler import Run, Scheduler
+from runtime.engine.sequence import Sequence
+from runtime.engine.speculation.prompt_lookup import NgramIndex
+from runtime.engine.speculation.speculator import MODEL_ODDS, Speculator
+from runtime.errors import InvalidRequest, PromptTooLong
+from runtime.session.session import Session, TopRow, TopSession
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests on a session in steps; they join and leave between two steps.
+
+    prefill_chunk: most prompt tokens run between two decode steps
+    max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
+    prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
+    speculator: chooses drafts; None, or a session that is not ragged or where cuts matter: one token a row and step
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        prefill_chunk: int = 128,
+        prefix_cache: int = 0,
+        max_queue_wait_s: float | None = None,
+        speculator: Speculator | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self.info = session.info
+        self.live: dict[str, Sequence] = {}
+        self._session = session
+        self._top_session = session if isinstance(session, TopSession) else None
+        self._observer = observer
+        self._prefill_chunk = prefill_chunk
+        self._prefix_cache = prefix_cache
+        self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
+        self._next_expiry_s = math.inf
+        self._speculator = speculator if session.info.is_ragged and session.info.is_cut_exact else None
+        self._scheduler = self._new_scheduler()
+        self._model_s = 0.0
+
+    def prepare(self, request: Request) -> Sequence:
+        """Check a request against the session and make its state. Any thread may call this.
+
+        Raises InvalidRequest for an empty prompt, a token id outside the vocabulary or `min_tokens` above
+        `max_tokens`, PromptTooLong with both lengths.
+        """
+        ids, num_new = request.prompt_ids, request.params.max_tokens
+        if not ids:
+            raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+        self._check_ids(ids, "prompt")
+        if request.params.min_tokens > num_new:
+            raise InvalidRequest(
+                f"min_tokens is {request.params.min_tokens}, but the answer can have {num_new} tokens at most; "
+                "lower min_tokens or raise max_tokens",
+                param="min_tokens",
+            )
+        if len(ids) + num_new > self.info.capacity:
+            raise PromptTooLong(
+                f"This model's maximum context length is {self.info.capacity} tokens. However, you requested "
+                f"{len(ids) + num_new} tokens ({len(ids)} in the prompt, {num_new} for the answer). "
+                "Shorten the prompt or lower max_tokens.",
+                param="prompt",
+            )
+        sequence = Sequence(request)
+        if self._prefix_cache and not sequence.wants_prompt_logits:
+            sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
+        if self.is_speculating:
+            self._check_ids(request.options.prediction_ids, "prediction")
+            sequence.ngrams = NgramIndex(ids, request.options.prediction_ids)
+            sequence.model_odds = MODEL_ODDS
+        return sequence
+
+    def _check_ids(self, ids: Rows[int], param: str) -> None:
+        if ids and (min(ids) < 0 or max(ids) >= self.info.vocab_size):
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InvalidRequest(
+                f"token id {bad} is not in the vocabulary, 0 to {self.info.vocab_size - 1}", param=param
+            )
+
+    @property
+    def is_speculating(self) -> bool:
+        """Whether requests may take drafts along."""
+        return self._speculator is not None
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a prepared sequence; it joins when a slot is free."""
+        self.live[sequence.request.request_id] = sequence
+        self._scheduler.add(sequence)
+        self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(sequence))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with CANCELLED and free its slot. One that has ended already is ignored."""
+        if (sequence := self.live.get(request_id)) is not None:
+            self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
+
+    def fail(self, reason: str, arrived: Iterable[Sequence] = ()) -> None:
+        """End every request with ERROR, those that have `arrived` and were not added too.
+
+        Trusts only `live`: the step that broke may have left the rest inconsistent.
+        """
+        ended, event = [*self.live.values(), *arrived], _failure(reason)
+        self.live.clear()
+        for sequence in ended:
+            sequence.request.sink(event)
+        self._scheduler = self._new_scheduler()
+        # Last: if it is the observer that broke, everybody has heard.
+        for sequence in ended:
+            self._tell_end(sequence, FinishReason.ERROR)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """Counts as they are now; from another thread, as they are at some moment of a step."""
+        slots = self._scheduler.slots
+        return EngineStats(
+            num_waiting=len(self._scheduler.waiting),
+            num_running=slots.num_used,
+            num_slots=slots.num_slots,
+            kv_used_tokens=slots.used_tokens,
+            kv_total_tokens=slots.num_slots * slots.capacity,
+            prefix_cache_bytes=self._scheduler.cache.num_bytes,
+        )
+
+    def step(self) -> None:
+        """Give every decoding request a token, and at most one chunk of prompts a prefill."""
+        started_s, self._model_s = time.perf_counter(), 0.0
+        if started_s >= self._next_expiry_s:
+            self._expire(started_s)
+        num_decode = num_prefill_tokens = 0
+        for run in self._scheduler.plan():
+            rows = self._run(run)
+            self._scheduler.advance(run)
+            self._score(run, rows)
+            if run.drafts:
+                self._emit_drafted(run, rows)
+            else:
+                for sequence, row in zip(run.sequences, rows, strict=False):
+                    self._emit(sequence, row)
+            num_decode += run.num_decode
+            num_prefill_tokens += run.num_prefill_tokens
+        if self._observer is not None:
+            step_s = time.perf_counter() - started_s
+            self._observer.on_step(
+                num_decode=num_decode,
+                num_prefill_tokens=num_prefill_tokens,
+                step_s=step_s,
+                model_s=self._model_s,
+            )
+
+    def _run(self, run: Run) -> Iterable[Row | TopRow]:
+        """Whole rows of logits, or their likeliest tokens where those do for every sequence of the run."""
+        for sequence, draft in zip(run.sequences, run.drafts or repeat(()), strict=False):
+            sequence.prepare(draft)
+        started_s = time.perf_counter()
+        top = self._top_session
+        rows: Iterable[Row | TopRow]
+        if top is not None and not run.scored and _suffices(top.num_top, run.sequences):
+            rows = top.run_top(run.batch)
+        else:
+            rows = self._session.run(run.batch)
+        model_s = time.perf_counter() - started_s
+        self._model_s += model_s
+        if self._speculator is not None and run.num_decode:
+            self._speculator.cost.hear(run.num_decode, sum(map(len, run.drafts)), model_s)
+        return rows
+
+    def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
+        """Give prompts that are scored the logits of their positions; the last go out before the first token."""
+        start = len(run.sequences)
+        for sequence, num_rows in run.scored:
+            assert isinstance(rows, np.ndarray)
+            event = sequence.score_prompt(rows[start : start + num_rows])
+            start += num_rows
+            if event is not None:
+                sequence.request.sink(event)
+
+    def _emit_drafted(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
+        """Each sequence goes on for as long as it chooses what its draft had."""
+        following = iter(rows)
+        for sequence, draft in zip(run.sequences, run.drafts, strict=True):
+            usage = sequence.request.usage
+            usage.num_drafted += len(draft)
+            num_before, own = usage.num_accepted, list(islice(following, len(draft) + 1))
+            for idx, row in enumerate(own):
+                token_id = self._emit(sequence, row)
+                if token_id is None or idx == len(draft) or token_id != draft[idx]:
+                    break
+                self._scheduler.accept(sequence)
+                usage.num_accepted += 1
+            assert self._speculator is not None
+            self._speculator.hear(sequence, len(draft), usage.num_accepted - num_before)
+
+    def _emit(self, sequence: Sequence, row: Row | TopRow) -> int | None:
+        """Send a sequence's next event; return its token, None if it ended."""
+        is_first = sequence.num_generated == 0
+        try:
+            event = sequence.next_event(row)
+        except InvalidRequest as error:
+            event = _failure(str(error))._replace(error_param=error.param)
+        except BaseException as error:  # one request's failure, a panic in its grammar too, must not end its neighbours
+            log.exception("request %s failed", sequence.request.request_id)
+            event = _failure(f"{type(error).__name__}: {error}")
+        if is_first and self._observer is not None and sequence.first_token_s is not None:
+            self._observer.on_first_token(ttft_s=sequence.first_token_s - sequence.submitted_s)
+        if event.finish_reason is not None:
+            self._end(sequence, event)
+            return None
+        assert event.token_id is not None
+        self._scheduler.set_next(sequence, event.token_id)
+        sequence.request.sink(event)
+        return event.token_id
+
+    def _end(self, sequence: Sequence, event: TokenEvent) -> None:
+        """Count it and free what it holds, then send its last event: who has the answer finds all that done."""
+        assert event.finish_reason is not None
+        self._tell_end(sequence, event.finish_reason)  # while it lives: if the observer breaks, it hears of that
+        self._scheduler.remove(sequence)
+        del self.live[sequence.request.request_id]
+        sequence.request.sink(event)
+
+    def _expire(self, now_s: float) -> None:
+        """End the requests whose time is up, and note when to look again."""
+        for sequence in list(self.live.values()):
+            if now_s >= sequence.deadline_s:
+                self._end(sequence, _timed_out(sequence, now_s))
+            elif now_s >= self._expiry_s(sequence):
+                reason = f"no slot was free for {self._max_queue_wait_s:g} s (--max-queue-wait); try again later"
+                self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.QUEUE_TIMEOUT, error=reason))
+        self._next_expiry_s = min(map(self._expiry_s, self.live.values()), default=math.inf)
+
+    def _expiry_s(self, sequence: Sequence) -> float:
+        """When its time is up as things stand: a request in a slot no longer waits."""
+        if sequence.slot is not None:
+            return sequence.deadline_s
+        return min(sequence.deadline_s, sequence.submitted_s + self._max_queue_wait_s)
+
+    def _tell_end(self, sequence: Sequence, reason: FinishReason) -> None:
+        if self._observer is not None:
+            self._observer.on_finish(
+                reason=reason,
+                num_prompt=sequence.num_prompt,
+                num_generated=sequence.num_generated,
+                tpot_s=sequence.tpot_s(time.perf_counter()),
+                usage=sequence.request.usage,
+            )
+
+    def _new_scheduler(self) -> Scheduler:
+        cache = PrefixCache(self._session, self._prefix_cache)
+        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, speculator=self._speculator)
+
+
+def _suffices(num_top: int, sequences: Iterable[Sequence]) -> bool:
+    """Whether so many of the likeliest tokens are enough for every one of them."""
+    return all(sequence.num_top is not None and sequence.num_top <= num_top for sequence in sequences)
+
+
+def _timed_out(sequence: Sequence, now_s: float) -> TokenEvent:
+    passed_s = now_s - sequence.submitted_s
+    reason = f"its time was up after {passed_s:.1f} s, with {sequence.num_generated} tokens generated; ask for fewer"
+    return TokenEvent(None, "", finish_reason=FinishReason.TIMEOUT, error=reason)
+
+
+def _failure(reason: str) -> TokenEvent:
+    return TokenEvent(None, "", finish_reason=FinishReason.ERROR, error=reason)

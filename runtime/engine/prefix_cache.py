@@ -1,0 +1,100 @@
+"""K and V of prompt beginnings, kept in blocks outside the slots and reused by later prompts that begin alike.
+
+    prompt   [ block 0 ][ block 1 ][ block 2 ][ rest ]
+    key       H(salt, 0) H(key 0, 1) H(key 1, 2)          a key stands for everything up to its block's end
+
+A prompt reuses the blocks of its longest known beginning; what follows is computed. Only rows that a prefill computed
+are kept: those of a decode step differ in their last bits, and a request gets the same tokens with and without the
+cache. Memory is bounded; the block that was not used for longest goes first, and never before those that continue it.
+Knows neither requests nor models: K/V rows are whatever the session's `read_slot` returns.
+"""
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.session.session import KvRows, Session
+
+log = logging.getLogger(__name__)
+
+BLOCK_LEN = 32
+"""Tokens of a block: a shared beginning is reused up to the last whole block, so at most 31 tokens of it are computed
+again. Smaller blocks would be copied in pieces too small for the memory's full speed."""
+
+MIN_REST = 2
+"""Tokens of a prompt that are computed in any case. The last one's logits are needed, and a run of a single token takes
+another kernel than any longer run, with sums that differ in the last bit: the rest of a prompt is never that short."""
+
+
+def block_keys(prompt_ids: Sequence[int], salt: str) -> list[bytes]:
+    """The keys of a prompt's reusable whole blocks, 16 bytes each, from the first on.
+
+    The salt goes into every key: prompts with different salts have no block in common.
+    """
+    num_blocks = max(0, len(prompt_ids) - MIN_REST) // BLOCK_LEN
+    blocks = np.array(prompt_ids[: num_blocks * BLOCK_LEN], np.int64).reshape(num_blocks, BLOCK_LEN)
+    key = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    keys = []
+    for block in blocks:
+        key = hashlib.blake2b(key + block.tobytes(), digest_size=16).digest()
+        keys.append(key)
+    return keys
+
+
+class PrefixCache:
+    """A store of at most `max_bytes` of K/V rows; 0 keeps nothing. One thread uses it: the engine's."""
+
+    def __init__(self, session: Session, max_bytes: int) -> None:
+        self.num_bytes = 0
+        self._session = session
+        self._max_bytes = max_bytes
+        self._blocks: OrderedDict[bytes, KvRows] = OrderedDict()  # the least recently used first
+
+    def restore(self, keys: Sequence[bytes], slot: int, first: int, max_blocks: int, multiple: int = 1) -> int:
+        """Copy known blocks from number `first` on into a slot; return how many: at most `max_blocks`, and a multiple
+        of `multiple`."""
+        wanted = keys[first : first + max_blocks]
+        num_blocks = next((count for count, key in enumerate(wanted) if key not in self._blocks), len(wanted))
+        num_blocks -= num_blocks % multiple
+        for idx in range(first, first + num_blocks):
+            self._session.write_slot(slot, idx * BLOCK_LEN, self._blocks[keys[idx]])
+        if num_blocks:
+            self._touch(keys[: first + num_blocks])
+        return num_blocks
+
+    def has(self, keys: Sequence[bytes]) -> bool:
+        """Whether these blocks are there; False for none."""
+        return bool(keys) and all(key in self._blocks for key in keys)
+
+    def keep(self, keys: Sequence[bytes], slot: int, first: int, stop: int) -> None:
+        """Store the blocks `first .. stop` of a slot that are not there yet."""
+        for idx in range(first, stop):
+            if keys[idx] in self._blocks:
+                continue
+            # Without the block before it this one cannot be found; that one was evicted, or did not fit.
+            if idx and keys[idx - 1] not in self._blocks:
+                return
+            try:
+                rows = self._session.read_slot(slot, idx * BLOCK_LEN, (idx + 1) * BLOCK_LEN)
+            except MemoryError:
+                # Reuse is a convenience: it must not cost a request its life.
+                log.warning("no memory for the prefix cache beyond %d bytes; it grows no further", self.num_bytes)
+                self._max_bytes = self.num_bytes
+                return
+            if rows.nbytes > self._max_bytes:
+                return
+            self._blocks[keys[idx]] = rows
+            self.num_bytes += rows.nbytes
+            self._touch(keys[: idx + 1])
+            while self.num_bytes > self._max_bytes:
+                _, evicted = self._blocks.popitem(last=False)
+                self.num_bytes -= evicted.nbytes
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """Mark a beginning as just used, its first block last: a block outlives those that continue it."""
+        for key in reversed(keys):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)

@@ -1,0 +1,135 @@
+"""One request while it is being generated: from a row of logits to the next event.
+
+Knows sampling, constraints and when a request ends; nothing about slots, batches or other requests.
+"""
+
+import math
+import time
+from collections.abc import Sequence as Rows
+
+from runtime.core import FinishReason, PromptLogprob, Request, TokenEvent
+from runtime.engine.sampler import Row, make_sampler, num_top, with_logprobs
+from runtime.engine.speculation.prompt_lookup import NgramIndex
+from runtime.session.session import TopRow
+
+
+class Sequence:
+    """A request's state. Made on the caller's thread, then used by the engine's alone.
+
+    `slot` is None while it waits. The `num_top` likeliest tokens of a row are enough for it; None: it needs them all.
+    `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that need
+    not be stored again. `ngrams` guesses its next tokens, if it may speculate, and `model_odds` are those of a draft
+    model's guess. Times are seconds of `time.perf_counter`.
+    """
+
+    __slots__ = (
+        "_min_tokens",
+        "_prompt_logprobs",
+        "_sampler",
+        "_stop_ids",
+        "deadline_s",
+        "first_token_s",
+        "model_odds",
+        "ngrams",
+        "num_generated",
+        "num_kept",
+        "num_prompt",
+        "num_top",
+        "prefix_keys",
+        "request",
+        "slot",
+        "submitted_s",
+    )
+
+    def __init__(self, request: Request) -> None:
+        params = request.params
+        self.request = request
+        self.slot: int | None = None
+        self.num_prompt = len(request.prompt_ids)
+        self.num_generated = 0
+        self.prefix_keys: list[bytes] = []
+        self.num_kept = 0
+        self.ngrams: NgramIndex | None = None
+        self.model_odds = 0.0
+        self.submitted_s = time.perf_counter()
+        timeout_s = request.options.timeout_s
+        self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
+        self.first_token_s: float | None = None
+        self._prompt_logprobs: list[PromptLogprob] = []
+        self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
+        self._min_tokens = params.min_tokens if self._stop_ids else 0
+        self.num_top = None if self._min_tokens else num_top(params)
+        self._sampler = make_sampler(params, request.prompt_ids, self._stop_ids)
+
+    def prepare(self, draft: Rows[int] = ()) -> None:
+        """Called before the model runs for this sequence: what can be done meanwhile is begun."""
+        if self.request.guide is not None:
+            self.request.guide.prepare(draft)
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether every position of the prompt is to be scored."""
+        return self.request.params.prompt_logprobs is not None
+
+    def score_prompt(self, rows: Row) -> TokenEvent | None:
+        """Take the logits float32 [R, vocab_size] of the next positions of the prompt, each of which predicts the token
+        after it. The event with all the log-probabilities when there are no more."""
+        num_top = self.request.params.prompt_logprobs
+        assert num_top is not None
+        if not len(rows) and self.num_prompt > 1:
+            return None  # the last token came in a run of its own, and the event was before
+        for row in rows:
+            token_id = self.request.prompt_ids[len(self._prompt_logprobs) + 1]
+            _, logprob, top = with_logprobs(row, token_id, num_top)
+            assert logprob is not None
+            self._prompt_logprobs.append(PromptLogprob(logprob, top))
+        if len(self._prompt_logprobs) < self.num_prompt - 1:
+            return None
+        return TokenEvent(None, "", prompt_logprobs=tuple(self._prompt_logprobs))
+
+    def next_event(self, row: Row | TopRow) -> TokenEvent:
+        """Choose a token from logits float32 [vocab_size], or from its `num_top` likeliest, and say what it adds. If
+        none is wanted, that is the end.
+
+        Raises what the sampler or the text stream raises; the request cannot go on after that.
+        """
+        if self.request.params.max_tokens == 0:
+            return TokenEvent(None, "", finish_reason=FinishReason.LENGTH)
+        guide = self.request.guide
+        if isinstance(row, TopRow):
+            choice = self._sampler.sample_top(row)
+        else:
+            choice = self._sampler.sample(row, None if guide is None else guide.allowed())
+        if guide is not None:
+            guide.advance(choice.token_id)
+        self.num_generated += 1
+        if self.num_generated == self._min_tokens:
+            self.num_top = num_top(self.request.params)
+        if self.ngrams is not None:
+            self.ngrams.push(choice.token_id)
+        if self.first_token_s is None:
+            self.first_token_s = time.perf_counter()
+        text, reason = self._text_of(choice.token_id)
+        return TokenEvent(choice.token_id, text, choice.logprob, choice.top_logprobs, reason)
+
+    def _text_of(self, token_id: int) -> tuple[str, FinishReason | None]:
+        stream = self.request.text
+        # A grammar can leave nothing but a stop token; before `min_tokens` it is one token of the answer as any other.
+        if token_id in self._stop_ids and (self.num_generated > self._min_tokens or token_id in self.request.eos_ids):
+            return ("" if stream is None else stream.finish(token_id)), FinishReason.STOP
+        text = ""
+        if stream is not None:
+            text, is_stopped = stream.push(token_id)
+            if is_stopped:
+                return text, FinishReason.STOP
+        is_complete = self.request.guide is not None and self.request.guide.is_stopped
+        if not is_complete and self.num_generated < self.request.params.max_tokens:
+            return text, None
+        reason = FinishReason.STOP if is_complete else FinishReason.LENGTH
+        return text + ("" if stream is None else stream.finish()), reason
+
+    def tpot_s(self, now_s: float) -> float | None:
+        """Mean seconds per token after the first; None below two tokens."""
+        if self.first_token_s is None or self.num_generated < 2:
+            return None
+        return (now_s - self.first_token_s) / (self.num_generated - 1)

@@ -1,0 +1,144 @@
+"""How many KV slots fit in memory. Reads what the kernel says is free; of models it knows only sizes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import InvalidSetting
+from runtime.machine.control_groups import control_group_paths, read_number
+
+FREE_FRACTION = 0.6
+"""Share of the free memory for the cache: the rest is for activations, prepacked weights, page cache."""
+PREFIX_CACHE_FRACTION = 0.1
+"""Share for prompt beginnings kept for reuse."""
+
+DEVICE_FREE_FRACTION = 0.8
+"""The same of a GPU's memory once the model is loaded: the rest is for what libraries allocate as they run."""
+
+_DTYPE_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "fp32": 4,
+    "fp16": 2,
+    "bf16": 2,
+}
+
+
+def kv_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
+    """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
+    return 2 * num_layers * num_kv_heads * head_dim * item_bytes(dtype)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one number. InvalidSetting for an unknown dtype."""
+    if dtype not in _DTYPE_BYTES:
+        raise InvalidSetting(
+            f"KV cache dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}; export the model again"
+        )
+    return _DTYPE_BYTES[dtype]
+
+
+def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
+    """Slots of `capacity` tokens that fit `budget` bytes, at most `max_batch`.
+
+    InvalidSetting with the sums if not even one fits.
+    """
+    slot_bytes = capacity * bytes_per_token
+    num_slots = min(max_batch, budget // slot_bytes)
+    if num_slots < 1:
+        fitting = budget // bytes_per_token
+        raise InvalidSetting(
+            f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes "
+            f"a token) and only {format_bytes(budget)} may be used; "
+            f"set --max-len {fitting:,} or less, or a larger --kv-memory"
+        )
+    return num_slots
+
+
+def default_budget(*, weight_bytes: int = 0, fraction: float = FREE_FRACTION, root: Path = Path("/")) -> int:
+    """Bytes the KV cache may take: by default 60 % of what is free once the weights are loaded.
+
+    `root` is where /proc and /sys are found. InvalidSetting where the kernel does not say.
+    """
+    return max(0, int((available_memory(root) - weight_bytes) * fraction))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShare:
+    """What one of several models in a process may take by default, where nobody said how much.
+
+    host_kv: bytes of the machine's memory for its KV cache; counted once for all, since caches there fill slowly, and
+        each model would count the same memory as free
+    num_to_load: models that are still to take a GPU's memory, this one included: a cache there is taken whole at once,
+        so what is free then is free
+    weights_to_come: bytes that the weights of the models behind this one will take on it
+    """
+
+    host_kv: int
+    num_to_load: int
+    weights_to_come: int
+
+    def of_device(self, free: int) -> int:
+        """Bytes of a GPU's memory for the KV cache, of `free` once this model's weights are there."""
+        return max(0, int((free - self.weights_to_come) * DEVICE_FREE_FRACTION)) // self.num_to_load
+
+
+ALONE = MemoryShare(host_kv=0, num_to_load=1, weights_to_come=0)
+"""The one model of its process, on a GPU."""
+
+
+def shares_of(
+    host_weights: Sequence[int], device_weights: Sequence[int], *, root: Path = Path("/")
+) -> list[MemoryShare]:
+    """A share for each of several models, loaded in this order, by the bytes of weights here and on a GPU."""
+    count = len(host_weights)
+    host_kv = max(1, default_budget(weight_bytes=sum(host_weights), root=root) // count)
+    return [
+        MemoryShare(host_kv=host_kv, num_to_load=count - idx, weights_to_come=sum(device_weights[idx + 1 :]))
+        for idx in range(count)
+    ]
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Free bytes: MemAvailable of /proc/meminfo, or what the control group leaves, if that is less."""
+    meminfo = root / "proc/meminfo"
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError as error:
+        raise InvalidSetting(f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory") from error
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    if "MemAvailable" not in fields:
+        raise InvalidSetting(f"{meminfo} has no MemAvailable; say how much memory to use with --kv-memory")
+    return min(int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_room(root), 2**62)
+
+
+def _cgroup_room(root: Path) -> Iterator[int]:
+    """Limit minus use for each control group around this process that has a limit."""
+    for group in control_group_paths(root, "memory"):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = read_number(group / limit_name), read_number(group / used_name)
+            if limit is not None and used is not None:
+                yield max(0, limit - used + _reclaimable(group))
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of page cache that the kernel drops before it runs out."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(stat.get("inactive_file", 0))
+
+
+def format_bytes(count: int) -> str:
+    """A size for people, in powers of 1000: 11.3 GB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

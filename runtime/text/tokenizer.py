@@ -1,0 +1,291 @@
+"""Text to token ids and back, on top of the `tokenizers` library. Knows nothing about requests or models.
+
+Encoding is the library's. Decoding one token at a time is ours, over bytes: `tokenizers` decodes whole lists,
+and its text of a part of a character is U+FFFD. Two kinds of decoder cover the causal LMs of today:
+
+    byte-level BPE (GPT-2, Llama 3, Qwen)     every character of a token stands for one byte
+    SentencePiece  (Llama 2, Mistral, Gemma)  U+2581 stands for a space, <0xE2> for a byte that has no token
+
+An artifact with another decoder is refused.
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.artifact.json_shape import read_json
+from runtime.artifact.manifest import Artifact
+from runtime.errors import InvalidArtifact
+from runtime.text.bounded_encoding import BoundedEncoder
+from runtime.text.control_tokens import AddedToken
+from runtime.text.secret_spelling import SecretSpelling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HfTokenizer
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_BYTE_TOKEN_LEN = len("<0xE2>")
+
+
+class Tokenizer:
+    """A loaded tokenizer. Safe to use from many threads.
+
+    `config` is tokenizer_config.json as parsed, `special_tokens` its bos_token, eos_token... as text.
+    """
+
+    def __init__(self, tokenizer: "HfTokenizer", config: Mapping[str, Any], *, where: str = TOKENIZER) -> None:
+        self.config = config
+        self.special_tokens = _special_tokens(config)
+        self._hf = tokenizer
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self._encoder = BoundedEncoder(tokenizer)
+        decoder = json.loads(tokenizer.to_str()).get("decoder")
+        self._decode_steps = _flatten_decoder(decoder, where)
+        self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(i for i, token in added if token.special)
+        self.special_id_of: Mapping[str, int] = {token.content: i for i, token in added if token.special}
+        """The ids of control tokens, by the text that names them."""
+        self._bytes: dict[int, bytes] = {}
+        self._added_bos_id = self._bos_to_add()
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> "Tokenizer":
+        """Load the artifact's tokenizer.json and, if it has them, special_tokens_map.json and tokenizer_config.json.
+        Raises InvalidArtifact."""
+        file = artifact.listed(TOKENIZER)
+        if file is None:
+            raise InvalidArtifact(
+                f"{artifact.path} has no {TOKENIZER}, so it takes no text; export a checkpoint that has one"
+            )
+        return cls.from_files(file, artifact.listed(SPECIAL_TOKENS_MAP), artifact.listed(TOKENIZER_CONFIG))
+
+    @classmethod
+    def from_files(cls, file: Path, *config_files: Path | None) -> "Tokenizer":
+        """Load a tokenizer.json and the files of special_tokens_map.json and tokenizer_config.json that there are: what
+        several say, the last says, as in transformers. Raises InvalidArtifact."""
+        from tokenizers import Tokenizer as HfTokenizer
+
+        try:
+            tokenizer = HfTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise InvalidArtifact(f"{file} cannot be loaded: {error}; export the model again") from error
+        config: dict[str, Any] = {}
+        for config_file in filter(None, config_files):
+            config |= _read_config(config_file)
+        return cls(tokenizer, config, where=str(file))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the tokenizer knows; a model's vocabulary may be padded beyond it."""
+        return self._hf.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text.
+
+        `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token
+        where tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
+        `max_tokens` bounds the work, as runtime/text/bounded_encoding.py says. Raises PromptTooLong if the text
+        certainly has more tokens, InvalidRequest if it is not valid Unicode, Overloaded if too much text is being
+        tokenized.
+        """
+        ids = self._encoder.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+        bos_id = self._added_bos_id
+        if add_special_tokens and bos_id is not None and ids[:1] != [bos_id]:
+            ids.insert(0, bos_id)
+        return ids
+
+    @property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are found anywhere in a text as a whole, before its words are."""
+        decoder = self._hf.get_added_tokens_decoder()
+        return [
+            AddedToken(token_id, token.content, token.special)
+            for token_id, token in decoder.items()
+            if not token.single_word
+        ]
+
+    @property
+    def named_tokens(self) -> frozenset[str]:
+        """Texts of the special tokens that tokenizer_config.json names."""
+        listed: list[Any] = []
+        for name in _TOKEN_LISTS:
+            value = self.config.get(name)
+            listed += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return frozenset({*self.special_tokens.values(), *filter(None, map(_token_text, listed))})
+
+    def spelled_secretly(self, ids: Mapping[str, int]) -> SecretSpelling:
+        """A second tokenizer, in which the tokens `ids`, by their text, are spelled in a way that nobody can guess."""
+        return SecretSpelling(self._hf, ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a whole list of ids, special tokens left out, as `tokenizers` decodes it."""
+        text: str = self._hf.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is a control token, which is no part of the text."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text, perhaps half a character; empty for a special or unknown token."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._compute_bytes(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """A token for people: a special token by its name, bytes that are no whole character as U+FFFD."""
+        if token_id in self._special_ids:
+            return str(self._hf.id_to_token(token_id))
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """The same as `token_bytes`, with special tokens by their names."""
+        return self.token_bytes(token_id) or self.token_text(token_id).encode()
+
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skips_special: bool = True) -> "Detokenizer":
+        """A decoder for the tokens that follow a prompt; it writes special tokens by their names unless it skips them.
+
+        SentencePiece models write a space before the first word. It is dropped where a text begins: after no
+        prompt, or one that ends in a special token, as a chat turn does.
+        """
+        is_beginning = not prompt_ids or self.is_special(prompt_ids[-1])
+        token_bytes = self.token_bytes if skips_special else self.shown_bytes
+        return Detokenizer(token_bytes, strip_first=is_beginning and self._strips_first)
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return any(step["type"] == "ByteLevel" for step in self._decode_steps)
+
+    @property
+    def _strips_first(self) -> bool:
+        return any(
+            (step["type"] == "Strip" and step.get("start", 0) > 0)
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in self._decode_steps
+        )
+
+    def _compute_bytes(self, token_id: int) -> bytes:
+        token = None if token_id in self._special_ids else self._hf.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            try:
+                return bytes(self._byte_of[char] for char in token)
+            except KeyError:  # an added token, written as it is
+                return str(token).encode()
+        for step in self._decode_steps:
+            if step["type"] == "Replace":
+                token = token.replace(step["pattern"]["String"], step["content"])
+            elif step["type"] == "Metaspace":
+                token = token.replace(step.get("replacement", "\u2581"), " ")
+            elif step["type"] == "ByteFallback" and (byte := _byte_token(token)) is not None:
+                return byte
+        return str(token).encode()
+
+    def _bos_to_add(self) -> int | None:
+        """The beginning-of-text token, where the configuration asks for it in so many words."""
+        bos_token = self.special_tokens.get("bos_token")
+        if self.config.get("add_bos_token") is not True or bos_token is None:
+            return None
+        bos_id: int | None = self._hf.token_to_id(bos_token)
+        return bos_id
+
+
+class Detokenizer:
+    """Decodes a stream of tokens; never emits a part of a character.
+
+    Bytes that can no longer become a character come out as U+FFFD, one for each maximal invalid part (Unicode
+    16, section 3.9), as the decoder of byte-level tokenizers does. Time and memory are constant per token.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], *, strip_first: bool = False) -> None:
+        """`token_bytes` says what a token adds to the text."""
+        self._token_bytes = token_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._strip_first = strip_first
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the characters that are now whole."""
+        return self._stripped(self._decode(self._token_bytes(token_id)))
+
+    def finish(self) -> str:
+        """What is left of an unfinished character: U+FFFD or nothing."""
+        return self._stripped(self._decode(b"", True))
+
+    def _stripped(self, text: str) -> str:
+        if self._strip_first and text:
+            self._strip_first = False
+            return text.removeprefix(" ")
+        return text
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A JSON object."""
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise InvalidArtifact(f"{file} is not a JSON object; export the model again")
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and its like as text; written as a string or as an object with `content`."""
+    found = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        if (text := _token_text(config.get(name))) is not None:
+            found[name] = text
+    return found
+
+
+def _token_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:
+    """The steps of tokenizer.json's decoder. InvalidArtifact for one that does not go token by token."""
+    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
+    for step in steps:
+        kind = step["type"] if step else "none"
+        is_known = kind in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Strip") or (
+            kind == "Replace" and "String" in step["pattern"]
+        )
+        if not is_known:
+            raise InvalidArtifact(
+                f"{where} has the decoder {kind!r}; byte-level BPE and SentencePiece are what can be streamed"
+            )
+    return list(steps)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the rest for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_token(token: str) -> bytes | None:
+    if len(token) != _BYTE_TOKEN_LEN or not token.startswith("<0x") or not token.endswith(">"):
+        return None
+    try:
+        return bytes([int(token[3:5], 16)])
+    except ValueError:
+        return None

@@ -1,0 +1,308 @@
+"""What a reply looks like: OpenAI's objects, in pieces for a stream and folded into one.
+
+Knows the shapes of https://platform.openai.com/docs/api-reference, nothing of HTTP or of the engine. Both
+calls have a shape class with the same four methods: `opening`, `pieces`, `usage` make the chunks of a stream,
+in this order, and `fold` makes the whole reply out of those very chunks.
+"""
+
+import codecs
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from runtime.core import TokenEvent, TokenLogprob
+from runtime.text_model import TextModel
+from serve.replies.choices import Choices
+from serve.replies.tools import ToolDeltas, add_delta, close_message, open_message
+from serve.replies.unenforced import AnswerChecks
+
+Json = dict[str, Any]
+
+LEAST_LOGPROB = -9999.0
+"""OpenAI's value for "very unlikely"; JSON has no minus infinity."""
+
+
+class ReplyShape(Protocol):
+    """How one of the two calls answers."""
+
+    def opening(self, num_choices: int) -> Iterator[Json]:
+        """Chunks before the first token."""
+        ...
+
+    def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        """Chunks for one event of one choice; none for a token whose text is still held back."""
+        ...
+
+    def usage(self, choices: Choices) -> Json:
+        """The chunk after the last token; it has no choices."""
+        ...
+
+    def fold(self, chunks: Iterable[Json]) -> Json:
+        """The whole reply. Takes all chunks of a stream, the usage included."""
+        ...
+
+
+def chunks_of(choices: Choices, shape: ReplyShape, checks: AnswerChecks) -> Iterator[Json]:
+    """Every chunk of a reply. Raises what iterating `choices` raises; closing it cancels the request."""
+    yield from shape.opening(len(choices))
+    for index, event in choices:
+        for chunk in shape.pieces(index, event):
+            if event.prompt_logprobs is None:
+                checks.see(*chunk["choices"])
+            yield chunk
+    yield shape.usage(choices)
+
+
+class Echo(NamedTuple):
+    """A prompt that is repeated before the answer, as text and as tokens."""
+
+    text: str
+    token_ids: Sequence[int]
+
+
+class CompletionShape:
+    """Answers of POST /v1/completions. `echo` holds the prompt of each choice, if it is to be put before the answer;
+    `is_scored` says that its log-probabilities will come, and the text with them; `shows_special` that special tokens
+    are part of the text."""
+
+    def __init__(
+        self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False, shows_special: bool = False
+    ) -> None:
+        self._head = _head("cmpl", "text_completion", model.name)
+        self._model = model
+        self._echo = echo
+        self._is_scored = is_scored
+        self._bytes_in_text = model.shown_bytes if shows_special else model.token_bytes
+        self._offsets: dict[int, TextOffset] = {}
+
+    def opening(self, num_choices: int) -> Iterator[Json]:
+        for index, echo in enumerate(self._echo):
+            if not self._is_scored:
+                self._offsets[index] = TextOffset(len(echo.text))
+                yield self._chunk(index, echo.text, None, None)
+
+    def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        if event.prompt_logprobs is not None:
+            if self._is_scored:
+                yield self._chunk(index, self._echo[index].text, self._prompt_logprobs(index, event), None)
+            return
+        logprobs = None if event.logprob is None else self._logprobs(index, event)
+        if event.text or logprobs or event.finish_reason:
+            yield self._chunk(index, event.text, logprobs, event.finish_reason)
+
+    def usage(self, choices: Choices) -> Json:
+        return {**self._head, "choices": [], "usage": usage(choices)}
+
+    def fold(self, chunks: Iterable[Json]) -> Json:
+        whole: dict[int, Json] = {}
+        texts: dict[int, list[str]] = {}  # joined once: a text that grew piece by piece would be copied for each
+        counts = None
+        for chunk in chunks:
+            counts = chunk["usage"]
+            for piece in chunk["choices"]:
+                choice = whole.setdefault(piece["index"], piece)
+                texts.setdefault(piece["index"], []).append(piece["text"])
+                if choice is piece:
+                    continue
+                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
+                _end(choice, piece)
+        for index, choice in whole.items():
+            choice["text"] = "".join(texts[index])
+        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+
+    def _chunk(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "choices": [choice], "usage": None}
+
+    def _prompt_logprobs(self, index: int, event: TokenEvent) -> Json:
+        """Every token of the prompt; the first has no probability, for nothing comes before it."""
+        assert event.prompt_logprobs is not None
+        first, *others = self._echo[index].token_ids
+        joined = self._token(index, first, None, None)
+        for token_id, (logprob, top) in zip(others, event.prompt_logprobs, strict=True):
+            token = TokenLogprob(token_id, logprob)
+            _joined(joined, self._token(index, token_id, logprob, self._top(token, top)))
+        return joined
+
+    def _logprobs(self, index: int, event: TokenEvent) -> Json:
+        assert event.token_id is not None and event.logprob is not None
+        top = self._top(TokenLogprob(event.token_id, event.logprob), event.top_logprobs)
+        return self._token(index, event.token_id, event.logprob, top)
+
+    def _top(self, chosen: TokenLogprob, likeliest: Sequence[TokenLogprob]) -> dict[str, float]:
+        top: dict[str, float] = {}
+        # Different tokens can read the same; the dictionary has one entry, and the likelier token gets it.
+        for item in (chosen, *likeliest):
+            text = token_text(self._model, item.token_id, prefix="bytes:")
+            top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
+        return top
+
+    def _token(self, index: int, token_id: int, logprob: float | None, top: dict[str, float] | None) -> Json:
+        offset = self._offsets.setdefault(index, TextOffset(0))
+        return {
+            "tokens": [token_text(self._model, token_id, prefix="bytes:")],
+            "token_logprobs": [logprob if logprob is None else max(logprob, LEAST_LOGPROB)],
+            "top_logprobs": [top],
+            "text_offset": [offset.advance(self._bytes_in_text(token_id))],
+        }
+
+
+class ChatShape:
+    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for; with
+    `may_call_or_answer` a grammar lets nothing else come than calls, or text of a form."""
+
+    def __init__(self, model: TextModel, tool_names: Sequence[str] = (), *, may_call_or_answer: bool = False) -> None:
+        self._head = _head("chatcmpl", "chat.completion", model.name)
+        self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
+        self._model = model
+        self._tool_names = tool_names
+        self._may_answer = may_call_or_answer
+        self._tools: dict[int, ToolDeltas] = {}
+
+    def opening(self, num_choices: int) -> Iterator[Json]:
+        for index in range(num_choices):
+            if self._tool_names:
+                self._tools[index] = ToolDeltas(
+                    self._model.tool_format,
+                    self._tool_names,
+                    may_answer=self._may_answer,
+                    has_short_ids=self._model.has_short_call_ids,
+                )
+            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
+
+    def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
+        logprobs = None if event.logprob is None else self._logprobs(event)
+        tools = self._tools.get(index)
+        deltas = [{"content": event.text}] if event.text else []
+        if tools is not None:
+            deltas = list(tools.of(event))
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            yield self._chunk(index, delta, logprobs, None)
+            logprobs = None
+        if event.finish_reason is not None:
+            reason = event.finish_reason if tools is None else tools.finish_reason(event.finish_reason)
+            yield self._chunk(index, {}, None, reason)
+
+    def usage(self, choices: Choices) -> Json:
+        return {**self._chunk_head, "choices": [], "usage": usage(choices)}
+
+    def fold(self, chunks: Iterable[Json]) -> Json:
+        whole: dict[int, Json] = {}
+        counts = None
+        for chunk in chunks:
+            counts = chunk["usage"]
+            for piece in chunk["choices"]:
+                index, delta = piece["index"], piece["delta"]
+                if index not in whole:
+                    message = open_message(delta)
+                    whole[index] = {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+                    continue
+                choice = whole[index]
+                add_delta(choice["message"], delta)
+                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
+                _end(choice, piece)
+        for choice in whole.values():
+            close_message(choice["message"])
+        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._chunk_head, "choices": [choice], "usage": None}
+
+    def _logprobs(self, event: TokenEvent) -> Json:
+        assert event.token_id is not None and event.logprob is not None
+        entry = self._entry(TokenLogprob(event.token_id, event.logprob))
+        entry["top_logprobs"] = [self._entry(item) for item in event.top_logprobs]
+        return {"content": [entry], "refusal": None}
+
+    def _entry(self, item: TokenLogprob) -> Json:
+        spelled = self._model.token_bytes(item.token_id)
+        return {
+            "token": token_text(self._model, item.token_id),
+            "logprob": max(item.logprob, LEAST_LOGPROB),
+            "bytes": list(spelled) if spelled else None,
+        }
+
+
+class TextOffset:
+    """Where each token begins in the text, in characters."""
+
+    def __init__(self, start: int) -> None:
+        self._num_chars = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def advance(self, token: bytes) -> int:
+        """The offset of this token; the next call's comes after it."""
+        offset = self._num_chars
+        self._num_chars += len(self._decoder.decode(token))
+        return offset
+
+
+def token_text(model: TextModel, token_id: int, *, prefix: str = "") -> str:
+    r"""A token as OpenAI writes it: text, a special token's name, or part of a character as escaped bytes.
+
+    The escape is `\xf0\x9f`, after `prefix`: completions say `bytes:\xf0\x9f`.
+    """
+    spelled = model.token_bytes(token_id)
+    try:
+        return spelled.decode("utf-8") or model.token_text(token_id)
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+def usage(choices: Choices) -> Json:
+    """OpenAI's usage: a prompt counts once however many choices it has."""
+    prompt, generated = choices.num_prompt_tokens, choices.num_generated_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": choices.num_cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": choices.num_accepted_tokens,
+            "rejected_prediction_tokens": choices.num_rejected_tokens,
+        },
+    }
+
+
+def model_object(name: str, created: int, max_len: int) -> Json:
+    """One entry of GET /v1/models; `max_model_len` is what the field's servers add."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "headrace",
+        "max_model_len": max_len,
+    }
+
+
+def _head(prefix: str, kind: str, model_name: str) -> Json:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model_name,
+        "system_fingerprint": None,
+    }
+
+
+def _end(choice: Json, piece: Json) -> None:
+    """Take from a piece what only the last one has."""
+    choice["finish_reason"] = piece["finish_reason"]
+    if "schema_check" in piece:
+        choice["schema_check"] = piece["schema_check"]
+
+
+def _joined(left: Json | None, right: Json | None) -> Json | None:
+    """Log-probabilities of two pieces of one choice: the lists of `left` grow by those of `right`."""
+    if left is None or right is None:
+        return left or right
+    for name, values in left.items():
+        if values is not None:
+            values.extend(right[name])
+    return left

@@ -1,0 +1,79 @@
+"""Tool calls in replies: from the text of a choice to the deltas of a stream, and from those to a message.
+
+Knows OpenAI's shapes; finding the calls is `runtime/text/tools/parser.py`'s.
+"""
+
+import uuid
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from runtime.core import FinishReason, TokenEvent
+from runtime.text.tools.call_or_answer import CallOrAnswerParser
+from runtime.text.tools.formats import ToolFormat
+from runtime.text.tools.parser import ToolCallParser, ToolPiece
+
+Json = dict[str, Any]
+SHORT_ID_LEN = 9
+"""Of Mistral's."""
+TOOL_CALLS = "tool_calls"
+"""The finish reason of an answer that calls."""
+
+
+class ToolDeltas:
+    """The deltas of one choice. Feed it every event; at the last it says what was held back."""
+
+    def __init__(
+        self, form: ToolFormat, names: Collection[str], *, may_answer: bool = False, has_short_ids: bool = False
+    ) -> None:
+        """`may_answer`: a grammar held the answer to calls or to a form. `has_short_ids`: the model's chat template
+        takes ids of nine letters and digits alone."""
+        self._parser = CallOrAnswerParser(form, names) if may_answer else ToolCallParser(form, names)
+        self._has_short_ids = has_short_ids
+
+    def of(self, event: TokenEvent) -> Iterator[Json]:
+        """Deltas for one event, in order."""
+        pieces = self._parser.push(event.text)
+        if event.finish_reason is not None:
+            pieces += self._parser.finish()
+        for piece in pieces:
+            yield {"content": piece.text} if piece.call_idx is None else {"tool_calls": [self._call(piece)]}
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        """The reason as a client is told: an answer that ended by itself and has calls ended for them."""
+        return TOOL_CALLS if self._parser.num_calls and reason is FinishReason.STOP else reason.value
+
+    def _call(self, piece: ToolPiece) -> Json:
+        if piece.name is None:
+            return {"index": piece.call_idx, "function": {"arguments": piece.arguments}}
+        random = uuid.uuid4().hex
+        call_id = random[:SHORT_ID_LEN] if self._has_short_ids else f"call_{random[:24]}"
+        function = {"name": piece.name, "arguments": ""}
+        return {"index": piece.call_idx, "id": call_id, "type": "function", "function": function}
+
+
+# A whole message is grown delta by delta; until it is closed its texts are lists of parts, so that nothing is copied.
+
+
+def open_message(delta: Json) -> Json:
+    """The beginning of a whole message, from the first delta of its stream."""
+    return {**delta, "content": [delta["content"]]}
+
+
+def add_delta(message: Json, delta: Json) -> None:
+    """Grow an open message by one delta of its stream."""
+    message["content"].append(delta.get("content", ""))
+    for part in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if part["index"] == len(calls):
+            function = {"name": part["function"]["name"], "arguments": [part["function"]["arguments"]]}
+            calls.append({"id": part["id"], "type": part["type"], "function": function})
+        else:
+            calls[part["index"]]["function"]["arguments"].append(part["function"]["arguments"])
+
+
+def close_message(message: Json) -> None:
+    """Join the texts. A message that only calls has no content."""
+    content = "".join(message["content"])
+    for call in message.get("tool_calls", ()):
+        call["function"]["arguments"] = "".join(call["function"]["arguments"])
+    message["content"] = None if message.get("tool_calls") and not content else content

@@ -1,0 +1,144 @@
+"""`headrace bench`: every figure is there and makes sense; the roofline's counts against sums done by hand."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.pipeline.export_model import ExportOptions, export_model
+from headrace import main
+from runtime.artifact.manifest import WEIGHTS, Artifact
+from runtime.commands.bench_runs import StepTimes
+from runtime.commands.roofline import decode_cost
+from runtime.core import FinishReason, Usage
+from tests.graph.artifact.test_evaluate import byte_level_tokenizer
+from tests.support.tiny_checkpoint import config_of, write_checkpoint
+
+# The tiny model's sizes (tests/support/tiny_checkpoint.py).
+LAYERS, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 96, 320, 4, 2, 16
+LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 3 * HIDDEN * INNER
+HEAD = VOCAB * HIDDEN
+NORMS = (2 * LAYERS + 1) * HIDDEN
+
+
+def exported(tmp_path: Path, variant: str, precision: str = "fp32", *, has_tokenizer: bool = True) -> Artifact:
+    source = write_checkpoint(tmp_path / variant, config_of(variant))
+    if has_tokenizer:
+        byte_level_tokenizer(source)
+    options = ExportOptions(model=str(source), out=tmp_path / f"{variant}-{precision}", precision=precision, force=True)
+    return export_model(options)
+
+
+def numbers(value: Any) -> list[float]:
+    """Every number of a JSON value; a figure that is missing is not a number."""
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [math.nan if value is None else value] if isinstance(value, int | float | None) else []
+
+
+def test_the_json_line_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = exported(tmp_path, "llama-tied")
+    flags = ["--batch", "3,1,3", "--prompt", "8,20", "--new-tokens", "4", "--repeat", "2", "--threads", "1"]
+    assert main(["bench", str(artifact.path), *flags]) == 0
+    table, line, end = capsys.readouterr().out.rpartition('{"benchmark"')
+    result = json.loads(line + end)
+    for words in ("decode x3", "greedy  x1", "sampled x3", "peak memory", "onnxruntime 1."):
+        assert words in table
+    assert [row["tokens"] for row in result["prefill"]] == [8, 20]
+    assert [row["batch"] for row in result["decode"]] == [1, 3]
+    assert [(row["batch"], row["sampling"]["temperature"]) for row in result["engine"]] == [(1, 0), (3, 0), (3, 0.8)]
+    assert result["threads"] == 1
+    assert result["peak_rss_bytes"] > 20e6, "an interpreter with ONNX Runtime loaded"
+    for row in result["engine"]:
+        assert {"tokens_per_s", "ttft_ms", "tpot_ms", "overhead_share"} <= set(row)
+        assert 0 < row["overhead_share"] < 1
+    greedy = {row.pop("sampling")["temperature"] for row in result["engine"]}
+    assert greedy == {0, 0.8}
+    found = numbers(result)
+    assert len(found) > 40 and all(math.isfinite(number) and number > 0 for number in found)
+
+
+def test_only_the_json_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One token a request: there is no time between two, and no figure is made up for it."""
+    artifact = exported(tmp_path, "llama-tied")
+    flags = ["--batch", "1", "--prompt", "8", "--new-tokens", "1", "--repeat", "1", "--json"]
+    assert main(["bench", str(artifact.path), *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    for row in json.loads(out)["engine"]:
+        assert row["tpot_ms"] is None and row["overhead_share"] is None and row["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama"])
+def test_decode_cost_in_float32(tmp_path: Path, variant: str) -> None:
+    """Layers, norms and LM head once, of four bytes each; neither an untied embedding nor the rotary tables."""
+    cost = decode_cost(exported(tmp_path, variant), batch=5, context=10)
+    assert cost.weight_bytes == 4 * (LAYERS * LAYER + HEAD + NORMS)
+    assert cost.kv_bytes == 5 * 10 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
+    assert cost.flop == 5 * (2 * (LAYERS * LAYER + HEAD) + 4 * LAYERS * HEADS * HEAD_DIM * 10)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama"])
+def test_decode_cost_in_int8(tmp_path: Path, variant: str) -> None:
+    """A byte a weight and a float32 scale for 32 of them; the norms stay float32."""
+    cost = decode_cost(exported(tmp_path, variant, "w8a16"), batch=1, context=1)
+    matrices = LAYERS * LAYER + HEAD
+    assert cost.weight_bytes == matrices + matrices // 32 * 4 + NORMS * 4
+
+
+def test_an_artifact_that_does_not_say_what_a_step_reads(tmp_path: Path) -> None:
+    artifact = exported(tmp_path, "llama")
+    old = replace(artifact, manifest=replace(artifact.manifest, step_weight_bytes=None))
+    assert decode_cost(old, batch=1, context=1).weight_bytes == artifact.manifest.files[WEIGHTS].size
+
+
+def test_overhead_is_that_of_full_decode_steps() -> None:
+    times = StepTimes()
+    times.on_step(num_decode=4, num_prefill_tokens=9, step_s=9.0, model_s=1.0)
+    times.on_step(num_decode=3, num_prefill_tokens=0, step_s=9.0, model_s=1.0)
+    assert times.overhead_share(4) is None
+    times.on_step(num_decode=4, num_prefill_tokens=0, step_s=3.0, model_s=2.0)
+    times.on_step(num_decode=4, num_prefill_tokens=0, step_s=1.0, model_s=1.0)
+    assert times.overhead_share(4) == 0.25
+    times.on_finish(reason=FinishReason.LENGTH, num_prompt=1, num_generated=3, tpot_s=2.0, usage=Usage())
+    assert times.tpot_s == [2.0]
+    times.clear()
+    assert times.overhead_share(4) is None and not times.tpot_s
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--new-tokens", "0"], "--new-tokens must be at least 1, got 0"),
+        (["--repeat", "0"], "--repeat must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--batch", "1,0"], "--batch '1,0'"),
+        (["--batch", "many"], "--batch 'many'"),
+        (["--prompt", ""], "--prompt ''"),
+        (["--prompt", "8,-8"], "--prompt '8,-8'"),
+        (["--prompt", "257"], "exported for 256"),
+        (["--new-tokens", "250"], "exported for 256"),
+        (["--batch", "9000000"], "ask for fewer rows"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    artifact = exported(tmp_path, "llama")
+    capsys.readouterr()  # a slow export draws progress bars
+    assert main(["bench", str(artifact.path), "--prompt", "8", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and not out
+
+
+def test_an_artifact_without_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = exported(tmp_path, "llama", has_tokenizer=False)
+    capsys.readouterr()
+    assert main(["bench", str(artifact.path), "--prompt", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer.json" in error and error.count("\n") == 1

@@ -1,0 +1,68 @@
+"""The real TextModel, engine and byte tokenizer over the fake session: what the server's tests run on."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from runtime.core import EngineObserver
+from runtime.session.session import Batch
+from runtime.settings import EngineSettings
+from runtime.text.chat.template import ChatTemplate
+from runtime.text_model import TextModel
+from tests.support.byte_tokenizer import EOS, byte_tokenizer
+from tests.support.fake_session import FakeSession, ScriptedSession
+
+NAME = "fake"
+VOCAB_SIZE = 258
+"""256 bytes and two special tokens."""
+EOS_ID = 257
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+PROMPT_END = "\nassistant: "
+
+
+def fake_text_model(
+    *,
+    name: str = NAME,
+    num_slots: int = 4,
+    capacity: int = 256,
+    max_waiting: int = 64,
+    step_s: float = 0.0,
+    on_run: Callable[[Batch], None] | None = None,
+    has_template: bool = True,
+    observer: EngineObserver | None = None,
+    script: str | None = None,
+    prefix_cache: int = 0,
+    template: str = TEMPLATE,
+    **settings: Any,
+) -> TextModel:
+    """A model that answers with random bytes, the same for a prompt; every run takes `step_s` seconds.
+
+    With a `script` it answers every chat with that text.
+    """
+
+    def run(batch: Batch) -> None:
+        if step_s:
+            time.sleep(step_s)
+        if on_run is not None:
+            on_run(batch)
+
+    tokenizer = byte_tokenizer()
+    options: dict[str, Any] = {"num_slots": num_slots, "capacity": capacity, "vocab_size": VOCAB_SIZE, "on_run": run}
+    session = FakeSession(**options)
+    if script is not None:
+        session = ScriptedSession([*tokenizer.encode(script), EOS_ID], tokenizer.encode(PROMPT_END), **options)
+    return TextModel(
+        name=name,
+        session=session,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(template, {"eos_token": EOS}) if has_template else None,
+        eos_ids=frozenset([EOS_ID]),
+        settings=EngineSettings(
+            max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings
+        ),
+        observer=observer,
+        card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
+    )
