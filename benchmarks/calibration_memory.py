@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.export_memory import peak_of_export, write_random
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
 from export.model.precision import precision_named
 from export.pipeline.memory_plan import phases
+from export.sources.open import open_checkpoint
 from runtime.commands.roofline import describe_machine
 
 MAY_GROW, MAY_MISS = 1.1, 0.2

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from export.checkpoint.default_model import cache_dir
 from export.pipeline.export_model import ExportOptions, export_model
+from export.sources.default_model import cache_dir
 from runtime.artifact.manifest import PRECISIONS, Artifact, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.commands.bench_runs import decode, prefill

@@ -10,7 +10,7 @@ artifact once everything is there. Prints a table of medians and ratios, then on
 from pathlib import Path
 
 from benchmarks.peer import PeerTool, run, versus
-from export.checkpoint.default_model import default_model_file
+from export.sources.default_model import default_model_file
 
 WORKER = Path(__file__).with_name("genai_worker.py")
 WANTED = {

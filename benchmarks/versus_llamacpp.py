@@ -12,7 +12,7 @@ told. Five minutes an artifact once everything is there. Prints a table of media
 from pathlib import Path
 
 from benchmarks.peer import PeerTool, run, versus
-from export.checkpoint.default_model import default_model_file
+from export.sources.default_model import default_model_file
 
 WORKER = Path(__file__).with_name("llamacpp_worker.py")
 WANTED = {

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"{out} {lack}: it is exported again\n")
     if args.optimize_for is not None and args.precision != "auto":
         raise InvalidSetting(f"--optimize-for is for --precision auto; {args.precision} is chosen already")
-    from export.termination import orderly_end
+    from export.artifact.termination import orderly_end
 
     with orderly_end(), _naming_what_is_kept(out):
         artifact = _export(args, out, dialects)

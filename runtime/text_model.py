@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from runtime.artifact.manifest import open_artifact
 from runtime.artifact.model_card import model_card
+from runtime.backends.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.backends.select import Backend, check_speculation, open_session
 from runtime.core import (
     DEFAULT_OPTIONS,
@@ -27,12 +28,12 @@ from runtime.core import (
 )
 from runtime.engine.engine import Engine
 from runtime.engine.speculation.draft_model import DraftModel
-from runtime.engine.speculation.draft_session import beside_draft, open_draft, open_draft_session
 from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from runtime.grammar.grammar import GrammarCompiler
-from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget, format_bytes
+from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget
+from runtime.machine.sizes import format_bytes
 from runtime.session.session import Session
 from runtime.settings import EngineSettings
 from runtime.text.chat.options import DEFAULT_CHAT, REASONING, ChatOptions

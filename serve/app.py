@@ -21,11 +21,11 @@ from serve.api.replying import Context
 from serve.api.routes import register_routes
 from serve.api.status import status_blueprint
 from serve.api.tokenize import tokenize_blueprint
+from serve.model_registry import ModelRegistry
 from serve.observe.engine_metrics import ServerMetrics
 from serve.observe.http_metrics import HttpMetrics
 from serve.observe.logs import write_access_line
 from serve.observe.traces import Traces
-from serve.process.model_registry import ModelRegistry
 from serve.settings import ServerSettings
 
 BLUEPRINTS = (

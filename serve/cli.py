@@ -15,8 +15,8 @@ from serve.settings import ServerSettings
 if TYPE_CHECKING:
     from runtime.backends.select import Backend
     from runtime.text_model import MemoryUse, TextModel
+    from serve.model_registry import ModelRegistry, ModelSource
     from serve.observe.engine_metrics import ServerMetrics
-    from serve.process.model_registry import ModelRegistry, ModelSource
     from serve.process.wsgi import Listener
 
 
@@ -58,7 +58,7 @@ def _source(
     name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
 ) -> "ModelSource":
     """How to open one artifact, and to see whether it has changed since."""
-    from serve.process.model_registry import ModelSource
+    from serve.model_registry import ModelSource
 
     opened: list[MemoryUse] = []
 
@@ -150,7 +150,7 @@ def serve(
     sources: "Mapping[str, ModelSource]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
     """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had, or must not."""
-    from serve.access.hosts import check_exposure
+    from serve.hosts import check_exposure
     from serve.process.wsgi import listen, run_server
 
     # More choices than the queue holds would be refused as overload, however often the client tries again.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from runtime.core import MAX_PRIORITY
 from runtime.errors import InvalidSetting
 from runtime.settings import check_at_least, parse_bytes, setting
-from serve.access.hosts import ANY, check_allowed_host, plain_origin
+from serve.hosts import ANY, check_allowed_host, plain_origin
 
 LOG_FORMATS = ("text", "json")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint.open import DEFAULT_MODEL
+from export.sources.open import DEFAULT_MODEL
 from runtime.artifact.json_shape import read_json
 from runtime.artifact.manifest import CHOICE, MANIFEST, PRECISIONS
 from runtime.artifact.plan_files import ENGINES

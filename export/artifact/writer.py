@@ -157,3 +157,23 @@ def _replace(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+_PARTIAL = ".partial-"
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write under a temporary name, sync, rename. HeadraceError if the disk is full; nothing is left then."""
+    partial = file.with_name(f"{file.name}{_PARTIAL}{os.getpid()}")
+    try:
+        with partial.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HeadraceError(f"the disk is full: {file} needs {len(data) / 1e6:,.0f} MB") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from export.checkpoint.hub import hub_errors
+from export.sources.hub import hub_errors
 from runtime.errors import InvalidSetting
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")

@@ -6,7 +6,6 @@ Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), what
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -45,13 +44,3 @@ class Checkpoint(Protocol):
     def text_files(self) -> Mapping[str, str]:
         """The text files there are by name, tokenizer.json and others: see `directory_texts.py`. InvalidCheckpoint."""
         ...
-
-
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a default model's name, a directory, a .gguf file or a hub id, in that order.
-
-    Raises InvalidCheckpoint with what was looked for and what to do.
-    """
-    from export.checkpoint.open import open_source
-
-    return open_source(str(model), revision=revision)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from export.checkpoint.protocol import TensorInfo
 from export.checkpoint.safetensors_files import find_tensors
-from export.checkpoint.tensor_file import read_float32
 from export.checkpoint.texts.directory import read_directory_texts
 from export.checkpoint.texts.reading import AGAIN, read_json_object
+from export.storage.tensor_file import read_float32
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 CONFIG = "config.json"

@@ -25,13 +25,14 @@ from export.checkpoint.protocol import Checkpoint
 from export.graph.attention import Attention, AttentionInputs, FloatAttention
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.int8_attention import Int8Attention
-from export.graph.int8_linear import Int8Layers, int8_linear, layer_of
+from export.graph.int8_linear import int8_linear, layer_of
 from export.graph.linear import embedding, linear, tied_lm_head
 from export.model.config import ModelConfig
 from export.model.layer_weights import LayerWeights, Weight
 from export.model.precision import Precision
 from export.model.rope import rope_tables
-from export.quantize.kv_scales import KvScales
+from export.quantize.rounding.int8 import Int8Layers
+from export.quantize.statistics.kv_scales import KvScales
 
 
 class DecoderGraph:

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from export.graph.attention import Attended, AttentionInputs
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.model.config import ModelConfig
-from export.quantize.kv_scales import KvScales
+from export.quantize.statistics.kv_scales import KvScales
 
 INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
 

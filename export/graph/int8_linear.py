@@ -14,28 +14,12 @@ float 3.7, MatMulNBits 8 bits 4.4, a block Hadamard before one pass 3.4.
 Weights are int8 `[K, N]` with zero point 0 and one float32 scale a column: the `trt` dialect reads the same bytes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
 import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.model.layer_weights import Weight
-from export.quantize.rounding.int8 import Int8Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Layer:
-    """One layer's scales, and its rounded weights, read when asked for. `fine_scale`: of the second pass, if any."""
-
-    scale: float
-    fine_scale: float | None
-    load: Callable[[], Int8Rows]
-
-
-Int8Layers = Mapping[str, Int8Layer]
-"""By layer name: `Weight.name` without `.weight` and what follows."""
+from export.quantize.rounding.int8 import Int8Layer, Int8Layers
 
 
 def layer_of(weight: Weight, layers: Int8Layers) -> Int8Layer | None:

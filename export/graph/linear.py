@@ -11,11 +11,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.artifact.weight_file import Extent
-from export.checkpoint.quantized.quantized_rows import ImportedRows
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.model.layer_weights import Weight
-from export.model.precision import Blocks, Precision
-from export.quantize.rounding.nearest import QuantizedRows, check_divisible, quantize_rows
+from export.model.precision import Precision
+from export.storage.blocks import Blocks, QuantizedRows, check_divisible, quantize_rows
+from export.storage.quantized_rows import ImportedRows
 
 # Weights quantized at once: the search for the best range holds a dozen float32 copies of them, 50 MB.
 _WEIGHTS_AT_ONCE = 1 << 20

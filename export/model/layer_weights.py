@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
-from export.checkpoint.quantized.quantized_rows import ImportedRows, stacked
+from export.storage.quantized_rows import ImportedRows, stacked
 from runtime.errors import InvalidCheckpoint
 
 

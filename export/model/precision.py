@@ -7,16 +7,8 @@ from enum import Enum
 import numpy as np
 import onnx_ir as ir
 
+from export.storage.blocks import Blocks
 from runtime.errors import InvalidSetting
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Weight-only quantization in blocks along a row; see block_quant.py."""
-
-    bits: int
-    block_size: int
-    symmetric: bool
 
 
 class Calibrated(Enum):

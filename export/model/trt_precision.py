@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from export.model.precision import Blocks
+from export.storage.blocks import Blocks
 from runtime.errors import InvalidSetting
 
 INT4_SIZES = (64, 128)

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.artifact.identity import identity_of
-from export.artifact.writer import file_entry
-from export.checkpoint.open import DEFAULT_MODEL
+from export.artifact.writer import file_entry, write_whole
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.model import Int8Options
 from export.quantize.int8.saved import load_calibration
 from export.quantize.kv_cache import INT8
-from export.tensorrt.store import write_whole
+from export.sources.open import DEFAULT_MODEL
 from export.verify.references import NUMPY, TRANSFORMERS
 from runtime.artifact.manifest import CALIBRATION, CHOICE, MANIFEST, Artifact
 from runtime.errors import InvalidArtifact, InvalidSetting

@@ -13,10 +13,10 @@ from typing import Any
 
 from export.artifact.identity import AUTO
 from export.artifact.writer import file_entry, staged, write_json, write_manifest
-from export.checkpoint.protocol import open_checkpoint
 from export.model.precision import EXPORTABLE, IMPORTED
 from export.pipeline.export_model import ExportOptions, export_model
 from export.pipeline.speed import Speed, Workload, measure_speed
+from export.sources.open import open_checkpoint
 from export.verify.references import check_reference
 from runtime.artifact.manifest import CHOICE, Artifact
 from runtime.commands.roofline import describe_machine

@@ -22,19 +22,19 @@ from export.calibration.dataset import (
     load_calibration_set,
     sequences_digest,
 )
-from export.calibration.kept_text import RANDOM, ReadText, with_text
 from export.calibration.records import FLAG
 from export.checkpoint.protocol import Checkpoint
-from export.graph.int8_linear import Int8Layers
 from export.model.config import ModelConfig
 from export.model.precision import Calibrated, Precision
 from export.model.trt_precision import trt_precision_named
+from export.pipeline.kept_text import RANDOM, ReadText, with_text
 from export.pipeline.memory_plan import check_memory
 from export.quantize.int4.model import Stores, account_of, block_calibration, int4_model, plan_of
 from export.quantize.int4.rounding import Plan
 from export.quantize.int8.model import Int8Options, calibrate, int8_model, summary
 from export.quantize.int8.rotation import RotatedCheckpoint, rotated_config
 from export.quantize.int8.saved import Calibration, load_calibration
+from export.quantize.rounding.int8 import Int8Layers
 from runtime.errors import InvalidSetting
 
 

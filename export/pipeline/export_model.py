@@ -9,11 +9,9 @@ from shutil import rmtree
 from export.artifact.identity import Identity, check_replaceable, identity_of
 from export.artifact.writer import file_entry, resolved, staged, write_json, write_manifest, write_texts
 from export.calibration.dataset import Generate
-from export.calibration.kept_text import with_text, without_text
 from export.calibration.self_samples import artifact_generator
-from export.checkpoint.protocol import Checkpoint, open_checkpoint
+from export.checkpoint.protocol import Checkpoint
 from export.checks.model_reading import read_model
-from export.graph.files import write_graphs
 from export.model.config import ModelConfig
 from export.model.precision import EXPORTABLE, Precision, precision_named
 from export.model.trt_precision import trt_precision_named
@@ -25,6 +23,8 @@ from export.pipeline.calibrated import (
     remove_workdir,
     workdir_of,
 )
+from export.pipeline.graph_files import write_graphs
+from export.pipeline.kept_text import with_text, without_text
 from export.quantize.int8.saved import Calibration, save_calibration
 from export.quantize.kv_cache import (
     COMPUTE,
@@ -38,7 +38,8 @@ from export.quantize.kv_cache import (
     unrotated,
     with_kv_statistics,
 )
-from export.quantize.kv_scales import PER_CHANNEL
+from export.quantize.statistics.kv_scales import PER_CHANNEL
+from export.sources.open import open_checkpoint
 from export.verify.gates import check_limits, failure
 from export.verify.receipt import verify
 from export.verify.references import NUMPY, check_reference, reference_named

@@ -27,7 +27,8 @@ from export.quantize.statistics.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.quantize.statistics.search_pass import NUM_SEQUENCES
 from export.verify.receipt import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.errors import InvalidSetting
-from runtime.machine.memory import available_memory, format_bytes, kv_bytes_per_token
+from runtime.machine.memory import available_memory
+from runtime.machine.sizes import format_bytes, kv_bytes_per_token
 from runtime.session.scoring import CHUNK
 
 # The interpreter with its libraries and what the allocator keeps between phases; a worker's BLAS buffer and arena.

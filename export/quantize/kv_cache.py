@@ -12,9 +12,9 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from export.quantize.int8.saved import Calibration, load_calibration
 from export.quantize.int8.smoothquant import SmoothedCheckpoint
-from export.quantize.kv_scales import KvScales, kv_scales
 from export.quantize.statistics.activation_stats import Site, Statistics
 from export.quantize.statistics.collect import collect_statistics
+from export.quantize.statistics.kv_scales import KvScales, kv_scales
 from runtime.errors import InvalidSetting
 
 COMPUTE, INT8 = "compute", "int8"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.artifact.plan_files import TARGETS, EngineFile, EngineInfo, engine_files
 from runtime.errors import InvalidSetting
-from runtime.machine.memory import format_bytes
+from runtime.machine.sizes import format_bytes
 from runtime.settings import add_flags, from_namespace
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     elif args.list:
         sys.stdout.writelines(f"{line}\n" for line in _listing(artifact))
     else:
-        from export.termination import orderly_end
+        from export.artifact.termination import orderly_end
 
         with orderly_end():
             _build(artifact, args)

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import HeadraceError
-from runtime.machine.memory import available_memory, format_bytes
+from runtime.machine.memory import available_memory
+from runtime.machine.sizes import format_bytes
 
 BASE_BYTES = 750_000_000
 """The library, and what its compiler holds of the graph and its kernels."""

@@ -3,7 +3,6 @@
 runtime/artifact/plan_files.py reads them.
 """
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -11,12 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from export.artifact.writer import file_entry
+from export.artifact.writer import _PARTIAL, file_entry, write_whole
 from runtime.artifact.manifest import MANIFEST, Artifact, read_manifest
 from runtime.artifact.plan_files import ENGINES, EngineInfo, engine_files
-from runtime.errors import HeadraceError, InvalidSetting
-
-_PARTIAL = ".partial-"
+from runtime.errors import InvalidSetting
 
 
 def engine_directory(artifact: Artifact) -> Path:
@@ -60,23 +57,6 @@ def list_files(artifact: Artifact, *files: Path) -> None:
             write_whole(artifact.path / MANIFEST, replace(manifest, engines=engines).to_json().encode())
     finally:
         os.close(root)
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write under a temporary name, sync, rename. HeadraceError if the disk is full; nothing is left then."""
-    partial = file.with_name(f"{file.name}{_PARTIAL}{os.getpid()}")
-    try:
-        with partial.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(file)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HeadraceError(f"the disk is full: {file} needs {len(data) / 1e6:,.0f} MB") from error
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def leftovers(artifact: Artifact) -> Iterator[Path]:

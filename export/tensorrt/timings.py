@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.artifact.writer import file_entry
-from export.tensorrt.store import write_whole
+from export.artifact.writer import file_entry, write_whole
 from runtime.artifact.manifest import FileEntry
 from runtime.artifact.plan_files import EngineIdentity
 

@@ -15,10 +15,10 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint.open import DEFAULT_MODEL
 from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from export.model.reference import run_reference
+from export.sources.open import DEFAULT_MODEL
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from runtime.progress import progress_bar
 
@@ -181,7 +181,7 @@ def _location(model: str, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
 
     path = Path(model).expanduser()
     if model == DEFAULT_MODEL:
-        from export.checkpoint.default_model import default_model_file
+        from export.sources.default_model import default_model_file
 
         path = default_model_file()
     if path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.artifact.manifest import CHOICE, Artifact
 from runtime.artifact.shapes import read_choice_file
-from runtime.machine.memory import format_bytes
+from runtime.machine.sizes import format_bytes
 
 
 def read_choice(artifact: Artifact) -> dict[str, Any] | None:

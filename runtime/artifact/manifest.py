@@ -28,7 +28,7 @@ from runtime.artifact.json_shape import parse_json, read_json, shaped
 from runtime.artifact.onnx_files import external_files
 from runtime.artifact.shapes import read_receipt
 from runtime.errors import InvalidArtifact
-from runtime.machine.memory import kv_bytes_per_token
+from runtime.machine.sizes import kv_bytes_per_token
 
 log = logging.getLogger(__name__)
 

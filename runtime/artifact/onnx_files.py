@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from runtime.backends.ort.drop_inputs import fields_of
+from runtime.artifact.protobuf import fields_of
 
 # Which fields of onnx.proto lead to a tensor, by message: field number to the message that it holds.
 _NESTED: Mapping[str, Mapping[int, str]] = {

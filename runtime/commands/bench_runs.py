@@ -18,7 +18,8 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
-from runtime.machine.memory import default_budget, format_bytes
+from runtime.machine.memory import default_budget
+from runtime.machine.sizes import format_bytes
 from runtime.session.session import Batch, Session
 from runtime.settings import EngineSettings
 from runtime.text.tokenizer import Tokenizer

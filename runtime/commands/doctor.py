@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from runtime.artifact.plan_files import TARGETS
 from runtime.backends.environment import CudaDevice, Environment
 from runtime.errors import HeadraceError, InvalidSetting
-from runtime.machine.memory import format_bytes
+from runtime.machine.sizes import format_bytes
 from runtime.settings import DEVICES
 
 # Linux drivers that CUDA's major releases need at least (CUDA release notes, table of minor version compatibility).

@@ -14,7 +14,8 @@ from typing import Any
 from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, ModelDims, open_artifact
 from runtime.artifact.plan_files import engine_files
 from runtime.errors import InvalidSetting
-from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION, format_bytes, kv_bytes_per_token
+from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION
+from runtime.machine.sizes import format_bytes, kv_bytes_per_token
 from runtime.settings import check_at_least, parse_bytes
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)

@@ -13,7 +13,7 @@ from runtime.artifact.json_shape import finite
 from runtime.artifact.manifest import CALIBRATION, Artifact, open_artifact
 from runtime.artifact.shapes import read_calibration_account
 from runtime.commands.sensitivity_picture import sensitivity_lines
-from runtime.machine.memory import format_bytes
+from runtime.machine.sizes import format_bytes
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runtime.errors import InvalidSetting
 from runtime.machine.control_groups import control_group_paths, read_number
+from runtime.machine.sizes import format_bytes
 
 FREE_FRACTION = 0.6
 """Share of the free memory for the cache: the rest is for activations, prepacked weights, page cache."""
@@ -14,31 +15,6 @@ PREFIX_CACHE_FRACTION = 0.1
 
 DEVICE_FREE_FRACTION = 0.8
 """The same of a GPU's memory once the model is loaded: the rest is for what libraries allocate as they run."""
-
-_DTYPE_BYTES = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "fp32": 4,
-    "fp16": 2,
-    "bf16": 2,
-}
-
-
-def kv_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
-    """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
-    return 2 * num_layers * num_kv_heads * head_dim * item_bytes(dtype)
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of one number. InvalidSetting for an unknown dtype."""
-    if dtype not in _DTYPE_BYTES:
-        raise InvalidSetting(
-            f"KV cache dtype {dtype!r} is not one of {', '.join(_DTYPE_BYTES)}; export the model again"
-        )
-    return _DTYPE_BYTES[dtype]
 
 
 def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
@@ -134,11 +110,3 @@ def _reclaimable(group: Path) -> int:
     except OSError:
         return 0
     return int(stat.get("inactive_file", 0))
-
-
-def format_bytes(count: int) -> str:
-    """A size for people, in powers of 1000: 11.3 GB."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

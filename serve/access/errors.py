@@ -21,17 +21,14 @@ from runtime.errors import (
     UnknownField,
     UnsupportedField,
 )
-from serve.access.hosts import ForeignHostError
 from serve.access.rate_limits import RateLimitedError
+from serve.hosts import ForeignHostError
+from serve.replies.choices import ClientGoneError
 
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 5
 """Seconds a client is told to wait while the server starts or drains: about what a restart takes."""
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before the reply was whole; nobody reads the answer to this."""
 
 
 class UnauthorizedError(HeadraceError):

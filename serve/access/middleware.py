@@ -16,10 +16,10 @@ from werkzeug.exceptions import BadRequest
 
 from serve.access.api_keys import ApiKey, KeyRing
 from serve.access.errors import NotAllowedError, UnauthorizedError
-from serve.access.hosts import ANY, HostRule, plain_origin
 from serve.access.rate_limits import RateLimits
 from serve.access.record import RequestRecord, request_id_of
 from serve.fields import ignored
+from serve.hosts import ANY, HostRule, plain_origin
 from serve.replies.unenforced import CHECK_HEADER, UNENFORCED_HEADER
 from serve.settings import ServerSettings
 

@@ -4,7 +4,7 @@ from flask import Blueprint, Response, jsonify
 
 from runtime.errors import Unavailable
 from serve.api.replying import Context
-from serve.process.model_registry import Generation
+from serve.model_registry import Generation
 from serve.replies.openai import Json, model_object
 
 

@@ -14,15 +14,15 @@ from werkzeug.exceptions import UnsupportedMediaType
 
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.text_model import TextModel
-from serve.access.errors import ClientGoneError, error_body, kind_of
+from serve.access.errors import error_body, kind_of
 from serve.access.middleware import Access, current_record, on_end
 from serve.access.record import RequestRecord
 from serve.api.bodies import read_body
 from serve.fields.requests import GenerationRequest
 from serve.fields.tables import read_object, reading
+from serve.model_registry import ModelRegistry
 from serve.observe.http_metrics import HttpMetrics
-from serve.process.model_registry import ModelRegistry
-from serve.replies.choices import Choices, Client, submit
+from serve.replies.choices import Choices, Client, ClientGoneError, submit
 from serve.replies.openai import Json, ReplyShape, chunks_of, usage
 from serve.replies.unenforced import CHECK_HEADER, UNENFORCED_HEADER, AnswerChecks, unenforced
 from serve.settings import ServerSettings

@@ -13,7 +13,7 @@ from flask import Blueprint, Response, jsonify
 from serve.access.middleware import current_record, may_measure
 from serve.access.record import RequestRecord
 from serve.api.replying import Context
-from serve.process.model_registry import ServedModel
+from serve.model_registry import ServedModel
 from serve.replies.openai import Json
 
 

@@ -41,12 +41,12 @@ from gunicorn.errors import HaltServer
 
 from runtime.errors import HeadraceError, InvalidSetting
 from serve.access.api_keys import KeyRing, read_keys, reread_keys
-from serve.access.hosts import ANY
 from serve.access.middleware import Access
 from serve.app import create_app
+from serve.hosts import ANY
+from serve.model_registry import ModelRegistry, ModelSource
 from serve.observe.logs import configure_logging, make_formatter
 from serve.observe.traces import Traces, endpoint_of
-from serve.process.model_registry import ModelRegistry, ModelSource
 from serve.process.refusals import MAX_HEADER, MAX_HEADERS, MAX_REQUEST_LINE
 from serve.process.thread_limits import threads_for
 from serve.process.worker import EXIT_ENGINE_FAILED, DrainingWorker

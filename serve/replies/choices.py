@@ -12,9 +12,14 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
-from runtime.errors import EngineFailed, HeadraceError, InvalidRequest, TimedOut, Unavailable
+from runtime.errors import (
+    EngineFailed,
+    HeadraceError,
+    InvalidRequest,
+    TimedOut,
+    Unavailable,
+)
 from runtime.text_model import Generation, TextModel
-from serve.access.errors import ClientGoneError
 
 CLIENT_CHECK_S = 0.25
 """How often the socket is looked at: bounds how long a slot stays taken by a client that went away."""
@@ -198,3 +203,7 @@ def _ready(generation: Generation) -> Iterator[TokenEvent]:
         yield event
         if event.finish_reason is not None:
             return
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the reply was whole; nobody reads the answer to this."""

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.artifact.writer import file_entry, write_manifest
+from export.artifact.writer import file_entry, write_manifest, write_whole
 from export.tensorrt.memory import check_fits, predicted_peak
 from export.tensorrt.profiles import EngineLimits, derive_profiles, input_shape
 from export.tensorrt.progress import Monitor
-from export.tensorrt.store import engine_directory, list_files, prune, write_engine, write_whole
+from export.tensorrt.store import engine_directory, list_files, prune, write_engine
 from export.tensorrt.timings import attach_timings, keep_timings
 from runtime.artifact.manifest import (
     SCHEMA_VERSION,

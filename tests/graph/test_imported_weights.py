@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.calibration.dataset import CalibrationOptions
-from export.checkpoint.protocol import open_checkpoint
 from export.checkpoint.quantized.gptq_awq import QuantizedCheckpoint
-from export.checkpoint.quantized.quantized_rows import Codes, stacked, to_blocks
 from export.model.precision import precision_named
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
-from export.quantize.rounding.nearest import QuantizedRows, dequantize_rows
+from export.sources.open import open_checkpoint
+from export.storage.blocks import QuantizedRows, dequantize_rows
+from export.storage.quantized_rows import Codes, stacked, to_blocks
 from runtime.errors import InvalidCheckpoint, InvalidSetting, UnsupportedModel
 from tests.support.tiny_checkpoint import config_of
 from tests.support.tiny_quantized import Packing, write_quantized

@@ -11,21 +11,22 @@ import pytest
 
 from export.artifact.weight_file import WeightFile
 from export.calibration.dataset import CalibrationOptions
-from export.checkpoint.protocol import Checkpoint, open_checkpoint
-from export.checkpoint.quantized.quantized_rows import ImportedRows
+from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import GraphBuilder
 from export.graph.linear import linear
 from export.model.architectures import parse_config
 from export.model.layer_weights import Weight
-from export.model.precision import Blocks, Precision, precision_named
+from export.model.precision import Precision, precision_named
 from export.pipeline.calibrated import QuantizationOptions, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
 from export.quantize.rounding.blocks import compensated_rows
 from export.quantize.rounding.gptq import Moments
-from export.quantize.rounding.nearest import QuantizedRows, dequantize_rows, quantize_rows
 from export.quantize.statistics.activation_stats import Site
+from export.sources.open import open_checkpoint
+from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
+from export.storage.quantized_rows import ImportedRows
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import CalibrationFailed, UnsupportedModel
 from tests.graph.test_int8 import correlated_inputs

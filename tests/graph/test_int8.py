@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from export.artifact.weight_file import WeightFile
 from export.graph.builder import GraphBuilder
-from export.graph.int8_linear import Int8Layer, int8_linear
+from export.graph.int8_linear import int8_linear
 from export.model.layer_weights import Weight
 from export.quantize.int8.ranges import FINE_STEPS
 from export.quantize.int8.sensitivity import MAX_WIDE_SHARE, LayerCost, choose_wide
 from export.quantize.rounding.gptq import Moments
 from export.quantize.rounding.int8 import (
+    Int8Layer,
     Int8Rows,
     error_compensated,
     rounded_activations,

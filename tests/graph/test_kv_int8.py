@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.calibration.dataset import CalibrationOptions, calibration_options
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
 from export.model.reference import Array, embed, load_block, rms_norm, run_block
 from export.model.rope import rope_tables
@@ -21,9 +20,10 @@ from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.saved import load_calibration
 from export.quantize.int8.smoothquant import SmoothedCheckpoint
-from export.quantize.kv_scales import kv_scales, pair_lengths
 from export.quantize.statistics.activation_stats import Site
 from export.quantize.statistics.collect import collect_statistics
+from export.quantize.statistics.kv_scales import kv_scales, pair_lengths
+from export.sources.open import open_checkpoint
 from export.verify.gates import gates_of
 from export.verify.parity import run_rows
 from headrace import main

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import export.checks.model_reading
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
 from export.model.config import ModelConfig
+from export.sources.open import open_checkpoint
 from export.verify.references import TransformersReference, check_reference
 from headrace import main
 from runtime.artifact.manifest import open_artifact

@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from export.artifact.weight_file import WeightFile
 from export.calibration.dataset import CalibrationOptions
-from export.checkpoint.protocol import open_checkpoint
-from export.checkpoint.quantized.quantized_rows import ImportedRows
 from export.graph.builder import GraphBuilder
 from export.graph.portable.linear import TrtLinear
 from export.model.architectures import parse_config
 from export.model.layer_weights import Weight
-from export.model.precision import Blocks, precision_named
+from export.model.precision import precision_named
 from export.model.trt_precision import INT4_BLOCKS, trt_precision_named
 from export.pipeline.calibrated import QuantizationOptions, prepare
 from export.pipeline.export_model import ExportOptions, export_model, write_unverified
 from export.quantize.int4.model import plan_of
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows, symmetric_scales
-from export.quantize.rounding.nearest import dequantize_rows, quantize_rows
+from export.sources.open import open_checkpoint
+from export.storage.blocks import Blocks, dequantize_rows, quantize_rows
+from export.storage.quantized_rows import ImportedRows
 from export.verify.receipt import verify
 from export.verify.references import NumpyReference
 from runtime.artifact.manifest import Artifact

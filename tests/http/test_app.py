@@ -17,8 +17,8 @@ from runtime.session.session import Batch
 from runtime.text_model import TextModel
 from serve.access.errors import kind_of
 from serve.app import create_app
+from serve.model_registry import ModelRegistry
 from serve.observe.engine_metrics import ServerMetrics
-from serve.process.model_registry import ModelRegistry
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 

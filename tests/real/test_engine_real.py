@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from export.artifact.writer import write_manifest
 from export.calibration.dataset import CalibrationOptions
-from export.checkpoint.protocol import Checkpoint, open_checkpoint
+from export.checkpoint.protocol import Checkpoint
 from export.model.architectures import parse_config
 from export.model.precision import EXPORTABLE
 from export.pipeline.calibrated import CalibratedModel, QuantizationOptions, prepare
 from export.pipeline.export_model import write_unverified
-from export.quantize.int8.smoothquant import LM_HEAD
+from export.quantize.statistics.activation_stats import LM_HEAD
+from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
 from export.tensorrt.profiles import EngineLimits
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import calibration_data
-from export.checkpoint.default_model import default_model_file
 from export.pipeline.export_model import ExportOptions, export_model
+from export.sources.default_model import default_model_file
 from export.verify.receipt import greedy
 from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.cpu_session import OrtSession

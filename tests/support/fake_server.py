@@ -13,8 +13,8 @@ from runtime.session.session import Batch
 from runtime.settings import EngineSettings, add_flags, from_namespace
 from runtime.text_model import TextModel
 from serve.cli import serve
+from serve.model_registry import ModelSource
 from serve.observe.engine_metrics import ServerMetrics
-from serve.process.model_registry import ModelSource
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 

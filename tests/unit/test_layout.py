@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,17 @@ MAY_IMPORT = {
     "serve": {"serve", "runtime"},
     "calibration_data": {"calibration_data"},
 }
+# The rooms of each package, low to high: a module imports from its own room and from those before it. A room is a
+# folder, or a single module beside the folders; what no row names belongs to the folder above it.
+ROOMS = {
+    "runtime": """errors progress machine settings core artifact session text grammar grammar.schema text.tools
+        text.chat engine backends.cuda backends.ort backends.tensorrt backends text_model commands""",
+    "export": """storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
+        checks artifact verify calibration quantize.rounding quantize.statistics quantize.int8 quantize.int4 quantize
+        graph graph.portable pipeline tensorrt cli""",
+    "serve": "hosts fields replies settings access observe model_registry api app process cli",
+}
+MAX_ENTRIES = 13
 # A serving box needs none of the first three, and an exporting one no web server. The first two only where --verify
 # transformers asks for them.
 HEAVY = {
@@ -55,11 +66,45 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield (node.module or "").partition(".")[0]
 
 
+def modules_imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Modules of a package that are imported anywhere in a module, by the name within the package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                is_module = (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
+                yield (name if is_module else node.module or "").partition(".")[2]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_from_export_and_serve_to_runtime(package: str) -> None:
     for file in (ROOT / package).glob("**/*.py"):
         ours = {name for name in imported(ast.parse(file.read_text())) if name in PACKAGES}
         assert ours <= MAY_IMPORT[package], f"{file.name} imports {ours - MAY_IMPORT[package]}"
+
+
+def room_of(module: str, rooms: Sequence[str]) -> str:
+    """The longest room whose name `module` begins with, both without their package."""
+    return max((room for room in rooms if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_between_rooms_run_from_high_to_low(package: str) -> None:
+    rooms = ROOMS[package].split()
+    for file in (ROOT / package).glob("**/*.py"):
+        name = ".".join(file.relative_to(ROOT / package).with_suffix("").parts)
+        own = rooms.index(room_of(name, rooms))
+        for target in modules_imported(ast.parse(file.read_text()), package):
+            assert rooms.index(room_of(target, rooms)) <= own, f"{package}.{name} imports {target}, which is above it"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_folder_has_few_entries(package: str) -> None:
+    folders = [ROOT / package, *(entry for entry in (ROOT / package).glob("**/*") if entry.is_dir())]
+    ignored = {"__pycache__", "py.typed", "README.md"}
+    for folder in folders:
+        entries = {entry.name for entry in folder.iterdir()} - ignored
+        assert len(entries) <= MAX_ENTRIES or folder.name == "page", f"{folder.relative_to(ROOT)} has {len(entries)}"
 
 
 @pytest.mark.parametrize("library", HEAVY)

@@ -9,13 +9,8 @@ import pytest
 
 from runtime.core import SamplingParams
 from runtime.errors import InvalidRequest, InvalidSetting
-from runtime.machine.memory import (
-    available_memory,
-    default_budget,
-    format_bytes,
-    kv_bytes_per_token,
-    plan_slots,
-)
+from runtime.machine.memory import available_memory, default_budget, plan_slots
+from runtime.machine.sizes import format_bytes, kv_bytes_per_token
 from runtime.settings import EngineSettings, add_flags, from_namespace, parse_bytes, setting
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from export.checkpoint.gguf.config import architecture, model_config
 from export.checkpoint.gguf.header import GgufTensor, read_gguf_header
 from export.checkpoint.protocol import TensorInfo
-from export.checkpoint.tensor_file import read_float32
+from export.storage.tensor_file import read_float32
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 ROPE_FREQS = "rope_freqs.weight"

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.checkpoint.quantized.config import StoredScheme, parse_quantization
-from export.checkpoint.quantized.quantized_rows import Codes, ImportedRows, to_blocks
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
+from export.storage.quantized_rows import Codes, ImportedRows, to_blocks
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -17,13 +17,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.graph.builder import GraphBuilder
-from export.graph.int8_linear import Int8Layers, layer_of
+from export.graph.int8_linear import layer_of
 from export.model.layer_weights import Weight
-from export.model.precision import Blocks
 from export.model.trt_precision import INT4_BLOCKS, INT4_SIZES, Scheme, TrtPrecision
 from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
-from export.quantize.rounding.int8 import Int8Rows
-from export.quantize.rounding.nearest import QuantizedRows, check_divisible, signed_codes
+from export.quantize.rounding.int8 import Int8Layers, Int8Rows
+from export.storage.blocks import Blocks, QuantizedRows, check_divisible, signed_codes
 
 _SCALE_ERROR = 2.0**-10
 """Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""

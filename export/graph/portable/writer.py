@@ -14,13 +14,13 @@ import onnx_ir as ir
 from export.artifact.weight_file import WeightFile
 from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import GraphBuilder
-from export.graph.int8_linear import Int8Layers
 from export.graph.portable.decoder import TrtDecoderGraph
 from export.graph.portable.linear import TrtLinear
 from export.graph.portable.operators import FusedOperators
 from export.graph.portable.plain_operators import PlainOperators
 from export.model.config import ModelConfig
 from export.model.trt_precision import trt_precision_named
+from export.quantize.rounding.int8 import Int8Layers
 from runtime.artifact.manifest import DIALECT_FILES
 
 _OPERATORS: Mapping[str, type[FusedOperators] | type[PlainOperators]] = {

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
-from export.checkpoint.quantized.quantized_rows import ImportedRows
-from export.model.precision import Blocks
-from export.quantize.rounding.nearest import QuantizedRows
 from export.quantize.statistics.store import load_arrays, save_arrays
+from export.storage.blocks import Blocks, QuantizedRows
+from export.storage.quantized_rows import ImportedRows
 
 
 class RowFiles:

@@ -32,14 +32,13 @@ from typing import Any, NamedTuple, Protocol
 from export.calibration.dataset import CalibrationSet
 from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
-from export.model.precision import Blocks
 from export.model.reference import PROJECTIONS
 from export.quantize.int4.checkpoint import RoundedCheckpoint
 from export.quantize.int4.rounding import LayerError, Plan, pieces_of, round_layers
 from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import weight_names
-from export.quantize.rounding.nearest import check_divisible
 from export.quantize.statistics.activation_stats import Site
+from export.storage.blocks import Blocks, check_divisible
 from export.verify.parity import figure_name
 from runtime.commands.fit import LAST_SHARE
 

@@ -18,17 +18,16 @@ import numpy as np
 from export.calibration.dataset import sequences_digest
 from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
-from export.model.precision import Blocks
 from export.model.reference import Array, Block, embed, load_block, run_block
 from export.model.rope import rope_tables
 from export.quantize.int4.checkpoint import RowFiles
 from export.quantize.int8.search import weight_names
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows
 from export.quantize.rounding.gptq import MAX_COMPENSATED, Moments
-from export.quantize.rounding.nearest import QuantizedRows, dequantize_rows, quantize_rows
 from export.quantize.statistics.activation_stats import Site
 from export.quantize.statistics.collect import token_bytes
 from export.quantize.statistics.store import load_arrays, save_arrays
+from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
 from runtime.errors import CalibrationFailed
 from runtime.progress import progress_bar
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from export.calibration.dataset import CalibrationSet
 from export.checkpoint.protocol import Checkpoint
-from export.graph.int8_linear import Int8Layer, Int8Layers
 from export.model.config import ModelConfig
 from export.quantize.int8.ranges import Range
 from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import RangeSearch, RoundedWeights, layer_name, round_weights, smoothing_vectors
 from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
-from export.quantize.int8.smoothquant import LM_HEAD, SmoothedCheckpoint, smoothed_config
-from export.quantize.statistics.activation_stats import Site
+from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config
+from export.quantize.rounding.int8 import Int8Layer, Int8Layers
+from export.quantize.statistics.activation_stats import LM_HEAD, Site
 from export.quantize.statistics.collect import collect_statistics
 
 

@@ -17,10 +17,10 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from export.model.reference import PROJECTIONS
 from export.quantize.int8.ranges import Range, Sample, search_range
-from export.quantize.int8.smoothquant import LM_HEAD, SmoothedCheckpoint, smoothing_vector
+from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothing_vector
 from export.quantize.rounding.gptq import MAX_COMPENSATED, Moments
 from export.quantize.rounding.int8 import Int8Rows, error_compensated, rounded_activations, rounded_to_nearest
-from export.quantize.statistics.activation_stats import Site, Statistics
+from export.quantize.statistics.activation_stats import LM_HEAD, Site, Statistics
 from export.quantize.statistics.collect import LayerSample
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.search_pass import LayerInputs, SearchPass

@@ -19,9 +19,9 @@ from export.model.reference import PROJECTIONS, Array, Block, embed, load_block,
 from export.model.rope import rope_tables
 from export.quantize.int8.ranges import scale_of
 from export.quantize.int8.search import SiteRanges, weight_names
-from export.quantize.int8.smoothquant import LM_HEAD, head_site, smoothing_vector
+from export.quantize.int8.smoothquant import smoothing_vector
 from export.quantize.rounding.int8 import rounded_activations
-from export.quantize.statistics.activation_stats import NUM_FOLDS, Site, Statistics
+from export.quantize.statistics.activation_stats import LM_HEAD, NUM_FOLDS, Site, Statistics, head_site
 from export.quantize.statistics.parallel import in_order
 from runtime.errors import InvalidSetting
 from runtime.progress import progress_bar

@@ -19,20 +19,14 @@ from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.model.config import ModelConfig
-from export.quantize.statistics.activation_stats import Site
+from export.quantize.statistics.activation_stats import Site, head_site
 
 Array = NDArray[np.float32]
 
-LM_HEAD = "lm_head"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Vectors stay within these powers of ten, so that no weight leaves half precision's normal numbers for another.
 _FLOOR = np.float32(1e-5)
-
-
-def head_site(config: ModelConfig) -> Site:
-    """The LM head's input, after the final norm."""
-    return Site(config.num_layers, LM_HEAD)
 
 
 def smoothing_vector(

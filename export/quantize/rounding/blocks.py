@@ -8,9 +8,8 @@ TensorRT's: codes from -8 to 7, no zero point, and scales that half precision ho
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.precision import Blocks
 from export.quantize.rounding.gptq import Grid, Moments, problem_of, rounded_codes
-from export.quantize.rounding.nearest import QuantizedRows, best_range, pack
+from export.storage.blocks import Blocks, QuantizedRows, best_range, pack
 
 Array = NDArray[np.float32]
 

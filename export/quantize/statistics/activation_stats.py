@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from export.model.config import ModelConfig
 from runtime.errors import CalibrationFailed
 
 NUM_FOLDS = 4
@@ -84,3 +85,11 @@ class SiteStatistics:
 
 
 Statistics = dict[Site, SiteStatistics]
+
+
+LM_HEAD = "lm_head"
+
+
+def head_site(config: ModelConfig) -> Site:
+    """The LM head's input, after the final norm."""
+    return Site(config.num_layers, LM_HEAD)

@@ -21,8 +21,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from export.model.reference import Array, Block, load_block, rms_norm, run_block
 from export.model.rope import RopeTables, rope_tables
-from export.quantize.int8.smoothquant import head_site
-from export.quantize.statistics.activation_stats import Site, SiteStatistics, Statistics
+from export.quantize.statistics.activation_stats import Site, SiteStatistics, Statistics, head_site
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.spool import HiddenSpool
 from export.quantize.statistics.store import load_statistics, save_statistics

@@ -12,7 +12,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from export.model.reference import PROJECTIONS, Array, Block, embed, load_block, rms_norm, run_block
 from export.model.rope import RopeTables, rope_tables
-from export.quantize.int8.smoothquant import head_site
+from export.quantize.statistics.activation_stats import head_site
 from export.quantize.statistics.collect import Chunk, chunks_of, token_bytes
 from export.quantize.statistics.parallel import in_order
 

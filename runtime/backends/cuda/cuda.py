@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DeviceFailed, DeviceOutOfMemory, DeviceUnavailable
-from runtime.machine.memory import format_bytes
+from runtime.machine.sizes import format_bytes
 
 ALIGNMENT = 256
 """Of every address given to TensorRT; cudaMalloc's own alignment."""

@@ -9,7 +9,8 @@ from math import gcd
 from typing import NamedTuple
 
 from runtime.backends.cuda.cuda import ALIGNMENT, Cuda
-from runtime.session.host_rows import HostRows, RowStage
+from runtime.backends.cuda.rows import RowStage
+from runtime.session.host_rows import HostRows
 
 
 class CacheNames(NamedTuple):

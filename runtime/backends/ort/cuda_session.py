@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from runtime.artifact.manifest import Artifact
 from runtime.backends.cuda.cuda import PinnedMemory
+from runtime.backends.cuda.rows import RowCopier, RowStage
 from runtime.backends.ort.drop_inputs import without_inputs
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.machine.cpu_features import int8_options
-from runtime.machine.memory import item_bytes
-from runtime.session.host_rows import HostRows, RowCopier, RowStage
+from runtime.machine.sizes import item_bytes
+from runtime.session.host_rows import HostRows
 from runtime.session.ort_inputs import ort_inputs
 from runtime.session.session import Batch, KvRows, SessionInfo
 

@@ -4,22 +4,12 @@ Reads the protobuf wire format itself: the serving side does without the onnx pa
 needs two nested fields. Weights lie in other files, so the bytes are few.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+
+from runtime.artifact.protobuf import _LENGTH_DELIMITED, fields_of
 
 # Field numbers of onnx.proto: ModelProto.graph, GraphProto.node, NodeProto.input and .op_type.
 _GRAPH, _NODE, _INPUT, _OP_TYPE = 7, 1, 1, 4
-_LENGTH_DELIMITED = 2
-
-
-class Field(NamedTuple):
-    """One field of a protobuf message."""
-
-    number: int
-    whole: bytes
-    """Key, length and content, as in the file."""
-    content: bytes | None
-    """Of a string or message; None for numbers."""
 
 
 def without_inputs(model: bytes, op_type: str, num_kept: int) -> bytes:
@@ -45,39 +35,6 @@ def _node(node: bytes, op_type: str, num_kept: int) -> bytes:
         return node
     inputs = [field for field in fields if field.number == _INPUT][:num_kept]
     return b"".join(field.whole for field in [*inputs, *(field for field in fields if field.number != _INPUT)])
-
-
-def fields_of(message: bytes) -> Iterator[Field]:
-    """The fields of a protobuf message in order. ValueError if it is not a whole one."""
-    position = 0
-    while position < len(message):
-        start = position
-        key, position = _varint(message, position)
-        content = None
-        if key & 7 == _LENGTH_DELIMITED:
-            length, position = _varint(message, position)
-            content = message[position : position + length]
-            position += length
-        elif key & 7 == 0:
-            _, position = _varint(message, position)
-        elif key & 7 in (1, 5):
-            position += 8 if key & 7 == 1 else 4
-        else:
-            raise ValueError(f"not a protobuf message: wire type {key & 7} at byte {start}")
-        if position > len(message):
-            raise ValueError(f"not a whole protobuf message: it ends inside the field at byte {start}")
-        yield Field(key >> 3, message[start:position], content)
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(data):
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if not byte & 0x80:
-            return value, position
-    raise ValueError("not a whole protobuf message: it ends inside a number")
 
 
 def _wrapped(number: int, content: bytes) -> bytes:

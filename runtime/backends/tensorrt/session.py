@@ -26,7 +26,8 @@ from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.backends.tensorrt.plan import LoadedEngine, ProfileContext
 from runtime.backends.tensorrt.staging import RunInputs, RunOutputs
 from runtime.errors import InvalidEngine, InvalidSetting
-from runtime.machine.memory import ALONE, MemoryShare, item_bytes, kv_bytes_per_token, plan_slots
+from runtime.machine.memory import ALONE, MemoryShare, plan_slots
+from runtime.machine.sizes import item_bytes, kv_bytes_per_token
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Batch, KvRows, SessionInfo, TopRows
 from runtime.session.trt_inputs import TOP_IDS, trt_inputs

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export.artifact.identity import Identity, check_replaceable, default_name, identity_of
+from export.artifact.termination import orderly_end
 from export.artifact.writer import staged
-from export.termination import orderly_end
 from headrace import main
 from runtime.artifact.manifest import CHOICE, MANIFEST, open_artifact
 from runtime.errors import InvalidSetting

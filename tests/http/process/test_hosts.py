@@ -8,9 +8,9 @@ from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from runtime.errors import InvalidSetting
 from serve.access.api_keys import KeyRing, make_key
-from serve.access.hosts import ForeignHostError, HostRule, check_exposure, is_loopback, plain_origin
 from serve.access.middleware import Access
 from serve.app import create_app
+from serve.hosts import ForeignHostError, HostRule, check_exposure, is_loopback, plain_origin
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import fake_text_model
 from tests.support.server_process import PATIENCE_S, spawn

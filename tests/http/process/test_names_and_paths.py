@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 from runtime.errors import InvalidSetting
 from serve.api.routes import canonical
 from serve.app import create_app
-from serve.process.model_registry import ModelRegistry, ModelSource
+from serve.model_registry import ModelRegistry, ModelSource
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 from tests.support.server_process import spawn

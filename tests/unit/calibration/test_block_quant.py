@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.quantize.rounding.nearest import check_divisible, dequantize_rows, quantize_rows
+from export.storage.blocks import check_divisible, dequantize_rows, quantize_rows
 from runtime.errors import UnsupportedModel
 
 

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
 from export.model.reference import load_block, rms_norm
-from export.quantize.int8.smoothquant import head_site
-from export.quantize.statistics.activation_stats import NUM_FOLDS, Site, SiteStatistics
+from export.quantize.statistics.activation_stats import NUM_FOLDS, Site, SiteStatistics, head_site
 from export.quantize.statistics.collect import chunks_of, collect_statistics
 from export.quantize.statistics.store import load_statistics, save_statistics
+from export.sources.open import open_checkpoint
 from runtime.errors import CalibrationFailed
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 

@@ -21,15 +21,15 @@ from export.calibration.dataset import (
     sequences_digest,
 )
 from export.calibration.encoder import RecordEncoder
-from export.calibration.input import calibration_set_for
 from export.calibration.packing import interleave, pack
 from export.calibration.records import Record
 from export.calibration.self_samples import sample_continuations
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
+from export.sources.open import open_checkpoint
 from headrace import main
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from tests.support.byte_tokenizer import BOS, CONFIG, EOS, byte_level_hf
+from tests.support.calibration_input import calibration_set_for
 from tests.support.fake_session import FakeSession
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 

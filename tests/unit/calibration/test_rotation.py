@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
 from export.model.reference import run_reference
 from export.quantize.int8.rotation import RotatedCheckpoint, Rotation, rotated_config
+from export.sources.open import open_checkpoint
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 

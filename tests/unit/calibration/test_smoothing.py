@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
 from export.model.config import ModelConfig
 from export.model.reference import PROJECTIONS, run_reference
-from export.quantize.int8.smoothquant import SmoothedCheckpoint, head_site, smoothed_config, smoothing_vector
-from export.quantize.statistics.activation_stats import Site
+from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config, smoothing_vector
+from export.quantize.statistics.activation_stats import Site, head_site
+from export.sources.open import open_checkpoint
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
 
 # float32 sums of a hundred terms near 1, scaled up and down by factors of up to ten.

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from export.checkpoint.protocol import open_checkpoint
 from export.checks.model_reading import read_model
+from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import byte_level_hf
 from tests.support.tiny_checkpoint import config_of, write_checkpoint

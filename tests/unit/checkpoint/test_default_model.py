@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from export.checkpoint.default_model import SMOLLM2, PinnedFile, cache_dir, default_model_file
-from export.checkpoint.open import DEFAULT_MODEL, open_source
+from export.sources.default_model import SMOLLM2, PinnedFile, cache_dir, default_model_file
+from export.sources.open import DEFAULT_MODEL, open_source
 from runtime.artifact.manifest import sha256_of
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from tests.support.tiny_gguf import TinyGguf
@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("index")
 def test_processes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from export.checkpoint.default_model import *; "
+        "import sys; from pathlib import Path; from export.sources.default_model import *; "
         f"f = default_model_file({PINNED!r}, cache=Path(sys.argv[1])); sys.stdout.write(sha256_of(f))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "cache")]

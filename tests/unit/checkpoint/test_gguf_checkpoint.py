@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.checkpoint.default_model import default_model_file
 from export.checkpoint.gguf.config import model_config
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.checkpoint.gguf.header import read_gguf_header
-from export.checkpoint.protocol import open_checkpoint
 from export.model.architectures import parse_config
+from export.sources.default_model import default_model_file
+from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.support.tiny_gguf import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyGguf, hugging_face_tensors
 
@@ -51,7 +51,7 @@ def test_quantized_types_are_dequantized(
     tmp_path: Path, kind: gguf.GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks lie along a row, so quantizing before or after the rows are reordered is the same."""
-    monkeypatch.setattr("export.checkpoint.tensor_file.CHUNK_BYTES", 100)
+    monkeypatch.setattr("export.storage.tensor_file.CHUNK_BYTES", 100)
     tensors = hugging_face_tensors()
     checkpoint = open_tiny(tmp_path, tensors=tensors, kind=kind)
     name = "model.layers.0.self_attn.q_proj.weight"

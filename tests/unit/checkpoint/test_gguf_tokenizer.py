@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from export.checkpoint.default_model import default_model_file
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.checkpoint.gguf.tokenizer import PRE_TOKENIZERS, merges_by_score, text_files
+from export.sources.default_model import default_model_file
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 ROOT = Path(__file__).parents[2] / "support"

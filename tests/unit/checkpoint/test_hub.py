@@ -32,7 +32,7 @@ FILES: Mapping[str, bytes] = {
 }
 OPEN = """
 import sys
-from export.checkpoint.protocol import open_checkpoint
+from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 try:
     checkpoint = open_checkpoint(sys.argv[1], revision=sys.argv[2] or None)

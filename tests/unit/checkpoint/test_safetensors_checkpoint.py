@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from export.checkpoint.protocol import open_checkpoint
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
+from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 ROOT = Path(__file__).parents[3]
@@ -60,7 +60,7 @@ def test_every_tensor_is_widened_exactly(tmp_path: Path, dtype: np.dtype[Any]) -
 
 
 def test_a_tensor_longer_than_a_chunk_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.checkpoint.tensor_file.CHUNK_BYTES", 10)  # not a multiple of any row
+    monkeypatch.setattr("export.storage.tensor_file.CHUNK_BYTES", 10)  # not a multiple of any row
     tensors = random_tensors(np.dtype(ml_dtypes.bfloat16))
     write_single(tmp_path, tensors)
     np.testing.assert_array_equal(

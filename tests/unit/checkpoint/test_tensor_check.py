@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from export.checkpoint.protocol import open_checkpoint
 from export.checkpoint.quantized.gptq_awq import open_directory
 from export.checks.model_reading import read_model
 from export.checks.tensors import expected_tensors
 from export.model.architectures import parse_config
+from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.support.tiny_checkpoint import VARIANTS, config_of, shapes_of, write_checkpoint
 from tests.support.tiny_gguf import TinyGguf, hugging_face_tensors
@@ -230,7 +230,7 @@ def test_a_number_that_is_not_finite_is_named_where_it_is_read(
 ) -> None:
     import ml_dtypes  # noqa: F401  # numpy knows bfloat16 by it
 
-    monkeypatch.setattr("export.checkpoint.tensor_file.CHUNK_BYTES", 64)
+    monkeypatch.setattr("export.storage.tensor_file.CHUNK_BYTES", 64)
     norms = np.ones((8, 9), np.dtype(dtype))
     norms[6, 7] = -np.inf
     (tmp_path / "config.json").write_text("{}")

@@ -23,8 +23,8 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
     if revision is not None and not is_hub_id:
         raise InvalidSetting(f"revision {revision!r}: only a hub id (owner/name) has revisions, and {model!r} is none")
     if model == DEFAULT_MODEL:
-        from export.checkpoint.default_model import default_model_file
         from export.checkpoint.gguf.file import GgufCheckpoint
+        from export.sources.default_model import default_model_file
 
         return GgufCheckpoint(default_model_file(), source=DEFAULT_MODEL)
     if model and path.is_dir():
@@ -36,7 +36,7 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
 
         return GgufCheckpoint(path)
     if is_hub_id:
-        from export.checkpoint.hub import open_hub_model
+        from export.sources.hub import open_hub_model
 
         return open_hub_model(model, revision=revision)
     what = "is a file that does not end in .gguf" if path.is_file() else "does not exist"
@@ -44,3 +44,13 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
         f"{model!r} {what}; give {DEFAULT_MODEL}, a Hugging Face model directory, a .gguf file, "
         "or a hub id like HuggingFaceTB/SmolLM2-135M-Instruct"
     )
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a default model's name, a directory, a .gguf file or a hub id, in that order.
+
+    Raises InvalidCheckpoint with what was looked for and what to do.
+    """
+    from export.sources.open import open_source
+
+    return open_source(str(model), revision=revision)

@@ -12,11 +12,11 @@ from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import ORT_OPSETS, GraphBuilder
 from export.graph.decoder import DecoderGraph
 from export.graph.int8_attention import INT8_KV_OPSETS
-from export.graph.int8_linear import Int8Layers
 from export.graph.portable.writer import write_trt_graph
 from export.model.config import ModelConfig
 from export.model.precision import Precision
-from export.quantize.kv_scales import KvScales
+from export.quantize.rounding.int8 import Int8Layers
+from export.quantize.statistics.kv_scales import KvScales
 from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
 from runtime.progress import progress_bar
 
