@@ -6,7 +6,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.checks.tensors import check_tensors
 from export.checks.texts import check_texts
 from export.model.architectures import parse_config
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 
 
 def read_model(checkpoint: Checkpoint) -> ModelConfig:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,7 +10,7 @@ from export.checkpoint.texts.chat_templates import chat_templates, check_templat
 from export.checkpoint.texts.reading import parse_json_object
 from export.checkpoint.texts.special_tokens import FILES, special_token, special_tokens
 from export.checkpoint.texts.tokenizer_loading import load_tokenizer
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.config_values import token_ids
 from runtime.errors import InvalidArtifact, InvalidCheckpoint
 

@@ -5,7 +5,7 @@ Which calibrated scheme a precision is, its row in precision.py says; both use t
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -24,7 +24,7 @@ from export.calibration.dataset import (
 )
 from export.calibration.records import FLAG
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.precision import Calibrated, Precision
 from export.model.trt_precision import trt_precision_named
 from export.pipeline.kept_text import RANDOM, ReadText, with_text
@@ -34,7 +34,7 @@ from export.quantize.int4.rounding import Plan
 from export.quantize.int8.model import Int8Options, calibrate, int8_model, summary
 from export.quantize.int8.rotation import RotatedCheckpoint, rotated_config
 from export.quantize.int8.saved import Calibration, load_calibration
-from export.quantize.rounding.int8 import Int8Layers
+from export.quantize.layers import Layers
 from runtime.errors import InvalidSetting
 
 
@@ -56,17 +56,15 @@ class QuantizationOptions:
 class CalibratedModel:
     """What the graphs of a calibrated precision are built from.
 
-    precision: how to build the `ort` graph; int8_layers: those that multiply in int8; account: the receipt's, JSON-able
-    trt_checkpoint: what the TensorRT graphs read where that is another
+    layers: those whose weights are integers, for the `ort` graph and for the standard ones ("trt")
+    account: the receipt's, JSON-able
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
-    precision: Precision
-    int8_layers: Int8Layers
+    layers: Mapping[str, Layers]
     calibration: Calibration
     account: Mapping[str, Any]
-    trt_checkpoint: Checkpoint | None = None
 
 
 def workdir_of(out: Path) -> Path:
@@ -97,7 +95,7 @@ def prepare(
     if set(dialects) - {"ort"}:
         stores["trt"] = trt_precision_named(precision.name)
     # This may refuse the model: better before the text than after.
-    plans = {dialect: plan_of(checkpoint, config, row) for dialect, row in stores.items()}
+    plans = {dialect: plan_of(config, row) for dialect, row in stores.items()}
     check_memory(
         config,
         precision.calibrated,
@@ -116,7 +114,7 @@ def prepare(
     else:
         found, material = None, read(options.calib)
     if precision.calibrated is Calibrated.BLOCKS:
-        return _in_blocks(checkpoint, config, precision, plans, found or block_calibration(material), workdir)
+        return _in_blocks(checkpoint, config, plans, found or block_calibration(material), workdir)
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
     if found is None or not found.ranges:  # that of a precision that needs none
         found = calibrate(rotated, config, material, workdir)
@@ -124,8 +122,7 @@ def prepare(
     return CalibratedModel(
         checkpoint=model.checkpoint,
         config=model.config,
-        precision=precision,
-        int8_layers=model.layers,
+        layers={"ort": model.layers, "trt": model.layers},
         calibration=found,
         account=summary(model),
     )
@@ -134,7 +131,6 @@ def prepare(
 def _in_blocks(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    precision: Precision,
     plans: Mapping[str, Plan],
     found: Calibration,
     workdir: Path,
@@ -145,11 +141,9 @@ def _in_blocks(
         for dialect, plan in plans.items()
     }
     return CalibratedModel(
-        checkpoint=rounded["ort" if "ort" in rounded else "trt"].checkpoint,
-        trt_checkpoint=rounded["trt"].checkpoint if "trt" in rounded else None,
+        checkpoint=checkpoint,
         config=config,
-        precision=replace(precision, keeps_imported=True),
-        int8_layers={},
+        layers={dialect: model.layers for dialect, model in rounded.items()},
         calibration=found,
         account=account_of(rounded, found.provenance),
     )
@@ -163,11 +157,12 @@ def _earlier(path: Path, given: CalibrationOptions, config: ModelConfig, read: R
 
 
 def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> None:
-    sizes = {"qkv": config.hidden_size, "down": config.intermediate_size, "o": config.num_heads * config.head_dim}
     layers = {site.layer for site in calibration.ranges}
+    known, caches = config.by_site, ("k", "v")
     wrong = (layers and layers != set(range(config.num_layers + 1))) or any(
-        entry.absmax.shape[1] != sizes.get(site.kind, entry.absmax.shape[1])
+        site not in known or entry.absmax.shape[1] != known[site].num_inputs
         for site, entry in calibration.statistics.items()
+        if site.kind not in caches
     )
     if wrong:
         raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")

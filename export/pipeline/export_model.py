@@ -12,7 +12,7 @@ from export.calibration.dataset import Generate
 from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
 from export.checks.model_reading import read_model
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.precision import EXPORTABLE, Precision, precision_named
 from export.model.trt_precision import trt_precision_named
 from export.pipeline.calibrated import (
@@ -38,6 +38,7 @@ from export.quantize.kv_cache import (
     unrotated,
     with_kv_statistics,
 )
+from export.quantize.layers import Layers, layers_of_checkpoint
 from export.quantize.statistics.kv_scales import PER_CHANNEL
 from export.sources.open import open_checkpoint
 from export.verify.gates import check_limits, failure
@@ -123,9 +124,10 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
     precision = row if "ort" in options.dialects else None
     check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
     _check_quantization(options, row)
-    config = read_model(checkpoint)
+    checkpoint, config = read_model(checkpoint)
     reference = reference_named(options.verify, options.model, checkpoint, config)
     max_len = _max_len(options.max_len, config)
+    config = config.for_length(max_len)
     with staged(options.out, check=options.check_target) as staging:
         model = None
         if row is not None and row.calibrated is not None:
@@ -182,23 +184,26 @@ def write_unverified(
     """
     if model is not None:
         checkpoint, config = model.checkpoint, model.config
-        precision = None if precision is None else model.precision
-    trt_checkpoint = (model and model.trt_checkpoint) or checkpoint
     calibration = kv if kv is not None or model is None else model.calibration
     if calibration is not None:
         save_calibration(directory, calibration, config.vocab_size)
     scales = scales_of(kv, checkpoint, config) if kv is not None else None
     name = precision.name if precision is not None else name
     write_texts(directory, checkpoint.text_files())
-    int8_layers = model.int8_layers if model else {}
-    checkpoints = {"ort": checkpoint, "trt": trt_checkpoint, "trt-plain": trt_checkpoint}
-    step_weight_bytes = write_graphs(
-        directory, checkpoints, config, precision, max_len, dialects, name, int8_layers, scales
-    )
+    layers = model.layers if model else _stored_layers(checkpoint, config, precision)
+    step_weight_bytes = write_graphs(directory, checkpoint, config, precision, max_len, dialects, name, layers, scales)
     manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
     if scales is not None:
         manifest = replace(manifest, kv=KvContract(dtype="int8", scales=PER_CHANNEL))
     return Artifact(directory, manifest, {})
+
+
+def _stored_layers(checkpoint: Checkpoint, config: ModelConfig, precision: Precision | None) -> Mapping[str, Layers]:
+    """The integers of a checkpoint that is quantized already; the `ort` graph takes them where its precision says so."""
+    if checkpoint.stored_bits is None:
+        return {}
+    stored = layers_of_checkpoint(checkpoint, config)
+    return {"ort": stored if precision is not None and precision.keeps_imported else {}, "trt": stored}
 
 
 def _row(options: ExportOptions, stored_bits: int | None) -> Precision | None:
@@ -252,7 +257,7 @@ def _kv_calibration(
     """Statistics of K and V: the precision's own calibration, an earlier one, or a run for them alone."""
     quantization = options.quantization
     generate = _generator(staging, checkpoint, config, max_len)
-    if model is not None and model.int8_layers:
+    if model is not None and model.calibration.ranges:
         return model.calibration
     if model is not None:
         return with_kv_statistics(checkpoint, config, unrotated(model.calibration), workdir, limit=NUM_SEQUENCES)
@@ -293,8 +298,9 @@ def _check_quantization(options: ExportOptions, precision: Precision | None) -> 
 
 def _max_len(wanted: int | None, config: ModelConfig) -> int:
     trained = config.max_position_embeddings
-    stretched = int(config.rope.original_max_len * config.rope.factor) if config.rope.kind != "default" else trained
-    longest = max(trained, stretched)
+    rope = config.rope
+    stretched = trained if rope is None or rope.kind == "default" else int(rope.original_max_len * rope.factor)
+    longest = trained if config.embedding.positions else max(trained, stretched)
     if wanted is None:
         return min(longest, DEFAULT_MAX_LEN)
     if not 2 <= wanted <= longest:

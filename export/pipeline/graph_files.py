@@ -10,12 +10,12 @@ import onnx_ir as ir
 from export.artifact.weight_file import WeightFile
 from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import ORT_OPSETS, GraphBuilder
-from export.graph.decoder import DecoderGraph
-from export.graph.int8_attention import INT8_KV_OPSETS
-from export.graph.portable.writer import write_trt_graph
-from export.model.config import ModelConfig
+from export.graph.ort.decoder import DecoderGraph
+from export.graph.ort.int8_attention import INT8_KV_OPSETS
+from export.graph.standard.writer import write_standard_graph
+from export.model.description import ModelConfig
 from export.model.precision import Precision
-from export.quantize.rounding.int8 import Int8Layers
+from export.quantize.layers import Layers, QuantizedLayers
 from export.quantize.statistics.kv_scales import KvScales
 from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
 from runtime.progress import progress_bar
@@ -23,40 +23,40 @@ from runtime.progress import progress_bar
 
 def write_graphs(
     staging: Path,
-    checkpoints: Mapping[str, Checkpoint],
+    checkpoint: Checkpoint,
     config: ModelConfig,
     precision: Precision | None,
     max_len: int,
     dialects: Sequence[str],
     name: str,
-    int8_layers: Int8Layers,
+    layers: Mapping[str, Layers],
     kv_scales: Sequence[KvScales] | None,
 ) -> int:
     """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoints["ort"].tensors) * len(dialects)
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(dialects)
     others = [dialect for dialect in dialects if dialect != "ort"]
     step_weight_bytes: dict[str, int] = {}
     with (
         WeightFile(staging, is_shared=bool(others)) as weights,
         progress_bar("export", total=num_reads, unit="tensor") as bar,
     ):
-        counting = {dialect: _Counting(checkpoint, bar) for dialect, checkpoint in checkpoints.items()}
+        counting = _Counting(checkpoint, bar)
         if precision is not None:
             step_weight_bytes["ort"] = _write_ort_graph(
-                staging, counting["ort"], config, precision, max_len, weights, int8_layers, kv_scales
+                staging, counting, config, precision, max_len, weights, layers.get("ort", {}), kv_scales
             )
         if others:
             with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
-                    step_weight_bytes[dialect] = write_trt_graph(
+                    step_weight_bytes[dialect] = write_standard_graph(
                         staging,
                         dialect,
-                        counting[dialect],
+                        counting,
                         config,
                         name,
                         max_len=max_len,
                         weights=rest,
-                        int8_layers=int8_layers,
+                        layers=QuantizedLayers(layers.get("trt", {})),
                     )
     return step_weight_bytes[dialects[0]]
 
@@ -68,14 +68,14 @@ def _write_ort_graph(
     precision: Precision,
     max_len: int,
     weights: WeightFile,
-    int8_layers: Int8Layers,
+    layers: Layers,
     kv_scales: Sequence[KvScales] | None,
 ) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
     graph = GraphBuilder(weights, opsets=ORT_OPSETS if kv_scales is None else INT8_KV_OPSETS)
-    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers, kv_scales).build()
+    DecoderGraph(graph, checkpoint, config, precision, max_len, QuantizedLayers(layers), kv_scales).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
     weights.flush()
     onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.precision import Calibrated
 from export.quantize.int4.rounding import MOST_BYTES, NUM_PIECES, PIECE
 from export.quantize.int8.ranges import MAX_OUTPUTS

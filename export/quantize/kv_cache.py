@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig, Site
 from export.quantize.int8.saved import Calibration, load_calibration
 from export.quantize.int8.smoothquant import SmoothedCheckpoint
-from export.quantize.statistics.activation_stats import Site, Statistics
+from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.collect import collect_statistics
 from export.quantize.statistics.kv_scales import KvScales, kv_scales
 from runtime.errors import InvalidSetting
@@ -89,5 +89,5 @@ def scales_of(found: Calibration, checkpoint: Checkpoint, config: ModelConfig) -
     """Scales of every layer; `checkpoint` is the one that the graph is written from, perhaps smoothed."""
     if not isinstance(checkpoint, SmoothedCheckpoint):
         return kv_scales(found.statistics, config)
-    names = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(config.num_layers)]
+    names = [f"{block.attention.qkv.parts[-1].name}.weight" for block in config.blocks]
     return kv_scales(found.statistics, config, [checkpoint.row_divisor(name) for name in names])

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import calibration_data
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.verify.gates import gates_of
 from export.verify.parity import HEAD, figure_name, four_ways, parity_figures, reference_ways, run_rows
 from export.verify.references import Reference, ReferenceLogits

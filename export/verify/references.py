@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.reference import run_reference
 from export.sources.open import DEFAULT_MODEL
 from runtime.errors import InvalidCheckpoint, InvalidSetting

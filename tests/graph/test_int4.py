@@ -23,7 +23,7 @@ from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
 from export.quantize.rounding.blocks import compensated_rows
 from export.quantize.rounding.gptq import Moments
-from export.quantize.statistics.activation_stats import Site
+from export.model.description import Site
 from export.sources.open import open_checkpoint
 from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
 from export.storage.quantized_rows import ImportedRows

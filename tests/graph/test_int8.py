@@ -23,7 +23,7 @@ from export.quantize.rounding.int8 import (
     rounded_activations,
     rounded_to_nearest,
 )
-from export.quantize.statistics.activation_stats import Site
+from export.model.description import Site
 from runtime.errors import InvalidSetting
 from runtime.machine.cpu_features import int8_options
 

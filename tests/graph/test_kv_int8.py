@@ -20,7 +20,7 @@ from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.saved import load_calibration
 from export.quantize.int8.smoothquant import SmoothedCheckpoint
-from export.quantize.statistics.activation_stats import Site
+from export.model.description import Site
 from export.quantize.statistics.collect import collect_statistics
 from export.quantize.statistics.kv_scales import kv_scales, pair_lengths
 from export.sources.open import open_checkpoint

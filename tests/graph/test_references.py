@@ -9,7 +9,7 @@ import pytest
 
 import export.checks.model_reading
 from export.model.architectures import parse_config
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.sources.open import open_checkpoint
 from export.verify.references import TransformersReference, check_reference
 from headrace import main

@@ -17,7 +17,7 @@ from export.model.architectures import parse_config
 from export.model.precision import EXPORTABLE
 from export.pipeline.calibrated import CalibratedModel, QuantizationOptions, prepare
 from export.pipeline.export_model import write_unverified
-from export.quantize.statistics.activation_stats import LM_HEAD
+from export.model.description import LM_HEAD
 from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
 from export.tensorrt.profiles import EngineLimits

@@ -10,7 +10,7 @@ from pathlib import Path
 from export.calibration.dataset import CalibrationOptions, CalibrationSet, load_calibration_set
 from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.precision import precision_named
 from export.pipeline.export_model import write_unverified
 

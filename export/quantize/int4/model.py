@@ -26,18 +26,16 @@ runs whose sums differed in order; see trt_precision.py for blocks of 32.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from export.calibration.dataset import CalibrationSet
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
-from export.model.reference import PROJECTIONS
-from export.quantize.int4.checkpoint import RoundedCheckpoint
+from export.model.description import ModelConfig, Site
 from export.quantize.int4.rounding import LayerError, Plan, pieces_of, round_layers
 from export.quantize.int8.saved import Calibration
-from export.quantize.int8.search import weight_names
-from export.quantize.statistics.activation_stats import Site
+from export.quantize.layers import BlockLayer
 from export.storage.blocks import Blocks, check_divisible
 from export.verify.parity import figure_name
 from runtime.commands.fit import LAST_SHARE
@@ -49,9 +47,9 @@ could take them back. In SmolLM2-135M these are 2 of 30; for 2.4 % of the bytes 
 
 
 class Int4Model(NamedTuple):
-    """The rounded checkpoint, and what rounding cost each layer."""
+    """The rounded layers, and what rounding cost each."""
 
-    checkpoint: RoundedCheckpoint
+    layers: Mapping[Site, BlockLayer]
     errors: list[LayerError]
 
 
@@ -76,25 +74,23 @@ def int4_model(
 ) -> Int4Model:
     """Round every site of the plan."""
     files, errors = round_layers(checkpoint, config, pieces_of(sequences, config), plan, workdir)
-    return Int4Model(RoundedCheckpoint(checkpoint, files), errors)
+    return Int4Model({site: BlockLayer(partial(files.get, site)) for site in plan}, errors)
 
 
-def plan_of(checkpoint: Checkpoint, config: ModelConfig, precision: Stores) -> Plan:
+def plan_of(config: ModelConfig, precision: Stores) -> Plan:
     """The blocks of every site that the precision stores in 4 bits, 8 where that is too few, see _WIDE_SHARE.
 
     UnsupportedModel for rows that blocks do not fill.
     """
     plan: dict[Site, Blocks] = {}
     first_wide = config.num_layers - max(1, round(config.num_layers * _WIDE_SHARE))
-    for layer in range(config.num_layers):
-        for kind in PROJECTIONS:
-            site, blocks = Site(layer, kind), precision.blocks_of(kind)
+    for block in config.blocks:
+        for linear in block.linears:
+            blocks = precision.blocks_of(linear.role) if linear.is_quantizable else None
             if blocks is not None and blocks.bits == 4:
-                name = weight_names(config, site)[0]
-                num_inputs = checkpoint.tensors[name].shape[1]
-                check_divisible(name, num_inputs, blocks.block_size)
-                is_wide = layer >= first_wide and kind in ("gate_up", "down")
-                plan[site] = precision.wide_blocks(num_inputs) if is_wide else blocks
+                check_divisible(linear.weight_names[0], linear.num_inputs, blocks.block_size)
+                is_wide = block.layer >= first_wide and linear in block.mlp.linears
+                plan[linear.site] = precision.wide_blocks(linear.num_inputs) if is_wide else blocks
     return plan
 
 

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.calibration.dataset import sequences_digest
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
-from export.model.reference import Array, Block, embed, load_block, run_block
-from export.model.rope import rope_tables
-from export.quantize.int4.checkpoint import RowFiles
-from export.quantize.int8.search import weight_names
+from export.model.description import ModelConfig, Site
+from export.model.reference.forward import embed, load_block, rotary_tables, run_block
+from export.model.reference.operations import Array, BlockWeights
+from export.quantize.int4.row_files import RowFiles
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows
 from export.quantize.rounding.gptq import MAX_COMPENSATED, Moments
-from export.quantize.statistics.activation_stats import Site
-from export.quantize.statistics.collect import token_bytes
+from export.quantize.statistics.collect import fingerprint_of, token_bytes
 from export.quantize.statistics.store import load_arrays, save_arrays
 from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
 from runtime.errors import CalibrationFailed
@@ -72,28 +71,19 @@ def round_layers(
     A workdir left by an interrupted run over the same text, model and plan is continued, any other started anew.
     """
     files = RowFiles(workdir / "rows")
-
-    def put(site: Site, rows: QuantizedRows, blocks: Blocks) -> None:
-        """A file for each of the checkpoint's matrices that the site stacks."""
-        start = 0
-        for name in weight_names(config, site):
-            stop = start + checkpoint.tensors[name].shape[0]
-            zeros = None if rows.zero_points is None else rows.zero_points[start:stop]
-            files.put(name, QuantizedRows(rows.values[start:stop], rows.scales[start:stop], zeros), blocks)
-            start = stop
-
     edges = np.cumsum([0, *map(len, sequences)])
-    tables = rope_tables(config.rope, config.head_dim, max(map(len, sequences)))
-    state = _State.begin(workdir, _fingerprint(checkpoint, config, sequences, plan), embed(checkpoint, sequences))
+    tables = rotary_tables(config, max(map(len, sequences)))
+    embedded = embed(checkpoint, config.embedding, sequences)
+    state = _State.begin(workdir, _fingerprint(checkpoint, config, sequences, plan), embedded)
     with progress_bar("round", total=config.num_layers, unit="layer") as bar:
         bar.update(state.layers_done)
-        for layer in range(state.layers_done, config.num_layers):
-            block = load_block(checkpoint, config, layer)
-            exact = _ExactLayer(block, state.exact)
-            state.exact = run_block(block, config, layer, state.exact, edges, tables, product=exact)
-            rounder = _LayerRounder(layer, block, exact, state.exact, plan, put)
-            state.rounded = run_block(block, config, layer, state.rounded, edges, tables, product=rounder)
-            state.finish(layer, rounder.errors)
+        for block in config.blocks[state.layers_done :]:
+            weights = load_block(checkpoint, block)
+            exact = _ExactLayer(weights, state.exact)
+            state.exact = run_block(weights, block, state.exact, edges, tables, product=exact)
+            rounder = _LayerRounder(block, weights, exact, state.exact, plan, files.put)
+            state.rounded = run_block(weights, block, state.rounded, edges, tables, product=rounder)
+            state.finish(block.layer, rounder.errors)
             bar.update(1)
     return files, state.errors
 
@@ -119,17 +109,20 @@ def pieces_of(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[S
 class _ExactLayer:
     """The products of one layer in float32; keeps their inputs, and how much each token's outputs are beside the
     residual stream that enters the layer.
+
+    Of an expert nothing is kept: rounding earlier layers may send it other tokens.
     """
 
-    def __init__(self, block: Block, entering: Array) -> None:
-        self._block, self._energy = block, _energy(entering)
+    def __init__(self, weights: BlockWeights, entering: Array) -> None:
+        self._weights, self._energy = weights, _energy(entering)
         self.inputs: dict[str, Array] = {}
         self.share: dict[str, Array] = {}
 
-    def __call__(self, kind: str, x: Array) -> Array:
-        self.inputs[kind] = x
-        out = self._block.product(kind, x)
-        self.share[kind] = _energy(out) / self._energy
+    def __call__(self, kind: str, x: Array, rows: NDArray[np.int64] | None) -> Array:
+        out = self._weights.product(kind, x)
+        if rows is None:
+            self.inputs[kind] = x
+            self.share[kind] = _energy(out) / self._energy
         return out
 
 
@@ -141,46 +134,55 @@ def _energy(x: Array) -> Array:
 class _LayerRounder:
     """The products of one layer, its matrices rounded as their inputs come by."""
 
-    def __init__(self, layer: int, block: Block, exact: _ExactLayer, behind: Array, plan: Plan, put: Put) -> None:
-        self._layer, self._block, self._exact, self._plan, self._put = layer, block, exact, plan, put
+    def __init__(
+        self, block: Block, weights: BlockWeights, exact: _ExactLayer, behind: Array, plan: Plan, put: Put
+    ) -> None:
+        self._block, self._weights, self._exact, self._plan, self._put = block, weights, exact, plan, put
         self._behind = _energy(behind)
         self.errors: list[LayerError] = []
 
-    def __call__(self, kind: str, x: Array) -> Array:
-        site, matrix = Site(self._layer, kind), self._block.matrices[kind]
-        blocks = self._plan.get(site)
+    def __call__(self, kind: str, x: Array, rows: NDArray[np.int64] | None) -> Array:
+        linear, matrix = self._block.linear(kind), self._weights.matrices[kind]
+        site, blocks = linear.site, self._plan.get(linear.site)
         if blocks is None:
-            return self._block.product(kind, x)
+            return self._weights.product(kind, x)
         if not np.isfinite(x).all():
             raise _not_finite("input", site)
-        rows = self._rounded(kind, x, matrix, blocks)
-        self._put(site, rows, blocks)
-        out = np.asarray(x @ dequantize_rows(rows, bits=blocks.bits).T)
-        expected = self._exact.inputs[kind][::_ERROR_STRIDE] @ matrix.T
+        wanted = x if rows is not None else self._exact.inputs[kind]
+        rounded = self._rounded(x, wanted, self._token_weight(linear, rows), matrix, blocks)
+        self._put(site, rounded, blocks)
+        out = np.asarray(x @ dequantize_rows(rounded, bits=blocks.bits).T)
+        expected = wanted[::_ERROR_STRIDE] @ matrix.T
         lost = np.square(out[::_ERROR_STRIDE] - expected).sum() / max(np.square(expected).sum(), np.float32(1e-30))
         if not np.isfinite(lost):  # a weight that is not finite rounds to something that is
             raise _not_finite("output", site)
         self.errors.append(LayerError(site, float(lost)))
         return out
 
-    def _rounded(self, kind: str, x: Array, matrix: Array, blocks: Blocks) -> QuantizedRows:
+    def _rounded(
+        self, x: Array, wanted: Array, token_weight: Array, matrix: Array, blocks: Blocks
+    ) -> QuantizedRows:
+        """The matrix for inputs x, so that its product is near the exact one of the inputs `wanted`."""
         if blocks.bits == 8:
             return quantize_rows(matrix, bits=8, block_size=blocks.block_size, symmetric=True)
         if matrix.shape[1] > MAX_COMPENSATED:
             return nearest_rows(matrix, blocks)
         moments = Moments(matrix.shape[1], aims_at_exact=True)
-        moments.update(self._exact.inputs[kind], x, self._token_weight(kind))
+        moments.update(wanted, x, token_weight)
         return compensated_rows(matrix, moments, blocks)
 
-    def _token_weight(self, kind: str) -> Array:
-        """What each token's errors count. What is added to the residual stream counts by what the norm behind it makes
-        of it, and more where it is an uncommonly large part of the stream, see _MOST_SPECIAL.
+    def _token_weight(self, linear: Linear, rows: NDArray[np.int64] | None) -> Array:
+        """Per-token error weights. A layer that writes to the residual stream is weighted by the gain of the next norm,
+        and tokens whose output is an uncommonly large part of the stream count more, see _MOST_SPECIAL.
         """
-        if kind not in ("o", "down"):
-            return np.ones(len(self._behind), np.float32)
-        share = self._exact.share[kind]
+        behind = self._behind if rows is None else self._behind[rows]
+        if not linear.writes_stream:
+            return np.ones(len(behind), np.float32)
+        if rows is not None:
+            return np.asarray(1 / behind, np.float32)
+        share = self._exact.share[linear.site.kind]
         special = np.clip(share / max(float(np.median(share)), 1e-12), 1, _MOST_SPECIAL)
-        return np.asarray(special / self._behind, np.float32)
+        return np.asarray(special / behind, np.float32)
 
 
 def _not_finite(what: str, site: Site) -> CalibrationFailed:
@@ -229,7 +231,6 @@ class _State:
 def _fingerprint(checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]], plan: Plan) -> str:
     """What a run must share with an interrupted one to go on with it."""
     blocks = {str(site): asdict(chosen) for site, chosen in plan.items()}
-    digest = hashlib.sha256(json.dumps([asdict(config), blocks, sequences_digest(sequences)], sort_keys=True).encode())
-    for layer in (0, config.num_layers - 1):
-        digest.update(checkpoint.load(f"model.layers.{layer}.self_attn.k_proj.weight").tobytes())
+    digest = hashlib.sha256(json.dumps([blocks, sequences_digest(sequences)], sort_keys=True).encode())
+    digest.update(fingerprint_of(checkpoint, config))
     return digest.hexdigest()

@@ -15,14 +15,14 @@ from typing import Any
 
 from export.calibration.dataset import CalibrationSet
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig, Site
 from export.quantize.int8.ranges import Range
+from export.quantize.int8.rotation import stream_obstacle
 from export.quantize.int8.saved import Calibration
-from export.quantize.int8.search import RangeSearch, RoundedWeights, layer_name, round_weights, smoothing_vectors
+from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights, smoothing_vectors
 from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
-from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config
-from export.quantize.rounding.int8 import Int8Layer, Int8Layers
-from export.quantize.statistics.activation_stats import LM_HEAD, Site
+from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config
+from export.quantize.layers import Int8Layer
 from export.quantize.statistics.collect import collect_statistics
 
 
@@ -40,7 +40,7 @@ class Int8Model:
 
     checkpoint: SmoothedCheckpoint
     config: ModelConfig
-    layers: Int8Layers
+    layers: Mapping[Site, Int8Layer]
     ranges: Mapping[Site, Range]
     calibration: Calibration
 
@@ -68,7 +68,7 @@ def int8_model(
     rounded = RoundedWeights(workdir / "rounded")
     round_weights(smoothed, own_config, calibration.sequences, ranges, rounded)
     layers = {
-        layer_name(site): Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site))
+        site: Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site))
         for site, chosen in ranges.items()
     }
     return Int8Model(smoothed, own_config, layers, ranges, calibration)
@@ -76,14 +76,29 @@ def int8_model(
 
 def summary(model: Int8Model) -> dict[str, Any]:
     """The receipt's account of what was quantized how; JSON-able."""
-    costs = model.calibration.costs
-    two_pass = [cost for cost in costs if model.layers[layer_name(cost.site)].fine_scale is not None]
-    counted = [cost for cost in costs if cost.site.kind != LM_HEAD]
+    costs, head = model.calibration.costs, model.config.head.linear.site
+    two_pass = [cost for cost in costs if model.layers[cost.site].fine_scale is not None]
+    counted = [cost for cost in costs if cost.site != head]
     return {
         "two_pass": [str(cost.site) for cost in two_pass],
         "two_pass_share": sum(cost.macs for cost in counted if cost in two_pass) / sum(cost.macs for cost in counted),
         "predicted_perplexity_increase": math.expm1(sum(cost.kl for cost in costs if cost not in two_pass)),
         "layer_errors": {str(site): chosen.error for site, chosen in model.ranges.items()},
+        **_left_out(model),
         "share_counts": "multiply-adds a token of all linear layers but the LM head",
         "calibration": model.calibration.provenance,
     }
+
+
+def _left_out(model: Int8Model) -> dict[str, Any]:
+    """What could not be done exactly for this decoder, or not at all."""
+    config = model.config
+    found: dict[str, Any] = {}
+    if (obstacle := stream_obstacle(config)) is not None:
+        found["stream_not_rotated"] = obstacle
+    if plain := [str(site) for site in model.ranges if producer_of(config, site) is None]:
+        found["not_smoothed"] = plain
+    sites = [linear.site for linear in config.linears if linear.is_quantizable]
+    if missing := [str(site) for site in sites if site not in model.ranges]:
+        found["weight_only"] = missing
+    return found

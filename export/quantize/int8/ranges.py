@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig, Site
 from export.quantize.int8.smoothquant import smoothing_vector
 from export.quantize.rounding.int8 import rounded_activations, rounded_to_nearest
-from export.quantize.statistics.activation_stats import NUM_FOLDS, Site
+from export.quantize.statistics.activation_stats import NUM_FOLDS
 
 Array = NDArray[np.float32]
 
@@ -52,7 +52,7 @@ class Range(NamedTuple):
 
 class Sample(NamedTuple):
     """Some tokens of one layer's input, float32 `[n, K]`; the fold each came from; the mean square `[n]` of the stream
-    that the output is added to (o, down: the norm behind it divides by just that), None to compare with the output.
+    that the output is added to (of layers that write to the stream: the norm behind divides by just that), None to compare with the output.
     """
 
     x: Array

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from export.artifact.writer import write_json
+from export.model.description import Site
 from export.quantize.int8.search import SiteRanges, ranges_from_json, ranges_to_json
 from export.quantize.int8.sensitivity import LayerCost
-from export.quantize.statistics.activation_stats import Site, Statistics
+from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.store import load_arrays, load_statistics, save_arrays, save_statistics
 from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS
 from runtime.errors import CalibrationFailed

@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
-from export.model.reference import PROJECTIONS
+from export.model.description import ModelConfig, Site
 from export.quantize.int8.ranges import Range, Sample, search_range
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothing_vector
 from export.quantize.rounding.gptq import MAX_COMPENSATED, Moments
 from export.quantize.rounding.int8 import Int8Rows, error_compensated, rounded_activations, rounded_to_nearest
-from export.quantize.statistics.activation_stats import LM_HEAD, Site, Statistics
+from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.collect import LayerSample
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.search_pass import LayerInputs, SearchPass
@@ -51,15 +50,16 @@ class RangeSearch:
         """Search one layer's sites, each kind on a core of its own."""
 
         def search(kind: str) -> SiteRanges:
-            site, matrix = Site(sample.layer, kind), sample.matrices[kind]
-            residual = sample.residual if kind in ("o", "down") else None
-            some, absmax = Sample(sample.inputs[kind], sample.fold, residual), statistics[site].absmax
+            site, matrix, seen = Site(sample.layer, kind), sample.matrices[kind], sample.seen[kind]
+            residual = seen.residual if self._config.by_site[site].writes_stream else None
+            some, absmax = Sample(seen.inputs, seen.fold, residual), statistics[site].absmax
             return SiteRanges(
                 search_range(site, some, absmax, matrix, self._config, is_wide=False),
                 search_range(site, some, absmax, matrix, self._config, is_wide=True),
             )
 
-        for kind, found in zip(sample.inputs, in_order(search, sample.inputs), strict=True):
+        kinds = [kind for kind in sample.seen if self._config.by_site[Site(sample.layer, kind)].is_quantizable]
+        for kind, found in zip(kinds, in_order(search, kinds), strict=True):
             self.ranges[Site(sample.layer, kind)] = found
 
     def state(self) -> list[Any]:
@@ -98,20 +98,8 @@ def smoothing_vectors(
 
 def weight_highest(checkpoint: Checkpoint, config: ModelConfig, site: Site) -> Array:
     """Largest magnitude of each column of a site's stacked matrix."""
-    columns = [np.abs(checkpoint.load(name)).max(0) for name in weight_names(config, site)]
+    columns = [np.abs(checkpoint.load(name)).max(0) for name in config.by_site[site].weight_names]
     return np.asarray(np.max(columns, axis=0), np.float32)
-
-
-def weight_names(config: ModelConfig, site: Site) -> list[str]:
-    """The checkpoint's tensors that a site's matrix stacks."""
-    if site.kind == LM_HEAD:
-        return ["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    return [f"model.layers.{site.layer}.{name}.weight" for name in PROJECTIONS[site.kind]]
-
-
-def layer_name(site: Site) -> str:
-    """What graphs call the layer: its first projection, without `.weight`."""
-    return LM_HEAD if site.kind == LM_HEAD else f"model.layers.{site.layer}.{PROJECTIONS[site.kind][0]}"
 
 
 class RoundedWeights:
@@ -143,13 +131,14 @@ def round_weights(
     search = SearchPass(smoothed, config, sequences)
     with progress_bar("round", total=config.num_layers + 1) as bar:
         for layer in search:
+            inputs = {kind: x for kind, x in layer.inputs.items() if Site(layer.layer, kind) in ranges}
 
             def rounded_rows(kind: str, layer: LayerInputs = layer) -> Int8Rows:
                 return _rounded(layer.inputs[kind], layer.matrices[kind], layer.token_weight[kind],
                                 ranges[Site(layer.layer, kind)])  # fmt: skip
 
             # The longest first, so that the cores end together.
-            kinds = sorted(layer.inputs, key=layer.num_inputs, reverse=True)
+            kinds = sorted(inputs, key=layer.num_inputs, reverse=True)
             is_small = layer.matrices[kinds[0]].shape[1] <= MAX_SIDE_BY_SIDE
             for kind, rows in zip(kinds, (in_order if is_small else map)(rounded_rows, kinds), strict=True):
                 rounded.put(Site(layer.layer, kind), rows)

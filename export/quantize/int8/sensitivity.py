@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
-from export.model.reference import PROJECTIONS, Array, Block, embed, load_block, rms_norm, run_block
-from export.model.rope import rope_tables
+from export.model.description import LM_HEAD, Block, ModelConfig, Site
+from export.model.reference.forward import embed, load_block, load_head, load_norm, rotary_tables, run_block
+from export.model.reference.operations import Array, BlockWeights, normed
 from export.quantize.int8.ranges import scale_of
-from export.quantize.int8.search import SiteRanges, weight_names
+from export.quantize.int8.search import SiteRanges
 from export.quantize.int8.smoothquant import smoothing_vector
 from export.quantize.rounding.int8 import rounded_activations
-from export.quantize.statistics.activation_stats import LM_HEAD, NUM_FOLDS, Site, Statistics, head_site
+from export.quantize.statistics.activation_stats import NUM_FOLDS, Statistics
 from export.quantize.statistics.parallel import in_order
 from runtime.errors import InvalidSetting
 from runtime.progress import progress_bar
@@ -66,25 +66,28 @@ def measure_costs(
     """
     heads = [sequence[:LENGTH] for sequence in (sequences[FOLD::NUM_FOLDS] or sequences)[-NUM_SEQUENCES:]]
     edges = np.cumsum([0, *map(len, heads)])
-    tables = rope_tables(config.rope, config.head_dim, LENGTH)
-    streams = [embed(checkpoint, heads)]
+    tables = rotary_tables(config, LENGTH)
+    streams = [embed(checkpoint, config.embedding, heads)]
     sites: list[Site] = []
     with progress_bar("sensitivity", total=config.num_layers * (config.num_layers + 1) // 2) as bar:
-        for layer in range(config.num_layers):
-            block = load_block(checkpoint, config, layer)
+        for block in config.blocks:
+            weights = load_block(checkpoint, block)
             exact = streams[0]
 
-            def run(x: Array, block: Block = block, layer: int = layer) -> Array:
-                return run_block(block, config, layer, x, edges, tables)
+            def run(x: Array, block: Block = block, weights: BlockWeights = weights) -> Array:
+                return run_block(weights, block, x, edges, tables)
 
-            def run_changed(kind: str, exact: Array = exact, block: Block = block, layer: int = layer) -> Array:
-                product = _int8_product(Site(layer, kind), block.matrices[kind], statistics, ranges, config)
-                changed = _Changed(block, kind, product)
-                return run_block(block, config, layer, exact, edges, tables, product=changed)
+            def run_changed(
+                site: Site, exact: Array = exact, block: Block = block, weights: BlockWeights = weights
+            ) -> Array:
+                product = _int8_product(site, weights.matrices[site.kind], statistics, ranges, config)
+                changed = _Changed(weights, site.kind, product)
+                return run_block(weights, block, exact, edges, tables, product=changed)
 
-            streams = [*in_order(run, streams), *in_order(run_changed, PROJECTIONS)]
-            sites += [Site(layer, kind) for kind in PROJECTIONS]
-            bar.update(layer + 1)
+            own = [linear.site for linear in block.linears if linear.site in ranges]
+            streams = [*in_order(run, streams), *in_order(run_changed, own)]
+            sites += own
+            bar.update(block.layer + 1)
     return _costs(checkpoint, config, streams, sites, statistics, ranges)
 
 
@@ -117,11 +120,11 @@ def choose_wide(costs: Sequence[LayerCost], *, max_increase: float, keep: Collec
 class _Changed:
     """A block's products, one of them replaced."""
 
-    def __init__(self, block: Block, kind: str, product: "_Int8Product") -> None:
-        self._block, self._kind, self._product = block, kind, product
+    def __init__(self, weights: BlockWeights, kind: str, product: "_Int8Product") -> None:
+        self._weights, self._kind, self._product = weights, kind, product
 
-    def __call__(self, kind: str, x: Array) -> Array:
-        return self._product(x) if kind == self._kind else self._block.product(kind, x)
+    def __call__(self, kind: str, x: Array, rows: object) -> Array:
+        return self._product(x) if kind == self._kind else self._weights.product(kind, x)
 
 
 class _Int8Product:
@@ -153,24 +156,24 @@ def _costs(
     statistics: Statistics,
     ranges: Mapping[Site, SiteRanges],
 ) -> list[LayerCost]:
-    site = head_site(config)
-    head = checkpoint.load(weight_names(config, site)[0])
-    norm = checkpoint.load("model.norm.weight")
-    exact = rms_norm(streams[0], norm, config.rms_norm_eps)
-    exact_logits = np.asarray(exact @ head.T)
+    site = config.head.linear.site
+    head = load_head(checkpoint, config.head)
+    norm = load_norm(checkpoint, config.final_norm)
+    exact = normed(streams[0], norm, config.final_norm)
+    exact_logits = head.logits(exact)
     p = np.exp(log_softmax(exact_logits))
     costs = []
     with progress_bar("compare", total=len(sites) + 1) as bar:
 
         def cost(x: Array) -> float:
-            return _kl(p, np.asarray(rms_norm(x, norm, config.rms_norm_eps) @ head.T) - exact_logits)
+            return _kl(p, head.logits(normed(x, norm, config.final_norm)) - exact_logits)
 
         for each, kl in zip(sites, in_order(cost, streams[1:]), strict=True):
-            costs.append(LayerCost(each, kl, num_macs(config, each)))
+            costs.append(LayerCost(each, kl, config.num_macs(each)))
             bar.update(1)
         if site in ranges:
-            logits = _int8_product(site, head, statistics, ranges, config)(exact)
-            costs.append(LayerCost(site, _kl(p, logits - exact_logits), num_macs(config, site)))
+            logits = head.finished(_int8_product(site, head.matrix, statistics, ranges, config)(exact))
+            costs.append(LayerCost(site, _kl(p, logits - exact_logits), config.num_macs(site)))
         bar.update(1)
     return costs
 
@@ -184,16 +187,3 @@ def _kl(p: Array, change: Array) -> float:
     np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # beyond, float32 ends
     change *= p
     return float(np.log(change.sum(-1, dtype=np.float64)).mean())
-
-
-def num_macs(config: ModelConfig, site: Site) -> int:
-    """Multiply-adds of a site's matrix product a token."""
-    attention, hidden = config.num_heads * config.head_dim, config.hidden_size
-    sizes = {
-        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim) * hidden,
-        "o": attention * hidden,
-        "gate_up": 2 * config.intermediate_size * hidden,
-        "down": config.intermediate_size * hidden,
-        LM_HEAD: config.vocab_size * hidden,
-    }
-    return sizes[site.kind]

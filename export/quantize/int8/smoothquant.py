@@ -3,30 +3,49 @@
 Every linear layer's input is divided by a vector, channel by channel, and the layer's columns multiplied by it. The
 division costs nothing at run time, because it is folded into what makes the input:
 
-    qkv, gate_up   the norm before them            down       the rows of up_proj
-    lm_head        the final norm                  o          the rows of v_proj: one value for all query heads
-                                                              that share a key-value head
+    a norm that this layer alone reads    the norm's weight, and its bias
+    attention's values (o)                the rows of v: one value for all query heads that share a key-value head
+    a gated MLP's activations (down)      the rows of up
 
-The product is the same checkpoint in other units: run in float32 it computes what the original computes.
+Where none of these makes the input, the layer is not smoothed. The product is the same checkpoint in other units: run
+in float32 it computes what the original computes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
-from export.model.config import ModelConfig
-from export.quantize.statistics.activation_stats import Site, head_site
+from export.checkpoint.view import CheckpointView
+from export.model.description import LM_HEAD, Mlp, ModelConfig, Norm, Part, Site
 
 Array = NDArray[np.float32]
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = f"{LM_HEAD}.weight"
 
 # Vectors stay within these powers of ten, so that no weight leaves half precision's normal numbers for another.
 _FLOOR = np.float32(1e-5)
+
+
+def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
+    """What makes a site's input and can take a division, exactly: a norm, or rows of another matrix.
+
+    None where nothing can: a norm that several sites read would have to be divided by the vector of each, and an
+    activation without a gate is not linear in anything.
+    """
+    linear = config.by_site[site]
+    if linear.reads is not None:
+        if site == config.head.linear.site:
+            return linear.reads
+        return linear.reads if len(config.blocks[site.layer].readers_of(linear.reads)) == 1 else None
+    block = config.blocks[site.layer]
+    if linear == block.attention.o:
+        return block.attention.qkv.parts[-1]
+    mlps = [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.experts
+    mlp = next(mlp for mlp in mlps if mlp.down == linear)
+    return mlp.up.parts[-1] if mlp.is_gated else None
 
 
 def smoothing_vector(
@@ -35,12 +54,15 @@ def smoothing_vector(
     """What a site's input is divided by, `[K]`: highest^strength / weight_highest^(1 - strength).
 
     highest: largest magnitude of each input channel; weight_highest: of each weight column. Channels that are dead
-    on either side keep 1. For `o` the channels of the heads that share a key-value head get their largest value.
+    on either side keep 1, and so does an input that nothing can divide. For attention's output the channels of the
+    heads that share a key-value head get their largest value.
     """
+    if producer_of(config, site) is None:
+        return np.ones_like(highest)
     dead = (highest < _FLOOR) | (weight_highest < _FLOOR)
     wide = np.maximum(highest, _FLOOR) ** strength / np.maximum(weight_highest, _FLOOR) ** (1 - strength)
     vector = np.where(dead, np.float32(1), np.maximum(wide, _FLOOR)).astype(np.float32)
-    if site.kind != "o":
+    if config.by_site[site].role != "o":
         return vector
     grouped = vector.reshape(config.num_kv_heads, -1, config.head_dim).max(1, keepdims=True)
     return np.broadcast_to(
@@ -50,44 +72,37 @@ def smoothing_vector(
 
 @dataclass(frozen=True, slots=True)
 class _Fold:
-    """How one tensor changes: rows (or a vector) divided, columns multiplied."""
+    """How one tensor changes: rows (or a vector) divided, columns multiplied. adds_one: it is w of a 1 + w norm."""
 
-    divide: Array | None = None
-    multiply: Array | None = None
+    divide: Array | None
+    multiply: Array | None
+    adds_one: bool
 
 
-class SmoothedCheckpoint:
+class SmoothedCheckpoint(CheckpointView):
     """A checkpoint whose tensors carry the smoothing vectors of some sites; the others are left as they are.
 
     With a vector for the LM head, a tied head becomes a matrix of its own: the embedding cannot take the vector.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
-        self._checkpoint, self._folds = checkpoint, _folds(config, vectors)
-        self._unties = config.tie_word_embeddings and head_site(config) in vectors
-
-    @property
-    def source(self) -> str:
-        return self._checkpoint.source
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._checkpoint.config
+        super().__init__(checkpoint)
+        self._folds = _folds(smoothed_config(config, vectors), vectors)
+        self._embedding = f"{config.embedding.name}.weight"
+        self._unties = config.tie_word_embeddings and config.head.linear.site in vectors
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        if not self._unties:
-            return self._checkpoint.tensors
-        return {**self._checkpoint.tensors, _HEAD: self._checkpoint.tensors[_EMBEDDING]}
-
-    def text_files(self) -> Mapping[str, str]:
-        return self._checkpoint.text_files()
+        tensors = self._base.tensors
+        return {**tensors, _HEAD: tensors[self._embedding]} if self._unties else tensors
 
     def load(self, name: str) -> Array:
-        array = self._checkpoint.load(_EMBEDDING if self._unties and name == _HEAD else name)
+        array = self._base.load(self._embedding if self._unties and name == _HEAD else name)
         fold = self._folds.get(name)
         if fold is None:
             return array
+        if fold.adds_one and fold.divide is not None:
+            return (array + np.float32(1)) / fold.divide - np.float32(1)
         if fold.divide is not None:
             array = array / (fold.divide if array.ndim == 1 else fold.divide[:, None])
         return array if fold.multiply is None else array * fold.multiply
@@ -100,32 +115,28 @@ class SmoothedCheckpoint:
 
 def smoothed_config(config: ModelConfig, vectors: Mapping[Site, Array]) -> ModelConfig:
     """The configuration of the smoothed checkpoint: its LM head is no longer tied if it has a vector."""
-    return replace(config, tie_word_embeddings=config.tie_word_embeddings and head_site(config) not in vectors)
+    return config.untied() if config.tie_word_embeddings and config.head.linear.site in vectors else config
 
 
 def _folds(config: ModelConfig, vectors: Mapping[Site, Array]) -> dict[str, _Fold]:
-    folds: dict[str, _Fold] = {}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        qkv, o, gate_up, down = (vectors.get(Site(layer, kind)) for kind in ("qkv", "o", "gate_up", "down"))
-        per_kv_head = None if o is None else _shared(o, config)
-        folds |= {
-            f"{prefix}.input_layernorm.weight": _Fold(divide=qkv),
-            f"{prefix}.post_attention_layernorm.weight": _Fold(divide=gate_up),
-            f"{prefix}.self_attn.q_proj.weight": _Fold(multiply=qkv),
-            f"{prefix}.self_attn.k_proj.weight": _Fold(multiply=qkv),
-            f"{prefix}.self_attn.v_proj.weight": _Fold(divide=per_kv_head, multiply=qkv),
-            f"{prefix}.self_attn.v_proj.bias": _Fold(divide=per_kv_head),
-            f"{prefix}.self_attn.o_proj.weight": _Fold(multiply=o),
-            f"{prefix}.mlp.gate_proj.weight": _Fold(multiply=gate_up),
-            f"{prefix}.mlp.up_proj.weight": _Fold(divide=down, multiply=gate_up),
-            f"{prefix}.mlp.up_proj.bias": _Fold(divide=down),
-            f"{prefix}.mlp.down_proj.weight": _Fold(multiply=down),
-        }
-    head = vectors.get(head_site(config))
-    return folds | {"model.norm.weight": _Fold(divide=head), _HEAD: _Fold(multiply=head)}
+    """By tensor name."""
+    divide: dict[str, Array] = {}
+    multiply: dict[str, Array] = {}
+    adds_one: set[str] = set()
+    for site, vector in vectors.items():
+        linear, producer = config.by_site[site], producer_of(config, site)
+        if producer is None:
+            continue
+        multiply |= dict.fromkeys(linear.weight_names, vector)
+        rows = _shared(vector, config) if linear.role == "o" else vector
+        divide |= {f"{producer.name}.weight": rows, f"{producer.name}.bias": rows}
+        if isinstance(producer, Norm) and producer.adds_one:
+            adds_one.add(f"{producer.name}.weight")
+    return {
+        name: _Fold(divide.get(name), multiply.get(name), name in adds_one) for name in divide.keys() | multiply.keys()
+    }
 
 
 def _shared(o: Array, config: ModelConfig) -> Array:
-    """One value for each row of v_proj: the vector is the same for all query heads of a key-value head."""
+    """One value for each row of the values: the vector is the same for all query heads of a key-value head."""
     return o.reshape(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)

@@ -7,8 +7,6 @@
 those that were (GPTQ): see error_compensation.py.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -66,16 +64,3 @@ def error_compensated(weight: Array, moments: Moments) -> Int8Rows:
         grid = Grid(scales[None, some], -end, end, weight.shape[1])
         values[some] = rounded_codes(problem.target(weight[some]), problem, grid)
     return Int8Rows(values, scales)
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Layer:
-    """One layer's scales, and its rounded weights, read when asked for. `fine_scale`: of the second pass, if any."""
-
-    scale: float
-    fine_scale: float | None
-    load: Callable[[], Int8Rows]
-
-
-Int8Layers = Mapping[str, Int8Layer]
-"""By layer name: `Weight.name` without `.weight` and what follows."""

@@ -5,12 +5,11 @@ integers. A NaN or an infinity is an error at once: a range that holds one would
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.config import ModelConfig
+from export.model.description import Site
 from runtime.errors import CalibrationFailed
 
 NUM_FOLDS = 4
@@ -20,16 +19,6 @@ NUM_FOLDS = 4
 _LOWEST, _BINS_PER_OCTAVE, _NUM_BINS = -20, 4, 160
 # Every so many tokens go into the histogram: logarithms of all would take longer than the products.
 _HISTOGRAM_STRIDE = 16
-
-
-class Site(NamedTuple):
-    """The input of one (perhaps stacked) linear layer: decoder layer and kind; or the k and v of a layer's cache."""
-
-    layer: int
-    kind: str
-
-    def __str__(self) -> str:
-        return f"layers.{self.layer}.{self.kind}"
 
 
 @dataclass(slots=True)
@@ -85,11 +74,3 @@ class SiteStatistics:
 
 
 Statistics = dict[Site, SiteStatistics]
-
-
-LM_HEAD = "lm_head"
-
-
-def head_site(config: ModelConfig) -> Site:
-    """The LM head's input, after the final norm."""
-    return Site(config.num_layers, LM_HEAD)

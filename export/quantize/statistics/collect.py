@@ -8,8 +8,8 @@ while that layer's weights are at hand; see int8_search.py.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
-from export.model.reference import Array, Block, load_block, rms_norm, run_block
-from export.model.rope import RopeTables, rope_tables
-from export.quantize.statistics.activation_stats import Site, SiteStatistics, Statistics, head_site
+from export.model.description import ModelConfig, Rotary, Site
+from export.model.reference.forward import embedded, load_block, load_norm, load_positions, rotary_tables, run_block
+from export.model.reference.operations import Array, BlockWeights, NormWeights, normed
+from export.model.rope import RopeTables
+from export.quantize.statistics.activation_stats import SiteStatistics, Statistics
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.spool import HiddenSpool
 from export.quantize.statistics.store import load_statistics, save_statistics
@@ -38,6 +39,10 @@ _TOKENS_A_SEQUENCE = 28
 NUM_SAMPLED = 24
 
 
+Tables = dict[Rotary, RopeTables]
+"""cos and sin of every rotary embedding."""
+
+
 class Chunk(NamedTuple):
     """Some whole sequences: their numbers, their first and last row, and their edges counted from the first row."""
 
@@ -48,18 +53,28 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """Some tokens' inputs of one linear layer, float32 `[n, K]`.
+
+    fold: of each token, the number of the sequence it comes from
+    residual: mean square of the residual stream behind the block, `[n]`
+    """
+
+    inputs: Array
+    fold: NDArray[np.int64]
+    residual: Array
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSample:
     """Some tokens of one decoder layer (or, by the number of layers, of the LM head).
 
-    inputs: by kind of linear layer, float32 `[n, K]`; matrices: by kind, `[N, K]`; fold: of each token, the number of
-    the sequence it comes from; residual: mean square of the residual stream behind the layer, `[n]`
+    seen: by kind of linear layer; an expert saw the tokens that chose it. matrices: by kind, `[N, K]`
     """
 
     layer: int
-    inputs: dict[str, Array]
-    matrices: dict[str, Array]
-    fold: NDArray[np.int64]
-    residual: Array
+    seen: Mapping[str, Seen]
+    matrices: Mapping[str, Array]
 
 
 class Follower(Protocol):
@@ -91,7 +106,7 @@ def collect_statistics(
     by an interrupted run over the same text and model is continued, any other is started anew.
     """
     chunks = list(chunks_of(sequences, config))
-    tables = rope_tables(config.rope, config.head_dim, max(map(len, sequences)))
+    tables = rotary_tables(config, max(map(len, sequences)))
     run = _Run(checkpoint, config, workdir, _fingerprint(checkpoint, config, sequences), follower)
     num_tokens = sum(map(len, sequences))
     with progress_bar("calibrate", total=num_tokens * config.num_layers, unit="token") as bar:
@@ -118,7 +133,8 @@ def chunks_of(sequences: Sequence[Sequence[int]], config: ModelConfig, *, limit:
 
 def token_bytes(config: ModelConfig) -> int:
     """Bytes of activations a token takes while it passes a layer."""
-    return int(4 * (2 * config.intermediate_size * _COPIES + 6 * config.hidden_size))
+    widest = max(linear.num_outputs for linear in config.linears if linear.role in ("gate_up", "up"))
+    return int(4 * (widest * _COPIES + 6 * config.hidden_size))
 
 
 def _chunk(sequences: Sequence[Sequence[int]], first: int, last: int, begin: int) -> Chunk:
@@ -126,14 +142,12 @@ def _chunk(sequences: Sequence[Sequence[int]], first: int, last: int, begin: int
     return Chunk(range(first, last), begin, begin + int(edges[-1]), edges)
 
 
-class _Seen(NamedTuple):
+class _Passed(NamedTuple):
     """What one chunk leaves: its hidden states, its share of the statistics, and its share of the samples."""
 
     hidden: Array
     statistics: Statistics
-    inputs: dict[str, Array]
-    fold: NDArray[np.int64]
-    residual: Array
+    seen: dict[str, Seen]
 
 
 class _Run:
@@ -159,29 +173,30 @@ class _Run:
         workdir.mkdir(parents=True, exist_ok=True)
 
     def embed(self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> None:
-        table = self.checkpoint.load("model.embed_tokens.weight")
+        embedding = self.config.embedding
+        table, positions = self.checkpoint.load(f"{embedding.name}.weight"), load_positions(self.checkpoint, embedding)
         for chunk in chunks:
-            ids = np.concatenate([np.asarray(sequences[idx], np.int64) for idx in chunk.sequence_idx])
-            self.spool.append(0, table[ids], is_first=chunk.start == 0)
+            x = embedded(table, positions, embedding, [sequences[idx] for idx in chunk.sequence_idx])
+            self.spool.append(0, x, is_first=chunk.start == 0)
 
-    def layer(self, layer: int, chunks: Sequence[Chunk], tables: RopeTables, *, on_tokens: Any) -> None:
+    def layer(self, layer: int, chunks: Sequence[Chunk], tables: Tables, *, on_tokens: Any) -> None:
         """All chunks through one layer; then its follower, and the disk: the state last, so that it never names what
         is not there."""
-        block = load_block(self.checkpoint, self.config, layer)
+        block = load_block(self.checkpoint, self.config.blocks[layer])
         is_last = layer + 1 == self.config.num_layers
-        norm = self.checkpoint.load("model.norm.weight") if is_last else None
-        samples: list[_Seen] = []
-        for chunk, seen in zip(
+        norm = load_norm(self.checkpoint, self.config.final_norm) if is_last else None
+        samples: dict[str, list[Seen]] = {}
+        for chunk, passed in zip(
             chunks, in_order(lambda chunk: self._chunk(block, layer, chunk, tables, norm), chunks), strict=True
         ):
-            self.spool.append(layer + 1, seen.hidden, is_first=chunk.start == 0)
-            for site, part in seen.statistics.items():
+            self.spool.append(layer + 1, passed.hidden, is_first=chunk.start == 0)
+            for site, part in passed.statistics.items():
                 self.statistics.setdefault(site, SiteStatistics.empty(part.absmax.shape[1])).merge(part)
-            if len(seen.fold):
-                samples.append(seen._replace(hidden=seen.hidden[:0]))
+            for kind, seen in passed.seen.items():
+                samples.setdefault(kind, []).append(seen)
             on_tokens(chunk.stop - chunk.start)
         if self.follower is not None:
-            self._follow(self.follower, layer, block, samples)
+            self._follow(self.follower, layer, block, {kind: _joined(parts) for kind, parts in samples.items()})
         self.layers_done = layer + 1
         save_statistics(self.workdir / "statistics.npz", self.statistics)
         state = {
@@ -193,21 +208,28 @@ class _Run:
         partial.write_text(json.dumps(state), encoding="utf-8")
         partial.replace(self.workdir / "state.json")
 
-    def _chunk(self, block: Block, layer: int, chunk: Chunk, tables: RopeTables, norm: Array | None) -> _Seen:
-        """One chunk through one layer; `norm`: the final norm's weight behind the last one."""
+    def _chunk(
+        self, weights: BlockWeights, layer: int, chunk: Chunk, tables: Tables, norm: NormWeights | None
+    ) -> _Passed:
+        """One chunk through one layer; `norm`: the final norm behind the last one."""
         statistics: Statistics = {}
-        inputs: dict[str, Array] = {}
-        rows, fold = _sampled_rows(chunk)
+        inputs: dict[str, tuple[Array, NDArray[np.int64] | None]] = {}
+        sampled, fold = _sampled_rows(chunk)
 
-        def update(site: Site, x: Array) -> None:
+        def update(site: Site, x: Array, rows: NDArray[np.int64] | None) -> None:
             entry = statistics.setdefault(site, SiteStatistics.empty(x.shape[1]))
-            for idx, (start, stop) in zip(chunk.sequence_idx, pairwise(chunk.edges), strict=True):
-                entry.update(x[start:stop], idx, site)
-            inputs[site.kind] = x[rows]
+            edges = chunk.edges if rows is None else np.searchsorted(rows, chunk.edges)
+            for idx, (start, stop) in zip(chunk.sequence_idx, pairwise(edges), strict=True):
+                if stop > start:
+                    entry.update(x[start:stop], idx, site)
+            if rows is None:
+                inputs[site.kind] = x[sampled], None
+            elif (chosen := np.isin(rows, sampled)).any():
+                inputs[site.kind] = x[chosen], np.searchsorted(sampled, rows[chosen])
 
-        def product(kind: str, x: Array) -> Array:
-            update(Site(layer, kind), x)
-            return block.product(kind, x)
+        def product(kind: str, x: Array, rows: NDArray[np.int64] | None) -> Array:
+            update(Site(layer, kind), x, rows)
+            return weights.product(kind, x)
 
         num_seen = {"k": 0, "v": 0}
 
@@ -219,21 +241,32 @@ class _Run:
             num_seen[kind] += 1
 
         x = self.spool.read(layer, chunk.start, chunk.stop)
-        x = run_block(block, self.config, layer, x, chunk.edges, tables, product=product, observe=observe)
+        x = run_block(weights, self.config.blocks[layer], x, chunk.edges, tables, product=product, observe=observe)
         if norm is not None:
-            update(head_site(self.config), rms_norm(x, norm, self.config.rms_norm_eps))
-        return _Seen(x, statistics, inputs, fold, np.square(x[rows]).mean(1))
+            update(self.config.head.linear.site, normed(x, norm, self.config.final_norm), None)
+        residual = np.square(x[sampled]).mean(1)
+        seen = {
+            kind: Seen(some, fold, residual) if which is None else Seen(some, fold[which], residual[which])
+            for kind, (some, which) in inputs.items()
+            if len(sampled)
+        }
+        return _Passed(x, statistics, seen)
 
-    def _follow(self, follower: Follower, layer: int, block: Block, samples: Sequence[_Seen]) -> None:
-        inputs = {kind: np.concatenate([part.inputs[kind] for part in samples]) for kind in samples[0].inputs}
-        fold, residual = (np.concatenate([getattr(part, name) for part in samples]) for name in ("fold", "residual"))
-        head = head_site(self.config)
-        last = {head.kind: inputs.pop(head.kind)} if head.kind in inputs else {}
-        follower.follow(LayerSample(layer, inputs, block.matrices, fold, residual), self.statistics)
+    def _follow(self, follower: Follower, layer: int, weights: BlockWeights, seen: dict[str, Seen]) -> None:
+        head = self.config.head.linear
+        last = {head.site.kind: seen.pop(head.site.kind)} if head.site.kind in seen else {}
+        follower.follow(LayerSample(layer, seen, weights.matrices), self.statistics)
         if last:
-            name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-            matrix = {head.kind: self.checkpoint.load(name)}
-            follower.follow(LayerSample(head.layer, last, matrix, fold, residual), self.statistics)
+            matrix = {head.site.kind: self.checkpoint.load(head.weight_names[0])}
+            follower.follow(LayerSample(head.site.layer, last, matrix), self.statistics)
+
+
+def _joined(parts: Sequence[Seen]) -> Seen:
+    """What several chunks saw, end to end."""
+    inputs, fold, residual = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("inputs", "fold", "residual")
+    )
+    return Seen(inputs, fold, residual)
 
 
 def _sampled_rows(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -248,9 +281,15 @@ def _sampled_rows(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _fingerprint(checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]]) -> str:
     """What a run must share with an interrupted one to go on with it: the text, the dimensions, and some weights."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for layer in (0, config.num_layers - 1):
-        digest.update(checkpoint.load(f"model.layers.{layer}.self_attn.k_proj.weight").tobytes())
+    digest = hashlib.sha256(fingerprint_of(checkpoint, config))
     for sequence in sequences:
         digest.update(np.asarray(sequence, np.int64).tobytes() + b"|")
     return digest.hexdigest()
+
+
+def fingerprint_of(checkpoint: Checkpoint, config: ModelConfig) -> bytes:
+    """What tells one model from another: its description, and a matrix of its first and of its last block."""
+    digest = hashlib.sha256(repr(config).encode())
+    for block in (config.blocks[0], config.blocks[-1]):
+        digest.update(checkpoint.load(block.attention.qkv.weight_names[1]).tobytes())
+    return digest.digest()

@@ -1,6 +1,6 @@
 """Static scales of an int8 KV cache, one for each channel of each key-value head, from calibration statistics.
 
-A key is stored after its rotary embedding, which turns each pair of channels (i, i + head_dim / 2) by an angle that
+A key is stored after its rotary embedding, which turns each pair of channels by an angle that
 grows with the position. Maxima seen at positions below 512 say little about one channel at position 8,000, but turning
 keeps a pair's length: so both channels of a pair get one scale, from the length that the two maxima allow.
 
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.config import ModelConfig
-from export.quantize.statistics.activation_stats import Site, Statistics
+from export.model.description import ModelConfig, Site
+from export.quantize.statistics.activation_stats import Statistics
 
 Array = NDArray[np.float32]
 
@@ -42,11 +42,11 @@ def kv_scales(
 ) -> list[KvScales]:
     """Scales of every layer from the largest magnitudes of `Site(layer, "k")` and `Site(layer, "v")`.
 
-    value_divisors: of each layer, what smoothing divides the rows of v_proj by, `[kv_heads * head_dim]`; None if not
+    value_divisors: of each layer, what smoothing divides the rows of the values by, `[kv_heads * head_dim]`; None if not
     """
     scales = []
     for layer in range(config.num_layers):
-        key = pair_lengths(statistics[Site(layer, "k")].highest, config.head_dim)
+        key = pair_lengths(statistics[Site(layer, "k")].highest, config.blocks[layer].attention)
         value = statistics[Site(layer, "v")].highest
         divisor = value_divisors[layer] if value_divisors is not None else None
         if divisor is not None:
@@ -55,11 +55,20 @@ def kv_scales(
     return scales
 
 
-def pair_lengths(highest: Array, head_dim: int) -> Array:
-    """The longest each rotary pair can be, given its channels' largest magnitudes `[kv_heads * head_dim]`."""
-    pairs = highest.reshape(-1, 2, head_dim // 2)
-    lengths = np.sqrt(np.square(pairs).sum(1, keepdims=True))
-    return np.asarray(np.broadcast_to(lengths, pairs.shape).reshape(-1), np.float32)
+def pair_lengths(highest: Array, attention: Attention) -> Array:
+    """The longest each channel of a key can get as its pair turns, given the largest magnitudes before.
+
+    highest: `[kv_heads * head_dim]`; channels that do not turn keep their own
+    """
+    rotary = attention.rotary
+    if rotary is None:
+        return highest
+    heads = highest.reshape(-1, attention.head_dim).copy()
+    shape = (len(heads), rotary.dim // 2, 2) if rotary.interleaved else (len(heads), 2, rotary.dim // 2)
+    pairs = heads[:, : rotary.dim].reshape(shape)
+    lengths = np.sqrt(np.square(pairs).sum(2 if rotary.interleaved else 1, keepdims=True))
+    heads[:, : rotary.dim] = np.broadcast_to(lengths, shape).reshape(len(heads), rotary.dim)
+    return heads.reshape(-1)
 
 
 def _steps(highest: Array) -> Array:

@@ -3,17 +3,17 @@
 The tokens are few enough for memory (`search_sequences`), so nothing lies on disk. Knows nothing about integers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.config import ModelConfig
-from export.model.reference import PROJECTIONS, Array, Block, embed, load_block, rms_norm, run_block
-from export.model.rope import RopeTables, rope_tables
-from export.quantize.statistics.activation_stats import head_site
-from export.quantize.statistics.collect import Chunk, chunks_of, token_bytes
+from export.model.description import Block, ModelConfig
+from export.model.reference.forward import embed, load_block, load_norm, rotary_tables, run_block
+from export.model.reference.operations import Array, BlockWeights, normed
+from export.quantize.statistics.collect import Chunk, Tables, chunks_of, token_bytes
 from export.quantize.statistics.parallel import in_order
 
 NUM_SEQUENCES = 16
@@ -26,13 +26,13 @@ class LayerInputs(NamedTuple):
     """What enters each linear layer of one decoder layer, end to end, and the matrices.
 
     inputs, matrices: by kind; token_weight: by kind, `[tokens]`, 1 / mean square of the residual stream that the
-    output is added to (o, down): the norm behind it divides by just that. 1 / mean square of the output for others.
+    output is added to: the norm behind it divides by just that. 1 / mean square of the output for other layers.
     """
 
     layer: int
-    inputs: dict[str, Array]
-    matrices: dict[str, Array]
-    token_weight: dict[str, Array]
+    inputs: Mapping[str, Array]
+    matrices: Mapping[str, Array]
+    token_weight: Mapping[str, Array]
 
     def num_inputs(self, kind: str) -> int:
         """K of a kind's matrix."""
@@ -48,52 +48,65 @@ class SearchPass:
 
     def __iter__(self) -> Iterator[LayerInputs]:
         config = self._config
-        tables = rope_tables(config.rope, config.head_dim, max(map(len, self.sequences)))
-        x = embed(self._checkpoint, self.sequences)
+        tables = rotary_tables(config, max(map(len, self.sequences)))
+        x = embed(self._checkpoint, config.embedding, self.sequences)
         chunks = list(chunks_of(self.sequences, config))
-        for layer in range(config.num_layers):
-            block = load_block(self._checkpoint, config, layer)
-            x, inputs, means = _through(block, config, layer, x, chunks, tables)
-            weights = {
-                kind: np.asarray(1 / np.maximum(mean, np.float32(1e-12)), np.float32) for kind, mean in means.items()
-            }
-            yield LayerInputs(layer, inputs, {kind: block.matrices[kind] for kind in PROJECTIONS}, weights)
+        for block in config.blocks:
+            weights = load_block(self._checkpoint, block)
+            x, inputs, token_weight = _through(weights, block, x, chunks, tables)
+            yield LayerInputs(block.layer, inputs, weights.matrices, token_weight)
         yield self._head(x)
 
     def _head(self, x: Array) -> LayerInputs:
-        config = self._config
-        site = head_site(config)
-        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        h = rms_norm(x, self._checkpoint.load("model.norm.weight"), config.rms_norm_eps)
-        head = self._checkpoint.load(name)
-        return LayerInputs(site.layer, {site.kind: h}, {site.kind: head}, {site.kind: np.ones(len(h), np.float32)})
+        config, head = self._config, self._config.head.linear
+        kind = head.site.kind
+        h = normed(x, load_norm(self._checkpoint, config.final_norm), config.final_norm)
+        matrix = self._checkpoint.load(head.weight_names[0])
+        return LayerInputs(head.site.layer, {kind: h}, {kind: matrix}, {kind: np.ones(len(h), np.float32)})
+
+
+class _Part(NamedTuple):
+    """What one product saw of a chunk: its inputs, the mean square of each output, and the tokens' rows."""
+
+    inputs: Array
+    squares: Array
+    rows: NDArray[np.int64]
 
 
 def _through(
-    block: Block, config: ModelConfig, layer: int, x: Array, chunks: Sequence[Chunk], tables: RopeTables
+    weights: BlockWeights, block: Block, x: Array, chunks: Sequence[Chunk], tables: Tables
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    """All tokens through one layer, chunks side by side: the stream behind it, each product's inputs, and mean squares
-    `[tokens]` of what its error is measured against."""
-    inputs = {kind: np.empty((len(x), block.matrices[kind].shape[1]), np.float32) for kind in PROJECTIONS}
-    squares = {kind: np.empty(len(x), np.float32) for kind in PROJECTIONS}
+    """All tokens through one block, chunks side by side: the stream behind it, each product's inputs, and the weight
+    of each of their tokens."""
     following = np.empty_like(x)
 
-    def run(chunk: Chunk) -> None:
-        rows = slice(chunk.start, chunk.stop)
+    def run(chunk: Chunk) -> dict[str, _Part]:
+        parts: dict[str, _Part] = {}
 
-        def product(kind: str, h: Array) -> Array:
-            inputs[kind][rows] = h
-            out = block.product(kind, h)
-            squares[kind][rows] = np.square(out).mean(1)
+        def product(kind: str, h: Array, rows: NDArray[np.int64] | None) -> Array:
+            out = weights.product(kind, h)
+            where = chunk.start + (np.arange(len(h)) if rows is None else rows)
+            parts[kind] = _Part(h, np.square(out).mean(1), where)
             return out
 
-        following[rows] = run_block(block, config, layer, x[rows], chunk.edges, tables, product=product)
+        some = slice(chunk.start, chunk.stop)
+        following[some] = run_block(weights, block, x[some], chunk.edges, tables, product=product)
+        return parts
 
-    for _ in in_order(run, chunks):
-        pass
+    found = list(in_order(run, chunks))
     residual = np.square(following).mean(1)
-    means = {kind: np.full(len(x), square.mean(), np.float32) for kind, square in squares.items()}
-    return following, inputs, {**means, "o": residual, "down": residual}
+    inputs, token_weight = {}, {}
+    for linear in block.linears:
+        kind = linear.site.kind
+        parts = [part.pop(kind) for part in found if kind in part]
+        if not parts:  # an expert that no token chose
+            continue
+        inputs[kind] = np.concatenate([part.inputs for part in parts])
+        rows = np.concatenate([part.rows for part in parts])
+        mean = np.concatenate([part.squares for part in parts]).mean()
+        mean = residual[rows] if linear.writes_stream else np.full(len(rows), mean, np.float32)
+        token_weight[kind] = np.asarray(1 / np.maximum(mean, np.float32(1e-12)), np.float32)
+    return following, inputs, token_weight
 
 
 def search_sequences(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[Sequence[int]]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.statistics.activation_stats import NUM_FOLDS, Site, SiteStatistics, Statistics
+from export.model.description import Site
+from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics, Statistics
 from runtime.errors import CalibrationFailed
 
 _FIELDS = ("absmax", "square_sum", "num_tokens", "histogram")

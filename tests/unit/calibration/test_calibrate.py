@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from export.model.architectures import parse_config
 from export.model.reference import load_block, rms_norm
-from export.quantize.statistics.activation_stats import NUM_FOLDS, Site, SiteStatistics, head_site
+from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics
+from export.model.description import Site
 from export.quantize.statistics.collect import chunks_of, collect_statistics
 from export.quantize.statistics.store import load_statistics, save_statistics
 from export.sources.open import open_checkpoint

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from export.model.architectures import parse_config
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.reference import PROJECTIONS, run_reference
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config, smoothing_vector
-from export.quantize.statistics.activation_stats import Site, head_site
+from export.model.description import Site
 from export.sources.open import open_checkpoint
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
 
@@ -32,7 +32,7 @@ def random_vectors(config: ModelConfig, seed: int = 0) -> dict[Site, np.ndarray]
             highest = rng.uniform(0.1, 10, sizes[kind]).astype(np.float32)
             ones = np.ones(sizes[kind], np.float32)
             vectors[site] = smoothing_vector(highest, ones, 0.8, site=site, config=config)
-    site = head_site(config)
+    site = config.head.linear.site
     vectors[site] = rng.uniform(0.1, 10, config.hidden_size).astype(np.float32)
     return vectors
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from export.model.architectures import ARCHITECTURES, parse_config
-from export.model.config import ModelConfig
+from export.model.description import ModelConfig
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint
 from tests.support.tiny_checkpoint import LLAMA3, YARN

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from export.artifact.weight_file import Extent
 from export.graph.builder import MICROSOFT, GraphBuilder
-from export.model.layer_weights import Weight
+from export.graph.weights import Weight
 from export.model.precision import Precision
 from export.storage.blocks import Blocks, QuantizedRows, check_divisible, quantize_rows
 from export.storage.quantized_rows import ImportedRows
@@ -33,11 +33,9 @@ class QuantizedWeight(NamedTuple):
     zero_points: ir.Value | None
 
 
-def linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, name: str) -> ir.Value:
+def float_or_block_linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, name: str) -> ir.Value:
     """x `[..., K]` times weight transposed, `[..., N]`."""
-    if precision.keeps_imported and (imported := weight.imported()) is not None:
-        return _imported_matmul(g, x, weight, imported, name)
-    blocks = precision.blocks_of(weight.kind)
+    blocks = precision.blocks_of(weight.role)
     if blocks is None:
         matrix = weight.load().T.astype(precision.numpy_dtype)
         return g.op("MatMul", [x, g.array(weight.name, matrix)], name)
@@ -47,7 +45,7 @@ def linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, n
 
 def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, precision: Precision, name: str) -> tuple[ir.Value, Any]:
     """Rows of the embedding for int64 ids; also what a tied LM head needs to share its bytes."""
-    blocks = precision.blocks_of(weight.kind)
+    blocks = precision.blocks_of("embedding")
     if blocks is None:
         table = g.array(weight.name, weight.load().astype(precision.numpy_dtype, copy=False))
         return g.op("Gather", [table, ids], name), table
@@ -79,8 +77,8 @@ def tied_lm_head(
     return _blocked_matmul(g, x, shared, weight.shape, blocks, name)
 
 
-def _imported_matmul(g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str) -> ir.Value:
-    """The checkpoint's own integers; inputs that were quantized out of order are put in that order first."""
+def imported_linear(g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str) -> ir.Value:
+    """With integers that are there already. Inputs that were quantized out of order are put in that order."""
     rows, blocks, order = imported
     if order is not None:
         x = g.op("Gather", [x, g.array(f"{weight.name}.input_order", order)], f"{name}.ordered", axis=-1)

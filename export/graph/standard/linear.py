@@ -1,4 +1,4 @@
-"""Linear layers of the `trt` dialects: QuantizeLinear and DequantizeLinear around a MatMul, which TensorRT fuses.
+"""Linear layers in standard ONNX: QuantizeLinear and DequantizeLinear around a MatMul, which TensorRT fuses.
 
 Every scheme is symmetric, its zero point 0 left out. Weights lie as `[K, N]`, the MatMul's own order, so that a wide
 one is byte for byte the `ort` dialect's, and a calibrated one too: same integers, same static scales. Scales have the
@@ -17,36 +17,38 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.graph.builder import GraphBuilder
-from export.graph.int8_linear import layer_of
-from export.model.layer_weights import Weight
+from export.graph.weights import Weight
+from export.model.description import Linear
 from export.model.trt_precision import INT4_BLOCKS, INT4_SIZES, Scheme, TrtPrecision
 from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
-from export.quantize.rounding.int8 import Int8Layers, Int8Rows
+from export.quantize.layers import Int8Layer, QuantizedLayers
+from export.quantize.rounding.int8 import Int8Rows
+from export.storage.quantized_rows import ImportedRows
 from export.storage.blocks import Blocks, QuantizedRows, check_divisible, signed_codes
 
 _SCALE_ERROR = 2.0**-10
 """Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""
 
 
-class TrtLinear:
+class StandardLinear:
     """Adds linear layers to one graph; quantizes an input once however many layers read it."""
 
-    def __init__(self, g: GraphBuilder, precision: TrtPrecision, int8_layers: Int8Layers) -> None:
-        self._g, self._precision, self._int8_layers = g, precision, int8_layers
+    def __init__(self, g: GraphBuilder, precision: TrtPrecision, layers: QuantizedLayers) -> None:
+        self._g, self._precision, self._layers = g, precision, layers
         self._quantized: dict[str, ir.Value] = {}
 
-    def __call__(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+    def __call__(self, x: ir.Value, linear: Linear, weight: Weight, name: str) -> ir.Value:
         """x `[..., K]` times weight transposed, `[..., N]`."""
-        scheme = self._precision.scheme_of(weight.kind)
-        layer = layer_of(weight, self._int8_layers)
-        if layer is not None:
+        scheme = self._precision.scheme_of(linear.role)
+        layer = self._layers.take(linear)
+        if isinstance(layer, Int8Layer):
             matrix = self._calibrated(weight, layer.load())
             if scheme is Scheme.INT8 and layer.fine_scale is None:
                 x = self._rounded(x, layer.scale)
         elif scheme is Scheme.WIDE:
             matrix = self._g.array(weight.name, weight.load().T.astype(self._precision.numpy_dtype))
         elif scheme is Scheme.INT4_WEIGHTS:
-            matrix = self._int4(weight)
+            matrix = self._int4(weight, layer)
         else:
             matrix = self._int8(weight)
         return self._g.op("MatMul", [x, matrix], name)
@@ -80,9 +82,8 @@ class TrtLinear:
         inputs = [self._g.array(f"{weight.name}.int8", values), self._g.array(f"{weight.name}.int8.scales", scales)]
         return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=1)
 
-    def _int4(self, weight: Weight) -> ir.Value:
-        """The checkpoint's own integers where it has such as TensorRT takes, or those nearest to its weights."""
-        imported = weight.imported()
+    def _int4(self, weight: Weight, imported: ImportedRows | None) -> ir.Value:
+        """The integers that are there already where TensorRT takes them, or those nearest to the weights."""
         if imported is not None and imported.blocks.symmetric and imported.input_order is None:
             rows, blocks = imported.rows, imported.blocks
             if blocks.bits == 8 and blocks.block_size == weight.shape[1]:

@@ -10,11 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from export.checkpoint.config_fields import shown
-from export.model.config import RopeConfig
-from export.model.config_values import integer, number, optional_number
+from export.model.description import RopeConfig
+from export.model.families.config_values import integer, number, optional_number
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-
-DEFAULT_THETA = 10_000.0
 
 _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -26,6 +24,9 @@ _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
                 "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
                 "mscale_all_dim", "truncate",
             }
+        ),
+        "longrope": frozenset(
+            {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
         ),
     }
 )  # fmt: skip
@@ -40,15 +41,18 @@ MAX_FACTOR = 65_536
 """Of a stretch: published models have up to 128."""
 
 
-def rope_config(raw: Mapping[str, Any], max_len: int) -> RopeConfig:
+def rope_config(
+    raw: Mapping[str, Any], max_len: int, default_theta: float, *, can_be_partial: bool = False
+) -> RopeConfig:
     """The rotary embedding of a config.json whose max_position_embeddings is `max_len`.
 
+    can_be_partial: the family reads partial_rotary_factor, which transformers 5 writes into rope_parameters
     UnsupportedModel for a type or field without a graph; InvalidCheckpoint for a value that makes no sense, and where
     two fields say different things.
     """
-    top = number(raw, "rope_theta", DEFAULT_THETA)
+    top = number(raw, "rope_theta", default_theta)
     found = {
-        field: _parsed(raw[field], field, top, max_len)
+        field: _parsed(_with_outer(raw, field, can_be_partial=can_be_partial), field, top, max_len)
         for field in ("rope_scaling", "rope_parameters")
         if raw.get(field) not in (None, {}, [])
     }
@@ -65,6 +69,17 @@ def rope_config(raw: Mapping[str, Any], max_len: int) -> RopeConfig:
     if rope.theta < 1:
         raise InvalidCheckpoint(f"config.json: rope_theta must be at least 1, got {rope.theta:g}")
     return rope
+
+
+def _with_outer(raw: Mapping[str, Any], field: str, *, can_be_partial: bool) -> object:
+    """One of the two objects, with what a config has beside it and without what is read elsewhere."""
+    values = raw[field]
+    if not isinstance(values, dict):
+        return values
+    name = "original_max_position_embeddings"
+    outer = {name: raw[name]} if raw.get(name) is not None and values.get(name) is None else {}
+    skipped = ("partial_rotary_factor",) if can_be_partial else ()
+    return {**{key: value for key, value in values.items() if key not in skipped}, **outer}
 
 
 def _parsed(values: object, field: str, top_theta: float, max_len: int) -> RopeConfig:
@@ -84,6 +99,8 @@ def _parsed(values: object, field: str, top_theta: float, max_len: int) -> RopeC
     )
     if kind == "default":
         return plain
+    if kind == "longrope":
+        return _longrope(plain, values, field, max_len)
     factor = number(values, "factor", field=f"{field}.factor")
     if factor > MAX_FACTOR:
         raise InvalidCheckpoint(f"config.json: {field}.factor must be at most {MAX_FACTOR:,}, got {factor:g}")
@@ -106,6 +123,7 @@ def _kind(values: Mapping[str, Any], field: str) -> str:
     kind = next(iter(kinds.values()), "default")
     if any(other != kind for other in kinds.values()):
         raise InvalidCheckpoint(f"config.json: {field} has two types, {shown(kinds)}; remove the wrong one")
+    kind = "longrope" if kind == "su" else kind  # its name in the first Phi-3 files
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise UnsupportedModel(
             f"config.json: {field} has the rope type {shown(kind)}, which is not supported; supported: "
@@ -157,3 +175,25 @@ def _yarn(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConfig
         mscale_all_dim=read["mscale_all_dim"],
         truncate=truncate,
     )
+
+
+def _longrope(rope: RopeConfig, values: Mapping[str, Any], field: str, max_len: int) -> RopeConfig:
+    """arXiv:2402.13753, as transformers reads it: without a factor, it is that of the two lengths."""
+    name = "original_max_position_embeddings"
+    original = integer(values, name, max_len, field=f"{field}.{name}")
+    return replace(
+        rope,
+        kind="longrope",
+        original_max_len=original,
+        factor=optional_number(values, "factor", field=f"{field}.factor") or max_len / original,
+        attention_factor=optional_number(values, "attention_factor", field=f"{field}.attention_factor"),
+        short_factors=_factors(values, "short_factor", field),
+        long_factors=_factors(values, "long_factor", field),
+    )
+
+
+def _factors(values: Mapping[str, Any], name: str, field: str) -> tuple[float, ...]:
+    factors = values.get(name)
+    if not isinstance(factors, list) or not factors:
+        raise InvalidCheckpoint(f"config.json: {field}.{name} must be a list of numbers, got {shown(factors)}")
+    return tuple(number({name: factor}, name, field=f"{field}.{name}") for factor in factors)

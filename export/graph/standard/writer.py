@@ -1,4 +1,4 @@
-"""Writes the graph of a TensorRT dialect beside the `ort` one, sharing its weights where the bytes are the same.
+"""Writes the graph of a standard dialect beside the `ort` one, sharing its weights where the bytes are the same.
 
 fp32 and fp16 share everything but half-precision norms, w8a8 its integers. Weight-only precisions share nothing: ONNX
 Runtime's blocks are unsigned with a zero point and lie along the inputs of a row, TensorRT's are signed, without one,
@@ -14,22 +14,18 @@ import onnx_ir as ir
 from export.artifact.weight_file import WeightFile
 from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import GraphBuilder
-from export.graph.portable.decoder import TrtDecoderGraph
-from export.graph.portable.linear import TrtLinear
-from export.graph.portable.operators import FusedOperators
-from export.graph.portable.plain_operators import PlainOperators
-from export.model.config import ModelConfig
+from export.graph.standard.attention import Opset24
+from export.graph.standard.decoder import StandardDecoderGraph
+from export.graph.standard.plain_attention import Opset21
+from export.model.description import ModelConfig
 from export.model.trt_precision import trt_precision_named
-from export.quantize.rounding.int8 import Int8Layers
+from export.quantize.layers import QuantizedLayers
 from runtime.artifact.manifest import DIALECT_FILES
 
-_OPERATORS: Mapping[str, type[FusedOperators] | type[PlainOperators]] = {
-    "trt": FusedOperators,
-    "trt-plain": PlainOperators,
-}
+_DIALECTS: Mapping[str, type[Opset24] | type[Opset21]] = {"trt": Opset24, "trt-plain": Opset21}
 
 
-def write_trt_graph(
+def write_standard_graph(
     directory: Path,
     dialect: str,
     checkpoint: Checkpoint,
@@ -38,15 +34,15 @@ def write_trt_graph(
     *,
     max_len: int,
     weights: WeightFile,
-    int8_layers: Int8Layers,
+    layers: QuantizedLayers,
 ) -> int:
-    """Write one graph; the bytes of weights that every run reads. `int8_layers`: of calibrated precisions."""
+    """Write one graph; the bytes of weights that every run reads. `layers`: those that are integers already."""
     import onnx
 
-    kind, row = _OPERATORS[dialect], trt_precision_named(precision)
+    kind, row = _DIALECTS[dialect], trt_precision_named(precision)
     g = GraphBuilder(weights, opsets={"": kind.opset}, ir_version=kind.ir_version)
-    operators, linear = kind(g, config), TrtLinear(g, row, int8_layers)
-    TrtDecoderGraph(g, checkpoint, config, row, max_len=max_len, operators=operators, linear=linear).build()
+    parts = kind(g, row.compute)
+    StandardDecoderGraph(g, checkpoint, config, row, max_len=max_len, dialect=parts, layers=layers).build()
     file = directory / DIALECT_FILES[dialect]
     ir.save(g.model(config.model_type, importlib.metadata.version("headrace")), file)
     weights.flush()

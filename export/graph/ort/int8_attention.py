@@ -19,14 +19,14 @@ tokens after none), 2.9 (after 384), 4.0 (512 after none); this way 1.16, 1.04, 
 and 500: 0.76 and 0.64. TensorScatter writes into the cache it reads, because both are bound to the same memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from export.graph.attention import Attended, AttentionInputs
 from export.graph.builder import MICROSOFT, GraphBuilder
-from export.model.config import ModelConfig
+from export.graph.ort.attention import CachedValues, CacheInputs, kernel_attributes, tables_of
+from export.model.description import Attention, Block
 from export.quantize.statistics.kv_scales import KvScales
 
 INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
@@ -35,11 +35,9 @@ INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
 class Int8Attention:
     """Builds both kernels of every layer; what they share is computed once a run."""
 
-    def __init__(
-        self, g: GraphBuilder, config: ModelConfig, inputs: AttentionInputs, scales: Sequence[KvScales]
-    ) -> None:
-        self._g, self._config, self._inputs, self._scales = g, config, inputs, scales
-        self._zero = g.constant("nought", np.array(0, np.int64))
+    def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Sequence[KvScales]) -> None:
+        self._g, self._inputs, self._scales = g, inputs, scales
+        self._zero = g.constant("zero", np.array(0, np.int64))
         one = g.constant("one.long", np.array(1, np.int64))
         size = g.op("Squeeze", [g.op("Shape", [inputs.token_idx], "chunk.shape", start=1, end=2)], "chunk.len")
         self._is_chunk = g.op("Greater", [size, one], "is_chunk")
@@ -52,72 +50,77 @@ class Int8Attention:
         total = g.op("Add", [longest, size], "chunk.total")
         self._total = g.op("Cast", [total], "chunk.capacity", to=ir.DataType.INT32)
 
-    def attend(self, layer: int, query: Sequence[ir.Value | None], past: dict[str, ir.Value]) -> Attended:
+    def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
         """As `Attention.attend`."""
-        g, types = self._g, (ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT8)
-        names = [f"attn.{layer}", f"present.{layer}.k", f"present.{layer}.v"]
-        one = g.branch(f"decode.{layer}", types, lambda: self._one_token(layer, query, past))
-        chunk = g.branch(f"chunk.{layer}", types, lambda: self._chunk(layer, query, past))
-        return Attended(*g.ops("If", [self._is_chunk], names, then_branch=chunk, else_branch=one))
+        g, layer, types = self._g, block.layer, (ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT8)
+        names = [f"layers.{layer}.attention", f"present.{layer}.k", f"present.{layer}.v"]
+        one = g.branch(f"decode.{layer}", types, lambda: self._one_token(block, query, past))
+        chunk = g.branch(f"chunk.{layer}", types, lambda: self._chunk(block, query, past))
+        return CachedValues(*g.ops("If", [self._is_chunk], names, then_branch=chunk, else_branch=one))
 
-    def _one_token(self, layer: int, query: Sequence[ir.Value | None], past: dict[str, ir.Value]) -> list[ir.Value]:
-        g, shared = self._g, self._inputs
+    def _one_token(
+        self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]
+    ) -> list[ir.Value]:
+        g, shared, layer = self._g, self._inputs, block.layer
         none: list[ir.Value | None] = [None]  # position_ids, bias, sink before the scales; norms behind them
         steps = [self._step(layer, kv, (-1,)) for kv in "kv"]
         return g.ops(
             "GroupQueryAttention",
-            [*query, past["k"], past["v"], shared.last_idx, shared.capacity, shared.cos, shared.sin, *none * 3,
-             *steps, *none * 2, shared.query_len],
-            [f"decode.{layer}.{part}" for part in ("attn", "k", "v")],
+            [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),
+             *none * 3, *steps, *none * 2, shared.query_len],
+            [f"decode.{layer}.{part}" for part in ("attention", "k", "v")],
             domain=MICROSOFT,
-            do_rotary=1,
             k_quant_type="PER_CHANNEL",
             v_quant_type="PER_CHANNEL",
             kv_cache_bit_width=8,
-            **self._heads(layer),
+            **kernel_attributes(block.attention),
         )  # fmt: skip
 
-    def _chunk(self, layer: int, query: Sequence[ir.Value | None], past: dict[str, ir.Value]) -> list[ir.Value]:
-        g, c, shared, prefix = self._g, self._config, self._inputs, f"chunk.{layer}"
-        q, k, v = self._unpacked(query, prefix)
-        q = self._rotated(q, c.num_heads, f"{prefix}.q.rotated")
-        k = self._rotated(k, c.num_kv_heads, f"{prefix}.k.rotated")
+    def _chunk(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> list[ir.Value]:
+        g, a, shared, layer = self._g, block.attention, self._inputs, block.layer
+        prefix = f"chunk.{layer}"
+        q, k, v = self._unpacked(query, a, prefix)
+        q = self._rotated(q, a, a.num_heads, f"{prefix}.q.rotated")
+        k = self._rotated(k, a, a.num_kv_heads, f"{prefix}.k.rotated")
         fresh: list[ir.Value] = []
         widened: list[ir.Value] = []
         present: list[ir.Value] = []
         for kv, x in (("k", k), ("v", v)):
             small = self._rounded(x, layer, kv)
             fresh.append(self._widened(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
-            heads = g.op("Reshape", [small, g.shape_constant(0, 0, c.num_kv_heads, c.head_dim)], f"{prefix}.{kv}.heads")
+            heads = g.op("Reshape", [small, g.shape_constant(0, 0, a.num_kv_heads, a.head_dim)], f"{prefix}.{kv}.heads")
             rows = g.op("Transpose", [heads], f"{prefix}.{kv}.rows", perm=[0, 2, 1, 3])
             present.append(g.op("TensorScatter", [past[kv], rows, self._write_idx], f"{prefix}.{kv}", axis=2))
             axis = g.shape_constant(2)
             read = g.op("Slice", [past[kv], g.shape_constant(0), self._num_read, axis], f"{prefix}.{kv}.read")
-            widened.append(self._widened(read, layer, kv, (c.num_kv_heads, 1, c.head_dim), f"{prefix}.{kv}.past"))
+            widened.append(self._widened(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))
         optional: list[ir.Value | None] = [None] * 9  # cos, sin, position_ids, bias, sink, scales, norms
         out = g.ops(
             "GroupQueryAttention",
             [q, *fresh, *widened, shared.last_idx, self._total, *optional, shared.query_len],
-            [f"{prefix}.attn", f"{prefix}.k.all", f"{prefix}.v.all"],  # outputs it wants, that nobody reads
+            [f"{prefix}.attention", f"{prefix}.k.all", f"{prefix}.v.all"],  # the kernel wants outputs nobody reads
             domain=MICROSOFT,
-            do_rotary=0,
-            **self._heads(layer),
+            **kernel_attributes(a, rotates=False),
         )[0]
         return [out, *present]
 
-    def _unpacked(self, query: Sequence[ir.Value | None], prefix: str) -> list[ir.Value]:
+    def _unpacked(self, query: Sequence[ir.Value | None], a: Attention, prefix: str) -> list[ir.Value]:
         packed, k, v = query
         assert packed is not None
         if k is not None and v is not None:
             return [packed, k, v]
-        c = self._config
-        kv_size = c.num_kv_heads * c.head_dim
-        sizes = self._g.shape_constant(c.num_heads * c.head_dim, kv_size, kv_size)
+        sizes = self._g.shape_constant(a.q_size, a.kv_size, a.kv_size)
         return self._g.ops("Split", [packed, sizes], [f"{prefix}.{part}" for part in ("q", "k.new", "v.new")], axis=-1)
 
-    def _rotated(self, x: ir.Value, num_heads: int, out: str) -> ir.Value:
-        tables = [self._positions, self._inputs.cos, self._inputs.sin]
-        return self._g.op("RotaryEmbedding", [x, *tables], out, domain=MICROSOFT, num_heads=num_heads)
+    def _rotated(self, x: ir.Value, a: Attention, num_heads: int, out: str) -> ir.Value:
+        if a.rotary is None:
+            return x
+        partial = {} if a.rotary.is_whole else {"rotary_embedding_dim": a.rotary.dim}
+        interleaved = {"interleaved": 1} if a.rotary.interleaved else {}
+        return self._g.op(
+            "RotaryEmbedding", [x, self._positions, *self._inputs.tables[a.rotary]], out, domain=MICROSOFT,
+            num_heads=num_heads, **partial, **interleaved,
+        )  # fmt: skip
 
     def _rounded(self, x: ir.Value, layer: int, kv: str) -> ir.Value:
         """int8 [B, S, kv_heads * head_dim]. A scale a channel along the last axis is slow in QuantizeLinear (it calls
@@ -135,8 +138,3 @@ class Int8Attention:
     def _step(self, layer: int, kv: str, shape: tuple[int, ...]) -> ir.Value:
         name = f"present.{layer}.{kv}.scale.{len(shape)}d"
         return self._g.constant(name, self._scales[layer].of(kv).reshape(shape))
-
-    def _heads(self, layer: int) -> dict[str, int]:
-        c = self._config
-        window = c.sliding_windows[layer] or -1
-        return {"num_heads": c.num_heads, "kv_num_heads": c.num_kv_heads, "local_window_size": window}

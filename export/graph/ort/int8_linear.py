@@ -11,20 +11,15 @@ rows in one product, so that the weights are read once and decoding, which waits
 against other ways to spare a layer's input, 512 rows of 1536 -> 576, AVX512-VNNI: one pass 2.0 ms, two 2.9,
 float 3.7, MatMulNBits 8 bits 4.4, a block Hadamard before one pass 3.4.
 
-Weights are int8 `[K, N]` with zero point 0 and one float32 scale a column: the `trt` dialect reads the same bytes.
+Weights are int8 `[K, N]` with zero point 0 and one float32 scale a column: the standard dialects read the same bytes.
 """
 
 import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
-from export.model.layer_weights import Weight
-from export.quantize.rounding.int8 import Int8Layer, Int8Layers
-
-
-def layer_of(weight: Weight, layers: Int8Layers) -> Int8Layer | None:
-    """The layer's int8 form, None if it has none."""
-    return layers.get(weight.name.partition(".weight")[0])
+from export.graph.weights import Weight
+from export.quantize.layers import Int8Layer
 
 
 def int8_linear(g: GraphBuilder, x: ir.Value, weight: Weight, layer: Int8Layer, name: str) -> ir.Value:

@@ -50,6 +50,16 @@ def optional_number(raw: Mapping[str, Any], name: str, *, field: str) -> float |
     return None if is_unset else number(raw, name, field=field)
 
 
+def share(raw: Mapping[str, Any], name: str) -> float:
+    """A share above 0 and at most 1; 1 if it is missing. transformers 5 writes it into rope_parameters."""
+    nested = raw.get("rope_parameters")
+    inner = nested.get(name) if isinstance(nested, dict) else None
+    value = number({name: raw[name] if raw.get(name) is not None else 1 if inner is None else inner}, name)
+    if value > 1:
+        raise InvalidCheckpoint(f"config.json: {name} must be at most 1, got {value:g}")
+    return value
+
+
 def flag(raw: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
     """A switch; null is its default."""
     value = raw.get(name)

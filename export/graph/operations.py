@@ -1,0 +1,135 @@
+"""The walker's operations that all ONNX graphs share: linear layers with biases, MLPs, mixtures of experts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph.builder import GraphBuilder
+from export.graph.weights import GraphWeights, Weight
+from export.model.description import Activation, Embedding, Experts, Head, Linear, Mlp
+from export.model.walker import Stream
+
+
+class GraphOperations(ABC):
+    """Implements what does not depend on the operators at hand. A value is `[tokens, channels]` or `[B, S, channels]`.
+
+    compute: type of every value but those that a dialect keeps wider
+    """
+
+    def __init__(self, g: GraphBuilder, weights: GraphWeights, compute: ir.DataType) -> None:
+        self.g, self.weights, self.compute = g, weights, compute
+
+    @abstractmethod
+    def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
+        """x `[..., K]` times the transposed weight `[N, K]`, however the precision stores it."""
+
+    @abstractmethod
+    def silu(self, x: ir.Value, out: str) -> ir.Value:
+        """x * sigmoid(x)."""
+
+    def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.g.op("Add", [x, y], f"{x.name}.plus")
+
+    def total(self, stream: Stream[ir.Value]) -> ir.Value:
+        """The stream's value, its addend added."""
+        return stream.value if stream.addend is None else self.add(stream.value, stream.addend)
+
+    def linear(self, x: ir.Value, linear: Linear) -> ir.Value:
+        weight, out = self.weights.matrix(linear), f"{linear.site}"
+        y = self.product(x, linear, weight, f"{out}.product" if linear.has_bias else out)
+        if not linear.has_bias:
+            return y
+        bias = self.weights.bias(linear).astype(self.compute.numpy(), copy=False)
+        return self.g.op("Add", [y, self.g.array(f"{weight.name}.bias", bias)], out)
+
+    def activate(self, up: ir.Value, mlp: Mlp) -> ir.Value:
+        g, name = self.g, f"{mlp.down.site}"
+        if not mlp.is_gated:
+            return self._activated(up, mlp.activation, f"{name}.activated")
+        sizes = g.shape_constant(mlp.down.num_inputs, mlp.down.num_inputs)
+        gate, up = g.ops("Split", [up, sizes], [f"{name}.gate", f"{name}.up"], axis=-1)
+        return g.op("Mul", [self._activated(gate, mlp.activation, f"{name}.activated"), up], f"{name}.gated")
+
+    def _activated(self, x: ir.Value, activation: Activation, out: str) -> ir.Value:
+        if activation is Activation.SILU:
+            return self.silu(x, out)
+        return self.g.op("Gelu", [x], out, approximate="tanh")
+
+    def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
+        """Every expert gets the tokens that chose it, and no others: an expert that none chose multiplies no rows."""
+        g, name = self.g, f"{experts.router.site}"
+        hidden = experts.router.num_inputs
+        flat = g.op("Reshape", [x, g.shape_constant(-1, hidden)], f"{name}.tokens")
+        logits = g.op("Cast", [self.linear(flat, experts.router)], f"{name}.logits", to=ir.DataType.FLOAT)
+        count = g.shape_constant(experts.top_k)
+        best, chosen = g.ops("TopK", [logits, count], [f"{name}.best", f"{name}.chosen"], axis=-1)
+        shares = g.op("Cast", [g.op("Softmax", [best], f"{name}.softmax", axis=-1)], f"{name}.shares", to=self.compute)
+        nothing = ir.tensor(np.zeros(1, self.compute.numpy()))
+        total = g.op("ConstantOfShape", [g.op("Shape", [flat], f"{name}.shape")], f"{name}.nothing", value=nothing)
+        for idx, expert in enumerate(experts.experts):
+            total = self._with_expert(total, flat, chosen, shares, idx, expert, run)
+        return g.op("Reshape", [total, g.op("Shape", [x], f"{name}.outer")], f"{name}.mixed")
+
+    def _with_expert(
+        self,
+        total: ir.Value,
+        tokens: ir.Value,
+        chosen: ir.Value,
+        shares: ir.Value,
+        idx: int,
+        expert: Mlp,
+        run: Callable[[ir.Value, Mlp], ir.Value],
+    ) -> ir.Value:
+        """`total` plus one expert's share. chosen int64 and shares `[tokens, top_k]`."""
+        g, name = self.g, f"{expert.down.site}"
+        number = g.constant(f"expert.{idx}", np.array(idx, np.int64))
+        places = g.op("NonZero", [g.op("Equal", [chosen, number], f"{name}.hits")], f"{name}.places.2d")
+        places = g.op("Transpose", [places], f"{name}.places", perm=[1, 0])  # [hits, 2]: token and rank
+        rows = g.op("Gather", [places, g.constant("zero", np.array(0, np.int64))], f"{name}.rows", axis=1)
+        y = run(g.op("Gather", [tokens, rows], f"{name}.tokens", axis=0), expert)
+        share = g.op("Unsqueeze", [g.op("GatherND", [shares, places], f"{name}.share.1d"), g.shape_constant(1)],
+                     f"{name}.share")  # fmt: skip
+        weighed = g.op("Mul", [y, share], f"{name}.weighed")
+        where = g.op("Unsqueeze", [rows, g.shape_constant(1)], f"{name}.rows.2d")
+        return g.op("ScatterND", [total, where, weighed], f"{name}.total", reduction="add")
+
+    def placed(self, x: ir.Value, positions: ir.Value, embedding: Embedding, num_rows: int) -> ir.Value:
+        """Embeddings scaled, and the learned positions' rows added. num_rows: of their table that can be reached."""
+        if embedding.scale is not None:
+            scale = np.array(embedding.scale, self.stream_type.numpy())
+            x = self.g.op("Mul", [x, self.g.constant("embed.scale", scale)], "embed.scaled")
+        if embedding.positions is None:
+            return x
+        rows = self.weights.table(embedding.positions)[:num_rows].astype(self.compute.numpy())
+        # Padding behind a full slot stands one position further than any token.
+        padded = np.concatenate([rows, np.zeros_like(rows[:1])]) if len(rows) < num_rows else rows
+        table = self.g.array(f"{embedding.positions}.weight", padded)
+        row = self.g.op("Gather", [table, positions], "embed.positions", axis=0)
+        return self.add(x, self.as_stream(row))
+
+    @property
+    def stream_type(self) -> ir.DataType:
+        """Of the residual stream."""
+        return self.compute
+
+    def as_stream(self, x: ir.Value) -> ir.Value:
+        """In the type of the residual stream."""
+        return x
+
+    def finished(self, logits: ir.Value, head: Head) -> ir.Value:
+        """Logits float32 `[R, vocab]`, scaled and capped."""
+        g = self.g
+        wide = g.op("Cast", [logits], "logits" if head.scale is head.softcap is None else "logits.wide",
+                    to=ir.DataType.FLOAT)  # fmt: skip
+        if head.scale is not None:
+            scale = g.constant("logits.scale", np.array(head.scale, np.float32))
+            wide = g.op("Mul", [wide, scale], "logits" if head.softcap is None else "logits.scaled")
+        return wide if head.softcap is None else capped(g, wide, head.softcap, "logits")
+
+
+def capped(g: GraphBuilder, x: ir.Value, cap: float, out: str) -> ir.Value:
+    """cap * tanh(x / cap), float32."""
+    limit = g.constant(f"cap.{cap:g}", np.array(cap, np.float32))
+    return g.op("Mul", [g.op("Tanh", [g.op("Div", [x, limit], f"{out}.part")], f"{out}.tanh"), limit], out)

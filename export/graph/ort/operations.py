@@ -1,0 +1,98 @@
+"""The walker's operations in ONNX Runtime's fused operators."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph.builder import MICROSOFT, GraphBuilder
+from export.graph.operations import GraphOperations
+from export.graph.ort.attention import Attention
+from export.graph.ort.int8_linear import int8_linear
+from export.graph.ort.linear import float_or_block_linear, imported_linear
+from export.graph.weights import GraphWeights, Weight
+from export.model.description import Block, Linear, Norm, NormKind
+from export.model.precision import Precision
+from export.model.walker import Stream
+from export.quantize.layers import Int8Layer, QuantizedLayers
+
+
+class OrtOperations(GraphOperations):
+    """A value is packed: `[tokens of all rows, channels]`. Only `attend` knows rows.
+
+    token_idx int64 [B, S], place_idx int64 [N, 2]: from packed tokens to rows and back
+    present: by layer, the caches with the new tokens in them
+    """
+
+    def __init__(
+        self,
+        g: GraphBuilder,
+        weights: GraphWeights,
+        precision: Precision,
+        layers: QuantizedLayers,
+        attention: Attention,
+        *,
+        past: Sequence[Mapping[str, ir.Value]],
+        token_idx: ir.Value,
+        place_idx: ir.Value,
+    ) -> None:
+        super().__init__(g, weights, precision.compute)
+        self._precision, self._layers, self._attention = precision, layers, attention
+        self._past, self._token_idx, self._place_idx = past, token_idx, place_idx
+        self.present: list[dict[str, ir.Value]] = []
+
+    def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
+        kind = "RMSNormalization" if norm.kind is NormKind.RMS else "LayerNormalization"
+        inputs = [x, *self._norm_weights(norm)]
+        return self.g.op(kind, inputs, f"{x.name}/{norm.name}", axis=-1, epsilon=norm.epsilon, stash_type=1)
+
+    def add_norm(self, stream: Stream[ir.Value], norm: Norm) -> tuple[ir.Value, ir.Value]:
+        """Both in one kernel."""
+        kind = "SkipSimplifiedLayerNormalization" if norm.kind is NormKind.RMS else "SkipLayerNormalization"
+        inputs = [stream.value, stream.addend, *self._norm_weights(norm)]
+        names = [norm.name, "", "", f"{norm.name}.residual"]
+        normed, _, _, total = self.g.ops(kind, inputs, names, domain=MICROSOFT, epsilon=norm.epsilon)
+        return normed, total
+
+    def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
+        rounded = self._layers.take(linear)
+        if isinstance(rounded, Int8Layer):
+            return int8_linear(self.g, x, weight, rounded, out)
+        if rounded is not None:
+            return imported_linear(self.g, x, weight, rounded, out)
+        return float_or_block_linear(self.g, x, weight, self._precision, out)
+
+    def silu(self, x: ir.Value, out: str) -> ir.Value:
+        """QuickGelu with alpha 1 is SiLU in one kernel; there is none in half precision."""
+        if self.compute == ir.DataType.FLOAT:
+            return self.g.op("QuickGelu", [x], out, domain=MICROSOFT, alpha=1.0)
+        return self.g.op("Mul", [x, self.g.op("Sigmoid", [x], f"{out}.sigmoid")], out)
+
+    def attend(self, qkv: ir.Value, block: Block) -> ir.Value:
+        g, a, name = self.g, block.attention, f"layers.{block.layer}"
+        packed = g.op("Gather", [qkv, self._token_idx], f"{name}.qkv.rows", axis=0)
+        query: list[ir.Value | None] = [packed, None, None]
+        if a.q_norm is not None and a.k_norm is not None:
+            sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
+            q, k, v = g.ops("Split", [packed, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
+            query = [self._head_norm(q, a.q_norm, a.num_heads), self._head_norm(k, a.k_norm, a.num_kv_heads), v]
+        out, key, value = self._attention.attend(block, query, self._past[block.layer])
+        self.present.append({"k": key, "v": value})
+        return g.op("GatherND", [out, self._place_idx], f"{name}.attended")
+
+    def _head_norm(self, x: ir.Value, norm: Norm, num_heads: int) -> ir.Value:
+        """A norm over each head of `[B, S, num_heads * head_dim]`."""
+        g = self.g
+        heads = g.op("Reshape", [x, g.shape_constant(0, 0, num_heads, norm.size)], f"{x.name}.heads")
+        return g.op("Reshape", [self.norm(heads, norm), g.shape_constant(0, 0, num_heads * norm.size)],
+                    f"{x.name}.normed")  # fmt: skip
+
+    def _norm_weights(self, norm: Norm) -> list[ir.Value]:
+        weight, bias = self.weights.norm(norm)
+        arrays = [(f"{norm.name}.weight", weight)]
+        # The layer norm's fused kernel takes no bias for none, and the checkpoint need not have one.
+        if bias is not None:
+            arrays.append((f"{norm.name}.bias", bias))
+        elif norm.kind is NormKind.LAYER:
+            arrays.append((f"{norm.name}.bias", np.zeros_like(weight)))
+        return [self.g.array(name, array) for name, array in arrays]

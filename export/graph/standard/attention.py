@@ -1,0 +1,197 @@
+"""Norm, rotary embedding, cache and attention in opset 24's own operators.
+
+TensorRT 10.15 and 11 and TensorRT-RTX make one layer of the network of each. Releases before have none of them:
+plain_attention.py has the same in elementary operators.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph.builder import GraphBuilder
+from export.graph.operations import capped
+from export.graph.rotary import RotaryTables
+from export.model.description import Attention, Block, Norm, NormKind, Rotary
+
+_MASKED = -3e4
+"""Added to a score that must not count: below any real one, and inside half precision's range of 65,504."""
+
+
+class Tables(NamedTuple):
+    """What every layer reads: the positions of the new tokens, and cos and sin of every position."""
+
+    position_ids: ir.Value  # int64 [B, S]
+    write_idx: ir.Value  # int64 [B]
+    rotary: Mapping[Rotary, RotaryTables]
+
+
+class CachedValues(NamedTuple):
+    """Values `[B, heads, S, head_dim]`, and the cache with the new tokens in it."""
+
+    out: ir.Value
+    key: ir.Value
+    value: ir.Value
+
+
+class Dialect(Protocol):
+    """Adds the parts that opsets spell differently. Rank-4 tensors are `[B, heads, S, head_dim]`."""
+
+    opset: int
+    ir_version: int
+
+    def begin(self, tables: Tables, past: ir.Value) -> None:
+        """Called once, before the layers; `past` is any cache tensor, for its capacity."""
+        ...
+
+    def norm(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
+        """A norm over the last axis of float32 values."""
+        ...
+
+    def rotate(self, x: ir.Value, rotary: Rotary, out: str) -> ir.Value:
+        """Rotary embedding at the new tokens' positions."""
+        ...
+
+    def attend(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
+    ) -> CachedValues:
+        """Write the new keys and values into the cache, and attend to it."""
+        ...
+
+
+class Masks:
+    """Which slots each new token may see, one mask for each window width there is."""
+
+    def __init__(self, g: GraphBuilder, tables: Tables, past: ir.Value) -> None:
+        self._g = g
+        self._made: dict[int | None, ir.Value] = {}
+        one, zero = g.constant("one", np.array(1, np.int64)), g.constant("zero", np.array(0, np.int64))
+        self.capacity_1d = g.op("Shape", [past], "capacity.1d", start=2, end=3)
+        capacity = g.op("Squeeze", [self.capacity_1d], "capacity")
+        self._slots = g.op("Range", [zero, capacity, one], "slots")  # [C], broadcast over [B, 1, S, C]
+        self._positions = g.op("Unsqueeze", [tables.position_ids, g.shape_constant(1, 3)], "positions.4d")
+
+    def for_window(self, window: int | None) -> ir.Value:
+        """bool `[B, 1, S, C]`: the token itself and those before it, at most `window` of them."""
+        if window not in self._made:
+            g, name = self._g, "mask" if window is None else f"mask.{window}"
+            seen = g.op("LessOrEqual", [self._slots, self._positions], name if window is None else f"{name}.causal")
+            if window is not None:
+                width = g.constant(f"window.{window}", np.array(window, np.int64))
+                edge = g.op("Sub", [self._positions, width], f"{name}.edge")
+                recent = g.op("Greater", [self._slots, edge], f"{name}.recent")
+                seen = g.op("And", [seen, recent], name)
+            self._made[window] = seen
+        return self._made[window]
+
+
+class ElementaryAttention:
+    """Attention over a cache that is written already, in MatMul and Softmax.
+
+    The query heads of a group are folded into rows, so that keys and values are never repeated.
+    """
+
+    def __init__(self, g: GraphBuilder, masks: Masks, num_new: ir.Value, compute: ir.DataType) -> None:
+        """num_new: int64 [1], S."""
+        self._g, self._masks, self._num_new, self._compute = g, masks, num_new, compute
+
+    def __call__(self, query: ir.Value, key: ir.Value, value: ir.Value, block: Block) -> ir.Value:
+        """query `[B, heads, S, d]`, key and value `[B, kv_heads, C, d]`; returns `[B, heads, S, d]`."""
+        g, a, name = self._g, block.attention, f"layers.{block.layer}.attention"
+        # [B, heads, S, d] is [B, kv_heads, group, S, d] in memory: the group's rows lie one after another.
+        folded = g.op("Reshape", [query, g.shape_constant(0, a.num_kv_heads, -1, a.head_dim)], f"{name}.folded")
+        factor = a.head_dim**-0.5 if a.scale is None else a.scale
+        scale = g.constant("attention.scale", np.array(factor, self._compute.numpy()))
+        scaled = g.op("Mul", [folded, scale], f"{name}.scaled")
+        turned = g.op("Transpose", [key], f"{name}.keys", perm=[0, 1, 3, 2])
+        scores = g.op("MatMul", [scaled, turned], f"{name}.scores")
+        weights = self._softmax(scores, a, name)
+        narrow = g.op("Cast", [weights], f"{name}.weights", to=self._compute)
+        mixed = g.op("MatMul", [narrow, value], f"{name}.mixed")
+        return g.op("Reshape", [mixed, g.shape_constant(0, a.num_heads, -1, a.head_dim)], name)
+
+    def _softmax(self, scores: ir.Value, a: Attention, name: str) -> ir.Value:
+        """Softmax in float32 of `[B, kv_heads, group * S, C]`, masked slots at 0."""
+        g, group = self._g, a.num_heads // a.num_kv_heads
+        wide = g.op("Cast", [scores], f"{name}.scores.float32", to=ir.DataType.FLOAT)
+        if a.softcap is not None:
+            wide = capped(g, wide, a.softcap, f"{name}.capped")
+        unfolded_shape = g.op(
+            "Concat",
+            [g.shape_constant(0, a.num_kv_heads, group), self._num_new, g.shape_constant(-1)],
+            f"{name}.unfolded_shape",
+            axis=0,
+        )
+        unfolded = g.op("Reshape", [wide, unfolded_shape], f"{name}.unfolded")
+        mask = self._masks.for_window(a.window)  # [B, 1, S, C]
+        seen = g.op("Unsqueeze", [mask, g.shape_constant(1)], f"{name}.mask")
+        masked = g.op("Where", [seen, unfolded, g.constant("masked", np.array(_MASKED, np.float32))], f"{name}.masked")
+        weights = g.op("Softmax", [masked], f"{name}.softmax", axis=-1)
+        shape = g.op(
+            "Concat",
+            [g.shape_constant(0, a.num_kv_heads, -1), self._masks.capacity_1d],
+            f"{name}.folded_shape",
+            axis=0,
+        )
+        return g.op("Reshape", [weights, shape], f"{name}.softmax.folded")
+
+
+class Opset24:
+    """The mask is boolean and made here from the positions.
+
+    Attention's own `nonpad_kv_seqlen` input parses, and is dropped in silence by TensorRT's parser: wrong tokens. Its
+    `softcap` TensorRT refuses, so capped scores are computed in elementary operators.
+    """
+
+    opset = 24
+    ir_version = 11
+
+    def __init__(self, g: GraphBuilder, compute: ir.DataType) -> None:
+        self._g, self._compute = g, compute
+
+    def begin(self, tables: Tables, past: ir.Value) -> None:
+        g = self._g
+        self._tables, self._masks = tables, Masks(g, tables, past)
+        self._elementary: ElementaryAttention | None = None
+
+    def norm(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
+        if norm.kind is NormKind.LAYER:
+            return layer_norm(self._g, x, weight, bias, norm, out)
+        return self._g.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=norm.epsilon, stash_type=1)
+
+    def rotate(self, x: ir.Value, rotary: Rotary, out: str) -> ir.Value:
+        cos, sin = self._tables.rotary[rotary]
+        interleaved = {"interleaved": 1} if rotary.interleaved else {}
+        partial = {} if rotary.is_whole else {"rotary_embedding_dim": rotary.dim}
+        inputs = [x, cos, sin, self._tables.position_ids]
+        return self._g.op("RotaryEmbedding", inputs, out, **interleaved, **partial)
+
+    def attend(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
+    ) -> CachedValues:
+        g, layer, a = self._g, block.layer, block.attention
+        present = {
+            kv: g.op("TensorScatter", [past[kv], new, self._tables.write_idx], f"present.{layer}.{kv}", axis=2)
+            for kv, new in (("k", key), ("v", value))
+        }
+        if a.softcap is not None:
+            out = self._capped()(query, present["k"], present["v"], block)
+            return CachedValues(out, present["k"], present["v"])
+        mask = self._masks.for_window(a.window)
+        scale = {} if a.scale is None else {"scale": a.scale}
+        inputs = [query, present["k"], present["v"], mask]
+        out = g.op("Attention", inputs, f"layers.{layer}.attention", **scale)
+        return CachedValues(out, present["k"], present["v"])
+
+    def _capped(self) -> ElementaryAttention:
+        if self._elementary is None:
+            num_new = self._g.op("Shape", [self._tables.position_ids], "num_new", start=1, end=2)
+            self._elementary = ElementaryAttention(self._g, self._masks, num_new, self._compute)
+        return self._elementary
+
+
+def layer_norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
+    """LayerNormalization, which every opset since 17 has."""
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    return g.op("LayerNormalization", inputs, out, axis=-1, epsilon=norm.epsilon, stash_type=1)

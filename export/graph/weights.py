@@ -1,0 +1,78 @@
+"""A checkpoint's tensors in the shapes and types that a graph stores. Knows no operators."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint.protocol import Checkpoint
+from export.model.description import Linear, ModelConfig, Norm
+from runtime.errors import InvalidCheckpoint
+
+
+class Weight(NamedTuple):
+    """A matrix, float32 `[N, K]`, read when `load` is called: of a linear layer, or the embedding.
+
+    name: what graphs call it; role: by which a precision chooses, see `Linear`
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    load: Callable[[], NDArray[np.float32]]
+
+
+class NormArrays(NamedTuple):
+    """A norm's weight and bias, `[channels]` in the graph's own type."""
+
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None
+
+
+class GraphWeights:
+    """Reads a checkpoint tensor by tensor; InvalidCheckpoint names one that does not fit config.json."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+
+    def matrix(self, linear: Linear) -> Weight:
+        """A linear layer's parts, stacked."""
+        names = linear.weight_names
+
+        def load() -> NDArray[np.float32]:
+            parts = [self._load(name, 2) for name in names]
+            matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if matrix.shape != linear.shape:
+                raise InvalidCheckpoint(f"{', '.join(names)}: {matrix.shape} in all, config.json means {linear.shape}")
+            return matrix
+
+        name = f"{names[0]}+{len(names) - 1}" if len(names) > 1 else names[0]
+        return Weight(name, linear.role, linear.shape, load)
+
+    def embedding(self, config: ModelConfig) -> Weight:
+        """The token embeddings `[vocab_size, hidden_size]`."""
+        name, shape = config.embedding.name, (config.vocab_size, config.hidden_size)
+        return Weight(f"{name}.weight", "embedding", shape, lambda: self.table(name))
+
+    def bias(self, linear: Linear) -> NDArray[Any]:
+        """Its biases `[N]`, end to end."""
+        parts = [self._load(name, 1) for name in linear.bias_names]
+        return np.concatenate(parts).astype(self._dtype, copy=False)
+
+    def norm(self, norm: Norm) -> NormArrays:
+        """The one of a 1 + w norm is added before the weight is rounded to the graph's type."""
+        weight = self._load(f"{norm.name}.weight", 1)
+        weight = weight + np.float32(1) if norm.adds_one else weight
+        bias = self._load(f"{norm.name}.bias", 1).astype(self._dtype, copy=False) if norm.has_bias else None
+        return NormArrays(weight.astype(self._dtype, copy=False), bias)
+
+    def table(self, name: str) -> NDArray[np.float32]:
+        """A table of embeddings or positions, float32 `[rows, hidden]`."""
+        return self._load(f"{name}.weight", 2)
+
+    def _load(self, name: str, num_dims: int) -> NDArray[np.float32]:
+        array = self._checkpoint.load(name)
+        if array.ndim != num_dims:
+            raise InvalidCheckpoint(f"{name} has shape {array.shape}, which does not fit config.json")
+        return array

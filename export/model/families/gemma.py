@@ -1,0 +1,62 @@
+"""Gemma 2: a norm in front of and behind both halves of a block, weights stored as w of 1 + w, capped logits."""
+
+import math
+
+from export.model.families.config_values import flag, optional_number
+from export.model.families.row import Architecture, Defaults, Names, Raw, Sizes, Style
+from export.model.families.windows import windows
+
+_DEFAULTS = Defaults(
+    vocab_size=256_000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_layers=26,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    max_position_embeddings=8192,
+    activation="gelu_pytorch_tanh",
+    window=4096,
+    is_tied=True,
+    bos_id=2,
+    eos_id=1,
+)
+
+
+def _style(raw: Raw, sizes: Sizes) -> Style:
+    """https://arxiv.org/abs/2408.00118; scores are scaled by query_pre_attn_scalar in place of the head's size."""
+
+    def cap(name: str, default: float) -> float | None:
+        return optional_number(raw, name, field=name) if name in raw else default
+
+    bias = flag(raw, "attention_bias")
+    return Style(
+        norm_adds_one=True,
+        qkv_bias=bias,
+        o_bias=bias,
+        attention_scale=(optional_number(raw, "query_pre_attn_scalar", field="query_pre_attn_scalar") or 256) ** -0.5,
+        attention_softcap=cap("attn_logit_softcapping", 50.0),
+        embedding_scale=math.sqrt(sizes.hidden_size),
+        logit_softcap=cap("final_logit_softcapping", 30.0),
+        windows=windows(raw, "alternating", sizes, _DEFAULTS),
+    )
+
+
+GEMMA2 = Architecture(
+    class_name="Gemma2ForCausalLM",
+    style=_style,
+    defaults=_DEFAULTS,
+    names=Names(
+        attention_out_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_out_norm="post_feedforward_layernorm",
+    ),
+    # Some releases of transformers wrote the activation under both names, and computed by hidden_activation.
+    aliases={"hidden_activation": "hidden_act"},
+    fields={
+        "attention_bias": (),
+        "attn_logit_softcapping": (),
+        "final_logit_softcapping": (),
+        "query_pre_attn_scalar": (),
+    },
+)

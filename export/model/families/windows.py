@@ -1,0 +1,66 @@
+"""Which layers attend to a sliding window, as config.json says it."""
+
+from export.checkpoint.config_fields import shown
+from export.model.families.config_values import flag, integer
+from export.model.families.row import Defaults, Raw, Sizes
+from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+
+def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[int | None, ...]:
+    """The window of each layer, None where it attends to everything.
+
+    sliding: "always" (every layer, if sliding_window is set), "flagged" (only with use_sliding_window, from layer
+        max_window_layers on), "alternating" (every second layer, the first one among them) or "never"; a `layer_types`
+        list in the config wins where there is a window
+    """
+    num_layers = sizes.num_layers
+    layer_types = raw.get("layer_types")
+    kinds = ("full_attention", "sliding_attention")
+    if layer_types is not None and not (
+        isinstance(layer_types, list)
+        and len(layer_types) == num_layers
+        and all(isinstance(kind, str) and kind in kinds for kind in layer_types)
+    ):
+        raise UnsupportedModel(
+            f"config.json: layer_types must name {' or '.join(kinds)} for each of the {num_layers} layers, got "
+            f"{shown(layer_types)}"
+        )
+    is_on = flag(raw, "use_sliding_window", default=sliding in ("always", "alternating"))
+    window = _window(raw, sliding, defaults, is_on=is_on)
+    if layer_types is not None:
+        if window is None and "sliding_attention" in layer_types:
+            raise InvalidCheckpoint(
+                "config.json: layer_types has sliding_attention, and no window is switched on: sliding_window is "
+                f"{shown(raw.get('sliding_window'))}, use_sliding_window {shown(raw.get('use_sliding_window'))}"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    if sliding == "alternating":
+        return tuple(None if layer % 2 else window for layer in range(num_layers))
+    if sliding != "flagged":
+        return (window,) * num_layers
+    first = integer(raw, "max_window_layers", defaults.max_window_layers, minimum=0)
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _window(raw: Raw, sliding: str, defaults: Defaults, *, is_on: bool) -> int | None:
+    """The window of the layers that have one; None if it is switched off. Refuses one that the family would not honour.
+
+    Llama has no window, Mistral no switch: where a config of theirs has one all the same, transformers ignores it, and
+    others do not.
+    """
+    if raw.get("sliding_window", defaults.window) is None:
+        return None
+    window = integer(raw, "sliding_window", defaults.window or 0)
+    if sliding == "flagged":
+        return window if is_on else None
+    if sliding in ("always", "alternating") and not is_on:
+        raise UnsupportedModel(
+            f"config.json: use_sliding_window is false and sliding_window is {window}, which {raw['model_type']} would "
+            "use all the same; set sliding_window to null if there is none"
+        )
+    if sliding == "never" and raw.get("use_sliding_window") is not False:
+        raise UnsupportedModel(
+            f"config.json: sliding_window = {window} is not supported for model_type {raw['model_type']!r}; supported: "
+            "null"
+        )
+    return window if is_on else None

@@ -1,0 +1,204 @@
+"""The walker's operations in numpy, float32: for the reference and for calibration, which watches their inputs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.model.description import Activation, Attention, Block, Experts, Linear, Mlp, Norm, NormKind, Rotary
+from export.model.rope import RopeTables
+from export.model.walker import Stream
+
+Array = NDArray[np.float32]
+
+# Rows of a sequence whose attention scores are computed at once: half of the masked scores are never computed.
+_ATTENTION_ROWS = 128
+
+
+class NormWeights(NamedTuple):
+    """float32 `[channels]`, the one of a 1 + w norm added."""
+
+    weight: Array
+    bias: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """One block's tensors, float32: matrices `[N, K]` and biases `[N]` by kind, norms by name."""
+
+    matrices: Mapping[str, Array]
+    biases: Mapping[str, Array]
+    norms: Mapping[str, NormWeights]
+
+    def product(self, kind: str, x: Array) -> Array:
+        """x `[n, K]` times the matrix of that kind, without its bias."""
+        return np.asarray(x @ self.matrices[kind].T)
+
+
+class Product(Protocol):
+    """Stands in for `BlockWeights.product`."""
+
+    def __call__(self, kind: str, x: Array, rows: NDArray[np.int64] | None) -> Array:
+        """x `[n, K]` to `[n, N]`, without bias. rows: which tokens these are, where an expert gets some of them."""
+        ...
+
+
+Observe = Callable[[str, Array], object]
+"""("k" or "v", what the KV cache would hold of one sequence: `[n, kv_heads, head_dim]`, k rotated)."""
+
+
+class NumpyOperations:
+    """Implements `walker.Operations` for one block, over sequences end to end: `[tokens, channels]`, cut at `edges`."""
+
+    def __init__(
+        self,
+        weights: BlockWeights,
+        edges: NDArray[np.int64],
+        tables: Mapping[Rotary, RopeTables],
+        product: Product | None = None,
+        observe: Observe = lambda kind, array: None,
+    ) -> None:
+        self._weights, self._edges, self._tables, self._observe = weights, edges, tables, observe
+        self._product = product
+        self._rows: NDArray[np.int64] | None = None
+
+    def norm(self, x: Array, norm: Norm) -> Array:
+        return normed(x, self._weights.norms[norm.name], norm)
+
+    def add_norm(self, stream: Stream[Array], norm: Norm) -> tuple[Array, Array]:
+        total = self.add(stream.value, stream.addend) if stream.addend is not None else stream.value
+        return self.norm(total, norm), total
+
+    def add(self, x: Array, y: Array) -> Array:
+        return x + y
+
+    def linear(self, x: Array, linear: Linear) -> Array:
+        kind = linear.site.kind
+        out = self._weights.product(kind, x) if self._product is None else self._product(kind, x, self._rows)
+        return out + self._weights.biases[kind] if linear.has_bias else out
+
+    def attend(self, qkv: Array, block: Block) -> Array:
+        a = block.attention
+        heads = qkv.reshape(len(qkv), -1, a.head_dim)
+        q, k, v = np.split(heads, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
+        q = q if a.q_norm is None else self.norm(q, a.q_norm)
+        k = k if a.k_norm is None else self.norm(k, a.k_norm)
+        attended = np.empty((len(qkv), a.q_size), np.float32)
+        for first, last in pairwise(self._edges):
+            rotated = self._rotated(k[first:last], a.rotary)
+            self._observe("k", rotated)
+            self._observe("v", v[first:last])
+            attended[first:last] = _attention(self._rotated(q[first:last], a.rotary), rotated, v[first:last], a)
+        return attended
+
+    def activate(self, up: Array, mlp: Mlp) -> Array:
+        act = _ACTIVATIONS[mlp.activation]
+        if not mlp.is_gated:
+            return act(up)
+        gate, up = np.split(up, 2, axis=1)
+        activated = act(gate)
+        activated *= up
+        return activated
+
+    def mix(self, x: Array, experts: Experts, run: Callable[[Array, Mlp], Array]) -> Array:
+        logits = self.linear(x, experts.router)
+        chosen = np.argsort(-logits, axis=1, kind="stable")[:, : experts.top_k]
+        scores = np.take_along_axis(logits, chosen, axis=1)
+        weights = np.exp(scores - scores[:, :1])
+        weights /= weights.sum(1, keepdims=True)
+        out = np.zeros_like(x)
+        for idx, expert in enumerate(experts.experts):
+            self._rows, place = np.nonzero(chosen == idx)
+            if len(self._rows):
+                out[self._rows] += run(x[self._rows], expert) * weights[self._rows, place][:, None]
+        self._rows = None
+        return out
+
+    def _rotated(self, x: Array, rotary: Rotary | None) -> Array:
+        return x if rotary is None else _rotated(x, self._tables[rotary], rotary)
+
+
+def normed(x: Array, weights: NormWeights, norm: Norm) -> Array:
+    """A norm over the last axis."""
+    if norm.kind is NormKind.LAYER:
+        x = x - x.mean(-1, keepdims=True)
+    out = rms_norm(x, weights.weight, norm.epsilon)
+    return out if weights.bias is None else out + weights.bias
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
+    """Root mean square norm over the last axis (arXiv:1910.07467)."""
+    square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
+    out = x / np.sqrt(square + np.float32(epsilon))
+    out *= weight
+    return np.asarray(out)
+
+
+def _silu(x: Array) -> Array:
+    """x / (1 + exp(-x)); beyond float32's end exp is infinite, and the quotient 0, as it should be."""
+    out = np.negative(x)
+    with np.errstate(over="ignore"):
+        np.exp(out, out=out)
+    out += 1
+    return np.divide(x, out, out=out)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh approximation (arXiv:1606.08415, section 2)."""
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.asarray(np.float32(0.5) * x * (1 + np.tanh(inner)))
+
+
+_ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    Activation.SILU: _silu,
+    Activation.GELU_TANH: _gelu_tanh,
+}
+
+
+def _rotated(x: Array, tables: RopeTables, rotary: Rotary) -> Array:
+    """Pairs of the first `dim` channels of `[n, heads, head_dim]`, turned by their position's angle."""
+    half = rotary.dim // 2
+    cos, sin = tables.cos[: len(x), None], tables.sin[: len(x), None]
+    if rotary.interleaved:
+        first, second = x[..., 0 : rotary.dim : 2], x[..., 1 : rotary.dim : 2]
+        turned = np.empty_like(x)
+        turned[..., 0 : rotary.dim : 2] = first * cos - second * sin
+        turned[..., 1 : rotary.dim : 2] = second * cos + first * sin
+        turned[..., rotary.dim :] = x[..., rotary.dim :]
+        return turned
+    first, second = x[..., :half], x[..., half : rotary.dim]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., rotary.dim :]], -1)
+
+
+def _attention(q: Array, k: Array, v: Array, attention: Attention) -> Array:
+    """Causal attention of one sequence; q `[n, heads, d]`, k and v `[n, kv_heads, d]`; returns `[n, heads * d]`.
+
+    The query heads that share a key-value head are rows of one product.
+    """
+    n, num_heads, dim = q.shape
+    num_kv, group, window = k.shape[1], num_heads // k.shape[1], attention.window
+    scaled = q / np.sqrt(np.float32(dim)) if attention.scale is None else q * np.float32(attention.scale)
+    grouped = scaled.reshape(n, num_kv, group, dim).transpose(1, 2, 0, 3)
+    keys, values = np.ascontiguousarray(k.transpose(1, 2, 0)), np.ascontiguousarray(v.transpose(1, 0, 2))
+    out = np.empty((n, num_kv, group, dim), np.float32)
+    for start in range(0, n, _ATTENTION_ROWS):
+        stop = min(start + _ATTENTION_ROWS, n)
+        first = max(0, start - window + 1) if window else 0
+        masked = first if window else start  # without a window, all columns before this are seen by every row
+        distance = np.arange(start, stop)[:, None] - np.arange(masked, stop)
+        mask = np.where((distance < 0) | (distance >= (window or n)), np.float32(-np.inf), np.float32(0))
+        rows = grouped[:, :, start:stop].reshape(num_kv, -1, dim)
+        scores = rows @ keys[:, :, first:stop]
+        if attention.softcap is not None:
+            cap = np.float32(attention.softcap)
+            scores = cap * np.tanh(scores / cap)
+        scores.reshape(num_kv, group, stop - start, -1)[..., masked - first :] += mask
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed = scores @ values[:, first:stop]
+        mixed /= scores.sum(-1, keepdims=True)
+        out[start:stop] = mixed.reshape(num_kv, group, -1, dim).transpose(2, 0, 1, 3)
+    return out.reshape(n, -1)

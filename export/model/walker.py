@@ -1,0 +1,87 @@
+"""The forward pass of a decoder's block, written once, over any set of operations.
+
+    ORT's fused operators      graph/ort/operations.py
+    standard ONNX, opset 24    graph/standard/operations.py
+    plain ONNX, opset 21       graph/standard/plain_operations.py
+    numpy                      model/reference/operations.py
+
+Knows how blocks are connected, and neither weights nor numbers.
+"""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from export.model.description import Block, Experts, Linear, Mlp, Norm
+
+V = TypeVar("V")
+
+
+class Stream(NamedTuple, Generic[V]):
+    """The residual stream: its value, and what is still to be added to it. Norms can then fuse the sum."""
+
+    value: V
+    addend: V | None
+
+
+class Operations(Protocol[V]):
+    """What a block is computed with. A value is `[..., channels]` of some tokens."""
+
+    def norm(self, x: V, norm: Norm) -> V: ...
+
+    def add_norm(self, stream: Stream[V], norm: Norm) -> tuple[V, V]:
+        """The norm of the stream, and the stream's value once its addend is added."""
+        ...
+
+    def add(self, x: V, y: V) -> V: ...
+
+    def linear(self, x: V, linear: Linear) -> V:
+        """x times the transposed weight, and the bias if there is one."""
+        ...
+
+    def attend(self, qkv: V, block: Block) -> V:
+        """Queries, keys and values, stacked along the channels, to the mixed values of all heads."""
+        ...
+
+    def activate(self, up: V, mlp: Mlp) -> V:
+        """What `down` reads: act(up), or act(gate) * up of the two stacked."""
+        ...
+
+    def mix(self, x: V, experts: Experts, run: Callable[[V, Mlp], V]) -> V:
+        """The weighted sum of the chosen experts; `run` computes one expert for some of the tokens."""
+        ...
+
+
+def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]:
+    """The residual stream behind a block, from the stream in front of it."""
+    hidden, x = _normed(ops, stream, block.attention_norm)
+    attention = block.attention
+    attended = ops.linear(ops.attend(ops.linear(hidden, attention.qkv), block), attention.o)
+    if block.attention_out_norm is not None:
+        attended = ops.norm(attended, block.attention_out_norm)
+    if block.is_parallel:
+        beside = hidden if block.mlp_norm is None else ops.norm(x, block.mlp_norm)
+        return Stream(x, ops.add(attended, walk_mlp(ops, block.mlp, beside)))
+    assert block.mlp_norm is not None, "only a parallel block shares its norm"
+    hidden, x = _normed(ops, Stream(x, attended), block.mlp_norm)
+    out = walk_mlp(ops, block.mlp, hidden)
+    if block.mlp_out_norm is not None:
+        out = ops.norm(out, block.mlp_out_norm)
+    return Stream(x, out)
+
+
+def walk_mlp(ops: Operations[V], mlp: Mlp | Experts, hidden: V) -> V:
+    """A block's MLP, or its mixture of experts."""
+
+    def run(x: V, one: Mlp) -> V:
+        return ops.linear(ops.activate(ops.linear(x, one.up), one), one.down)
+
+    return run(hidden, mlp) if isinstance(mlp, Mlp) else ops.mix(hidden, mlp, run)
+
+
+def walk_final_norm(ops: Operations[V], stream: Stream[V], norm: Norm) -> V:
+    """What the LM head reads."""
+    return _normed(ops, stream, norm)[0]
+
+
+def _normed(ops: Operations[V], stream: Stream[V], norm: Norm) -> tuple[V, V]:
+    return (ops.norm(stream.value, norm), stream.value) if stream.addend is None else ops.add_norm(stream, norm)
