@@ -41,8 +41,7 @@ class LayerWeights:
             return matrix
 
         def imported() -> ImportedRows | None:
-            read = getattr(self._checkpoint, "imported", None)  # quantized checkpoints have it
-            parts: list[ImportedRows | None] = [read(name) for name in names] if read is not None else []
+            parts = [self._checkpoint.imported(name) for name in names]
             whole = [part for part in parts if part is not None]
             return stacked(whole) if len(whole) == len(names) else None
 

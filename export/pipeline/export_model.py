@@ -119,7 +119,7 @@ def export_model(options: ExportOptions) -> Artifact:
 
 
 def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Artifact:
-    row = _row(options, getattr(checkpoint, "stored_bits", None))
+    row = _row(options, checkpoint.stored_bits)
     precision = row if "ort" in options.dialects else None
     check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
     _check_quantization(options, row)
@@ -147,7 +147,7 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
             dialects=options.dialects,
             name=options.precision,
         ).manifest
-        draft = replace(draft, origin=options.identity.origin, commit=getattr(checkpoint, "commit", None))
+        draft = replace(draft, origin=options.identity.origin, commit=checkpoint.commit)
         receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits)
         if model is not None:
             receipt["quantization"] = model.account

@@ -76,7 +76,7 @@ class TransformersReference:
         import torch
         import transformers
 
-        if (bits := getattr(checkpoint, "stored_bits", None)) is not None:
+        if (bits := checkpoint.stored_bits) is not None:
             raise InvalidSetting(
                 f"--verify {TRANSFORMERS}: {checkpoint.source} holds {bits}-bit integers, which transformers does not "
                 f"read by itself; use --verify {NUMPY}"
@@ -191,4 +191,4 @@ def _location(model: str, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return str(path.resolve()), options
     name, _, revision = checkpoint.source.partition("@")
-    return name, {**options, "revision": getattr(checkpoint, "commit", None) or revision or "main"}
+    return name, {**options, "revision": checkpoint.commit or revision or "main"}

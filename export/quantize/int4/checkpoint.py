@@ -5,14 +5,14 @@ the layers that were rounded, everything else is the checkpoint's own. Each matr
 larger than memory can be rounded.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.view import CheckpointView
 from export.quantize.statistics.store import load_arrays, save_arrays
 from export.storage.blocks import Blocks, QuantizedRows
 from export.storage.quantized_rows import ImportedRows
@@ -50,30 +50,12 @@ class RowFiles:
         return self._directory / f"{name}.npz"
 
 
-class RoundedCheckpoint:
+class RoundedCheckpoint(CheckpointView):
     """A Checkpoint that has `imported`; `load` still gives the unrounded weights."""
 
     def __init__(self, checkpoint: Checkpoint, rows: RowFiles) -> None:
-        self._checkpoint, self._rows = checkpoint, rows
-
-    @property
-    def source(self) -> str:
-        return self._checkpoint.source
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._checkpoint.config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._checkpoint.tensors
-
-    def load(self, name: str) -> NDArray[np.float32]:
-        return self._checkpoint.load(name)
+        super().__init__(checkpoint)
+        self._rows = rows
 
     def imported(self, name: str) -> ImportedRows | None:
-        """A weight's integers in the layout of MatMulNBits; None for one that was not rounded."""
         return self._rows.get(name)
-
-    def text_files(self) -> Mapping[str, str]:
-        return self._checkpoint.text_files()

@@ -14,12 +14,12 @@ KL 0.0059 against 0.0073 without rotation, 0.0048 with error compensation.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.view import CheckpointView
 from export.model.config import ModelConfig
 
 Array = NDArray[np.float32]
@@ -76,43 +76,32 @@ class Rotation:
         return np.ascontiguousarray(self.apply(np.ascontiguousarray(x.T)).T)
 
 
-class RotatedCheckpoint:
+class RotatedCheckpoint(CheckpointView):
     """A checkpoint in the rotated basis: in float32 it computes what the original does. Its norms' weights are 1."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._is_tied, self._head_dim = config.tie_word_embeddings, config.head_dim
         self._stream, self._values = Rotation(config.hidden_size), Rotation(config.head_dim)
 
     @property
-    def source(self) -> str:
-        return self._checkpoint.source
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._checkpoint.config
-
-    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        tensors = self._checkpoint.tensors
+        tensors = self._base.tensors
         return {**tensors, _HEAD: tensors[_EMBEDDING]} if self._is_tied else tensors
 
-    def text_files(self) -> Mapping[str, str]:
-        return self._checkpoint.text_files()
-
     def load(self, name: str) -> Array:
-        array = self._checkpoint.load(_EMBEDDING if self._is_tied and name == _HEAD else name)
+        array = self._base.load(_EMBEDDING if self._is_tied and name == _HEAD else name)
         if name == _EMBEDDING:
             return self._stream.apply(array)
         if name == _HEAD:
-            array = array * self._checkpoint.load(_FINAL_NORM)  # the name lets the unscaled one go
+            array = array * self._base.load(_FINAL_NORM)  # the name lets the unscaled one go
             return self._stream.apply(array)
         if name == _FINAL_NORM or name.endswith("layernorm.weight"):
             return np.ones_like(array)
         prefix, _, part = name.removeprefix("model.layers.").partition(".")
         projection, suffix = part.split(".")[-2:]
         if projection in _READERS and suffix == "weight":
-            norm = self._checkpoint.load(f"model.layers.{prefix}.{_READERS[projection]}.weight")
+            norm = self._base.load(f"model.layers.{prefix}.{_READERS[projection]}.weight")
             array = self._stream.apply(array * norm)
         if projection == "v_proj":
             array = self._values_out(array)

@@ -12,12 +12,12 @@ The product is the same checkpoint in other units: run in float32 it computes wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.view import CheckpointView
 from export.model.config import ModelConfig
 from export.quantize.statistics.activation_stats import Site, head_site
 
@@ -56,35 +56,25 @@ class _Fold:
     multiply: Array | None = None
 
 
-class SmoothedCheckpoint:
+class SmoothedCheckpoint(CheckpointView):
     """A checkpoint whose tensors carry the smoothing vectors of some sites; the others are left as they are.
 
     With a vector for the LM head, a tied head becomes a matrix of its own: the embedding cannot take the vector.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
-        self._checkpoint, self._folds = checkpoint, _folds(config, vectors)
+        super().__init__(checkpoint)
+        self._folds = _folds(config, vectors)
         self._unties = config.tie_word_embeddings and head_site(config) in vectors
-
-    @property
-    def source(self) -> str:
-        return self._checkpoint.source
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._checkpoint.config
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         if not self._unties:
-            return self._checkpoint.tensors
-        return {**self._checkpoint.tensors, _HEAD: self._checkpoint.tensors[_EMBEDDING]}
-
-    def text_files(self) -> Mapping[str, str]:
-        return self._checkpoint.text_files()
+            return self._base.tensors
+        return {**self._base.tensors, _HEAD: self._base.tensors[_EMBEDDING]}
 
     def load(self, name: str) -> Array:
-        array = self._checkpoint.load(_EMBEDDING if self._unties and name == _HEAD else name)
+        array = self._base.load(_EMBEDDING if self._unties and name == _HEAD else name)
         fold = self._folds.get(name)
         if fold is None:
             return array
