@@ -1,15 +1,18 @@
 """What export reads: named tensors, a config.json and the text files that go with them.
 
-Three sources, one protocol: `safetensors_checkpoint.py` (a local Hugging Face directory), `gguf_checkpoint.py`
-(one .gguf file), `hub.py` (a hub id, downloaded and then read as a directory).
-Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the source calls them.
+Two readers: `safetensors_dir.py` (a Hugging Face directory, local or from the hub) and `gguf/file.py` (one .gguf file).
+What changes tensors on the way is a view of another checkpoint: see `view.py`.
+Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from export.storage.quantized_rows import ImportedRows
 
 
 class TensorInfo(NamedTuple):
@@ -19,28 +22,50 @@ class TensorInfo(NamedTuple):
     dtype: str
 
 
-class Checkpoint(Protocol):
-    """A model on disk. Nothing is read before it is asked for, and nothing is kept after."""
+class Checkpoint(ABC):
+    """A model on disk. Reads a tensor when it is asked for and keeps none."""
 
     @property
+    @abstractmethod
     def source(self) -> str:
-        """What the user called it, for the manifest: hub id, directory or file name. No absolute paths."""
-        ...
+        """The user's name for the checkpoint, for the manifest: hub id, directory or file name; no absolute path."""
 
     @property
+    @abstractmethod
     def config(self) -> Mapping[str, Any]:
         """config.json as parsed."""
-        ...
 
     @property
+    @abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's shape, by Hugging Face name."""
-        ...
+        """Every tensor's shape and stored type, by Hugging Face name."""
 
+    @abstractmethod
     def load(self, name: str) -> NDArray[np.float32]:
-        """Read one tensor as float32 (bf16, fp16 are widened). InvalidCheckpoint if missing, cut or not finite."""
-        ...
+        """Read one tensor as float32. InvalidCheckpoint if it is missing, cut short or not finite."""
 
+    @abstractmethod
     def text_files(self) -> Mapping[str, str]:
-        """The text files there are by name, tokenizer.json and others: see `directory_texts.py`. InvalidCheckpoint."""
-        ...
+        """The text files by name, tokenizer.json and others: see `texts/directory.py`. InvalidCheckpoint."""
+
+    def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Read rows `start` to `stop` (first axis) as float32; some checkpoints read nothing else from the disk."""
+        return self.load(name)[start:stop]
+
+    def imported(self, name: str) -> ImportedRows | None:
+        """The integers of a weight that is quantized already; None for one that is not."""
+        return None
+
+    def stored_name(self, name: str) -> str:
+        """The name of the tensor in the files that holds `name`, for messages."""
+        return name
+
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of the layers that a GPTQ or AWQ tool quantized; None if none did."""
+        return None
+
+    @property
+    def commit(self) -> str | None:
+        """The hub commit that was downloaded, 40 hex digits; None for what is not from the hub."""
+        return None

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint.protocol import TensorInfo
-from export.checkpoint.safetensors_files import find_tensors
+from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.safetensors_files import Place, find_tensors
 from export.checkpoint.texts.directory import read_directory_texts
 from export.checkpoint.texts.reading import AGAIN, read_json_object
 from export.storage.tensor_file import read_float32
@@ -28,16 +28,16 @@ STORED_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 """The safetensors types that are weights as they stand; others are quantized or are no weights."""
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(Checkpoint):
     """A Checkpoint over a directory: headers are read at once, a tensor when it is asked for."""
 
-    def __init__(self, path: Path, *, source: str | None = None) -> None:
-        """Open `path`; `source` is what the user called it, the directory's name if they gave a path.
+    def __init__(self, path: Path, *, source: str | None = None, commit: str | None = None) -> None:
+        """Open `path`; `source` is the user's name for it (default: the directory's), `commit` that of the hub.
 
-        Raises InvalidCheckpoint for files that are missing, truncated or inconsistent. One that is quantized already
-        is for quantized_checkpoint.py.
+        Raises InvalidCheckpoint for files that are missing, truncated or inconsistent. Weights that are quantized
+        already are for `quantized/gptq_awq.py`.
         """
-        self._path = path
+        self._path, self._commit = path, commit
         self._source = source or path.resolve().name
         self._config = read_json_object(path / CONFIG)
         self._places = find_tensors(path)
@@ -56,10 +56,23 @@ class SafetensorsCheckpoint:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
+    @property
+    def commit(self) -> str | None:
+        return self._commit
+
     def load(self, name: str) -> NDArray[np.float32]:
-        place = self._places.get(name)
-        if place is None:
+        return self._read(self._place(name), name)
+
+    def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        place = self._place(name)
+        return self._read(place.rows(start, stop), f"{name}[{start}:{stop}]")
+
+    def _place(self, name: str) -> Place:
+        if name not in self._places:
             raise InvalidCheckpoint(f"{self._path} has no tensor {name!r}; it has {len(self._places)} others")
+        return self._places[name]
+
+    def _read(self, place: Place, name: str) -> NDArray[np.float32]:
         stored = STORED_TYPES.get(place.info.dtype)
         if stored is None:
             raise UnsupportedModel(

@@ -31,6 +31,13 @@ class Place:
     num_bytes: int
     info: TensorInfo
 
+    def rows(self, start: int, stop: int) -> "Place":
+        """Where rows `start` to `stop` of the tensor lie."""
+        num_rows, *rest = self.info.shape
+        row_bytes = self.num_bytes // max(1, num_rows)
+        info = TensorInfo((stop - start, *rest), self.info.dtype)
+        return Place(self.file, self.offset + start * row_bytes, (stop - start) * row_bytes, info)
+
 
 def find_tensors(path: Path) -> dict[str, Place]:
     """Every tensor of the directory by its name in a plain language model.

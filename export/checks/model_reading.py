@@ -5,7 +5,7 @@ from dataclasses import replace
 from export.checkpoint.protocol import Checkpoint
 from export.checks.tensors import check_tensors
 from export.checks.texts import check_texts
-from export.model.architectures import parse_config
+from export.model.architectures import as_described, parse_config
 from export.model.description import ModelConfig
 
 
@@ -17,6 +17,6 @@ def read_model(checkpoint: Checkpoint) -> ModelConfig:
     """
     config = parse_config(checkpoint.config)
     ends = check_texts(checkpoint.text_files(), config)
-    check_tensors(checkpoint, config)
+    check_tensors(as_described(checkpoint), config)
     listed = config.eos_ids if "eos_token_id" in checkpoint.config or not ends else ()
     return replace(config, eos_ids=tuple(sorted({*listed, *ends})))

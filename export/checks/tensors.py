@@ -25,30 +25,18 @@ _NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F64|F[468]_\w+")
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a graph of this config reads, with its shape."""
-    c = config
-    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    linear = {
-        "self_attn.q_proj": (q_size, c.hidden_size, c.qkv_bias),
-        "self_attn.k_proj": (kv_size, c.hidden_size, c.qkv_bias),
-        "self_attn.v_proj": (kv_size, c.hidden_size, c.qkv_bias),
-        "self_attn.o_proj": (c.hidden_size, q_size, c.o_bias),
-        "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
-        "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
-        "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
-    }
-    layer: dict[str, tuple[int, ...]] = {}
-    for name, (n, k, has_bias) in linear.items():
-        layer[f"{name}.weight"] = (n, k)
-        if has_bias:
-            layer[f"{name}.bias"] = (n,)
-    layer |= {f"{norm}.weight": (c.hidden_size,) for norm in ("input_layernorm", "post_attention_layernorm")}
-    if c.qk_norm:
-        layer |= {f"self_attn.{part}_norm.weight": (c.head_dim,) for part in "qk"}
-    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden_size)}
-    tensors |= {f"model.layers.{idx}.{name}": shape for idx in range(c.num_layers) for name, shape in layer.items()}
-    tensors["model.norm.weight"] = (c.hidden_size,)
-    if not c.tie_word_embeddings:
-        tensors[LM_HEAD] = (c.vocab_size, c.hidden_size)
+    tensors: dict[str, tuple[int, ...]] = {f"{config.embedding.name}.weight": (config.vocab_size, config.hidden_size)}
+    if config.embedding.positions is not None:
+        tensors[f"{config.embedding.positions}.weight"] = (config.embedding.num_positions, config.hidden_size)
+    for norm in config.norms:
+        tensors[f"{norm.name}.weight"] = (norm.size,)
+        if norm.has_bias:
+            tensors[f"{norm.name}.bias"] = (norm.size,)
+    for linear in config.linears:
+        for part in linear.parts:
+            tensors[f"{part.name}.weight"] = (part.num_rows, linear.num_inputs)
+            if linear.has_bias:
+                tensors[f"{part.name}.bias"] = (part.num_rows,)
     return tensors
 
 
@@ -81,22 +69,23 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def _has_no_effect(
     checkpoint: Checkpoint, name: str, expected: dict[str, tuple[int, ...]], config: ModelConfig
 ) -> bool:
-    if name == LM_HEAD and config.tie_word_embeddings and EMBEDDING in checkpoint.tensors:
-        return _is_tied(checkpoint)
+    embedding = f"{config.embedding.name}.weight"
+    if name == LM_HEAD and config.tie_word_embeddings and embedding in checkpoint.tensors:
+        return _is_tied(checkpoint, embedding)
     weight = f"{name.removesuffix('.bias')}.weight"
     info = checkpoint.tensors[name]
     is_bias = name.endswith(".bias") and weight in expected and info.shape == expected[weight][:1]
     return is_bias and not _NO_WEIGHTS.fullmatch(info.dtype) and not checkpoint.load(name).any()
 
 
-def _is_tied(checkpoint: Checkpoint) -> bool:
+def _is_tied(checkpoint: Checkpoint, embedding: str) -> bool:
     """Whether embedding and LM head hold the same numbers. Where they differ, releases of transformers differ too."""
-    is_equal = checkpoint.tensors[EMBEDDING].shape == checkpoint.tensors[LM_HEAD].shape
+    is_equal = checkpoint.tensors[embedding].shape == checkpoint.tensors[LM_HEAD].shape
     # By hash, because only one of the two largest matrices of a model should be in memory.
-    if is_equal and _hash_of(checkpoint, EMBEDDING) == _hash_of(checkpoint, LM_HEAD):
+    if is_equal and _hash_of(checkpoint, embedding) == _hash_of(checkpoint, LM_HEAD):
         return True
     raise InvalidCheckpoint(
-        f"{LM_HEAD} differs from {EMBEDDING}, and config.json says tie_word_embeddings: set that to false if the LM "
+        f"{LM_HEAD} differs from {embedding}, and config.json says tie_word_embeddings: set that to false if the LM "
         f"head is meant, as transformers 5 takes it, or remove {LM_HEAD} if it is left over, as transformers 4 does"
     )
 

@@ -42,7 +42,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float64]:
     if rope.kind == "yarn":
         return _yarn(rope, base, dim)
     if rope.kind == "longrope":
-        return base / np.array(rope.long_factors if rope.is_long else rope.short_factors)
+        return np.asarray(base / np.array(rope.long_factors if rope.is_long else rope.short_factors))
     return base
 
 

@@ -68,7 +68,7 @@ def export_fastest(options: ExportOptions, profile: str, *, measure: Measure = m
         raise InvalidSetting(f"--force contradicts --precision {AUTO}, which wants one that passes; name a precision")
     check_reference(options.verify)
     checkpoint = open_checkpoint(options.model, revision=options.revision)
-    names = candidate_precisions(getattr(checkpoint, "stored_bits", None))
+    names = candidate_precisions(checkpoint.stored_bits)
     options.check_target()
     with staged(options.out, check=options.check_target) as staging:
         shelf = staging / "candidates"

@@ -12,6 +12,7 @@ from export.calibration.dataset import Generate
 from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
 from export.checks.model_reading import read_model
+from export.model.architectures import as_described
 from export.model.description import ModelConfig
 from export.model.precision import EXPORTABLE, Precision, precision_named
 from export.model.trt_precision import trt_precision_named
@@ -120,14 +121,14 @@ def export_model(options: ExportOptions) -> Artifact:
 
 
 def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Artifact:
-    row = _row(options, getattr(checkpoint, "stored_bits", None))
+    row = _row(options, checkpoint.stored_bits)
     precision = row if "ort" in options.dialects else None
     check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
     _check_quantization(options, row)
-    checkpoint, config = read_model(checkpoint)
-    reference = reference_named(options.verify, options.model, checkpoint, config)
+    config = read_model(checkpoint)
     max_len = _max_len(options.max_len, config)
-    config = config.for_length(max_len)
+    config, checkpoint = config.for_length(max_len), as_described(checkpoint)
+    reference = reference_named(options.verify, options.model, checkpoint, config)
     with staged(options.out, check=options.check_target) as staging:
         model = None
         if row is not None and row.calibrated is not None:
@@ -149,7 +150,7 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
             dialects=options.dialects,
             name=options.precision,
         ).manifest
-        draft = replace(draft, origin=options.identity.origin, commit=getattr(checkpoint, "commit", None))
+        draft = replace(draft, origin=options.identity.origin, commit=checkpoint.commit)
         receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits)
         if model is not None:
             receipt["quantization"] = model.account
@@ -199,7 +200,7 @@ def write_unverified(
 
 
 def _stored_layers(checkpoint: Checkpoint, config: ModelConfig, precision: Precision | None) -> Mapping[str, Layers]:
-    """The integers of a checkpoint that is quantized already; the `ort` graph takes them where its precision says so."""
+    """The integers of a checkpoint that is quantized already. The `ort` graph takes them if its precision says so."""
     if checkpoint.stored_bits is None:
         return {}
     stored = layers_of_checkpoint(checkpoint, config)

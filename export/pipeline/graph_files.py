@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from export.artifact.weight_file import WeightFile
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.view import CheckpointView
 from export.graph.builder import ORT_OPSETS, GraphBuilder
 from export.graph.ort.decoder import DecoderGraph
 from export.graph.ort.int8_attention import INT8_KV_OPSETS
@@ -17,6 +20,7 @@ from export.model.description import ModelConfig
 from export.model.precision import Precision
 from export.quantize.layers import Layers, QuantizedLayers
 from export.quantize.statistics.kv_scales import KvScales
+from export.storage.quantized_rows import ImportedRows
 from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
 from runtime.progress import progress_bar
 
@@ -82,15 +86,16 @@ def _write_ort_graph(
     return graph.step_weight_bytes()
 
 
-class _Counting:
+class _Counting(CheckpointView):
     """A checkpoint that moves a progress bar with every tensor it loads."""
 
     def __init__(self, checkpoint: Checkpoint, bar: Any) -> None:
-        self._checkpoint, self._bar = checkpoint, bar
+        super().__init__(checkpoint)
+        self._bar = bar
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._checkpoint, name)
-
-    def load(self, name: str) -> Any:
+    def load(self, name: str) -> NDArray[np.float32]:
         self._bar.update(1)
-        return self._checkpoint.load(name)
+        return self._base.load(name)
+
+    def imported(self, name: str) -> ImportedRows | None:
+        return self._base.imported(name)

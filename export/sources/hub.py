@@ -5,15 +5,11 @@ safetensors, JSON and Jinja files are asked for, no pickles and no Python.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.quantized.gptq_awq import open_directory
 from runtime.errors import HeadraceError, InvalidCheckpoint
 
@@ -44,39 +40,7 @@ def open_hub_model(repo_id: str, *, revision: str | None = None) -> Checkpoint:
     """
     source = repo_id if revision is None else f"{repo_id}@{revision}"
     directory = _download(repo_id, revision, source)
-    return HubCheckpoint(open_directory(directory, source=source), commit_of(directory))
-
-
-class HubCheckpoint:
-    """A downloaded directory as a checkpoint, and the commit that was downloaded.
-
-    commit: 40 hex digits, None where the library does not say
-    """
-
-    def __init__(self, directory: Checkpoint, commit: str | None) -> None:
-        self._directory, self.commit = directory, commit
-
-    def __getattr__(self, name: str) -> Any:
-        """What only some directories have, such as `stored_bits` of a quantized one."""
-        return getattr(self._directory, name)
-
-    @property
-    def source(self) -> str:
-        return self._directory.source
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._directory.config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._directory.tensors
-
-    def load(self, name: str) -> NDArray[np.float32]:
-        return self._directory.load(name)
-
-    def text_files(self) -> Mapping[str, str]:
-        return self._directory.text_files()
+    return open_directory(directory, source=source, commit=commit_of(directory))
 
 
 def commit_of(snapshot: Path) -> str | None:

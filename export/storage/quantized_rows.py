@@ -58,6 +58,12 @@ class ImportedRows(NamedTuple):
         restored[:, self.input_order] = matrix
         return restored
 
+    def between(self, start: int, stop: int) -> "ImportedRows":
+        """Outputs `start` to `stop` of the matrix."""
+        values, scales, zeros = self.rows
+        some = QuantizedRows(values[start:stop], scales[start:stop], None if zeros is None else zeros[start:stop])
+        return self._replace(rows=some)
+
 
 def to_blocks(codes: Codes, *, bits: int, name: str) -> ImportedRows:
     """Repack one matrix. UnsupportedModel, naming it, if its groups do not fit any block of the kernel."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
-from export.model.reference import run_reference
+from export.model.reference.forward import run_reference
 from export.sources.open import DEFAULT_MODEL
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from runtime.progress import progress_bar
@@ -49,10 +49,10 @@ class Reference(Protocol):
 
 
 class NumpyReference:
-    """export/model/reference.py over the checkpoint."""
+    """export/model/reference/forward.py over the checkpoint."""
 
     name = (
-        "the checkpoint in float32, computed by export/model/reference.py (numpy), which shares the reading of "
+        "the checkpoint in float32, computed by export/model/reference/forward.py (numpy), which shares the reading of "
         "config.json, the rotary tables and the tensor names with the graph"
     )
 
@@ -76,7 +76,7 @@ class TransformersReference:
         import torch
         import transformers
 
-        if (bits := getattr(checkpoint, "stored_bits", None)) is not None:
+        if (bits := checkpoint.stored_bits) is not None:
             raise InvalidSetting(
                 f"--verify {TRANSFORMERS}: {checkpoint.source} holds {bits}-bit integers, which transformers does not "
                 f"read by itself; use --verify {NUMPY}"
@@ -191,4 +191,4 @@ def _location(model: str, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return str(path.resolve()), options
     name, _, revision = checkpoint.source.partition("@")
-    return name, {**options, "revision": getattr(checkpoint, "commit", None) or revision or "main"}
+    return name, {**options, "revision": checkpoint.commit or revision or "main"}

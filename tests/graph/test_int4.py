@@ -12,6 +12,7 @@ import pytest
 from export.artifact.weight_file import WeightFile
 from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
 from export.graph.linear import linear
 from export.model.architectures import parse_config
@@ -175,21 +176,19 @@ def test_a_calibration_serves_the_other_precision(tmp_path: Path, model: Path, f
     assert again.receipt["quantization"]["calibration"] == done.receipt["quantization"]["calibration"]
 
 
-class Interrupted:
+class Interrupted(CheckpointView):
     """A checkpoint that is interrupted when a layer is read; keeps which tensors were read."""
 
     def __init__(self, checkpoint: Checkpoint, at: str = "") -> None:
-        self._checkpoint, self._at = checkpoint, at
+        super().__init__(checkpoint)
+        self._at = at
         self.seen: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._checkpoint, name)
 
     def load(self, name: str) -> Any:
         self.seen.append(name)
         if self._at and name.startswith(self._at):
             raise KeyboardInterrupt
-        return self._checkpoint.load(name)
+        return super().load(name)
 
 
 def test_an_interrupted_rounding_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:

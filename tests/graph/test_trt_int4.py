@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from export.artifact.weight_file import WeightFile
 from export.calibration.dataset import CalibrationOptions
+from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
 from export.graph.portable.linear import TrtLinear
 from export.model.architectures import parse_config
@@ -163,21 +164,19 @@ def kl_of_nearest(model: Path, tmp_path: Path) -> float:
     return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["trt.kl"])
 
 
-class CountingReads:
+class CountingReads(CheckpointView):
     """A checkpoint that is interrupted at the n-th reading of a tensor; keeps what was read."""
 
     def __init__(self, checkpoint: Any, at: str = "", number: int = 0) -> None:
-        self._checkpoint, self._at, self._number = checkpoint, at, number
+        super().__init__(checkpoint)
+        self._at, self._number = at, number
         self.seen: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._checkpoint, name)
 
     def load(self, name: str) -> Any:
         self.seen.append(name)
         if name == self._at and self.seen.count(name) == self._number:
             raise KeyboardInterrupt
-        return self._checkpoint.load(name)
+        return super().load(name)
 
 
 def test_an_interrupted_export_goes_on_in_the_second_rounding(tmp_path: Path, model: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from export.artifact.writer import write_manifest
 from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
 from export.model.precision import EXPORTABLE
 from export.pipeline.calibrated import CalibratedModel, QuantizationOptions, prepare
@@ -31,20 +32,23 @@ NUM_LAYERS, NUM_TOKENS = 2, 2048
 OPTIONS = EngineOptions(gpus=("sm86",), limits=EngineLimits(max_batch=8, prefill_chunk=64, max_len=512))
 
 
-class Beginning:
+class Beginning(CheckpointView):
     """A checkpoint cut after its first layers and tokens; without its tokenizer, which knows more of them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         changes = {"num_hidden_layers": NUM_LAYERS, "vocab_size": NUM_TOKENS}
-        self.config: Mapping[str, Any] = {**checkpoint.config, **changes}
-        self.source, self.tensors = checkpoint.source, checkpoint.tensors
+        self._config: Mapping[str, Any] = {**checkpoint.config, **changes}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
 
     def text_files(self) -> Mapping[str, str]:
         return {}
 
     def load(self, name: str) -> NDArray[np.float32]:
-        array = self._checkpoint.load(name)
+        array = super().load(name)
         return array[:NUM_TOKENS] if "embed" in name else array
 
 

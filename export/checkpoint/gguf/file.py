@@ -6,6 +6,7 @@ dequantizes them, `gguf_config.py` makes the config and `gguf_tokenizer.py` the 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint.gguf.config import architecture, model_config
 from export.checkpoint.gguf.header import GgufTensor, read_gguf_header
-from export.checkpoint.protocol import TensorInfo
+from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.storage.tensor_file import read_float32
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -47,7 +48,7 @@ _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(Checkpoint):
     """A Checkpoint over a .gguf file: metadata is read at once, a tensor when it is asked for."""
 
     def __init__(self, file: Path, *, source: str | None = None) -> None:
@@ -89,15 +90,30 @@ class GgufCheckpoint:
         return self._tensors
 
     def load(self, name: str) -> NDArray[np.float32]:
-        place = self._places.get(name)
-        if place is None:
-            raise InvalidCheckpoint(f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others")
-        values = self._read(place, name)
+        values = self._read(self._place(name), name)
         rotated = _ROTATED.search(name) if self._is_permuted else None
         if rotated is None:
             return values
         is_query = rotated[1] == "q"
         return unpermute(values, self._config["num_attention_heads" if is_query else "num_key_value_heads"])
+
+    def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        place = self._place(name)
+        if self._is_permuted and _ROTATED.search(name):
+            return super().load_rows(name, start, stop)
+        row_bytes = place.num_bytes // place.shape[0]  # rows are whole blocks
+        some = replace(
+            place,
+            shape=(stop - start, *place.shape[1:]),
+            offset=place.offset + start * row_bytes,
+            num_bytes=(stop - start) * row_bytes,
+        )
+        return self._read(some, f"{name}[{start}:{stop}]")
+
+    def _place(self, name: str) -> GgufTensor:
+        if name not in self._places:
+            raise InvalidCheckpoint(f"{self._file} has no tensor for {name!r}; it has {len(self._places)} others")
+        return self._places[name]
 
     def text_files(self) -> Mapping[str, str]:
         from export.checkpoint.gguf.tokenizer import text_files

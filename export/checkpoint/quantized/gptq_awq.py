@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.checkpoint.quantized.config import StoredScheme, parse_quantization
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
+from export.checkpoint.view import CheckpointView
 from export.storage.quantized_rows import Codes, ImportedRows, to_blocks
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -26,18 +27,19 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def open_directory(path: Path, *, source: str | None = None) -> Checkpoint:
-    """Open a Hugging Face directory, quantized or not. Errors as those of the two classes."""
-    plain = SafetensorsCheckpoint(path, source=source)
+def open_directory(path: Path, *, source: str | None = None, commit: str | None = None) -> Checkpoint:
+    """Open a Hugging Face directory, quantized or not. Arguments and errors are those of the two classes."""
+    plain = SafetensorsCheckpoint(path, source=source, commit=commit)
     raw = plain.config.get("quantization_config")
     return plain if raw is None else QuantizedCheckpoint(plain, parse_quantization(raw))
 
 
-class QuantizedCheckpoint:
-    """A Checkpoint over one whose tensors are packed integers."""
+class QuantizedCheckpoint(CheckpointView):
+    """A checkpoint over one whose tensors are packed integers."""
 
     def __init__(self, plain: SafetensorsCheckpoint, scheme: StoredScheme) -> None:
         """InvalidCheckpoint if no layer is packed in the way the scheme says, or one lacks a part."""
+        super().__init__(plain)
         self._plain, self.scheme = plain, scheme
         self._modules = {name.removesuffix(".qweight") for name in plain.tensors if name.endswith(".qweight")}
         if not self._modules:
@@ -51,10 +53,6 @@ class QuantizedCheckpoint:
         if twice is not None:
             raise InvalidCheckpoint(f"the checkpoint has both {twice} and its quantized form; remove one of them")
         self._tensors = MappingProxyType(rest | virtual)
-
-    @property
-    def source(self) -> str:
-        return self._plain.source
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -79,9 +77,6 @@ class QuantizedCheckpoint:
         if not self._is_packed(name):
             return None
         return to_blocks(self._codes(name.removesuffix(".weight")), bits=self.scheme.bits, name=name)
-
-    def text_files(self) -> Mapping[str, str]:
-        return self._plain.text_files()
 
     def _is_packed(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self._modules

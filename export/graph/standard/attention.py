@@ -5,7 +5,7 @@ plain_attention.py has the same in elementary operators.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -162,10 +162,10 @@ class Opset24:
 
     def rotate(self, x: ir.Value, rotary: Rotary, out: str) -> ir.Value:
         cos, sin = self._tables.rotary[rotary]
-        interleaved = {"interleaved": 1} if rotary.interleaved else {}
-        partial = {} if rotary.is_whole else {"rotary_embedding_dim": rotary.dim}
-        inputs = [x, cos, sin, self._tables.position_ids]
-        return self._g.op("RotaryEmbedding", inputs, out, **interleaved, **partial)
+        attributes: dict[str, Any] = {"interleaved": 1} if rotary.interleaved else {}
+        if not rotary.is_whole:
+            attributes["rotary_embedding_dim"] = rotary.dim
+        return self._g.op("RotaryEmbedding", [x, cos, sin, self._tables.position_ids], out, **attributes)
 
     def attend(
         self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
@@ -179,7 +179,7 @@ class Opset24:
             out = self._capped()(query, present["k"], present["v"], block)
             return CachedValues(out, present["k"], present["v"])
         mask = self._masks.for_window(a.window)
-        scale = {} if a.scale is None else {"scale": a.scale}
+        scale: dict[str, Any] = {} if a.scale is None else {"scale": a.scale}
         inputs = [query, present["k"], present["v"], mask]
         out = g.op("Attention", inputs, f"layers.{layer}.attention", **scale)
         return CachedValues(out, present["k"], present["v"])

@@ -20,11 +20,11 @@ from export.graph.builder import GraphBuilder
 from export.graph.weights import Weight
 from export.model.description import Linear
 from export.model.trt_precision import INT4_BLOCKS, INT4_SIZES, Scheme, TrtPrecision
-from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
 from export.quantize.layers import Int8Layer, QuantizedLayers
+from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
 from export.quantize.rounding.int8 import Int8Rows
-from export.storage.quantized_rows import ImportedRows
 from export.storage.blocks import Blocks, QuantizedRows, check_divisible, signed_codes
+from export.storage.quantized_rows import ImportedRows
 
 _SCALE_ERROR = 2.0**-10
 """Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""

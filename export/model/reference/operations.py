@@ -41,7 +41,7 @@ class BlockWeights:
 class Product(Protocol):
     """Stands in for `BlockWeights.product`."""
 
-    def __call__(self, kind: str, x: Array, rows: NDArray[np.int64] | None) -> Array:
+    def __call__(self, kind: str, x: Array, rows: NDArray[np.int64] | None, /) -> Array:
         """x `[n, K]` to `[n, N]`, without bias. rows: which tokens these are, where an expert gets some of them."""
         ...
 

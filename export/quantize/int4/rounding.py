@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from export.calibration.dataset import sequences_digest
 from export.checkpoint.protocol import Checkpoint
-from export.model.description import ModelConfig, Site
+from export.model.description import Block, Linear, ModelConfig, Site
 from export.model.reference.forward import embed, load_block, rotary_tables, run_block
 from export.model.reference.operations import Array, BlockWeights
 from export.quantize.int4.row_files import RowFiles
@@ -159,9 +159,7 @@ class _LayerRounder:
         self.errors.append(LayerError(site, float(lost)))
         return out
 
-    def _rounded(
-        self, x: Array, wanted: Array, token_weight: Array, matrix: Array, blocks: Blocks
-    ) -> QuantizedRows:
+    def _rounded(self, x: Array, wanted: Array, token_weight: Array, matrix: Array, blocks: Blocks) -> QuantizedRows:
         """The matrix for inputs x, so that its product is near the exact one of the inputs `wanted`."""
         if blocks.bits == 8:
             return quantize_rows(matrix, bits=8, block_size=blocks.block_size, symmetric=True)

@@ -68,8 +68,7 @@ def int8_model(
     rounded = RoundedWeights(workdir / "rounded")
     round_weights(smoothed, own_config, calibration.sequences, ranges, rounded)
     layers = {
-        site: Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site))
-        for site, chosen in ranges.items()
+        site: Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site)) for site, chosen in ranges.items()
     }
     return Int8Model(smoothed, own_config, layers, ranges, calibration)
 

@@ -51,8 +51,11 @@ class Range(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Some tokens of one layer's input, float32 `[n, K]`; the fold each came from; the mean square `[n]` of the stream
-    that the output is added to (of layers that write to the stream: the norm behind divides by just that), None to compare with the output.
+    """Some tokens of one layer's input.
+
+    x: float32 `[n, K]`; fold: the sequence that each came from, `[n]`
+    residual: mean square of the residual stream behind the block, `[n]`, for a layer that writes to it: the next norm
+        divides by its root. None compares errors with the output
     """
 
     x: Array

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.description import ModelConfig, Site
+from export.model.description import Attention, ModelConfig, Site
 from export.quantize.statistics.activation_stats import Statistics
 
 Array = NDArray[np.float32]
@@ -42,7 +42,7 @@ def kv_scales(
 ) -> list[KvScales]:
     """Scales of every layer from the largest magnitudes of `Site(layer, "k")` and `Site(layer, "v")`.
 
-    value_divisors: of each layer, what smoothing divides the rows of the values by, `[kv_heads * head_dim]`; None if not
+    value_divisors: of each layer, what smoothing divides the values' rows by, `[kv_heads * head_dim]`; None if not
     """
     scales = []
     for layer in range(config.num_layers):
@@ -56,7 +56,7 @@ def kv_scales(
 
 
 def pair_lengths(highest: Array, attention: Attention) -> Array:
-    """The longest each channel of a key can get as its pair turns, given the largest magnitudes before.
+    """How large each channel of a key can get as its pair turns, from the largest magnitudes that were seen.
 
     highest: `[kv_heads * head_dim]`; channels that do not turn keep their own
     """

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
 from export.model.reference import load_block, rms_norm
 from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics
@@ -59,19 +60,17 @@ def test_chunks_cover_every_token_once(lengths: list[int]) -> None:
         assert int(chunk.edges[-1]) == chunk.stop - chunk.start
 
 
-class _Interrupted:
+class _Interrupted(CheckpointView):
     """A checkpoint whose user presses Ctrl-C when a tensor is read."""
 
     def __init__(self, inner: Any, name: str) -> None:
-        self._inner, self._name = inner, name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        super().__init__(inner)
+        self._name = name
 
     def load(self, name: str) -> Any:
         if name == self._name:
             raise KeyboardInterrupt
-        return self._inner.load(name)
+        return super().load(name)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, model: Any) -> None:

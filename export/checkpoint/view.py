@@ -1,0 +1,48 @@
+"""The base class of every checkpoint that is seen through another: it passes on what a subclass does not change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.checkpoint.protocol import Checkpoint, TensorInfo
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint that reads all it has from `base`. A subclass overrides what it changes.
+
+    `imported` and a fast `load_rows` are not passed on, because a subclass that changes weights would make them wrong.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+
+    @property
+    def source(self) -> str:
+        return self._base.source
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._base.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._base.tensors
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        return self._base.load(name)
+
+    def text_files(self) -> Mapping[str, str]:
+        return self._base.text_files()
+
+    def stored_name(self, name: str) -> str:
+        return self._base.stored_name(name)
+
+    @property
+    def stored_bits(self) -> int | None:
+        return self._base.stored_bits
+
+    @property
+    def commit(self) -> str | None:
+        return self._base.commit
