@@ -6,13 +6,12 @@ For directories and GGUF files alike: it reads what `Checkpoint.text_files()` gi
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from export.model.families.config_values import token_ids
-
 from export.checkpoint.texts.chat_templates import chat_templates, check_template
 from export.checkpoint.texts.reading import parse_json_object
 from export.checkpoint.texts.special_tokens import FILES, special_token, special_tokens
 from export.checkpoint.texts.tokenizer_loading import load_tokenizer
 from export.model.description import ModelConfig
+from export.model.families.config_values import token_ids
 from runtime.errors import InvalidArtifact, InvalidCheckpoint
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ Attention over an int8 cache has the same interface, see int8_attention.py.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
@@ -46,15 +47,58 @@ class Attention(Protocol):
         ...
 
 
+class Rotation:
+    """Rotary embedding in front of the attention kernel: for chunks over an int8 cache, and where the kernel cannot."""
+
+    def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
+        self._g, self._inputs = g, inputs
+        self._positions: ir.Value | None = None
+
+    def __call__(self, query: Sequence[ir.Value | None], a: AttentionConfig, name: str) -> list[ir.Value | None]:
+        """q, k and v [B, S, heads * head_dim], q and k turned; `query` as in `Attention.attend`."""
+        g = self._g
+        packed, k, v = query
+        assert packed is not None
+        if k is None or v is None:
+            sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
+            packed, k, v = g.ops("Split", [packed, sizes], [f"{name}.{part}" for part in ("q", "k", "v")], axis=-1)
+        if a.rotary is None:
+            return [packed, k, v]
+        return [self._turned(packed, a, a.num_heads, f"{name}.q.turned"),
+                self._turned(k, a, a.num_kv_heads, f"{name}.k.turned"), v]  # fmt: skip
+
+    def make_positions(self) -> ir.Value:
+        """int64 [B, S], those of the new tokens."""
+        if self._positions is None:
+            g, shared = self._g, self._inputs
+            zero, one = g.constant("zero", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
+            size = g.op("Squeeze", [g.op("Shape", [shared.token_idx], "row.shape", start=1, end=2)], "row.len")
+            past = g.op("Cast", [shared.past_len], "row.past", to=ir.DataType.INT64)
+            first = g.op("Unsqueeze", [past, g.shape_constant(1)], "row.first")
+            self._positions = g.op("Add", [first, g.op("Range", [zero, size, one], "row.range")], "row.positions")
+        return self._positions
+
+    def _turned(self, x: ir.Value, a: AttentionConfig, num_heads: int, out: str) -> ir.Value:
+        assert a.rotary is not None
+        attributes: dict[str, Any] = {} if a.rotary.is_whole else {"rotary_embedding_dim": a.rotary.dim}
+        if a.rotary.interleaved:
+            attributes["interleaved"] = 1
+        inputs = [x, self.make_positions(), *self._inputs.tables[a.rotary]]
+        return self._g.op("RotaryEmbedding", inputs, out, domain=MICROSOFT, num_heads=num_heads, **attributes)
+
+
 class FloatAttention:
     """One kernel for every shape of run."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
-        self._g, self._inputs = g, inputs
+        self._g, self._inputs, self._rotation = g, inputs, Rotation(g, inputs)
 
     def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
         """As `Attention.attend`."""
         shared, name = self._inputs, f"layers.{block.layer}.attention"
+        rotates = kernel_rotates(block.attention)
+        if not rotates:
+            query = self._rotation(query, block.attention, name)
         optional: list[ir.Value | None] = [None] * 7  # position_ids, bias, sink, k_scale, v_scale, q_norm, k_norm
         values = self._g.ops(
             "GroupQueryAttention",
@@ -62,17 +106,24 @@ class FloatAttention:
              *optional, shared.query_len],
             [name, f"present.{block.layer}.k", f"present.{block.layer}.v"],
             domain=MICROSOFT,
-            **kernel_attributes(block.attention),
+            **kernel_attributes(block.attention, rotates=rotates),
         )  # fmt: skip
         return CachedValues(*values)
 
 
+def kernel_rotates(attention: AttentionConfig) -> bool:
+    """Whether the kernel has this rotary embedding: it takes multiples of 16 channels."""
+    return attention.rotary is None or attention.rotary.dim % 16 == 0
+
+
 def tables_of(attention: AttentionConfig, inputs: CacheInputs) -> Sequence[ir.Value | None]:
-    """cos and sin for the kernel; nothing where no channel turns."""
-    return (None, None) if attention.rotary is None else inputs.tables[attention.rotary]
+    """cos and sin for the kernel; nothing where it turns no channel."""
+    return (
+        (None, None) if attention.rotary is None or not kernel_rotates(attention) else inputs.tables[attention.rotary]
+    )
 
 
-def kernel_attributes(attention: AttentionConfig, *, rotates: bool = True) -> dict[str, Any]:
+def kernel_attributes(attention: AttentionConfig, *, rotates: bool) -> dict[str, Any]:
     """Attributes of the kernel; those that equal its own defaults are left out."""
     found: dict[str, Any] = {
         "num_heads": attention.num_heads,

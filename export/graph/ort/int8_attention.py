@@ -25,8 +25,8 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
-from export.graph.ort.attention import CachedValues, CacheInputs, kernel_attributes, tables_of
-from export.model.description import Attention, Block
+from export.graph.ort.attention import CachedValues, CacheInputs, Rotation, kernel_attributes, kernel_rotates, tables_of
+from export.model.description import Block
 from export.quantize.statistics.kv_scales import KvScales
 
 INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
@@ -36,14 +36,13 @@ class Int8Attention:
     """Builds both kernels of every layer; what they share is computed once a run."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Sequence[KvScales]) -> None:
-        self._g, self._inputs, self._scales = g, inputs, scales
-        self._zero = g.constant("zero", np.array(0, np.int64))
-        one = g.constant("one.long", np.array(1, np.int64))
+        self._g, self._inputs, self._scales, self._rotation = g, inputs, scales, Rotation(g, inputs)
+        # Made outside the branches, which both may read it.
+        self._rotation.make_positions()
+        one = g.constant("one", np.array(1, np.int64))
         size = g.op("Squeeze", [g.op("Shape", [inputs.token_idx], "chunk.shape", start=1, end=2)], "chunk.len")
         self._is_chunk = g.op("Greater", [size, one], "is_chunk")
         self._write_idx = g.op("Cast", [inputs.past_len], "write_idx", to=ir.DataType.INT64)
-        first = g.op("Unsqueeze", [self._write_idx, g.shape_constant(1)], "first_position")
-        self._positions = g.op("Add", [first, g.op("Range", [self._zero, size, one], "chunk.range")], "positions")
         longest = g.op("ReduceMax", [self._write_idx], "longest_past", keepdims=0)
         self._num_read = g.op("Unsqueeze", [longest, g.shape_constant(0)], "num_read")
         # The float32 kernel's own cache lives for one layer, and holds no more than its longest row needs.
@@ -64,6 +63,9 @@ class Int8Attention:
         g, shared, layer = self._g, self._inputs, block.layer
         none: list[ir.Value | None] = [None]  # position_ids, bias, sink before the scales; norms behind them
         steps = [self._step(layer, kv, (-1,)) for kv in "kv"]
+        rotates = kernel_rotates(block.attention)
+        if not rotates:
+            query = self._rotation(query, block.attention, f"decode.{layer}")
         return g.ops(
             "GroupQueryAttention",
             [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),
@@ -73,19 +75,18 @@ class Int8Attention:
             k_quant_type="PER_CHANNEL",
             v_quant_type="PER_CHANNEL",
             kv_cache_bit_width=8,
-            **kernel_attributes(block.attention),
+            **kernel_attributes(block.attention, rotates=rotates),
         )  # fmt: skip
 
     def _chunk(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> list[ir.Value]:
         g, a, shared, layer = self._g, block.attention, self._inputs, block.layer
         prefix = f"chunk.{layer}"
-        q, k, v = self._unpacked(query, a, prefix)
-        q = self._rotated(q, a, a.num_heads, f"{prefix}.q.rotated")
-        k = self._rotated(k, a, a.num_kv_heads, f"{prefix}.k.rotated")
+        q, k, v = self._rotation(query, a, prefix)
         fresh: list[ir.Value] = []
         widened: list[ir.Value] = []
         present: list[ir.Value] = []
         for kv, x in (("k", k), ("v", v)):
+            assert x is not None
             small = self._rounded(x, layer, kv)
             fresh.append(self._widened(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
             heads = g.op("Reshape", [small, g.shape_constant(0, 0, a.num_kv_heads, a.head_dim)], f"{prefix}.{kv}.heads")
@@ -103,24 +104,6 @@ class Int8Attention:
             **kernel_attributes(a, rotates=False),
         )[0]
         return [out, *present]
-
-    def _unpacked(self, query: Sequence[ir.Value | None], a: Attention, prefix: str) -> list[ir.Value]:
-        packed, k, v = query
-        assert packed is not None
-        if k is not None and v is not None:
-            return [packed, k, v]
-        sizes = self._g.shape_constant(a.q_size, a.kv_size, a.kv_size)
-        return self._g.ops("Split", [packed, sizes], [f"{prefix}.{part}" for part in ("q", "k.new", "v.new")], axis=-1)
-
-    def _rotated(self, x: ir.Value, a: Attention, num_heads: int, out: str) -> ir.Value:
-        if a.rotary is None:
-            return x
-        partial = {} if a.rotary.is_whole else {"rotary_embedding_dim": a.rotary.dim}
-        interleaved = {"interleaved": 1} if a.rotary.interleaved else {}
-        return self._g.op(
-            "RotaryEmbedding", [x, self._positions, *self._inputs.tables[a.rotary]], out, domain=MICROSOFT,
-            num_heads=num_heads, **partial, **interleaved,
-        )  # fmt: skip
 
     def _rounded(self, x: ir.Value, layer: int, kv: str) -> ir.Value:
         """int8 [B, S, kv_heads * head_dim]. A scale a channel along the last axis is slow in QuantizeLinear (it calls

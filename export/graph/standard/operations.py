@@ -48,7 +48,7 @@ class StandardOperations(GraphOperations):
         x = self.as_stream(x)
         if self.compute == ir.DataType.FLOAT:
             return self._dialect.norm(x, weight, bias, norm, out)
-        wide = self._dialect.norm(x, weight, bias, norm, f"{out}.float32")
+        wide = self._dialect.norm(x, weight, bias, norm, f"{out}.wide")
         return g.op("Cast", [wide], out, to=self.compute)
 
     def add_norm(self, stream: Stream[ir.Value], norm: Norm) -> tuple[ir.Value, ir.Value]:
