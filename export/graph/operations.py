@@ -58,19 +58,23 @@ class GraphOperations(ABC):
         return self.g.op("Gelu", [x], out, approximate="tanh")
 
     def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
-        """Every expert gets the tokens that chose it, and no others: an expert that none chose multiplies no rows."""
+        """Every expert gets the tokens that chose it, and no others: an expert that none chose multiplies no rows.
+
+        Sums are float32: ScatterND adds in no narrower type on the CPU.
+        """
         g, name = self.g, f"{experts.router.site}"
         hidden = experts.router.num_inputs
         flat = g.op("Reshape", [x, g.shape_constant(-1, hidden)], f"{name}.tokens")
         logits = g.op("Cast", [self.linear(flat, experts.router)], f"{name}.logits", to=ir.DataType.FLOAT)
         count = g.shape_constant(experts.top_k)
         best, chosen = g.ops("TopK", [logits, count], [f"{name}.best", f"{name}.chosen"], axis=-1)
-        shares = g.op("Cast", [g.op("Softmax", [best], f"{name}.softmax", axis=-1)], f"{name}.shares", to=self.compute)
-        nothing = ir.tensor(np.zeros(1, self.compute.numpy()))
+        shares = g.op("Softmax", [best], f"{name}.shares", axis=-1)
+        nothing = ir.tensor(np.zeros(1, np.float32))
         total = g.op("ConstantOfShape", [g.op("Shape", [flat], f"{name}.shape")], f"{name}.nothing", value=nothing)
         for idx, expert in enumerate(experts.experts):
             total = self._with_expert(total, flat, chosen, shares, idx, expert, run)
-        return g.op("Reshape", [total, g.op("Shape", [x], f"{name}.outer")], f"{name}.mixed")
+        mixed = g.op("Cast", [total], f"{name}.mixed.tokens", to=self.compute)
+        return g.op("Reshape", [mixed, g.op("Shape", [x], f"{name}.outer")], f"{name}.mixed")
 
     def _with_expert(
         self,
@@ -89,9 +93,10 @@ class GraphOperations(ABC):
         places = g.op("Transpose", [places], f"{name}.places", perm=[1, 0])  # [hits, 2]: token and rank
         rows = g.op("Gather", [places, g.constant("zero", np.array(0, np.int64))], f"{name}.rows", axis=1)
         y = run(g.op("Gather", [tokens, rows], f"{name}.tokens", axis=0), expert)
+        wide = g.op("Cast", [y], f"{name}.float32", to=ir.DataType.FLOAT)
         share = g.op("Unsqueeze", [g.op("GatherND", [shares, places], f"{name}.share.1d"), g.shape_constant(1)],
                      f"{name}.share")  # fmt: skip
-        weighed = g.op("Mul", [y, share], f"{name}.weighed")
+        weighed = g.op("Mul", [wide, share], f"{name}.weighed")
         where = g.op("Unsqueeze", [rows, g.shape_constant(1)], f"{name}.rows.2d")
         return g.op("ScatterND", [total, where, weighed], f"{name}.total", reduction="add")
 

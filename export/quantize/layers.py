@@ -29,31 +29,33 @@ class BlockLayer:
     load: Callable[[], ImportedRows | None]
 
 
-Layers = Mapping[Site, Int8Layer | BlockLayer]
+Layers = Mapping[Site, Int8Layer | BlockLayer | None]
+"""Every linear layer of a model but routers, or none at all. None: stored as floats or as the precision says."""
 
 
 class QuantizedLayers:
-    """Hands each layer to a graph once. A layer that no graph takes is an error, see `check_all_taken`."""
+    """Hands the layers to one graph, each once; both sides must agree on which there are."""
 
-    def __init__(self, layers: Layers, *, is_complete: bool = False) -> None:
-        """is_complete: every linear layer must be there, but for routers."""
-        self._layers, self._is_complete = layers, is_complete
-        self._left = set(layers)
+    def __init__(self, layers: Layers) -> None:
+        self._layers, self._left = layers, set(layers)
 
     def take(self, linear: Linear) -> Int8Layer | ImportedRows | None:
-        """The layer's integers; None if it is stored as the precision says. CalibrationFailed if it is missing."""
-        found = self._layers.get(linear.site)
-        if found is None:
-            if self._is_complete and linear.is_quantizable:
-                raise CalibrationFailed(f"{linear.site} was not calibrated; the calibration is of another model")
-            return None
+        """The layer's integers; None if there are none. CalibrationFailed for a layer that nobody decided about."""
+        if self._layers and linear.is_quantizable and linear.site not in self._layers:
+            raise CalibrationFailed(f"the graph has a layer {linear.site}, and quantization knew of none")
         self._left.discard(linear.site)
+        found = self._layers.get(linear.site)
         return found.load() if isinstance(found, BlockLayer) else found
 
     def check_all_taken(self) -> None:
         """CalibrationFailed, naming one, if the graph has no place for a layer that was quantized."""
-        if self._left:
-            raise CalibrationFailed(f"{min(self._left)} was quantized, and the graph has no such layer")
+        if left := sorted(site for site in self._left if self._layers[site] is not None):
+            raise CalibrationFailed(f"{left[0]} was quantized, and the graph has no such layer")
+
+
+def undecided(config: ModelConfig) -> dict[Site, Int8Layer | BlockLayer | None]:
+    """Every layer that can be quantized, with no integers yet."""
+    return {linear.site: None for linear in config.linears if linear.is_quantizable}
 
 
 def layers_of_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> Layers:
@@ -67,4 +69,4 @@ def layers_of_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> Layers:
 
         return BlockLayer(load)
 
-    return {linear.site: layer(linear) for linear in config.linears}
+    return {linear.site: layer(linear) for linear in config.linears if linear.is_quantizable}

@@ -91,7 +91,7 @@ class Int8Attention:
             fresh.append(self._widened(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
             heads = g.op("Reshape", [small, g.shape_constant(0, 0, a.num_kv_heads, a.head_dim)], f"{prefix}.{kv}.heads")
             rows = g.op("Transpose", [heads], f"{prefix}.{kv}.rows", perm=[0, 2, 1, 3])
-            present.append(g.op("TensorScatter", [past[kv], rows, self._write_idx], f"{prefix}.{kv}", axis=2))
+            present.append(g.op("TensorScatter", [past[kv], rows, self._write_idx], f"{prefix}.{kv}.present", axis=2))
             axis = g.shape_constant(2)
             read = g.op("Slice", [past[kv], g.shape_constant(0), self._num_read, axis], f"{prefix}.{kv}.read")
             widened.append(self._widened(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))

@@ -35,7 +35,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig, Site
 from export.quantize.int4.rounding import LayerError, Plan, pieces_of, round_layers
 from export.quantize.int8.saved import Calibration
-from export.quantize.layers import BlockLayer
+from export.quantize.layers import BlockLayer, Layers, undecided
 from export.storage.blocks import Blocks, check_divisible
 from export.verify.parity import figure_name
 from runtime.commands.fit import LAST_SHARE
@@ -49,7 +49,7 @@ could take them back. In SmolLM2-135M these are 2 of 30; for 2.4 % of the bytes 
 class Int4Model(NamedTuple):
     """The rounded layers, and what rounding cost each."""
 
-    layers: Mapping[Site, BlockLayer]
+    layers: Layers
     errors: list[LayerError]
 
 
@@ -74,7 +74,7 @@ def int4_model(
 ) -> Int4Model:
     """Round every site of the plan."""
     files, errors = round_layers(checkpoint, config, pieces_of(sequences, config), plan, workdir)
-    return Int4Model({site: BlockLayer(partial(files.get, site)) for site in plan}, errors)
+    return Int4Model(undecided(config) | {site: BlockLayer(partial(files.get, site)) for site in plan}, errors)
 
 
 def plan_of(config: ModelConfig, precision: Stores) -> Plan:

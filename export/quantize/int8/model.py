@@ -22,7 +22,7 @@ from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights, smoothing_vectors
 from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config
-from export.quantize.layers import Int8Layer
+from export.quantize.layers import Int8Layer, Layers, undecided
 from export.quantize.statistics.collect import collect_statistics
 
 
@@ -40,7 +40,7 @@ class Int8Model:
 
     checkpoint: SmoothedCheckpoint
     config: ModelConfig
-    layers: Mapping[Site, Int8Layer]
+    layers: Layers
     ranges: Mapping[Site, Range]
     calibration: Calibration
 
@@ -67,7 +67,7 @@ def int8_model(
     smoothed, own_config = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
     rounded = RoundedWeights(workdir / "rounded")
     round_weights(smoothed, own_config, calibration.sequences, ranges, rounded)
-    layers = {
+    layers = undecided(own_config) | {
         site: Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site)) for site, chosen in ranges.items()
     }
     return Int8Model(smoothed, own_config, layers, ranges, calibration)
@@ -76,7 +76,7 @@ def int8_model(
 def summary(model: Int8Model) -> dict[str, Any]:
     """The receipt's account of what was quantized how; JSON-able."""
     costs, head = model.calibration.costs, model.config.head.linear.site
-    two_pass = [cost for cost in costs if model.layers[cost.site].fine_scale is not None]
+    two_pass = [cost for cost in costs if model.ranges[cost.site].fine_scale is not None]
     counted = [cost for cost in costs if cost.site != head]
     return {
         "two_pass": [str(cost.site) for cost in two_pass],
@@ -97,7 +97,6 @@ def _left_out(model: Int8Model) -> dict[str, Any]:
         found["stream_not_rotated"] = obstacle
     if plain := [str(site) for site in model.ranges if producer_of(config, site) is None]:
         found["not_smoothed"] = plain
-    sites = [linear.site for linear in config.linears if linear.is_quantizable]
-    if missing := [str(site) for site in sites if site not in model.ranges]:
+    if missing := [str(site) for site, layer in model.layers.items() if layer is None]:
         found["weight_only"] = missing
     return found

@@ -131,7 +131,10 @@ def round_weights(
     search = SearchPass(smoothed, config, sequences)
     with progress_bar("round", total=config.num_layers + 1) as bar:
         for layer in search:
-            inputs = {kind: x for kind, x in layer.inputs.items() if Site(layer.layer, kind) in ranges}
+            found = [kind for kind in layer.matrices if Site(layer.layer, kind) in ranges]
+            inputs = {kind: layer.inputs[kind] for kind in found if kind in layer.inputs}
+            for kind in set(found) - set(inputs):  # an expert that these sequences do not reach
+                rounded.put(Site(layer.layer, kind), rounded_to_nearest(layer.matrices[kind]))
 
             def rounded_rows(kind: str, layer: LayerInputs = layer) -> Int8Rows:
                 return _rounded(layer.inputs[kind], layer.matrices[kind], layer.token_weight[kind],
