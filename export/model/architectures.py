@@ -64,9 +64,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     arch = _architecture(raw)
     shared = _shared_names(raw, arch)
     refuse_unknown(shared, arch.fields)
-    sizes = _sizes(shared, arch.defaults)
     defaults = arch.defaults
-    return describe(
+    sizes = _sizes(shared, defaults)
+    config = describe(
         str(raw["model_type"]),
         sizes,
         arch.style(shared, sizes),
@@ -78,6 +78,24 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         ),
         is_tied=flag(shared, "tie_word_embeddings", default=defaults.is_tied),
     )
+    _check_rotary(config)
+    return config
+
+
+def _check_rotary(config: ModelConfig) -> None:
+    """What the rotary embedding and the size of the heads must agree on."""
+    rotary = config.attention.rotary
+    if rotary is None:
+        return
+    if rotary.dim < 2 or rotary.dim % 2:
+        raise UnsupportedModel(
+            f"config.json: {rotary.dim} of {rotary.head_dim} channels of a head would turn; supported: even numbers"
+        )
+    for name, factors in (("short_factor", rotary.rope.short_factors), ("long_factor", rotary.rope.long_factors)):
+        if rotary.rope.kind == "longrope" and len(factors) != rotary.dim // 2:
+            raise InvalidCheckpoint(
+                f"config.json: {name} has {len(factors)} numbers, and {rotary.dim // 2} pairs of channels turn"
+            )
 
 
 def as_described(checkpoint: Checkpoint) -> Checkpoint:
@@ -88,8 +106,26 @@ def as_described(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _shared_names(raw: Mapping[str, Any], arch: Architecture) -> Mapping[str, Any]:
-    """config.json with the fields that this family calls otherwise under their shared names."""
-    return {arch.aliases.get(name, name): value for name, value in raw.items()}
+    """config.json with the fields that this family calls otherwise under their shared names.
+
+    UnsupportedModel for a shared name that this family does not read; InvalidCheckpoint if the two names differ.
+    """
+    own_names = {shared: own for own, shared in arch.aliases.items()}
+    found: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name not in own_names:
+            found[arch.aliases.get(name, name)] = value
+        elif own_names[name] not in raw:
+            raise UnsupportedModel(
+                f"config.json: {name} = {shown(value)} is not supported for model_type {raw['model_type']!r}, which "
+                f"reads {own_names[name]}"
+            )
+        elif raw[own_names[name]] != value:
+            raise InvalidCheckpoint(
+                f"config.json: {name} is {shown(value)}, and {own_names[name]} {shown(raw[own_names[name]])}; remove "
+                "the wrong one"
+            )
+    return found
 
 
 def _architecture(raw: Mapping[str, Any]) -> Architecture:

@@ -359,9 +359,10 @@ class ModelConfig:
     def num_macs(self, site: Site) -> int:
         """Multiply-adds of a linear layer a token; of one of many experts, its share of the tokens."""
         linear = self.by_site[site]
-        return int(linear.num_outputs * linear.num_inputs * self._share_of_tokens(site))
+        return int(linear.num_outputs * linear.num_inputs * self.share_of_tokens(site))
 
-    def _share_of_tokens(self, site: Site) -> float:
+    def share_of_tokens(self, site: Site) -> float:
+        """Of all tokens, those that a layer multiplies: fewer than all for an expert."""
         if site.layer == self.num_layers:
             return 1.0
         mlp = self.blocks[site.layer].mlp

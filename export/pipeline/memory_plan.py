@@ -64,19 +64,17 @@ class _Sizes:
     """What the phases are made of: weights of each matrix, bytes of a layer and of the tokens that pass it."""
 
     def __init__(self, config: ModelConfig, workers: int) -> None:
-        hidden, inner, attention = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-        self.hidden, self.vocab, self.workers = hidden, config.vocab_size, workers
-        self.matrices = [
-            (attention + 2 * config.num_kv_heads * config.head_dim, hidden),
-            (hidden, attention),
-            (2 * inner, hidden),
-            (hidden, inner),
-        ]
+        self.hidden, self.vocab, self.workers = config.hidden_size, config.vocab_size, workers
+        # Of the largest block.
+        blocks = ([linear for linear in block.linears if linear.is_quantizable] for block in config.blocks)
+        linears = max(blocks, key=lambda linears: sum(prod(linear.shape) for linear in linears))
+        self.matrices = [linear.shape for linear in linears]
         self.widest = max(map(prod, self.matrices))
         self.weights = sum(map(prod, self.matrices))
         self.layer = 4 * self.weights + _LOADED * self.widest
-        self.head = config.vocab_size * hidden
-        self.inputs = 4 * (2 * hidden + attention + inner)  # of each product, a token
+        self.head = config.vocab_size * self.hidden
+        # Of each product, a token.
+        self.inputs = int(4 * sum(linear.num_inputs * config.share_of_tokens(linear.site) for linear in linears))
         self.token = token_bytes(config)
         self.live = _LIVE * self.token
 

@@ -14,17 +14,17 @@ from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
-from export.graph.linear import linear
+from export.graph.ort.linear import imported_linear
+from export.graph.weights import Weight
 from export.model.architectures import parse_config
-from export.model.layer_weights import Weight
-from export.model.precision import Precision, precision_named
+from export.model.description import Site
+from export.model.precision import precision_named
 from export.pipeline.calibrated import QuantizationOptions, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
 from export.quantize.rounding.blocks import compensated_rows
 from export.quantize.rounding.gptq import Moments
-from export.model.description import Site
 from export.sources.open import open_checkpoint
 from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
 from export.storage.quantized_rows import ImportedRows
@@ -92,9 +92,9 @@ def test_the_kernel_multiplies_with_what_was_packed(tmp_path: Path) -> None:
     with WeightFile(tmp_path) as weights:
         g = GraphBuilder(weights)
         source = g.input("x", ir.DataType.FLOAT, ["n", 64])
-        stored = Weight("w", "down", weight.shape, lambda: weight, lambda: ImportedRows(rows, INT4, None))
-        g.output(linear(g, source, stored, Precision(name="w4a16", keeps_imported=True), "y"),
-                 ir.DataType.FLOAT, ["n", 24])  # fmt: skip
+        stored = Weight("w", "down", weight.shape, lambda: weight)
+        y = imported_linear(g, source, stored, ImportedRows(rows, INT4, None), "y")
+        g.output(y, ir.DataType.FLOAT, ["n", 24])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     expected = x @ dequantize_rows(rows, bits=4).T
@@ -105,7 +105,7 @@ def test_the_kernel_multiplies_with_what_was_packed(tmp_path: Path) -> None:
 
 def test_the_last_mlps_keep_eight_bits(model: Path) -> None:
     checkpoint = open_checkpoint(str(model))
-    plan = plan_of(checkpoint, parse_config(checkpoint.config), precision_named("w4a16"))
+    plan = plan_of(parse_config(checkpoint.config), precision_named("w4a16"))
     wide = {str(site) for site, blocks in plan.items() if blocks.bits == 8}
     assert wide == {"layers.2.gate_up", "layers.2.down"}
     assert {site.kind for site in plan} == {"o", "gate_up", "down"}
@@ -194,7 +194,7 @@ class Interrupted(CheckpointView):
 def test_an_interrupted_rounding_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
     checkpoint: Any = open_checkpoint(str(model))
     config = parse_config(checkpoint.config)
-    plan = plan_of(checkpoint, config, precision_named("w4a16"))
+    plan = plan_of(config, precision_named("w4a16"))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (6, 40)).tolist()
     whole, errors = round_layers(checkpoint, config, ids, plan, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -204,8 +204,7 @@ def test_an_interrupted_rounding_goes_on_where_it_stopped(tmp_path: Path, model:
     assert "model.layers.1.mlp.down_proj.weight" not in watched.seen
     assert more_errors == errors
     for site in plan:
-        name = f"model.layers.{site.layer}.mlp.down_proj.weight"
-        first, second = whole.get(name), parts.get(name)
+        first, second = whole.get(site), parts.get(site)
         assert first is not None and second is not None
         assert np.array_equal(first.rows.values, second.rows.values)
     # Other text is another run.

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from export.artifact.weight_file import WeightFile
 from export.graph.builder import GraphBuilder
-from export.graph.int8_linear import int8_linear
-from export.model.layer_weights import Weight
+from export.graph.ort.int8_linear import int8_linear
+from export.graph.weights import Weight
+from export.model.description import Site
 from export.quantize.int8.ranges import FINE_STEPS
 from export.quantize.int8.sensitivity import MAX_WIDE_SHARE, LayerCost, choose_wide
+from export.quantize.layers import Int8Layer
 from export.quantize.rounding.gptq import Moments
 from export.quantize.rounding.int8 import (
-    Int8Layer,
     Int8Rows,
     error_compensated,
     rounded_activations,
     rounded_to_nearest,
 )
-from export.model.description import Site
 from runtime.errors import InvalidSetting
 from runtime.machine.cpu_features import int8_options
 

@@ -3,6 +3,7 @@ and values, and results that depend neither on the neighbours of a row nor on wh
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 
 from export.calibration.dataset import CalibrationOptions, calibration_options
 from export.model.architectures import parse_config
-from export.model.reference import Array, embed, load_block, rms_norm, run_block
-from export.model.rope import rope_tables
+from export.model.description import RopeConfig, Rotary, Site
+from export.model.reference.forward import embed, load_block, load_head, load_norm, rotary_tables, run_block
+from export.model.reference.operations import Array, normed
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.saved import load_calibration
 from export.quantize.int8.smoothquant import SmoothedCheckpoint
-from export.model.description import Site
 from export.quantize.statistics.collect import collect_statistics
 from export.quantize.statistics.kv_scales import kv_scales, pair_lengths
 from export.sources.open import open_checkpoint
@@ -62,29 +63,37 @@ def rounded_logits(artifact: Artifact, source: Path, sequences: Sequence[Sequenc
     config = parse_config(checkpoint.config)
     scales = kv_scales(load_calibration(artifact.path, config.vocab_size).statistics, config)
     edges = np.cumsum([0, *map(len, sequences)])
-    tables = rope_tables(config.rope, config.head_dim, max(map(len, sequences)))
-    x = embed(checkpoint, sequences)
+    tables = rotary_tables(config, max(map(len, sequences)))
+    x = embed(checkpoint, config.embedding, sequences)
     for layer in range(config.num_layers):
 
         def store(kv: str, heads: Array, layer: int = layer) -> None:
             step = scales[layer].of(kv).reshape(heads.shape[1:])
             heads[:] = np.clip(np.rint(heads / step), -128, 127) * step  # attention reads this very array
 
-        x = run_block(load_block(checkpoint, config, layer), config, layer, x, edges, tables, observe=store)
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    logits = rms_norm(x, checkpoint.load("model.norm.weight"), config.rms_norm_eps) @ checkpoint.load(head).T
+        block = config.blocks[layer]
+        x = run_block(load_block(checkpoint, block), block, x, edges, tables, observe=store)
+    hidden = normed(x, load_norm(checkpoint, config.final_norm), config.final_norm)
+    logits = load_head(checkpoint, config.head).logits(hidden)
     return [logits[start:stop] for start, stop in pairwise(edges)]
 
 
-@given(st.integers(0, 2**31), st.sampled_from([8, 16, 64]), st.integers(0, 1_000_000))
-def test_a_key_in_range_stays_in_range_wherever_it_stands(seed: int, head_dim: int, position: int) -> None:
+@given(st.integers(0, 2**31), st.sampled_from([8, 16, 64]), st.booleans(), st.booleans(), st.integers(0, 1_000_000))
+def test_a_key_in_range_stays_in_range_wherever_it_stands(
+    seed: int, dim: int, interleaved: bool, is_whole: bool, position: int
+) -> None:
+    head_dim = dim if is_whole else 2 * dim
+    rotary = Rotary(rope=RopeConfig(theta=10_000.0), head_dim=head_dim, dim=dim, interleaved=interleaved)
+    attention = replace(parse_config(config_of("llama")).attention, head_dim=head_dim, rotary=rotary)
     keys = np.random.default_rng(seed).standard_normal((20, 2, head_dim)).astype(np.float32)
-    step = pair_lengths(np.abs(keys).max(0).reshape(-1), head_dim).reshape(2, head_dim) / 127
-    angle = position * 10000.0 ** (-np.arange(head_dim // 2) / (head_dim // 2))
-    first, second = np.split(keys, 2, axis=-1)
-    turned = np.concatenate([first * np.cos(angle) - second * np.sin(angle),
-                             second * np.cos(angle) + first * np.sin(angle)], -1)  # fmt: skip
-    assert (np.abs(turned) <= 127.001 * step).all()
+    step = pair_lengths(np.abs(keys).max(0).reshape(-1), attention).reshape(2, head_dim) / 127
+    angle = position * 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+    turning = keys[..., :dim]
+    first, second = (turning[..., ::2], turning[..., 1::2]) if interleaved else np.split(turning, 2, axis=-1)
+    halves = (first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle))
+    turned = np.stack(halves, -1).reshape(turning.shape) if interleaved else np.concatenate(halves, -1)
+    assert (np.abs(turned) <= 127.001 * step[:, :dim]).all()
+    assert np.allclose(step[:, dim:] * 127, np.abs(keys[..., dim:]).max(0)), "what does not turn keeps its own length"
 
 
 def test_scales_of_a_smoothed_model_are_those_of_its_own_values(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ from export.artifact.weight_file import WeightFile
 from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
-from export.graph.portable.linear import TrtLinear
+from export.graph.standard.linear import StandardLinear
+from export.graph.weights import Weight
 from export.model.architectures import parse_config
-from export.model.layer_weights import Weight
+from export.model.description import Linear, Part, Site
 from export.model.precision import precision_named
 from export.model.trt_precision import INT4_BLOCKS, trt_precision_named
 from export.pipeline.calibrated import QuantizationOptions, prepare
 from export.pipeline.export_model import ExportOptions, export_model, write_unverified
 from export.quantize.int4.model import plan_of
+from export.quantize.layers import BlockLayer, QuantizedLayers
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows, symmetric_scales
 from export.sources.open import open_checkpoint
 from export.storage.blocks import Blocks, dequantize_rows, quantize_rows
@@ -82,13 +84,17 @@ def test_scales_are_half_precision_and_clip_where_that_pays() -> None:
     assert spared * 7 == pytest.approx(40, rel=1e-3) or spared * 8 == pytest.approx(40, rel=1e-3), "it counts most"
 
 
-def product(tmp_path: Path, weight: Weight) -> NDArray[np.float16]:
+def product(tmp_path: Path, matrix: NDArray[np.float32], load: Any, imported: ImportedRows) -> NDArray[np.float16]:
     """The float16 `[N, K]` that the graph multiplies with: its product with the unit matrix, on ONNX Runtime."""
-    n, k = weight.shape
+    n, k = matrix.shape
+    linear = Linear(site=Site(0, "down"), role="down", parts=(Part("w", n),), num_inputs=k)
+    weight = Weight("w.weight", "down", (n, k), load)
     with WeightFile(tmp_path) as weights:
         g = GraphBuilder(weights, opsets={"": 24})
         x = g.input("x", ir.DataType.FLOAT16, ["rows", k])
-        g.output(TrtLinear(g, trt_precision_named("w4a16"), {})(x, weight, "y"), ir.DataType.FLOAT16, ["rows", n])
+        layers = QuantizedLayers({linear.site: BlockLayer(lambda: imported)})
+        y = StandardLinear(g, trt_precision_named("w4a16"), layers)(x, linear, weight, "y")
+        g.output(y, ir.DataType.FLOAT16, ["rows", n])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     options = ort.SessionOptions()
     # As written: its own kernel for such products would round their input.
@@ -108,7 +114,7 @@ def test_the_graph_multiplies_with_the_integers_it_was_given(tmp_path: Path, blo
     def load() -> NDArray[np.float32]:
         raise AssertionError("it would be rounded once more")
 
-    found = product(tmp_path, Weight("w.weight", "down", weight.shape, load, lambda: ImportedRows(rows, blocks, None)))
+    found = product(tmp_path, weight, load, ImportedRows(rows, blocks, None))
     # Eight bits' scales were made in float32 and are stored in half precision.
     tolerance = 0 if blocks.bits == 4 else 2.0**-10
     np.testing.assert_allclose(found, dequantize_rows(rows, bits=blocks.bits).astype(np.float16), rtol=tolerance)
@@ -129,14 +135,14 @@ def test_the_graph_multiplies_with_the_integers_it_was_given(tmp_path: Path, blo
 def test_integers_that_tensorrt_does_not_take_are_made_anew(tmp_path: Path, rows_of: Any) -> None:
     """As a checkpoint that a GPTQ tool has quantized may bring them."""
     weight = np.random.default_rng(4).standard_normal((24, 128)).astype(np.float32)
-    found = product(tmp_path, Weight("w.weight", "down", weight.shape, lambda: weight, lambda: rows_of(weight)))
+    found = product(tmp_path, weight, lambda: weight, rows_of(weight))
     expected = dequantize_rows(nearest_rows(weight, INT4_BLOCKS), bits=4)
     np.testing.assert_array_equal(found, expected.astype(np.float16))
 
 
 def test_the_last_mlps_keep_a_scale_a_channel_and_eight_bits(model: Path) -> None:
     checkpoint = open_checkpoint(str(model))
-    plan = plan_of(checkpoint, parse_config(checkpoint.config), trt_precision_named("w4a16"))
+    plan = plan_of(parse_config(checkpoint.config), trt_precision_named("w4a16"))
     wide = {str(site): blocks for site, blocks in plan.items() if blocks.bits == 8}
     assert wide == {"layers.2.gate_up": Blocks(8, 64, True), "layers.2.down": Blocks(8, 128, True)}
     assert {blocks for blocks in plan.values() if blocks.bits == 4} == {INT4_BLOCKS}
@@ -196,6 +202,6 @@ def test_an_interrupted_export_goes_on_in_the_second_rounding(tmp_path: Path, mo
     watched = CountingReads(open_checkpoint(str(model)))
     found = run(watched)
     assert watched.seen.count(last) == 1 and first not in watched.seen
-    assert found.checkpoint.imported(last).blocks == Blocks(8, 32, True)
-    assert found.trt_checkpoint.imported(last).blocks == Blocks(8, 128, True)
+    for dialect, blocks in (("ort", Blocks(8, 32, True)), ("trt", Blocks(8, 128, True))):
+        assert found.layers[dialect][Site(2, "down")].load().blocks == blocks
     assert found.trt_checkpoint.imported(first).blocks == INT4_BLOCKS

@@ -15,10 +15,11 @@ from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
+from export.model.description import LM_HEAD
 from export.model.precision import EXPORTABLE
 from export.pipeline.calibrated import CalibratedModel, QuantizationOptions, prepare
 from export.pipeline.export_model import write_unverified
-from export.model.description import LM_HEAD
+from export.quantize.layers import Int8Layer
 from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
 from export.tensorrt.profiles import EngineLimits
@@ -102,6 +103,10 @@ def test_int8_weights_and_activations(tmp_path: Path, checkpoint: Checkpoint) ->
     model = prepare(beginning, config, precision, options, tmp_path / "work", max_len=512, generate=generate)
     (tmp_path / "artifact").mkdir()
     layers = check(built(tmp_path / "artifact", beginning, "w8a8", model), NUM_LAYERS, NUM_TOKENS)
-    rounded = [name for name, layer in model.int8_layers.items() if layer.fine_scale is None and name != LM_HEAD]
+    rounded = [
+        site
+        for site, layer in model.layers["trt"].items()
+        if isinstance(layer, Int8Layer) and layer.fine_scale is None and site.kind != LM_HEAD
+    ]
     assert layers["quantize"] == len(rounded) > 0
     assert layers["dequantize"] == len(rounded) + 4 * NUM_LAYERS + 1, "every rounded input, every weight, the LM head"

@@ -28,6 +28,7 @@ COHERE = Architecture(
         num_heads=64,
         max_position_embeddings=8192,
         norm_eps=1e-5,
+        rope_theta=500_000.0,
         is_tied=True,
         bos_id=5,
         eos_id=255_001,

@@ -21,7 +21,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
         raise InvalidCheckpoint(
             f"config.json: num_experts_per_tok {top_k} is more than num_local_experts {num_experts}"
         )
-    return Style(num_experts=num_experts, top_k=top_k, windows=windows(raw, "always", sizes, _DEFAULTS))
+    return Style(num_experts=num_experts, top_k=top_k, windows=windows(raw, "uniform", sizes, _DEFAULTS))
 
 
 MIXTRAL = Architecture(

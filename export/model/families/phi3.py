@@ -19,7 +19,7 @@ _DEFAULTS = Defaults(
 def _style(raw: Raw, sizes: Sizes) -> Style:
     return Style(
         rotary_dim=int(sizes.head_dim * share(raw, "partial_rotary_factor")),
-        windows=windows(raw, "always", sizes, _DEFAULTS),
+        windows=windows(raw, "uniform", sizes, _DEFAULTS),
     )
 
 

@@ -181,13 +181,14 @@ def _longrope(rope: RopeConfig, values: Mapping[str, Any], field: str, max_len: 
     """arXiv:2402.13753, as transformers reads it: without a factor, it is that of the two lengths."""
     name = "original_max_position_embeddings"
     original = integer(values, name, max_len, field=f"{field}.{name}")
+    short_factors = _factors(values, "short_factor", field)
     return replace(
         rope,
         kind="longrope",
         original_max_len=original,
         factor=optional_number(values, "factor", field=f"{field}.factor") or max_len / original,
         attention_factor=optional_number(values, "attention_factor", field=f"{field}.attention_factor"),
-        short_factors=_factors(values, "short_factor", field),
+        short_factors=short_factors,
         long_factors=_factors(values, "long_factor", field),
     )
 

@@ -9,7 +9,8 @@ from runtime.errors import InvalidCheckpoint, UnsupportedModel
 def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[int | None, ...]:
     """The window of each layer, None where it attends to everything.
 
-    sliding: "always" (every layer, if sliding_window is set), "flagged" (only with use_sliding_window, from layer
+    sliding: "always" (every layer, if sliding_window is set), "uniform" (the same, and no layer_types but such),
+        "flagged" (only with use_sliding_window, from layer
         max_window_layers on), "alternating" (every second layer, the first one among them) or "never"; a `layer_types`
         list in the config wins where there is a window
     """
@@ -25,13 +26,18 @@ def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[i
             f"config.json: layer_types must name {' or '.join(kinds)} for each of the {num_layers} layers, got "
             f"{shown(layer_types)}"
         )
-    is_on = flag(raw, "use_sliding_window", default=sliding in ("always", "alternating"))
+    is_on = flag(raw, "use_sliding_window", default=sliding in ("always", "uniform", "alternating"))
     window = _window(raw, sliding, defaults, is_on=is_on)
     if layer_types is not None:
         if window is None and "sliding_attention" in layer_types:
             raise InvalidCheckpoint(
                 "config.json: layer_types has sliding_attention, and no window is switched on: sliding_window is "
                 f"{shown(raw.get('sliding_window'))}, use_sliding_window {shown(raw.get('use_sliding_window'))}"
+            )
+        if sliding == "uniform" and window is not None and "full_attention" in layer_types:
+            raise UnsupportedModel(
+                f"config.json: layer_types {shown(layer_types)} is not supported for model_type "
+                f"{raw['model_type']!r}, which has sliding_window in every layer"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     if sliding == "alternating":
@@ -53,7 +59,7 @@ def _window(raw: Raw, sliding: str, defaults: Defaults, *, is_on: bool) -> int |
     window = integer(raw, "sliding_window", defaults.window or 0)
     if sliding == "flagged":
         return window if is_on else None
-    if sliding in ("always", "alternating") and not is_on:
+    if sliding in ("always", "uniform", "alternating") and not is_on:
         raise UnsupportedModel(
             f"config.json: use_sliding_window is false and sliding_window is {window}, which {raw['model_type']} would "
             "use all the same; set sliding_window to null if there is none"

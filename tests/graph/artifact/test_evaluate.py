@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
 from export.model.architectures import parse_config
-from export.model.reference import run_reference
+from export.model.reference.forward import run_reference
 from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main
 from runtime.artifact.manifest import open_artifact

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
-from export.model.reference import load_block, rms_norm
-from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics
 from export.model.description import Site
+from export.model.reference.forward import load_block
+from export.model.reference.operations import normed
+from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics
 from export.quantize.statistics.collect import chunks_of, collect_statistics
 from export.quantize.statistics.store import load_statistics, save_statistics
 from export.sources.open import open_checkpoint
@@ -37,14 +38,14 @@ def model(tmp_path: Path) -> Any:
 def test_maxima_of_the_first_layer_are_those_of_its_norm(tmp_path: Path, model: Any) -> None:
     sequences = some_sequences()
     statistics = collect_statistics(model, CONFIG, sequences, tmp_path / "work")
-    embeddings, block = model.load("model.embed_tokens.weight"), load_block(model, CONFIG, 0)
-    entry = statistics[Site(0, "qkv")]
+    embeddings, block = model.load("model.embed_tokens.weight"), load_block(model, CONFIG.blocks[0])
+    entry, norm = statistics[Site(0, "qkv")], CONFIG.blocks[0].attention_norm
     for fold in range(NUM_FOLDS):
         ids = [token for sequence in sequences[fold::NUM_FOLDS] for token in sequence]
-        expected = np.abs(rms_norm(embeddings[ids], block.attention_norm, CONFIG.rms_norm_eps)).max(0)
+        expected = np.abs(normed(embeddings[ids], block.norms[norm.name], norm)).max(0)
         assert np.array_equal(entry.absmax[fold], expected)
     assert entry.num_tokens == sum(map(len, sequences))
-    assert len(statistics) == CONFIG.num_layers * 6 + 1 and head_site(CONFIG) in statistics
+    assert len(statistics) == CONFIG.num_layers * 6 + 1 and CONFIG.head.linear.site in statistics
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=20))

@@ -1,15 +1,13 @@
 """Rotation changes the basis and nothing else: the same logits, and no channel that stands out."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from export.model.architectures import parse_config
-from export.model.reference import run_reference
-from export.quantize.int8.rotation import RotatedCheckpoint, Rotation, rotated_config
-from export.sources.open import open_checkpoint
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from export.model.reference.forward import run_reference
+from export.quantize.int8.rotation import RotatedCheckpoint, Rotation, rotated_config, stream_obstacle
+from tests.support.architectures import BEYOND_LLAMA, RandomCheckpoint
+from tests.support.tiny_checkpoint import config_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 48, 64, 96, 128, 576, 4096])
@@ -31,20 +29,41 @@ def test_an_outlier_channel_is_spread() -> None:
     assert np.abs(Rotation(576).apply(x)).max() < np.abs(x).max() / 5
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_rotated_model_computes_the_same(tmp_path: Path, family: str) -> None:
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", config_of(family)))
-    config = parse_config(checkpoint.config)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "mistral", "qwen2", "qwen3", *BEYOND_LLAMA])
+def test_the_rotated_model_computes_the_same(name: str) -> None:
+    config = parse_config(BEYOND_LLAMA[name] if name in BEYOND_LLAMA else config_of(name))
+    checkpoint = RandomCheckpoint(config)
     sequences = [np.random.default_rng(i).integers(0, config.vocab_size, 9 + i).tolist() for i in range(2)]
     exact = run_reference(checkpoint, config, sequences)
-    rotated_checkpoint = RotatedCheckpoint(checkpoint, config)
-    rotated = run_reference(rotated_checkpoint, rotated_config(config), sequences)
+    rotated_checkpoint, own = RotatedCheckpoint(checkpoint, config), rotated_config(config)
+    rotated = run_reference(rotated_checkpoint, own, sequences)
     for idx, sequence in enumerate(sequences):
         expected = exact.logits(idx, 0, len(sequence))
         # float32 sums in another order
         assert np.abs(rotated.logits(idx, 0, len(sequence)) - expected).max() < 1e-4 * np.abs(expected).max() + 1e-5
-    assert "lm_head.weight" in rotated_checkpoint.tensors
-    for layer in range(config.num_layers):
-        for name in ("q_proj", "v_proj", "o_proj"):
-            full = f"model.layers.{layer}.self_attn.{name}.weight"
-            assert not np.allclose(rotated_checkpoint.load(full), checkpoint.load(full), atol=1e-3)
+    for block in own.blocks:
+        values, o = block.attention.qkv.weight_names[-1], block.attention.o.weight_names[0]
+        for name_of_weight in (values, o):
+            changed = rotated_checkpoint.load(name_of_weight)
+            assert not np.allclose(changed, checkpoint.load(name_of_weight), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama", None),
+        ("phi3", None),
+        ("mixtral", None),
+        ("gemma2", "norm behind"),
+        ("gpt2", "layer norm"),
+        ("cohere", "layer norm"),
+    ],
+)
+def test_the_stream_is_rotated_where_that_is_exact(name: str, reason: str | None) -> None:
+    config = parse_config(BEYOND_LLAMA[name] if name in BEYOND_LLAMA else config_of(name))
+    obstacle = stream_obstacle(config)
+    assert (obstacle is None) if reason is None else (obstacle is not None and reason in obstacle)
+    embedding = f"{config.embedding.name}.weight"
+    checkpoint = RandomCheckpoint(config)
+    is_same = np.array_equal(RotatedCheckpoint(checkpoint, config).load(embedding), checkpoint.load(embedding))
+    assert is_same == (reason is not None)

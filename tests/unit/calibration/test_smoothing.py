@@ -1,48 +1,36 @@
 """Smoothing changes units, not results: the smoothed checkpoint computes in float32 what the original does."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from export.model.architectures import parse_config
-from export.model.description import ModelConfig
-from export.model.reference import PROJECTIONS, run_reference
-from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config, smoothing_vector
-from export.model.description import Site
-from export.sources.open import open_checkpoint
-from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
+from export.model.description import LM_HEAD, ModelConfig, Site
+from export.model.reference.forward import run_reference
+from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config, smoothing_vector
+from tests.support.architectures import BEYOND_LLAMA, RandomCheckpoint
+from tests.support.tiny_checkpoint import VARIANTS, config_of
 
 # float32 sums of a hundred terms near 1, scaled up and down by factors of up to ten.
 TOLERANCE = 2e-4
 
+CONFIGS = {**{variant: config_of(variant) for variant in VARIANTS}, **BEYOND_LLAMA}
 
-def random_vectors(config: ModelConfig, seed: int = 0) -> dict[Site, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    sizes = {
-        "qkv": config.hidden_size,
-        "gate_up": config.hidden_size,
-        "o": config.num_heads * config.head_dim,
-        "down": config.intermediate_size,
-    }
+
+def random_vectors(config: ModelConfig) -> dict[Site, np.ndarray]:
+    rng = np.random.default_rng(0)
     vectors = {}
-    for layer in range(config.num_layers):
-        for kind in PROJECTIONS:
-            site = Site(layer, kind)
-            highest = rng.uniform(0.1, 10, sizes[kind]).astype(np.float32)
-            ones = np.ones(sizes[kind], np.float32)
-            vectors[site] = smoothing_vector(highest, ones, 0.8, site=site, config=config)
-    site = config.head.linear.site
-    vectors[site] = rng.uniform(0.1, 10, config.hidden_size).astype(np.float32)
+    for linear in config.linears:
+        if linear.is_quantizable:
+            highest = rng.uniform(0.1, 10, linear.num_inputs).astype(np.float32)
+            ones = np.ones(linear.num_inputs, np.float32)
+            vectors[linear.site] = smoothing_vector(highest, ones, 0.8, site=linear.site, config=config)
     return vectors
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_smoothed_checkpoint_computes_the_same(tmp_path: Path, variant: str) -> None:
-    raw = config_of(variant)
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path, raw))
-    config = parse_config(raw)
-    vectors = random_vectors(config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_smoothed_checkpoint_computes_the_same(name: str) -> None:
+    config = parse_config(CONFIGS[name])
+    checkpoint, vectors = RandomCheckpoint(config), random_vectors(config)
     smoothed, own = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
     sequences = [[5, 17, 250, 3, 99, 12, 7], [1, 2, 3]]
     exact = run_reference(checkpoint, config, sequences)
@@ -51,17 +39,33 @@ def test_a_smoothed_checkpoint_computes_the_same(tmp_path: Path, variant: str) -
     for idx, sequence in enumerate(sequences):
         difference = exact.logits(idx, 0, len(sequence)) - moved.logits(idx, 0, len(sequence))
         assert np.abs(difference).max() < TOLERANCE
-    changed = {
-        name for name in smoothed.tensors if not np.array_equal(smoothed.load(name), _original(checkpoint, name))
-    }
-    assert {name for name in changed if "embed" in name} == set()
-    assert len([name for name in changed if name.endswith("proj.weight")]) == 7 * config.num_layers
+    for site in vectors:
+        for weight in own.by_site[site].weight_names:
+            original = checkpoint.load(weight if weight in checkpoint.tensors else f"{config.embedding.name}.weight")
+            changes = not np.array_equal(smoothed.load(weight), original)
+            assert changes == (producer_of(config, site) is not None or weight in _divided(config, vectors)), weight
 
 
-def _original(checkpoint: object, name: str) -> np.ndarray:
-    tensors = checkpoint.tensors  # type: ignore[attr-defined]
-    array: np.ndarray = checkpoint.load(name if name in tensors else "model.embed_tokens.weight")  # type: ignore[attr-defined]
-    return array
+def _divided(config: ModelConfig, vectors: dict[Site, np.ndarray]) -> set[str]:
+    producers = (producer_of(config, site) for site in vectors)
+    return {f"{producer.name}.weight" for producer in producers if producer is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("llama", set()),
+        ("gemma2", set()),
+        ("gpt2", {"down"}),
+        ("cohere", {"qkv", "gate_up"}),
+        ("mixtral", {"gate_up.0", "gate_up.1", "gate_up.2", "gate_up.3"}),
+    ],
+)
+def test_what_nothing_can_divide_is_left_out(name: str, plain: set[str]) -> None:
+    config = parse_config(CONFIGS[name])
+    sites = [linear.site for linear in config.linears if linear.is_quantizable]
+    assert {site.kind for site in sites if producer_of(config, site) is None} == plain
+    assert producer_of(config, Site(config.num_layers, LM_HEAD)) == config.final_norm
 
 
 def test_dead_channels_keep_their_units() -> None:

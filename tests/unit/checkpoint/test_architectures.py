@@ -8,6 +8,7 @@ import pytest
 from export.model.architectures import ARCHITECTURES, parse_config
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
+from tests.support.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3
 from tests.support.tiny_checkpoint import LLAMA3, VARIANTS, YARN, config_of
 
 
@@ -15,27 +16,30 @@ from tests.support.tiny_checkpoint import LLAMA3, VARIANTS, YARN, config_of
 def test_every_variant_is_read(variant: str) -> None:
     config = parse_config(config_of(variant))
     assert config.num_layers == 3
-    assert len(config.sliding_windows) == 3
     assert (config.eos_ids, config.bos_id) == ((2,), 1)
 
 
+def windows_of(raw: dict[str, Any]) -> tuple[int | None, ...]:
+    return tuple(block.attention.window for block in parse_config(raw).blocks)
+
+
 def test_windows_follow_the_family_and_layer_types_win() -> None:
-    assert parse_config(config_of("mistral-sliding")).sliding_windows == (24, 24, 24)
-    assert parse_config(config_of("qwen2-sliding")).sliding_windows == (None, 16, 16)
-    assert parse_config(config_of("qwen2", sliding_window=16)).sliding_windows == (None, None, None)
+    assert windows_of(config_of("mistral-sliding")) == (24, 24, 24)
+    assert windows_of(config_of("qwen2-sliding")) == (None, 16, 16)
+    assert windows_of(config_of("qwen2", sliding_window=16)) == (None, None, None)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert parse_config(config_of("qwen2-sliding", layer_types=kinds)).sliding_windows == (16, None, 16)
+    assert windows_of(config_of("qwen2-sliding", layer_types=kinds)) == (16, None, 16)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "bert"}, "bert"),
         ({"model_type": None}, "None"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "surprise": 3}}, "surprise"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_interleaved": True}, "rope_interleaved"),
@@ -149,9 +153,58 @@ def test_a_missing_number_of_key_value_heads_is_told_as_the_default_of_the_famil
 def test_yarn_keeps_fast_waves_and_stretches_slow_ones() -> None:
     plain = parse_config(config_of("llama", head_dim=64, hidden_size=256)).rope
     yarn = parse_config(config_of("llama", head_dim=64, hidden_size=256, rope_scaling=YARN)).rope
+    assert plain is not None and yarn is not None
     ratio = inverse_frequencies(yarn, 64) / inverse_frequencies(plain, 64)
     assert ratio[0] == 1
     assert ratio[-1] == pytest.approx(1 / 4)
     assert np.all(np.diff(ratio) <= 0)
     assert attention_factor(yarn) == pytest.approx(0.1 * np.log(4) + 1)
     assert attention_factor(plain) == 1
+
+
+def test_two_sets_of_frequencies_are_chosen_between_once() -> None:
+    config = parse_config(PHI3)
+    assert config.rope is not None and (config.rope.original_max_len, config.rope.factor) == (64, 4)
+    short, long = config.for_length(64).rope, config.for_length(65).rope
+    assert short is not None and long is not None
+    ratio = inverse_frequencies(short, 8) / inverse_frequencies(long, 8)
+    assert ratio == pytest.approx([2 / 1, 3 / 1.1, 4 / 1.2, 5 / 1.3])
+    assert attention_factor(long) == pytest.approx(np.sqrt(1 + np.log(4) / np.log(64)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "changes", "named"),
+    [
+        (PHI3, {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor must be a list"),
+        (PHI3, {"partial_rotary_factor": 1.0}, "short_factor has 4 numbers, and 8 pairs"),
+        (PHI3, {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be at most 1"),
+        (PHI3, {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, "sliding_window in every layer"),
+        (MIXTRAL, {"num_experts_per_tok": 5}, "more than num_local_experts"),
+        (GEMMA2, {"hidden_act": "silu"}, "reads hidden_activation"),
+        (GEMMA2, {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "silu"}, "remove the wrong one"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights"),
+        (GPT2, {"hidden_size": 64}, "reads n_embd"),
+        (COHERE, {"use_qk_norm": True}, "use_qk_norm"),
+        (COHERE, {"rms_norm_eps": 1e-6}, "reads layer_norm_eps"),
+    ],
+)
+def test_each_family_refuses_what_it_cannot_honour(raw: dict[str, Any], changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match=named):
+        parse_config({**raw, **changes})
+
+
+@pytest.mark.parametrize("raw", BEYOND_LLAMA.values(), ids=BEYOND_LLAMA)
+def test_a_description_is_whole(raw: dict[str, Any]) -> None:
+    config = parse_config(raw)
+    assert [linear.site for linear in config.linears] == list(config.by_site), "sites are unique"
+    for block in config.blocks:
+        assert (
+            block.attention.o.shape == (64, 64) and block.attention.qkv.num_outputs == 64 + 2 * block.attention.kv_size
+        )
+        for linear in block.linears:
+            assert linear.reads is None or linear in block.readers_of(linear.reads)
+    untied = config.untied()
+    assert untied.head.linear.weight_names == ["lm_head.weight"] and not untied.tie_word_embeddings
+    experts = [config.num_macs(linear.site) for linear in config.linears if "." in linear.site.kind]
+    assert bool(experts) == (raw["model_type"] == "mixtral")
+    assert all(macs in (256 * 64 // 2, 128 * 64 // 2) for macs in experts), "two of four experts see a token"
