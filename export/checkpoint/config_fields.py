@@ -90,7 +90,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = MappingProxyType(
 """Fields that no graph here reads, with the values that leave the model as it is."""
 
 # A switch that is off leaves a model as its family is, but for these, which are on unless they are set.
-_ON_BY_DEFAULT = frozenset({"is_causal", "use_rope", "use_rms_norm"})
+_ON_BY_DEFAULT = frozenset({"is_causal", "use_rope", "use_rms_norm", "scale_attn_weights"})
 
 _LONGEST_VALUE = 120
 

@@ -65,7 +65,7 @@ class Int8Attention:
         steps = [self._step(layer, kv, (-1,)) for kv in "kv"]
         rotates = kernel_rotates(block.attention)
         if not rotates:
-            query = self._rotation(query, block.attention, f"decode.{layer}")
+            query = self._rotation(query, block.attention, f"decode.{layer}.turned")
         return g.ops(
             "GroupQueryAttention",
             [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),

@@ -183,7 +183,7 @@ def test_two_sets_of_frequencies_are_chosen_between_once() -> None:
         (GEMMA2, {"hidden_act": "silu"}, "reads hidden_activation"),
         (GEMMA2, {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "silu"}, "remove the wrong one"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights"),
-        (GPT2, {"hidden_size": 64}, "reads n_embd"),
+        (GPT2, {"hidden_size": 32}, "remove the wrong one"),
         (COHERE, {"use_qk_norm": True}, "use_qk_norm"),
         (COHERE, {"rms_norm_eps": 1e-6}, "reads layer_norm_eps"),
     ],
