@@ -3,7 +3,6 @@
 A reader accepts a directory only with a manifest that lists every file; the manifest is written last, and synced.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -14,14 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from export.artifact.identity import present_at
+from export.storage.whole_file import explaining_full_disk, write_whole
 from runtime.artifact.manifest import MANIFEST, FileEntry, Manifest, sha256_of
-from runtime.errors import HeadraceError, InvalidSetting
-
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file grew beyond what is allowed here (see `ulimit -f`)",
-}
+from runtime.errors import InvalidSetting
 
 _STAGING = ".{name}.partial-{pid}"
 _ASIDE = ".old"
@@ -49,19 +43,12 @@ def staged(target: Path, *, check: Callable[[], object] = lambda: None) -> Itera
     except OSError as error:
         raise InvalidSetting(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
-        yield staging
-        _sync(staging)
-        present_at(target)
-        check()
-        _replace(staging, target)
-    except OSError as error:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(target.parent).free
-            raise HeadraceError(
-                f"{_FULL[error.errno]}: {target.parent} had {free / 1e6:,.0f} MB left when writing failed; "
-                "nothing was changed"
-            ) from error
-        raise
+        with explaining_full_disk(target.parent):
+            yield staging
+            _sync(staging)
+            present_at(target)
+            check()
+            _replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
@@ -92,8 +79,8 @@ def file_entry(file: Path) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json."""
-    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    """Write manifest.json, or replace the one that is there."""
+    write_whole(directory / MANIFEST, manifest.to_json().encode())
 
 
 def _locked(directory: Path) -> int:
@@ -157,23 +144,3 @@ def _replace(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-_PARTIAL = ".partial-"
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write under a temporary name, sync, rename. HeadraceError if the disk is full; nothing is left then."""
-    partial = file.with_name(f"{file.name}{_PARTIAL}{os.getpid()}")
-    try:
-        with partial.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(file)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HeadraceError(f"the disk is full: {file} needs {len(data) / 1e6:,.0f} MB") from error
-        raise
-    finally:
-        partial.unlink(missing_ok=True)

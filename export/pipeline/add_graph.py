@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.artifact.identity import identity_of
-from export.artifact.writer import file_entry, write_whole
+from export.artifact.writer import file_entry, write_manifest
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.model import Int8Options
 from export.quantize.int8.saved import load_calibration
 from export.quantize.kv_cache import INT8
 from export.sources.open import DEFAULT_MODEL
+from export.storage.whole_file import write_whole
 from export.verify.references import NUMPY, TRANSFORMERS
-from runtime.artifact.manifest import CALIBRATION, CHOICE, MANIFEST, Artifact
+from runtime.artifact.manifest import CALIBRATION, CHOICE, Artifact
 from runtime.errors import InvalidArtifact, InvalidSetting
 
 _HUB_SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?")
@@ -119,5 +120,5 @@ def _with_choice(artifact: Artifact, choice: bytes) -> Artifact:
     write_whole(artifact.path / CHOICE, choice)
     entry = file_entry(artifact.path / CHOICE)
     manifest = replace(artifact.manifest, files={**artifact.manifest.files, CHOICE: entry})
-    write_whole(artifact.path / MANIFEST, manifest.to_json().encode())
+    write_manifest(artifact.path, manifest)
     return replace(artifact, manifest=manifest)

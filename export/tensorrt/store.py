@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from export.artifact.writer import _PARTIAL, file_entry, write_whole
-from runtime.artifact.manifest import MANIFEST, Artifact, read_manifest
+from export.artifact.writer import file_entry, write_manifest
+from export.storage.whole_file import PARTIAL, write_whole
+from runtime.artifact.manifest import Artifact, read_manifest
 from runtime.artifact.plan_files import ENGINES, EngineInfo, engine_files
 from runtime.errors import InvalidSetting
 
@@ -54,14 +55,14 @@ def list_files(artifact: Artifact, *files: Path) -> None:
         }
         engines |= {file.name: file_entry(file) for file in files}
         if engines != manifest.engines:
-            write_whole(artifact.path / MANIFEST, replace(manifest, engines=engines).to_json().encode())
+            write_manifest(artifact.path, replace(manifest, engines=engines))
     finally:
         os.close(root)
 
 
 def leftovers(artifact: Artifact) -> Iterator[Path]:
     """Half-written files of builds that no longer run."""
-    for file in sorted((artifact.path / ENGINES).glob(f"*{_PARTIAL}*")):
+    for file in sorted((artifact.path / ENGINES).glob(f"*{PARTIAL}*")):
         pid = file.name.rpartition("-")[2]
         if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
             yield file
@@ -74,7 +75,7 @@ def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
     gone = list(leftovers(artifact))
     for file in sorted(directory.glob("*")):
         is_engine = file.suffix in (".plan", ".json")
-        if _PARTIAL not in file.name and (everything or (is_engine and file.stem not in usable)):
+        if PARTIAL not in file.name and (everything or (is_engine and file.stem not in usable)):
             gone.append(file)
     for file in gone:
         file.unlink(missing_ok=True)

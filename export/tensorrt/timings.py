@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.artifact.writer import file_entry, write_whole
+from export.artifact.writer import file_entry
+from export.storage.whole_file import write_whole
 from runtime.artifact.manifest import FileEntry
 from runtime.artifact.plan_files import EngineIdentity
 

@@ -25,6 +25,7 @@ from export.quantize.statistics.activation_stats import Site, SiteStatistics, St
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.spool import HiddenSpool
 from export.quantize.statistics.store import load_statistics, save_statistics
+from export.storage.whole_file import write_whole
 from runtime.progress import progress_bar
 
 # Activations one worker holds at once: about one sequence of 512 tokens of SmolLM2-135M. More of them take a tenth
@@ -189,9 +190,7 @@ class _Run:
             "layers_done": self.layers_done,
             "follower": self.follower and self.follower.state(),
         }
-        partial = self.workdir / "state.json.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        partial.replace(self.workdir / "state.json")
+        write_whole(self.workdir / "state.json", json.dumps(state).encode())
 
     def _chunk(self, block: Block, layer: int, chunk: Chunk, tables: RopeTables, norm: Array | None) -> _Seen:
         """One chunk through one layer; `norm`: the final norm's weight behind the last one."""
