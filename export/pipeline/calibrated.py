@@ -27,13 +27,21 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from export.model.precision import Calibrated, Precision
 from export.model.trt_precision import trt_precision_named
-from export.pipeline.kept_text import RANDOM, ReadText, with_text
+from export.pipeline.kept_text import RANDOM, with_text
 from export.pipeline.memory_plan import check_memory
 from export.quantize.int4.model import Stores, account_of, block_calibration, int4_model, plan_of
 from export.quantize.int4.rounding import Plan
 from export.quantize.int8.model import Int8Options, calibrate, int8_model, summary
 from export.quantize.int8.rotation import RotatedCheckpoint, rotated_config
 from export.quantize.int8.saved import Calibration, load_calibration
+from export.quantize.kv_cache import (
+    NUM_SEQUENCES,
+    for_kv_alone,
+    has_kv_statistics,
+    load_kv_calibration,
+    unrotated,
+    with_kv_statistics,
+)
 from export.quantize.rounding.int8 import Int8Layers
 from runtime.errors import InvalidSetting
 
@@ -80,19 +88,41 @@ def remove_workdir(workdir: Path) -> None:
         rmtree(workdir)
 
 
-def prepare(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    options: QuantizationOptions,
-    workdir: Path,
-    *,
-    max_len: int,
-    generate: Generate,
-    dialects: Sequence[str] = ("ort",),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationInput:
+    """The model to calibrate, and what is needed to read text for it.
+
+    max_len: the artifact's longest sequence, in tokens; workdir: keeps what is finished, for an interrupted run
+    generate: samples text from the model
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    max_len: int
+    generate: Generate
+    workdir: Path
+
+    def read(self, options: CalibrationOptions) -> CalibrationSet:
+        """The text that `options` names, or random ids where there is no tokenizer to read text with."""
+        texts = self.checkpoint.text_files()
+        if "tokenizer.json" not in texts:
+            return _random_ids(self.config, options, self.max_len)
+        return load_calibration_set(
+            options.source,
+            texts,
+            num_samples=options.num_samples,
+            length=options.length_within(self.max_len),
+            max_len=self.max_len,
+            generate=self.generate if options.source == SELF else None,
+        )
+
+
+def calibrated_model(
+    given: CalibrationInput, precision: Precision, options: QuantizationOptions, dialects: Sequence[str] = ("ort",)
 ) -> CalibratedModel:
-    """Calibrate, or read a calibration, then choose and round. `generate` samples from the model for `--calib self`."""
+    """Calibrate, or read a calibration, then choose and round. `precision` is one that needs calibration."""
     assert precision.calibrated is not None
+    checkpoint, config, workdir = given.checkpoint, given.config, given.workdir
     stores: dict[str, Stores] = {"ort": precision} if "ort" in dialects else {}
     if set(dialects) - {"ort"}:
         stores["trt"] = trt_precision_named(precision.name)
@@ -102,21 +132,17 @@ def prepare(
         config,
         precision.calibrated,
         num_samples=options.calib.num_samples,
-        length=options.calib.length_within(max_len),
+        length=options.calib.length_within(given.max_len),
         is_ignored=options.ignore_memory,
         dialects=dialects,
     )
-
-    def read(text: CalibrationOptions) -> CalibrationSet:
-        return calibration_material(checkpoint, config, text, max_len, generate)
-
     if options.calibration is not None:
-        found = _earlier(options.calibration, options.calib, config, read)
+        found = _earlier(options.calibration, options.calib, given)
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
-        found, material = None, read(options.calib)
+        found, material = None, given.read(options.calib)
     if precision.calibrated is Calibrated.BLOCKS:
-        return _in_blocks(checkpoint, config, precision, plans, found or block_calibration(material), workdir)
+        return _in_blocks(given, precision, plans, found or block_calibration(material))
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
     if found is None or not found.ranges:  # that of a precision that needs none
         found = calibrate(rotated, config, material, workdir)
@@ -131,23 +157,35 @@ def prepare(
     )
 
 
+def kv_calibration(given: CalibrationInput, options: QuantizationOptions, model: CalibratedModel | None) -> Calibration:
+    """Statistics of K and V: from the calibration of `model`, from an earlier one, or from a run for them alone."""
+    if model is not None and model.int8_layers:
+        return model.calibration
+    if model is not None:
+        found = unrotated(model.calibration)
+        return with_kv_statistics(given.checkpoint, given.config, found, given.workdir, limit=NUM_SEQUENCES)
+    if options.calibration is not None:
+        found = unrotated(load_kv_calibration(options.calibration, given.config))
+        if not has_kv_statistics(found, given.config):
+            found = with_text(found, options.calibration, options.calib, given.read)
+    else:
+        material = given.read(options.calib)
+        found = Calibration({}, {}, [], material.sequences, material.provenance)
+    return for_kv_alone(with_kv_statistics(given.checkpoint, given.config, found, given.workdir))
+
+
 def _in_blocks(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    plans: Mapping[str, Plan],
-    found: Calibration,
-    workdir: Path,
+    given: CalibrationInput, precision: Precision, plans: Mapping[str, Plan], found: Calibration
 ) -> CalibratedModel:
     """Each dialect rounded apart: blocks and zero points differ, and so do the errors each layer finds in its input."""
     rounded = {
-        dialect: int4_model(checkpoint, config, plan, found.sequences, workdir / dialect)
+        dialect: int4_model(given.checkpoint, given.config, plan, found.sequences, given.workdir / dialect)
         for dialect, plan in plans.items()
     }
     return CalibratedModel(
         checkpoint=rounded["ort" if "ort" in rounded else "trt"].checkpoint,
         trt_checkpoint=rounded["trt"].checkpoint if "trt" in rounded else None,
-        config=config,
+        config=given.config,
         precision=replace(precision, keeps_imported=True),
         int8_layers={},
         calibration=found,
@@ -155,11 +193,11 @@ def _in_blocks(
     )
 
 
-def _earlier(path: Path, given: CalibrationOptions, config: ModelConfig, read: ReadText) -> Calibration:
+def _earlier(path: Path, text: CalibrationOptions, given: CalibrationInput) -> Calibration:
     """The calibration at --calibration, with its text."""
-    found = load_calibration(path, config.vocab_size)
-    _check_fits(found, config, path)
-    return with_text(found, path, given, read)
+    found = load_calibration(path, given.config.vocab_size)
+    _check_fits(found, given.config, path)
+    return with_text(found, path, text, given.read)
 
 
 def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> None:
@@ -173,24 +211,7 @@ def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> No
         raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
 
 
-def calibration_material(
-    checkpoint: Checkpoint, config: ModelConfig, options: CalibrationOptions, max_len: int, generate: Generate
-) -> CalibrationSet:
-    """The text that `options` names, or random ids where there is no tokenizer to read text with."""
-    texts = checkpoint.text_files()
-    if "tokenizer.json" not in texts:
-        return _random_material(config, options, max_len)
-    return load_calibration_set(
-        options.source,
-        texts,
-        num_samples=options.num_samples,
-        length=options.length_within(max_len),
-        max_len=max_len,
-        generate=generate if options.source == SELF else None,
-    )
-
-
-def _random_material(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:
+def _random_ids(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:
     """A checkpoint without a tokenizer (tests, experiments) is calibrated, as it is verified, on random ids."""
     length = options.length_within(max_len)
     check_sizes(options.num_samples, length, max_len)

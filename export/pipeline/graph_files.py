@@ -1,7 +1,8 @@
 """Writes the graphs of an artifact, a file a dialect, and the weights they read."""
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from export.graph.int8_attention import INT8_KV_OPSETS
 from export.graph.portable.writer import write_trt_graph
 from export.model.config import ModelConfig
 from export.model.precision import Precision
+from export.quantize.int8.saved import Calibration
 from export.quantize.rounding.int8 import Int8Layers
 from export.quantize.statistics.kv_scales import KvScales
 from export.storage.quantized_rows import ImportedRows
@@ -25,64 +27,74 @@ from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
 from runtime.progress import progress_bar
 
 
-def write_graphs(
-    staging: Path,
-    checkpoints: Mapping[str, Checkpoint],
-    config: ModelConfig,
-    precision: Precision | None,
-    max_len: int,
-    dialects: Sequence[str],
-    name: str,
-    int8_layers: Int8Layers,
-    kv_scales: Sequence[KvScales] | None,
-) -> int:
-    """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoints["ort"].tensors) * len(dialects)
-    others = [dialect for dialect in dialects if dialect != "ort"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """What the files of an artifact are made from.
+
+    precision: of the `ort` graph; None without one, and then `trt_precision` names that of the other graphs
+    trt_checkpoint: what the other graphs read, where it differs from what the `ort` graph reads
+    int8_layers: the layers that multiply in int8; kv_scales: of an int8 KV cache
+    calibration: what the artifact keeps of it
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    precision: Precision | None
+    max_len: int
+    dialects: tuple[str, ...] = ("ort",)
+    trt_precision: str = ""
+    trt_checkpoint: Checkpoint | None = None
+    int8_layers: Int8Layers = field(default_factory=dict)
+    kv_scales: Sequence[KvScales] | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def precision_name(self) -> str:
+        return self.precision.name if self.precision is not None else self.trt_precision
+
+
+def write_graphs(directory: Path, plan: ExportPlan) -> int:
+    """Write the weights and each dialect's graph; the bytes of weights that every run of the first dialect reads."""
+    trt_checkpoint = plan.trt_checkpoint or plan.checkpoint
+    others = [dialect for dialect in plan.dialects if dialect != "ort"]
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in plan.checkpoint.tensors) * len(plan.dialects)
     step_weight_bytes: dict[str, int] = {}
     with (
-        WeightFile(staging, is_shared=bool(others)) as weights,
+        WeightFile(directory, is_shared=bool(others)) as weights,
         progress_bar("export", total=num_reads, unit="tensor") as bar,
     ):
-        counting = {dialect: _Counting(checkpoint, bar) for dialect, checkpoint in checkpoints.items()}
-        if precision is not None:
+        if plan.precision is not None:
             step_weight_bytes["ort"] = _write_ort_graph(
-                staging, counting["ort"], config, precision, max_len, weights, int8_layers, kv_scales
+                directory, plan, plan.precision, _Counting(plan.checkpoint, bar), weights
             )
         if others:
-            with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
+            with WeightFile(directory, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
                     step_weight_bytes[dialect] = write_trt_graph(
-                        staging,
+                        directory,
                         dialect,
-                        counting[dialect],
-                        config,
-                        name,
-                        max_len=max_len,
+                        _Counting(trt_checkpoint, bar),
+                        plan.config,
+                        plan.precision_name,
+                        max_len=plan.max_len,
                         weights=rest,
-                        int8_layers=int8_layers,
+                        int8_layers=plan.int8_layers,
                     )
-    return step_weight_bytes[dialects[0]]
+    return step_weight_bytes[plan.dialects[0]]
 
 
 def _write_ort_graph(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    max_len: int,
-    weights: WeightFile,
-    int8_layers: Int8Layers,
-    kv_scales: Sequence[KvScales] | None,
+    directory: Path, plan: ExportPlan, precision: Precision, checkpoint: Checkpoint, weights: WeightFile
 ) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
-    graph = GraphBuilder(weights, opsets=ORT_OPSETS if kv_scales is None else INT8_KV_OPSETS)
-    DecoderGraph(graph, checkpoint, config, precision, max_len, int8_layers, kv_scales).build()
-    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
+    scales, config = plan.kv_scales, plan.config
+    graph = GraphBuilder(weights, opsets=ORT_OPSETS if scales is None else INT8_KV_OPSETS)
+    DecoderGraph(graph, checkpoint, config, precision, plan.max_len, plan.int8_layers, scales).build()
+    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), directory / ORT_MODEL)
     weights.flush()
-    onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
+    onnx.checker.check_model(str(directory / ORT_MODEL), full_check=True)
     return graph.step_weight_bytes()
 
 

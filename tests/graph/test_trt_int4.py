@@ -18,8 +18,10 @@ from export.model.architectures import parse_config
 from export.model.layer_weights import Weight
 from export.model.precision import precision_named
 from export.model.trt_precision import INT4_BLOCKS, trt_precision_named
-from export.pipeline.calibrated import QuantizationOptions, prepare
-from export.pipeline.export_model import ExportOptions, export_model, write_unverified
+from export.pipeline.artifact_files import write_unverified
+from export.pipeline.calibrated import CalibrationInput, QuantizationOptions, calibrated_model
+from export.pipeline.export_model import ExportOptions, export_model
+from export.pipeline.graph_files import ExportPlan
 from export.quantize.int4.model import plan_of
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows, symmetric_scales
 from export.sources.open import open_checkpoint
@@ -160,7 +162,10 @@ def kl_of_nearest(model: Path, tmp_path: Path) -> float:
     config = parse_config(checkpoint.config)
     directory = tmp_path / "nearest"
     directory.mkdir()
-    artifact = write_unverified(directory, checkpoint, config, None, 256, dialects=("trt",), name="w4a16")
+    plan = ExportPlan(
+        checkpoint=checkpoint, config=config, precision=None, trt_precision="w4a16", max_len=256, dialects=("trt",)
+    )
+    artifact = write_unverified(directory, plan)
     return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["trt.kl"])
 
 
@@ -186,9 +191,10 @@ def test_an_interrupted_export_goes_on_in_the_second_rounding(tmp_path: Path, mo
     def run(checkpoint: Any) -> Any:
         config = parse_config(checkpoint.config)
         row = precision_named("w4a16")
-        return prepare(
-            checkpoint, config, row, SMALL, tmp_path / "work", max_len=256, generate=generate, dialects=("ort", "trt")
+        given = CalibrationInput(
+            checkpoint=checkpoint, config=config, max_len=256, generate=generate, workdir=tmp_path / "work"
         )
+        return calibrated_model(given, row, SMALL, ("ort", "trt"))
 
     last, first = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 0))
     with pytest.raises(KeyboardInterrupt):

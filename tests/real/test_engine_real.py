@@ -16,8 +16,9 @@ from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
 from export.model.precision import EXPORTABLE
-from export.pipeline.calibrated import CalibratedModel, QuantizationOptions, prepare
-from export.pipeline.export_model import write_unverified
+from export.pipeline.artifact_files import write_unverified
+from export.pipeline.calibrated import CalibratedModel, CalibrationInput, QuantizationOptions, calibrated_model
+from export.pipeline.graph_files import ExportPlan
 from export.quantize.statistics.activation_stats import LM_HEAD
 from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
@@ -55,7 +56,12 @@ class Beginning(CheckpointView):
 def built(directory: Path, checkpoint: Checkpoint, precision: str, model: CalibratedModel | None = None) -> BuiltEngine:
     """Without the receipt's figures, which take longer than the build; other tests hold that they are asked for."""
     config = parse_config(checkpoint.config)
-    artifact = write_unverified(directory, checkpoint, config, None, 512, model, dialects=("trt",), name=precision)
+    plan = ExportPlan(
+        checkpoint=checkpoint, config=config, precision=None, trt_precision=precision, max_len=512, dialects=("trt",)
+    )
+    if model is not None:
+        plan = replace(plan, checkpoint=model.checkpoint, config=model.config, int8_layers=model.int8_layers)
+    artifact = write_unverified(directory, plan)
     write_manifest(directory, artifact.manifest)
     graph = artifact.manifest.files[artifact.manifest.dialects["trt"]].sha256
     return build_engine(replace(artifact, receipt={"graphs": {"trt": graph}}), OPTIONS)
@@ -99,7 +105,10 @@ def test_int8_weights_and_activations(tmp_path: Path, checkpoint: Checkpoint) ->
 
     config = parse_config(beginning.config)
     precision = EXPORTABLE["w8a8"]
-    model = prepare(beginning, config, precision, options, tmp_path / "work", max_len=512, generate=generate)
+    given = CalibrationInput(
+        checkpoint=beginning, config=config, max_len=512, generate=generate, workdir=tmp_path / "work"
+    )
+    model = calibrated_model(given, precision, options)
     (tmp_path / "artifact").mkdir()
     layers = check(built(tmp_path / "artifact", beginning, "w8a8", model), NUM_LAYERS, NUM_TOKENS)
     rounded = [name for name, layer in model.int8_layers.items() if layer.fine_scale is None and name != LM_HEAD]
