@@ -77,8 +77,8 @@ def calibration_options(
         given = {"num_samples": for_kv, **given}
     elif given and precision not in CALIBRATED:
         raise InvalidSetting(
-            f"{FLAG} and its kin have no effect on {precision}, which is not calibrated; leave them out, or choose "
-            f"--precision {' or '.join(CALIBRATED)}, or --kv int8"
+            f"calibration flags have no effect on {precision}, which is not calibrated; leave out --calibration-*, or "
+            f"choose --precision {' or '.join(CALIBRATED)}, or --kv int8"
         )
     return CalibrationOptions(**given)  # type: ignore[arg-type]  # one dict of two types
 
@@ -165,12 +165,12 @@ def sequences_digest(sequences: Iterable[Sequence[int]]) -> str:
 def check_sizes(num_samples: int, length: int, max_len: int | None) -> None:
     """InvalidSetting for a set that is empty, too short to learn from, or longer than the model."""
     if num_samples < 1:
-        raise InvalidSetting(f"{FLAG}-samples must be at least 1, got {num_samples}")
+        raise InvalidSetting(f"--calibration-samples must be at least 1, got {num_samples}")
     if length < MIN_LENGTH:
-        raise InvalidSetting(f"{FLAG}-length must be at least {MIN_LENGTH} tokens, got {length}")
+        raise InvalidSetting(f"--calibration-length must be at least {MIN_LENGTH} tokens, got {length}")
     if max_len is not None and length > max_len:
         raise InvalidSetting(
-            f"{FLAG}-length {length:,} is longer than the model's longest sequence, {max_len:,} tokens; "
+            f"--calibration-length {length:,} is longer than the model's longest sequence, {max_len:,} tokens; "
             f"give at most {max_len:,}"
         )
 

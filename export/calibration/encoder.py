@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from export.calibration.records import Record
+from export.calibration.records import FLAG, Record
 from export.checkpoint.texts.chat_templates import DEFAULT, chat_templates
 from runtime.errors import InvalidCheckpoint, InvalidRequest, InvalidSetting
 from runtime.text.chat.template import ChatTemplate
@@ -51,7 +51,7 @@ class RecordEncoder:
         try:
             text = self._render(value["messages"])
         except InvalidRequest as error:
-            raise InvalidSetting(f"--calib {record.where}: {error}; mend or remove the record") from error
+            raise InvalidSetting(f"{FLAG} {record.where}: {error}; mend or remove the record") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def starts(self, max_len: int) -> list[list[int]]:

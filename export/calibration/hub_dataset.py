@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from export.calibration.records import FLAG
 from export.sources.hub import hub_errors
 from runtime.errors import InvalidSetting
 
@@ -81,7 +82,7 @@ def _chosen(listed: Iterable[_Listed], source: str, pattern: str | None) -> list
         readable = [entry for entry in readable if fnmatch(entry.name, pattern)]
     if not readable:
         which = f" that matches {pattern!r}" if pattern is not None else ""
-        raise InvalidSetting(f"--calib {source}: the dataset has no {', '.join(SUFFIXES)} file{which}; choose another")
+        raise InvalidSetting(f"{FLAG} {source}: the dataset has no {', '.join(SUFFIXES)} file{which}; choose another")
     if pattern is None:
         readable = [entry for entry in readable if "train" in entry.name.lower()] or readable
     taken, total = [], 0
@@ -92,7 +93,7 @@ def _chosen(listed: Iterable[_Listed], source: str, pattern: str | None) -> list
         taken.append(entry.name)
     if not taken:
         raise InvalidSetting(
-            f"--calib {source}: {readable[0].name} has {readable[0].size / 1e6:,.0f} MB, and at most "
+            f"{FLAG} {source}: {readable[0].name} has {readable[0].size / 1e6:,.0f} MB, and at most "
             f"{MAX_DOWNLOAD_BYTES / 1e6:,.0f} MB are downloaded; choose a smaller file with {source}:PATTERN"
         )
     return taken

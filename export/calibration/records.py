@@ -14,7 +14,7 @@ from runtime.errors import InvalidSetting
 from runtime.progress import progress_bar
 from runtime.text.text_file import check_readable, pieces_of
 
-FLAG = "--calib"
+FLAG = "--calibration-text"
 
 MAX_LINE_BYTES = 1 << 24
 """Longest line of a .jsonl file: one line is held in memory whole. A book is a tenth of it."""

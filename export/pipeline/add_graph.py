@@ -20,7 +20,7 @@ from export.quantize.kv_cache import INT8
 from export.sources.open import DEFAULT_MODEL
 from export.storage.whole_file import write_whole
 from export.verify.references import NUMPY, TRANSFORMERS
-from runtime.artifact.manifest import CALIBRATION, CHOICE, Artifact
+from runtime.artifact.manifest import CALIBRATION, CHOICE, Artifact, dialect_name
 from runtime.errors import InvalidArtifact, InvalidSetting
 
 _HUB_SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?")
@@ -39,11 +39,11 @@ def add_graph(artifact: Artifact, dialect: str, *, model: str | None) -> Artifac
     manifest = artifact.manifest
     if manifest.kv.dtype == INT8:
         raise InvalidArtifact(
-            f"{artifact.path} has no {dialect} graph, and TensorRT does not take its int8 KV cache; export the model "
-            "without --kv int8"
+            f"{artifact.path} has no {dialect_name(dialect)} graph, and TensorRT does not take its int8 KV cache; "
+            "export the model without --kv int8"
         )
     source, revision = _source(artifact, dialect, model)
-    sys.stdout.write(f"{artifact.path} has no {dialect} graph: exporting {source} again, with one\n")
+    sys.stdout.write(f"{artifact.path} has no {dialect_name(dialect)} graph: exporting {source} again, with one\n")
     choice = (artifact.path / CHOICE).read_bytes() if CHOICE in manifest.files else None
     options = ExportOptions(
         model=source,
@@ -81,10 +81,10 @@ def _source(artifact: Artifact, dialect: str, model: str | None) -> tuple[str, s
     if is_there and asked.is_same(known):
         return given, revision
     path = shlex.quote(str(artifact.path))
-    dialects = ",".join((*manifest.dialects, dialect))
+    dialects = ",".join(map(dialect_name, (*manifest.dialects, dialect)))
     wrong = f"--model {model} is not the checkpoint" if model else "where the checkpoint lies is not recorded"
     raise InvalidSetting(
-        f"{artifact.path} has no {dialect} graph, and {wrong} ({manifest.source}); give its "
+        f"{artifact.path} has no {dialect_name(dialect)} graph, and {wrong} ({manifest.source}); give its "
         f"path with --model, or export it with --dialect {dialects}: headrace export "
         f"PATH/TO/{manifest.source} --precision {manifest.precision} --dialect {dialects} --max-len "
         f"{manifest.dims.max_len} --out {path} --replace"
@@ -97,7 +97,7 @@ def _quantization(artifact: Artifact) -> QuantizationOptions:
         return QuantizationOptions()
     two_pass = artifact.receipt.get("quantization", {}).get("two_pass")
     int8 = Int8Options() if two_pass is None else Int8Options(max_ppl_increase=_WHATEVER_IT_COSTS, keep=tuple(two_pass))
-    return QuantizationOptions(calibration=artifact.path, int8=int8)
+    return QuantizationOptions(reuse=artifact.path, int8=int8)
 
 
 def _limits(artifact: Artifact) -> dict[str, float]:

@@ -50,13 +50,14 @@ from runtime.errors import InvalidSetting
 class QuantizationOptions:
     """How a calibrated precision is made.
 
-    calib: the text; int8: what may be left out; calibration: an artifact or calibration.json to use instead of a run
-    ignore_memory: start although the memory that it will take is not free
+    text: what to calibrate on; reuse: an artifact or calibration.json whose calibration replaces a run
+    int8: which layers take two int8 passes
+    ignore_memory: start although the memory that calibration is predicted to take is not free
     """
 
-    calib: CalibrationOptions = field(default_factory=CalibrationOptions)
+    text: CalibrationOptions = field(default_factory=CalibrationOptions)
     int8: Int8Options = field(default_factory=Int8Options)
-    calibration: Path | None = None
+    reuse: Path | None = None
     ignore_memory: bool = False
 
 
@@ -131,16 +132,16 @@ def calibrated_model(
     check_memory(
         config,
         precision.calibrated,
-        num_samples=options.calib.num_samples,
-        length=options.calib.length_within(given.max_len),
+        num_samples=options.text.num_samples,
+        length=options.text.length_within(given.max_len),
         is_ignored=options.ignore_memory,
         dialects=dialects,
     )
-    if options.calibration is not None:
-        found = _earlier(options.calibration, options.calib, given)
+    if options.reuse is not None:
+        found = _earlier(options.reuse, options.text, given)
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
-        found, material = None, given.read(options.calib)
+        found, material = None, given.read(options.text)
     if precision.calibrated is Calibrated.BLOCKS:
         return _in_blocks(given, precision, plans, found or block_calibration(material))
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
@@ -164,12 +165,12 @@ def kv_calibration(given: CalibrationInput, options: QuantizationOptions, model:
     if model is not None:
         found = unrotated(model.calibration)
         return with_kv_statistics(given.checkpoint, given.config, found, given.workdir, limit=NUM_SEQUENCES)
-    if options.calibration is not None:
-        found = unrotated(load_kv_calibration(options.calibration, given.config))
+    if options.reuse is not None:
+        found = unrotated(load_kv_calibration(options.reuse, given.config))
         if not has_kv_statistics(found, given.config):
-            found = with_text(found, options.calibration, options.calib, given.read)
+            found = with_text(found, options.reuse, options.text, given.read)
     else:
-        material = given.read(options.calib)
+        material = given.read(options.text)
         found = Calibration({}, {}, [], material.sequences, material.provenance)
     return for_kv_alone(with_kv_statistics(given.checkpoint, given.config, found, given.workdir))
 
@@ -194,7 +195,7 @@ def _in_blocks(
 
 
 def _earlier(path: Path, text: CalibrationOptions, given: CalibrationInput) -> Calibration:
-    """The calibration at --calibration, with its text."""
+    """The calibration to reuse, with its text."""
     found = load_calibration(path, given.config.vocab_size)
     _check_fits(found, given.config, path)
     return with_text(found, path, text, given.read)
@@ -208,7 +209,7 @@ def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> No
         for site, entry in calibration.statistics.items()
     )
     if wrong:
-        raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
+        raise InvalidSetting(f"--reuse-calibration {path} belongs to a model of another shape; calibrate this one")
 
 
 def _random_ids(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:

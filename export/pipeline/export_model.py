@@ -29,7 +29,7 @@ from export.verify.gates import check_limits, failure
 from export.verify.receipt import verify
 from export.verify.references import NUMPY, check_reference, reference_named
 from runtime.artifact.json_shape import finite
-from runtime.artifact.manifest import DIALECT_FILES, RECEIPT, Artifact
+from runtime.artifact.manifest import DIALECT_FILES, DIALECT_NAMES, RECEIPT, Artifact
 from runtime.errors import CalibrationFailed, GateFailed, InvalidSetting
 
 # Rotary tables cost 4 bytes * head_dim a position; longer contexts than this are asked for with --max-len.
@@ -167,7 +167,7 @@ def check_dialects(dialects: Sequence[str], precision: str) -> None:
     """InvalidSetting, before anything is read, for a dialect that is not there or has no such precision."""
     for dialect in dialects:
         if dialect not in DIALECT_FILES:
-            raise InvalidSetting(f"dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_FILES)}")
+            raise InvalidSetting(f"--dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_NAMES)}")
         if dialect != "ort":
             trt_precision_named(precision)
         elif precision != "imported":  # which the checkpoint decides
@@ -178,8 +178,8 @@ def _check_quantization(options: ExportOptions, precision: Precision | None) -> 
     """InvalidSetting for calibration that would change nothing: the checkpoint's layers are integers already."""
     if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
         raise InvalidSetting(
-            f"{options.model} is quantized already and {options.precision} keeps its integers: --calib, --calibration "
-            "and their kin have no effect; leave them out"
+            f"{options.model} is quantized already and {options.precision} keeps its integers: calibration flags "
+            "have no effect; leave out --calibration-*, --reuse-calibration and the limits of int8 layers"
         )
 
 

@@ -22,7 +22,7 @@ ReadText = Callable[[CalibrationOptions], CalibrationSet]
 def with_text(found: Calibration, path: Path, given: CalibrationOptions, read: ReadText) -> Calibration:
     """`found` with its sequences: its own where it kept them, else read again.
 
-    given: the user's own --calib, for text that is not the project's
+    given: the user's own --calibration-text, for text that is not the project's
     InvalidSetting if that is missing, or another text than the calibration's.
     """
     if found.sequences:
@@ -31,15 +31,15 @@ def with_text(found: Calibration, path: Path, given: CalibrationOptions, read: R
     is_ours = source == BUILT_IN or source.startswith(RANDOM)
     if not is_ours and given.source == BUILT_IN:
         raise InvalidSetting(
-            f"--calibration {path} holds no text, and this export needs it: give {FLAG} {source} as well, the text it "
-            "was made of, or export that artifact with --keep-calibration"
+            f"--reuse-calibration {path} holds no text, and this export needs it: give {FLAG} {source} as well, "
+            "the text it was made of, or export that artifact with --keep-calibration-text"
         )
     sizes = {name: found.provenance.get(name, getattr(given, name)) for name in ("num_samples", "length")}
     material = read(CalibrationOptions(source=BUILT_IN if is_ours else given.source, **sizes))
     if sequences_digest(material.sequences) != found.provenance.get("sequences_sha256"):
         raise InvalidSetting(
-            f"{FLAG} {given.source} is not the text that --calibration {path} was made of ({source}); give that text, "
-            "or leave --calibration out"
+            f"{FLAG} {given.source} is not the text that --reuse-calibration {path} was made of ({source}); give "
+            "that text, or leave --reuse-calibration out"
         )
     return replace(found, sequences=material.sequences)
 

@@ -177,7 +177,7 @@ def check_memory(
     words = f"needs about {format_bytes(highest.size)} of memory ({highest.name}), {format_bytes(free)} are free"
     if highest.size > free and not is_ignored:
         raise InvalidSetting(
-            f"calibration {words}; free some, calibrate on another machine and take its result with --calibration, "
-            "or try all the same with --ignore-memory"
+            f"calibration {words}; free some, calibrate on another machine and take its result with "
+            "--reuse-calibration, or try all the same with --ignore-memory"
         )
     sys.stderr.write(f"calibration {words}\n")

@@ -126,11 +126,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("int4") / "model", config_of("llama-tied"))
 
 
-SMALL = QuantizationOptions(calib=CalibrationOptions(num_samples=40, length=128))
+SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=40, length=128))
 
 
 def exported(model: Path, out: Path, precision: str = "w4a16", calibration: Path | None = None) -> Any:
-    quantization = SMALL if calibration is None else QuantizationOptions(calibration=calibration)
+    quantization = SMALL if calibration is None else QuantizationOptions(reuse=calibration)
     options = ExportOptions(model=str(model), out=out, precision=precision, quantization=quantization, force=True)
     return export_model(options)
 

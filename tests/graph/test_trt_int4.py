@@ -35,7 +35,7 @@ from tests.graph.test_int4 import moments_of, output_error
 from tests.graph.test_int8 import correlated_inputs
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
-SMALL = QuantizationOptions(calib=CalibrationOptions(num_samples=24, length=128))
+SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=24, length=128))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(model: Path, out: Path, dialects: tuple[str, ...], calibration: Path | None = None) -> Artifact:
-    quantization = SMALL if calibration is None else QuantizationOptions(calibration=calibration)
+    quantization = SMALL if calibration is None else QuantizationOptions(reuse=calibration)
     return export_model(
         ExportOptions(
             model=str(model), out=out, precision="w4a16", dialects=dialects, quantization=quantization, force=True

@@ -98,7 +98,7 @@ def test_int4_weights(tmp_path: Path, checkpoint: Checkpoint) -> None:
 
 def test_int8_weights_and_activations(tmp_path: Path, checkpoint: Checkpoint) -> None:
     beginning = Beginning(checkpoint)
-    options = QuantizationOptions(calib=CalibrationOptions(num_samples=4, length=32))
+    options = QuantizationOptions(text=CalibrationOptions(num_samples=4, length=32))
 
     def generate(*_: Any) -> list[list[int]]:
         raise AssertionError("random ids need no sampling")
