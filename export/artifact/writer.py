@@ -1,6 +1,6 @@
-"""Write an artifact so that half of one can never be loaded: into a hidden directory beside it, renamed when whole.
+"""Writes an artifact into a hidden directory beside its target and renames it when it is complete.
 
-A reader accepts a directory only with a manifest that lists every file; the manifest is written last, and synced.
+So a half-written artifact is never loaded. The manifest, without which no reader accepts a directory, comes last.
 """
 
 import fcntl
@@ -19,17 +19,17 @@ from runtime.errors import InvalidSetting
 
 _STAGING = ".{name}.partial-{pid}"
 _ASIDE = ".old"
-"""Behind the name of a staging directory: the artifact that it replaces, until it has."""
+"""Suffix of the directory that holds the replaced artifact during the swap."""
 
 
 @contextmanager
 def staged(target: Path, *, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """Yield an empty directory; on success it replaces `target`, on any exception it is removed.
 
-    check: raises if what is at `target` must stay; called before anything is written, and again before the swap, since
-        another export may have finished meanwhile. Without it only what is no artifact stays.
-    InvalidSetting if `target` cannot be written, or is something other than an artifact or an empty directory. A full
-    disk is a HeadraceError that says so.
+    check: raises if what is at `target` must stay; called before anything is written, and again before the swap,
+        because another export may have finished meanwhile
+    InvalidSetting if `target` cannot be written, or is neither an artifact nor an empty directory. HeadraceError if the
+    disk is full.
     """
     target = resolved(target)
     present_at(target)
@@ -55,10 +55,10 @@ def staged(target: Path, *, check: Callable[[], object] = lambda: None) -> Itera
 
 
 def resolved(target: Path) -> Path:
-    """Where `target` really is, so that a link to it stays one. InvalidSetting for links that go round in a circle."""
+    """The real path of `target`, so that a symlink to it stays one. InvalidSetting for a circle of links."""
     try:
         return target.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError is Python 3.11's word for a circle
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a circle
         raise InvalidSetting(f"--out {target} cannot be followed: {error}; name another") from error
 
 
@@ -84,7 +84,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def _locked(directory: Path) -> int:
-    """A lock on a directory that the kernel drops when this process ends, however it ends; its file descriptor."""
+    """Lock a directory until this process ends, however it ends. Returns the file descriptor."""
     handle = os.open(directory, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks: _is_abandoned then goes by the process id
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +106,7 @@ def _is_abandoned(directory: Path) -> bool:
 
 
 def _clear_stale(target: Path) -> None:
-    """Remove what killed exports to the same target left behind, and put back an artifact that one had set aside."""
+    """Remove what killed exports to the same target left, and put back an artifact that one had moved aside."""
     pattern = re.compile(re.escape(_STAGING.format(name=target.name, pid="PID")).replace("PID", r"\d+"))
     for left in sorted(target.parent.iterdir()):
         staging = left.with_name(left.name.removesuffix(_ASIDE))
@@ -131,7 +131,7 @@ def _sync(directory: Path) -> None:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Rename over the target; an older artifact steps aside first and is removed last."""
+    """Rename over the target. An older artifact is moved aside first and removed last."""
     if not target.exists():
         staging.rename(target)
         return

@@ -1,7 +1,7 @@
-"""Text files of a dataset on the Hugging Face hub, downloaded into the library's cache.
+"""Downloads text files of a dataset from the Hugging Face hub into the library's cache.
 
 `owner/name`, `owner/name@REVISION`, and either with `:PATTERN` to choose among its files. Only .parquet, .jsonl and
-.txt are asked for, and nothing downloaded is run. Knows nothing about what stands in them.
+.txt files are downloaded, and nothing is run. Does not look into them.
 """
 
 import re
@@ -17,13 +17,13 @@ from runtime.errors import InvalidSetting
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 
 MAX_DOWNLOAD_BYTES = 512 * 1000**2
-"""Shards beyond this are left alone: a calibration reads some 65,000 tokens, and one shard of text has millions."""
+"""Shards beyond this are not downloaded: calibration reads some 65,000 tokens, and one shard of text has millions."""
 
 _DATASET = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:\s]+))?(:(?P<pattern>\S+))?")
 
 
 class DatasetFiles(NamedTuple):
-    """Local files, their names in the dataset, and the commit they are of."""
+    """Local files, their names in the dataset, and the commit."""
 
     files: list[Path]
     names: list[str]
@@ -36,7 +36,7 @@ class _Listed(NamedTuple):
 
 
 def is_dataset_id(source: str) -> bool:
-    """Whether a name has the form of a dataset id; not whether there is one."""
+    """Whether a name has the form of a dataset id. Does not look whether the dataset exists."""
     return _DATASET.fullmatch(source) is not None
 
 

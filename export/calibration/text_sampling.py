@@ -1,4 +1,4 @@
-"""A random sample of a stream whose length nobody knows, within a budget of characters. Knows no tokens."""
+"""A random sample of a stream of unknown length, within a budget of characters. Knows no tokens."""
 
 import heapq
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from random import Random
 
 from export.calibration.records import Record
 
-# What a record costs beside its text, so that a stream of empty ones ends up bounded as well.
+# Added to each record's cost, so that a stream of empty records is bounded too.
 _OVERHEAD_CHARS = 64
 
 

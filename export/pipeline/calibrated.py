@@ -1,6 +1,6 @@
-"""The calibrated part of an export: find or make a calibration, and what the decoder graph is then built from.
+"""The calibrated part of an export: makes or reuses a calibration, then rounds the weights with it.
 
-Which calibrated scheme a precision is, its row in precision.py says; both use the same text and the same files.
+The precision's row in precision.py says which scheme it uses. Both schemes use the same text and the same files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,10 +63,11 @@ class QuantizationOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedModel:
-    """What the graphs of a calibrated precision are built from.
+    """The weights and layers that the graphs of a calibrated precision are built from.
 
-    precision: how to build the `ort` graph; int8_layers: those that multiply in int8; account: the receipt's, JSON-able
-    trt_checkpoint: what the TensorRT graphs read where that is another
+    precision: how to build the `ort` graph; int8_layers: the layers that multiply in int8
+    account: quantization report for the receipt, JSON-able
+    trt_checkpoint: what the standard-ONNX graphs read, where it differs
     """
 
     checkpoint: Checkpoint
@@ -79,12 +80,12 @@ class CalibratedModel:
 
 
 def workdir_of(out: Path) -> Path:
-    """Where the calibration of an export to `out` keeps what is finished, so that an interrupted one can go on."""
+    """The directory where calibration keeps finished work, so that an interrupted export can go on."""
     return out.parent / f".{out.name}.calibration"
 
 
 def remove_workdir(workdir: Path) -> None:
-    """After an export that needs it no longer."""
+    """Remove the directory after an export."""
     with suppress(OSError):
         rmtree(workdir)
 
@@ -127,7 +128,7 @@ def calibrated_model(
     stores: dict[str, Stores] = {"ort": precision} if "ort" in dialects else {}
     if set(dialects) - {"ort"}:
         stores["trt"] = trt_precision_named(precision.name)
-    # This may refuse the model: better before the text than after.
+    # Before the text is read, because this may refuse the model.
     plans = {dialect: plan_of(checkpoint, config, row) for dialect, row in stores.items()}
     check_memory(
         config,
@@ -145,7 +146,7 @@ def calibrated_model(
     if precision.calibrated is Calibrated.BLOCKS:
         return _in_blocks(given, precision, plans, found or block_calibration(material))
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
-    if found is None or not found.ranges:  # that of a precision that needs none
+    if found is None or not found.ranges:  # a reused calibration of w4a16 has none
         found = calibrate(rotated, config, material, workdir)
     model = int8_model(rotated, config, found, options.int8, workdir)
     return CalibratedModel(
@@ -178,7 +179,7 @@ def kv_calibration(given: CalibrationInput, options: QuantizationOptions, model:
 def _in_blocks(
     given: CalibrationInput, precision: Precision, plans: Mapping[str, Plan], found: Calibration
 ) -> CalibratedModel:
-    """Each dialect rounded apart: blocks and zero points differ, and so do the errors each layer finds in its input."""
+    """Round for each dialect separately: blocks and zero points differ, and so do the errors in each layer's input."""
     rounded = {
         dialect: int4_model(given.checkpoint, given.config, plan, found.sequences, given.workdir / dialect)
         for dialect, plan in plans.items()
@@ -213,7 +214,7 @@ def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> No
 
 
 def _random_ids(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:
-    """A checkpoint without a tokenizer (tests, experiments) is calibrated, as it is verified, on random ids."""
+    """Random ids, on which a checkpoint without a tokenizer (tests, experiments) is calibrated and verified."""
     length = options.length_within(max_len)
     check_sizes(options.num_samples, length, max_len)
     if options.source != BUILT_IN:

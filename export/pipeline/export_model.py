@@ -1,4 +1,4 @@
-"""Checkpoint to artifact: read, build, check, verify, gate, publish. The one path every export takes."""
+"""Checkpoint to artifact: read, check, calibrate, write, verify, publish. Every export takes this path."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,14 +38,13 @@ DEFAULT_MAX_LEN = 32_768
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to export and where to.
+    """What to export, how, and where to.
 
     max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
-    quantization: read by calibrated precisions and for an int8 cache only
-    kv: type of the KV cache, one of kv_calibration.KV_TYPES
-    verify: one of references.REFERENCES
+    quantization: for calibrated precisions and an int8 KV cache
+    kv: type of the KV cache, one of kv_cache.KV_TYPES; verify: one of references.REFERENCES
     replaces: whether another model's artifact at `out` may be deleted
-    keeps_calibration: whether the artifact holds the calibration text, as token ids
+    keeps_calibration: whether the artifact keeps the calibration text, as token ids
     """
 
     model: str
@@ -64,20 +63,20 @@ class ExportOptions:
 
     @property
     def identity(self) -> Identity:
-        """Which artifacts this export may replace."""
+        """Says which artifacts this export may replace."""
         return identity_of(self.model, revision=self.revision, precision=self.precision, has_int8_kv=self.kv == INT8)
 
     def check_target(self) -> None:
-        """InvalidSetting if what is at `out` is another model's artifact, or none."""
+        """InvalidSetting if `out` holds another model's artifact, or something that is not an artifact."""
         check_replaceable(resolved(self.out), self.identity, replaces_any=self.replaces)
 
 
 def export_model(options: ExportOptions) -> Artifact:
     """Export one checkpoint; the artifact appears at `options.out` whole and verified, or not at all.
 
-    GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
-    `force`: then the artifact carries the failed receipt. InvalidSetting if `out` holds another model's artifact. Other
-    errors are those of reading and writing.
+    GateFailed, with the figures, if the model is further from its reference than its precision allows; with `force` the
+    artifact is written with the failed receipt. InvalidSetting if `out` holds another model's artifact. Also the errors
+    of reading and writing.
     """
     check_dialects(options.dialects, options.precision)
     check_kv(options.kv, options.dialects, options.precision)
@@ -87,7 +86,7 @@ def export_model(options: ExportOptions) -> Artifact:
     try:
         artifact = _export(options, open_checkpoint(options.model, revision=options.revision), workdir)
     except (GateFailed, CalibrationFailed):
-        remove_workdir(workdir)  # nothing to go on with: the same command would fail again
+        remove_workdir(workdir)  # the same command would fail again
         raise
     remove_workdir(workdir)
     return artifact
@@ -157,14 +156,14 @@ def _calibrated(
 
 
 def _row(options: ExportOptions, stored_bits: int | None) -> Precision | None:
-    """The precision's row in the `ort` table, which says what is calibrated; None for one of TensorRT's alone."""
+    """The precision's row in the `ort` table, which says how to calibrate; None if only other dialects have it."""
     if "ort" not in options.dialects and options.precision not in EXPORTABLE:
         return None
     return precision_named(options.precision, stored_bits=stored_bits)
 
 
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
-    """InvalidSetting, before anything is read, for a dialect that is not there or has no such precision."""
+    """InvalidSetting, before anything is read, for an unknown dialect or one without this precision."""
     for dialect in dialects:
         if dialect not in DIALECT_FILES:
             raise InvalidSetting(f"--dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_NAMES)}")
@@ -175,7 +174,7 @@ def check_dialects(dialects: Sequence[str], precision: str) -> None:
 
 
 def _check_quantization(options: ExportOptions, precision: Precision | None) -> None:
-    """InvalidSetting for calibration that would change nothing: the checkpoint's layers are integers already."""
+    """InvalidSetting for calibration flags without effect, where the checkpoint's layers are integers already."""
     if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
         raise InvalidSetting(
             f"{options.model} is quantized already and {options.precision} keeps its integers: calibration flags "

@@ -1,4 +1,4 @@
-"""Writes the graphs of an artifact, a file a dialect, and the weights they read."""
+"""Writes the graphs of an artifact, one file for each dialect, and the weights that they read."""
 
 import importlib.metadata
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""The text of an earlier calibration, which its files do not hold unless they were told to keep it.
+"""Restores the text of an earlier calibration, which an artifact keeps only on request.
 
-What a calibration found (statistics, ranges, costs) is enough for most; rounding weights wants the text once more. It
-is made again from where it came from, and must be the same, by its hash.
+The statistics, ranges and costs of a calibration are enough for most exports. Rounding weights needs the text too: it
+is read again from its source, and its hash must be the same.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from export.quantize.int8.saved import Calibration
 from runtime.errors import InvalidSetting
 
 RANDOM = "random ids"
-"""How the account of a calibration without a tokenizer begins; they are always the same ones."""
+"""How the recorded source begins where there was no tokenizer. The ids are always the same."""
 
 ReadText = Callable[[CalibrationOptions], CalibrationSet]
 
 
 def with_text(found: Calibration, path: Path, given: CalibrationOptions, read: ReadText) -> Calibration:
-    """`found` with its sequences: its own where it kept them, else read again.
+    """`found` with its sequences: its own if it kept them, else read again.
 
     given: the user's own --calibration-text, for text that is not the project's
     InvalidSetting if that is missing, or another text than the calibration's.
@@ -45,5 +45,5 @@ def with_text(found: Calibration, path: Path, given: CalibrationOptions, read: R
 
 
 def without_text(calibration: Calibration) -> Calibration:
-    """What an artifact holds of a calibration unless told otherwise: all but the words."""
+    """The calibration as an artifact keeps it by default: everything but the text."""
     return replace(calibration, sequences=())

@@ -42,9 +42,9 @@ def write_engine(artifact: Artifact, info: EngineInfo, plan: bytes) -> Path:
 
 
 def list_files(artifact: Artifact, *files: Path) -> None:
-    """Note files of `engines/` in the manifest with their hashes, and take out those that are gone.
+    """List files of `engines/` in the manifest with their hashes, and remove the entries of deleted files.
 
-    Builds at the same time wait for each other here, so that none takes another's entry out.
+    Builds that run at the same time wait for each other here, so that none removes another's entry.
     """
     root = os.open(artifact.path, os.O_RDONLY)
     try:
@@ -69,7 +69,7 @@ def leftovers(artifact: Artifact) -> Iterator[Path]:
 
 
 def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
-    """Remove what cannot be used (or everything, timing caches too): the files that went, by name."""
+    """Remove unusable files, or with `everything` all of them and the timing caches. Returns the removed files."""
     directory = artifact.path / ENGINES
     usable = {engine.plan.stem for engine in engine_files(artifact, check_hashes=True) if engine.problem is None}
     gone = list(leftovers(artifact))

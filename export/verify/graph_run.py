@@ -64,7 +64,7 @@ def material_for(artifact: Artifact, config: ModelConfig) -> Material:
 
 
 class ScoredPart(NamedTuple):
-    """Which positions some spooled logits belong to."""
+    """The positions that a part of the spooled logits belongs to."""
 
     sequence_idx: int
     start: int
@@ -72,7 +72,7 @@ class ScoredPart(NamedTuple):
 
 
 class GraphRun(NamedTuple):
-    """What the graph did: figures about itself, the greedy tokens, which logits were spooled; logits for parity.py."""
+    """Results of one graph: its own figures, greedy tokens, the parts of the spool, logits for parity.py."""
 
     figures: dict[str, Any]
     generated: list[list[int]]
@@ -85,7 +85,7 @@ def run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[by
     session = OrtSession.open(artifact, num_slots=BATCH, capacity=capacity, saves_memory=True, dialect=dialect)
     is_exact, is_ort = artifact.manifest.is_exact, dialect == "ort"
     wanted = NUM_GREEDY_COMPARED if is_exact and len(artifact.manifest.dialects) > 1 else NUM_GREEDY
-    # A quantized graph for TensorRT widens its weights on this CPU at every run: a second or two for 135M of them.
+    # A quantized graph for TensorRT dequantizes its weights at every run on the CPU: a second or two for 135M of them.
     prompts = material.prompts if is_exact or is_ort else material.prompts[:BATCH]
     try:
         num_greedy = min(wanted, capacity - max(map(len, prompts)))
@@ -119,7 +119,7 @@ def greedy(
     *,
     on_token: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
-    """Continue all prompts together, a row each, by their likeliest tokens."""
+    """Continue all prompts together, a row each, greedily."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
     for row, prompt in enumerate(prompts):
@@ -136,7 +136,7 @@ def greedy(
 
 
 def self_distance(session: Session, window: Sequence[int]) -> Mapping[str, float]:
-    """The graph against itself: one run over the window's head, and the ways a scheduler splits it.
+    """Compare the graph with itself: one run over the window's head, and the ways a scheduler splits it.
 
     batch_logit_error: rows prefilled and decoded together against each row alone
     chunk_kl, chunk_logit_error: chunks and single tokens against one run; other kernels, so other float sums

@@ -31,10 +31,9 @@ def verify(
 ) -> dict[str, Any]:
     """Measure and judge; the receipt as a JSON-able dict with `passed`, `checks` and `figures`.
 
-    limits: instead of the gates' own, by figure
+    limits: replace the gates' own, by figure
 
-    The graph runs first and is closed before the reference starts, its logits kept in a nameless file: never are
-    the graph's weights and the reference's in memory together.
+    The graph runs first and is closed before the reference starts, so that their weights are never in memory together.
     """
     material = material_for(artifact, config)
     dialects = tuple(artifact.manifest.dialects)
@@ -51,7 +50,7 @@ def verify(
         with reference.run(material.windows + continued, artifact.path) as states:
             figures = _compare(artifact, material, runs, states, spool)
     receipt = _receipt(artifact, material, figures, len(runs[dialects[0]].generated[0]), limits, reference.name)
-    # What runtime/commands/replay.py repeats where the model is to be served.
+    # runtime/commands/replay.py repeats this on the machine that serves the model.
     tokens = {dialect: run.generated for dialect, run in runs.items()}
     return {**receipt, "replay": {"prompts": material.prompts, "tokens": tokens}}
 
@@ -71,7 +70,7 @@ def _compare(
     for dialect, run in runs.items():
         by_text = _distances(spool, run.spooled, states, artifact.manifest.dims.vocab_size, material.texts)
         distance = by_text[ALL_TEXTS]
-        # Two logits closer than the float sums' own noise are a tie; rounded weights get no such allowance.
+        # Two logits closer than the noise of float sums are a tie. Quantized weights get no such allowance.
         tie = 2 * distance.max_logit_error if is_exact else 0.0
         agreement, prefix = _greedy_agreement(states, offset, material.prompts, run.generated, tie=tie)
         offset += len(run.generated)
@@ -138,10 +137,10 @@ def _greedy_agreement(
     *,
     tie: float,
 ) -> tuple[float, float]:
-    """Share of prompts whose tokens are the reference's own, and the mean share of tokens before the first difference.
+    """Share of prompts with the reference's own tokens, and the mean share of tokens before the first difference.
 
-    The reference reads the generated tokens; it would have generated the same ones up to the first where its own
-    likeliest token differs. Where the two lie closer than `tie` either choice counts as its own.
+    The reference reads the generated tokens, and would have generated the same ones up to the first that is not its own
+    most likely token. Where two logits are closer than `tie`, either choice counts.
     """
     equal, prefixes = 0, []
     for idx, (prompt, tokens) in enumerate(zip(prompts, generated, strict=False)):
