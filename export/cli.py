@@ -124,7 +124,7 @@ def _with_new_names(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Export; prints the receipt's figures and where the artifact is."""
+    """Export, then print the receipt's figures and the artifact's path."""
     args = _parser().parse_args(_with_new_names(argv))
     from export.artifact.identity import check_replaceable, default_name, identity_of
 
@@ -209,7 +209,7 @@ def _print(artifact: "Artifact", out: Path) -> None:
 
 @contextmanager
 def _naming_what_is_kept(out: Path) -> Iterator[None]:
-    """If the export does not finish, say where the finished part of its calibration lies."""
+    """If the export does not finish, say which directory keeps the finished part of its calibration."""
     from export.artifact.writer import resolved
     from export.pipeline.calibrated import workdir_of
 
@@ -230,7 +230,7 @@ def _limits(texts: Sequence[str]) -> dict[str, float]:
         try:
             limits[figure] = float(limit)
         except ValueError:
-            raise InvalidSetting(f"--gate {text!r} is not FIGURE=LIMIT, such as kl=0.01") from None
+            raise InvalidSetting(f"--gate {text!r} is not FIGURE=LIMIT, like kl=0.01") from None
         if not math.isfinite(limits[figure]):
             raise InvalidSetting(f"--gate {text!r}: the limit must be a finite number")
     return limits
@@ -248,7 +248,7 @@ def _share(text: str) -> float:
 
 
 def _lack(out: Path, present: "Present", dialects: Sequence[str], max_len: int | None) -> str | None:
-    """What an artifact of the same model lacks of what is asked for; None if nothing."""
+    """Why an artifact of the same model is not what was asked for; None if it is."""
     from runtime.artifact.manifest import dialect_name, open_artifact
     from runtime.errors import InvalidArtifact
 

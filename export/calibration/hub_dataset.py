@@ -41,7 +41,7 @@ def is_dataset_id(source: str) -> bool:
 
 
 def fetch_dataset(source: str) -> DatasetFiles:
-    """Download what is needed of a dataset; with HF_HUB_OFFLINE=1, or without a network, look in the cache.
+    """Download the needed files of a dataset; with HF_HUB_OFFLINE=1 only look in the cache.
 
     InvalidSetting, with what to do, if it does not exist, is gated, cannot be reached or holds no file that is read.
     """

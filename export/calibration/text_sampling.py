@@ -36,7 +36,7 @@ class Sample:
                 self._num_chars -= _cost(heapq.heappop(self._kept)[2])
 
     def records(self) -> list[Record]:
-        """What was kept, in random order: that of the keys."""
+        """The sample, in random order."""
         return [record for _, _, record in sorted(self._kept, key=lambda entry: (-entry[0], entry[1]))]
 
 

@@ -10,13 +10,12 @@ from export.checkpoint.texts.tokenizer_loading import load_tokenizer
 from export.model.config import ModelConfig
 from export.model.config_values import token_ids
 from runtime.errors import InvalidArtifact, InvalidCheckpoint
+from runtime.text.tokenizer import TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
 
 GENERATION = "generation_config.json"
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def check_texts(texts: Mapping[str, str], config: ModelConfig) -> tuple[int, ...]:

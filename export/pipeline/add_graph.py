@@ -82,7 +82,7 @@ def _source(artifact: Artifact, dialect: str, model: str | None) -> tuple[str, s
         return given, revision
     path = shlex.quote(str(artifact.path))
     dialects = ",".join(map(dialect_name, (*manifest.dialects, dialect)))
-    wrong = f"--model {model} is not the checkpoint" if model else "where the checkpoint lies is not recorded"
+    wrong = f"--model {model} is not the checkpoint" if model else "its checkpoint's path is not recorded"
     raise InvalidSetting(
         f"{artifact.path} has no {dialect_name(dialect)} graph, and {wrong} ({manifest.source}); give its "
         f"path with --model, or export it with --dialect {dialects}: headrace export "

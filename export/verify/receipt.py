@@ -117,7 +117,7 @@ def _figures(distance: Distance) -> dict[str, float]:
 
 
 def _text_figures(by_text: Mapping[str, Distance]) -> dict[str, float]:
-    """The same for each text alone, where there are several."""
+    """The same figures for each text, where there are several."""
     names = [name for name in by_text if name != ALL_TEXTS]
     if len(names) == 1:
         return {}

@@ -52,7 +52,7 @@ def test_the_graph_comes_and_everything_else_stays_as_it_was(model: Path, capsys
 def test_without_the_checkpoint_it_is_one_line_with_the_command(model: Path) -> None:
     artifact = exported(model)
     wanted = (
-        r"has no standard graph, and where the checkpoint lies is not recorded \(tiny\); give its path with --model, "
+        r"has no standard graph, and its checkpoint's path is not recorded \(tiny\); give its path with --model, "
         r"or export it with --dialect ort,standard: headrace export PATH/TO/tiny --precision fp32 --dialect "
         r"ort,standard --max-len 256 --out .*artifact --replace$"
     )
