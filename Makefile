@@ -27,7 +27,7 @@ DEVICE ?= cpu
 GPU ?=
 
 EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
-    $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
+    $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calibration-text '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
 
 .PHONY: help run test test-gpu lint bench bench-gpu export engine bundle serve setup clean
 

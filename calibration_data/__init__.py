@@ -1,4 +1,4 @@
-"""Texts written for this project: what models are calibrated on, and, apart from it, what they are judged on.
+"""Texts written for this project: for calibration, and separate ones for evaluation.
 
 Knows nothing about tokens or models. See README.md for what each file is for.
 """

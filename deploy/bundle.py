@@ -36,6 +36,7 @@ from runtime.artifact.manifest import (
     MANIFEST,
     RECEIPT,
     Artifact,
+    dialect_name,
     open_artifact,
     read_manifest,
 )
@@ -125,7 +126,7 @@ def make_bundle(
         raise InvalidSetting(f"DEVICE {device!r} is unknown; choose one of {', '.join(STACKS)}")
     stack = STACKS[device]
     if not set(stack.dialects) & set(artifact.manifest.dialects):
-        wanted = stack.dialects[0]
+        wanted = dialect_name(stack.dialects[0])
         raise InvalidSetting(
             f"{artifact.path} has no {wanted} graph, which {device} needs; export it with --dialect ort,{wanted}"
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.artifact.manifest import DIALECT_FILES, PRECISIONS
+from runtime.artifact.manifest import DIALECT_NAMES, PRECISIONS
 from runtime.errors import InvalidSetting
 
 if TYPE_CHECKING:
@@ -16,10 +16,21 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
 
 
+_OLD_FLAGS = {
+    "--calib": "--calibration-text",
+    "--calib-samples": "--calibration-samples",
+    "--calib-length": "--calibration-length",
+    "--calibration": "--reuse-calibration",
+    "--keep-calibration": "--keep-calibration-text",
+    "--keep": "--two-pass-layers",
+}
+"""Earlier names, which still work."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headrace export",
-        description="Write a Hugging Face causal language model as an ONNX artifact with KV-cache inputs, verified.",
+        description="Export a Hugging Face causal language model to ONNX with a KV cache, and check the result.",
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
     choices = (*PRECISIONS, "imported", "auto")
@@ -27,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dialect",
         default="ort",
-        help=f"comma-separated graphs to write, of {', '.join(DIALECT_FILES)}; default: %(default)s",
+        metavar="LIST",
+        help="comma-separated graphs to write: ort (ONNX Runtime's own operators), standard (standard ONNX, opset 24; "
+        "TensorRT 10.15 and later), standard-21 (opset 21; TensorRT 10.3); default: %(default)s",
     )
     parser.add_argument(
         "--kv",
@@ -35,53 +48,56 @@ def _parser() -> argparse.ArgumentParser:
         choices=("compute", "int8"),
         help="type of the KV cache: the precision's own, or int8 with calibrated scales; default: %(default)s",
     )
-    parser.add_argument(
-        "--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION, with -kv-int8 behind it"
-    )
+    parser.add_argument("--out", type=Path, help="artifact directory; default: artifacts/NAME-PRECISION[-kv-int8]")
     parser.add_argument(
         "--optimize-for", choices=("latency", "throughput"), help="what --precision auto measures; default: latency"
     )
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    _add_calibration_flags(parser)
-    parser.add_argument(
-        "--gate",
-        action="append",
-        default=[],
-        metavar="FIGURE=LIMIT",
-        help="another limit for a figure of the receipt, like perplexity_increase=0.005; may be repeated",
-    )
-    parser.add_argument("--force", action="store_true", help="write the artifact even if it fails its accuracy gate")
-    parser.add_argument(
-        "--verify",
-        default="numpy",
-        choices=("numpy", "transformers"),
-        help="what to compare with: numpy, the project's own decoder, or transformers where it is installed; "
-        "default: %(default)s",
-    )
     parser.add_argument(
         "--if-missing", action="store_true", help="do nothing if --out is already a good artifact of this model"
     )
     parser.add_argument(
         "--replace", action="store_true", help="delete another model's artifact, or one with your own files, at --out"
     )
+    _add_check_flags(parser)
+    _add_calibration_flags(parser)
     return parser
 
 
+def _add_check_flags(parser: argparse.ArgumentParser) -> None:
+    checks = parser.add_argument_group("checks of the exported model")
+    checks.add_argument(
+        "--verify",
+        default="numpy",
+        choices=("numpy", "transformers"),
+        help="what to compare with: numpy, the project's own decoder, or transformers where it is installed; "
+        "default: %(default)s",
+    )
+    checks.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="FIGURE=LIMIT",
+        help="another limit for a figure of the receipt, like perplexity_increase=0.005; may be repeated",
+    )
+    checks.add_argument("--force", action="store_true", help="write the artifact even if it fails a check")
+
+
 def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
-    calibration = parser.add_argument_group("calibration, for the precisions that need it")
+    calibration = parser.add_argument_group("calibration, for w8a8, w4a16, auto and --kv int8")
     calibration.add_argument(
-        "--calib",
+        "--calibration-text",
         metavar="SOURCE",
         help="built-in, self, a .jsonl/.txt/.parquet file, or a dataset id; default: built-in",
     )
-    calibration.add_argument("--calib-samples", type=int, metavar="N", help="sequences; default: 128")
-    calibration.add_argument("--calib-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
+    calibration.add_argument("--calibration-samples", type=int, metavar="N", help="sequences; default: 128")
+    calibration.add_argument("--calibration-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
     calibration.add_argument(
-        "--calibration", type=Path, metavar="PATH", help="use the calibration of this artifact or calibration.json"
+        "--reuse-calibration", type=Path, metavar="PATH", help="take the calibration of an artifact or calibration.json"
     )
     calibration.add_argument(
-        "--keep-calibration",
+        "--keep-calibration-text",
         action="store_true",
         help="keep the calibration text in the artifact, as token ids; default: only what was measured on it",
     )
@@ -89,10 +105,10 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         "--max-ppl-increase",
         default="0.5%",
         metavar="SHARE",
-        help="perplexity increase that int8 layers may add up to before the worst take two passes; default: 0.5%%",
+        help="perplexity increase that int8 layers may cause; beyond it the worst take two int8 passes; default: 0.5%%",
     )
     calibration.add_argument(
-        "--keep",
+        "--two-pass-layers",
         default="",
         metavar="LIST",
         help="layers that take two int8 passes, like layers.11.down,layers.28.down",
@@ -102,15 +118,21 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _with_new_names(argv: Sequence[str]) -> list[str]:
+    parts = [arg.partition("=") for arg in argv]
+    return [f"{_OLD_FLAGS.get(flag, flag)}{equals}{value}" for flag, equals, value in parts]
+
+
 def main(argv: list[str]) -> int:
-    """Export; prints the receipt's figures and where the artifact is."""
-    args = _parser().parse_args(argv)
+    """Export, then print the receipt's figures and the artifact's path."""
+    args = _parser().parse_args(_with_new_names(argv))
     from export.artifact.identity import check_replaceable, default_name, identity_of
 
     suffix = "-kv-int8" if args.kv == "int8" else ""
     out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
     wanted = identity_of(args.model, revision=args.revision, precision=args.precision, has_int8_kv=args.kv == "int8")
-    dialects = tuple(dict.fromkeys(part.strip() for part in args.dialect.split(",")))
+    names = (part.strip() for part in args.dialect.split(","))
+    dialects = tuple(dict.fromkeys(DIALECT_NAMES.get(name, name) for name in names))
     present = check_replaceable(out, wanted, replaces_any=args.replace)
     if args.if_missing and present is not None and wanted.is_same(present.identity):
         if (lack := _lack(out, present, dialects, args.max_len)) is None:
@@ -147,20 +169,20 @@ def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "
         dialects=dialects,
         verify=args.verify,
         replaces=args.replace,
-        keeps_calibration=args.keep_calibration,
+        keeps_calibration=args.keep_calibration_text,
         quantization=QuantizationOptions(
-            calib=calibration_options(
+            text=calibration_options(
                 args.precision,
-                args.calib,
-                args.calib_samples,
-                args.calib_length,
+                args.calibration_text,
+                args.calibration_samples,
+                args.calibration_length,
                 for_kv=NUM_SEQUENCES if args.kv == INT8 else None,
             ),
             int8=Int8Options(
                 max_ppl_increase=_share(args.max_ppl_increase),
-                keep=tuple(name for name in args.keep.replace(" ", "").split(",") if name),
+                keep=tuple(name for name in args.two_pass_layers.replace(" ", "").split(",") if name),
             ),
-            calibration=args.calibration,
+            reuse=args.reuse_calibration,
             ignore_memory=args.ignore_memory,
         ),
     )
@@ -187,7 +209,7 @@ def _print(artifact: "Artifact", out: Path) -> None:
 
 @contextmanager
 def _naming_what_is_kept(out: Path) -> Iterator[None]:
-    """If the export does not finish, say where the finished part of its calibration lies."""
+    """If the export does not finish, say which directory keeps the finished part of its calibration."""
     from export.artifact.writer import resolved
     from export.pipeline.calibrated import workdir_of
 
@@ -208,7 +230,7 @@ def _limits(texts: Sequence[str]) -> dict[str, float]:
         try:
             limits[figure] = float(limit)
         except ValueError:
-            raise InvalidSetting(f"--gate {text!r} is not FIGURE=LIMIT, such as kl=0.01") from None
+            raise InvalidSetting(f"--gate {text!r} is not FIGURE=LIMIT, like kl=0.01") from None
         if not math.isfinite(limits[figure]):
             raise InvalidSetting(f"--gate {text!r}: the limit must be a finite number")
     return limits
@@ -226,12 +248,12 @@ def _share(text: str) -> float:
 
 
 def _lack(out: Path, present: "Present", dialects: Sequence[str], max_len: int | None) -> str | None:
-    """What an artifact of the same model lacks of what is asked for; None if nothing."""
-    from runtime.artifact.manifest import open_artifact
+    """Why an artifact of the same model is not what was asked for; None if it is."""
+    from runtime.artifact.manifest import dialect_name, open_artifact
     from runtime.errors import InvalidArtifact
 
     if missing := [dialect for dialect in dialects if dialect not in present.dialects]:
-        return f"has no {missing[0]} graph"
+        return f"has no {dialect_name(missing[0])} graph"
     if max_len is not None and max_len != present.max_len:
         return f"was exported for {present.max_len} tokens"
     try:

@@ -1,8 +1,8 @@
-"""Which model an export is of, and which one an artifact directory holds: an export never replaces another's artifact.
+"""Decides whether an export may replace what is already at its target.
 
-names match and precisions match   the same model: a new export replaces the old one
-anything else                      refused, unless the user says --replace
-not an artifact                    refused always: nothing else is ever deleted
+same source, precision and KV type    replaced
+another artifact                      refused, unless the user says --replace
+not an artifact                       always refused
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from runtime.errors import HeadraceError, InvalidSetting
 
 AUTO = "auto"
 _IMPORTED = "imported"
-"""As precision.py has it, which imports more than a look at a directory may take."""
+"""The same word as in precision.py, whose imports are too slow for a look at a directory."""
 
 _WEIGHT_SUFFIX = re.compile(r"\.(gguf|safetensors)$", re.IGNORECASE)
 _SHOWN = 3
@@ -29,10 +29,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What must agree for one export to replace another.
+    """The properties that must agree for one export to replace another.
 
-    source: what the user calls the checkpoint, without its path; origin: a hash of that path, None for what has none
-    precision: as asked for, `auto` included; has_int8_kv: whether the KV cache is in 8 bits
+    source: the user's name for the checkpoint, without its path; origin: a hash of that path, None for a hub id
+    precision: as asked for, so it may be `auto`
     """
 
     source: str
@@ -46,8 +46,8 @@ class Identity:
         return f"{self.source} ({self.precision}{', int8 KV cache' if self.has_int8_kv else ''})"
 
     def is_same(self, other: "Identity") -> bool:
-        """Whether an export of this one may take the other's place."""
-        # What was exported before the place was noted has none.
+        """Whether an export with this identity may replace the other."""
+        # Older artifacts have no origin.
         is_same_place = None in (self.origin, other.origin) or self.origin == other.origin
         is_same_precision = self.precision == other.precision or (
             self.precision == _IMPORTED and other.precision in PRECISIONS
@@ -57,7 +57,7 @@ class Identity:
 
 
 def identity_of(model: str, *, revision: str | None, precision: str, has_int8_kv: bool) -> Identity:
-    """What an export of `model`, as the user gave it, would be; reads no checkpoint."""
+    """The identity of an export of `model`, as the user wrote it. Reads no checkpoint."""
     path = Path(model).expanduser()
     if model == DEFAULT_MODEL or not path.exists():
         source = model if revision is None else f"{model}@{revision}"
@@ -67,14 +67,14 @@ def identity_of(model: str, *, revision: str | None, precision: str, has_int8_kv
 
 
 def origin_of(path: Path) -> str:
-    """A hash of where a checkpoint lies: tells two of one name apart, and does not tell the path to who reads it."""
+    """A hash of the path: tells two checkpoints of one name apart without revealing where they are."""
     return hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def default_name(model: str) -> str:
     """The model's part of the default --out: its last name, lower-case, without the suffix of a weight file.
 
-    Only such a suffix goes: what is behind another dot tells models apart (Llama-3.2-1B, Llama-3.2-3B).
+    Other dots stay, because they tell models apart (Llama-3.2-1B, Llama-3.2-3B).
     """
     path = Path(model).expanduser()
     name = path.name if path.name not in ("", "..") else path.resolve().name
@@ -83,9 +83,9 @@ def default_name(model: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Present:
-    """An artifact that lies where one is to be written, as far as its manifest can be read.
+    """The artifact that is at the target now, as far as its manifest can be read.
 
-    foreign: what lies in the directory and is none of its files
+    foreign: files in the directory that its manifest does not list
     """
 
     identity: Identity
@@ -95,7 +95,7 @@ class Present:
 
 
 def present_at(target: Path) -> Present | None:
-    """What is at `target`: None if nothing, or an empty directory. InvalidSetting for what is no artifact.
+    """The artifact at `target`; None if there is nothing or an empty directory. InvalidSetting for anything else.
 
     Artifacts of other releases and damaged ones count, as long as their manifest says what they are.
     """
@@ -125,10 +125,10 @@ def present_at(target: Path) -> Present | None:
 
 
 def check_replaceable(target: Path, wanted: Identity, *, replaces_any: bool = False) -> Present | None:
-    """What an export to `target` would replace; None if nothing.
+    """The artifact that an export to `target` would replace; None if there is none.
 
-    InvalidSetting if it is no artifact, or, unless `replaces_any`, one of another model or precision, or one with
-    somebody's own files in it.
+    InvalidSetting if it is not an artifact; without `replaces_any` also if it has another identity, or contains files
+    that no export wrote.
     """
     present = present_at(target)
     if present is None or replaces_any:
@@ -149,7 +149,7 @@ def check_replaceable(target: Path, wanted: Identity, *, replaces_any: bool = Fa
 
 
 def _manifest_at(target: Path) -> dict[str, Any]:
-    """The manifest as far as identity needs it; InvalidSetting if there is none that is ours."""
+    """The manifest; InvalidSetting if there is none with the fields that identity needs."""
     refusal = InvalidSetting(
         f"{target} holds something that is not an artifact; name another --out, or empty it yourself"
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: through its `finally` blocks, so that nothing half-written stays."""
+"""Makes SIGTERM and SIGHUP end a command like Ctrl-C: `finally` blocks run, so nothing half-written stays."""
 
 import signal
 import sys
@@ -12,9 +12,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def orderly_end() -> Iterator[None]:
-    """Within it a SIGTERM or SIGHUP raises SystemExit with the shell's number for it, 128 and the signal's.
+    """Raise SystemExit(128 + signal number) on SIGTERM or SIGHUP inside the block.
 
-    A signal that is ignored (nohup) stays ignored. Outside the main thread, which alone hears signals, nothing changes.
+    An ignored signal (nohup) stays ignored. Does nothing outside the main thread, which alone receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -31,6 +31,6 @@ def orderly_end() -> Iterator[None]:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not break off the clearing up
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
     sys.stderr.write(f"ended by {signal.Signals(number).name}\n")
     raise SystemExit(128 + number)

@@ -1,7 +1,7 @@
-"""Weight files: every tensor of an artifact, appended one at a time, named from the graphs as ONNX external data.
+"""Appends tensors to weight files, which the ONNX graphs refer to as external data.
 
-Holds no tensor after it is written, so that a model larger than memory can be exported. A second graph's file can
-share an earlier one's tensors: what is there already, byte for byte, is named from there and not written again.
+Keeps no tensor after writing it, so a model larger than memory can be exported. A second graph can share the tensors of
+an earlier one: bytes that are in the earlier file already are referred to there and not written again.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ PAGE = 4096  # a runtime can map a tensor into memory only where a page starts
 
 
 class Extent(NamedTuple):
-    """Where a tensor's bytes lie, and in which file."""
+    """The place of a tensor's bytes: offset and length in a file."""
 
     offset: int
     length: int
@@ -28,10 +28,10 @@ class Extent(NamedTuple):
 
 
 class WeightFile:
-    """Appends tensors to `directory/name`; a context manager that closes the file, and removes an empty one.
+    """Appends tensors to `directory/name`; a context manager that closes the file, and removes it if empty.
 
-    shares: a file written before, with `is_shared`, whose tensors may be named instead of being written again
-    is_shared: remember what was written by its hash (blake2b; about a second a gigabyte)
+    shares: an earlier file, opened with `is_shared`, whose tensors need not be written again
+    is_shared: remember the hash of every tensor (blake2b; about a second per gigabyte)
     """
 
     def __init__(
@@ -58,19 +58,18 @@ class WeightFile:
         return self._file.tell()
 
     def flush(self) -> None:
-        """Make what was appended visible to who opens the file by name."""
+        """Make appended bytes visible to other readers of the file."""
         self._file.flush()
 
     def append(self, chunks: Iterable[NDArray[Any]]) -> Extent:
-        """Write arrays one after another as one tensor, starting on a page; or name the same bytes written before."""
+        """Write arrays as one tensor that starts on a page. Returns the earlier place if the same bytes are there."""
         end = self._file.tell()
         self._file.write(b"\0" * (-end % PAGE))
         start = self._file.tell()
         digest = hashlib.blake2b(digest_size=20)
         for chunk in chunks:
-            data = (
-                np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
-            )  # bfloat16 has no buffer format of its own
+            # As bytes: bfloat16 has no buffer format of its own.
+            data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
             self._file.write(data)
             if self._is_hashed:
                 digest.update(data)

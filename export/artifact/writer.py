@@ -1,9 +1,8 @@
-"""Write an artifact so that half of one can never be loaded: into a hidden directory beside it, renamed when whole.
+"""Writes an artifact into a hidden directory beside its target and renames it when it is complete.
 
-A reader accepts a directory only with a manifest that lists every file; the manifest is written last, and synced.
+So a half-written artifact is never loaded. The manifest, without which no reader accepts a directory, comes last.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -14,28 +13,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from export.artifact.identity import present_at
+from export.storage.whole_file import explaining_full_disk, write_whole
 from runtime.artifact.manifest import MANIFEST, FileEntry, Manifest, sha256_of
-from runtime.errors import HeadraceError, InvalidSetting
-
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file grew beyond what is allowed here (see `ulimit -f`)",
-}
+from runtime.errors import InvalidSetting
 
 _STAGING = ".{name}.partial-{pid}"
 _ASIDE = ".old"
-"""Behind the name of a staging directory: the artifact that it replaces, until it has."""
+"""Suffix of the directory that holds the replaced artifact during the swap."""
 
 
 @contextmanager
 def staged(target: Path, *, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """Yield an empty directory; on success it replaces `target`, on any exception it is removed.
 
-    check: raises if what is at `target` must stay; called before anything is written, and again before the swap, since
-        another export may have finished meanwhile. Without it only what is no artifact stays.
-    InvalidSetting if `target` cannot be written, or is something other than an artifact or an empty directory. A full
-    disk is a HeadraceError that says so.
+    check: raises if what is at `target` must stay; called before anything is written, and again before the swap,
+        because another export may have finished meanwhile
+    InvalidSetting if `target` cannot be written, or is neither an artifact nor an empty directory. HeadraceError if the
+    disk is full.
     """
     target = resolved(target)
     present_at(target)
@@ -49,29 +43,22 @@ def staged(target: Path, *, check: Callable[[], object] = lambda: None) -> Itera
     except OSError as error:
         raise InvalidSetting(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
-        yield staging
-        _sync(staging)
-        present_at(target)
-        check()
-        _replace(staging, target)
-    except OSError as error:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(target.parent).free
-            raise HeadraceError(
-                f"{_FULL[error.errno]}: {target.parent} had {free / 1e6:,.0f} MB left when writing failed; "
-                "nothing was changed"
-            ) from error
-        raise
+        with explaining_full_disk(target.parent):
+            yield staging
+            _sync(staging)
+            present_at(target)
+            check()
+            _replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
 
 
 def resolved(target: Path) -> Path:
-    """Where `target` really is, so that a link to it stays one. InvalidSetting for links that go round in a circle."""
+    """The real path of `target`, so that a symlink to it stays one. InvalidSetting for a circle of links."""
     try:
         return target.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError is Python 3.11's word for a circle
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for a circle
         raise InvalidSetting(f"--out {target} cannot be followed: {error}; name another") from error
 
 
@@ -92,12 +79,12 @@ def file_entry(file: Path) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json."""
-    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    """Write manifest.json, or replace the one that is there."""
+    write_whole(directory / MANIFEST, manifest.to_json().encode())
 
 
 def _locked(directory: Path) -> int:
-    """A lock on a directory that the kernel drops when this process ends, however it ends; its file descriptor."""
+    """Lock a directory until this process ends, however it ends. Returns the file descriptor."""
     handle = os.open(directory, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks: _is_abandoned then goes by the process id
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +106,7 @@ def _is_abandoned(directory: Path) -> bool:
 
 
 def _clear_stale(target: Path) -> None:
-    """Remove what killed exports to the same target left behind, and put back an artifact that one had set aside."""
+    """Remove what killed exports to the same target left, and put back an artifact that one had moved aside."""
     pattern = re.compile(re.escape(_STAGING.format(name=target.name, pid="PID")).replace("PID", r"\d+"))
     for left in sorted(target.parent.iterdir()):
         staging = left.with_name(left.name.removesuffix(_ASIDE))
@@ -144,7 +131,7 @@ def _sync(directory: Path) -> None:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Rename over the target; an older artifact steps aside first and is removed last."""
+    """Rename over the target. An older artifact is moved aside first and removed last."""
     if not target.exists():
         staging.rename(target)
         return
@@ -157,23 +144,3 @@ def _replace(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-_PARTIAL = ".partial-"
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write under a temporary name, sync, rename. HeadraceError if the disk is full; nothing is left then."""
-    partial = file.with_name(f"{file.name}{_PARTIAL}{os.getpid()}")
-    try:
-        with partial.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(file)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HeadraceError(f"the disk is full: {file} needs {len(data) / 1e6:,.0f} MB") from error
-        raise
-    finally:
-        partial.unlink(missing_ok=True)

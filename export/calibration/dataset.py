@@ -1,11 +1,11 @@
-"""What a model is calibrated on: token ids from one of several sources, and where they came from.
+"""Reads calibration text from one of four sources, as token ids with a record of their origin.
 
     built-in         this project's own texts (calibration_data/), through the model's chat template
-    self             text the model itself writes, from nothing but the beginning of a conversation or of a text
+    self             text sampled from the model itself
     PATH             .jsonl, .txt or .parquet
-    owner/name       a dataset on the Hugging Face hub, see dataset_hub.py
+    owner/name       a dataset on the Hugging Face hub, see hub_dataset.py
 
-The same source, tokenizer and seed give the same ids on every machine (`self`: on machines that compute alike).
+The same source, tokenizer and seed give the same ids on every machine (`self`: on machines with the same arithmetic).
 Knows nothing about statistics or graphs.
 """
 
@@ -34,15 +34,15 @@ DEFAULT_NUM_SAMPLES = 128
 DEFAULT_LENGTH = 512
 
 CALIBRATED = ("w8a8", "w4a16", "auto")
-"""The precisions that look at calibration text."""
+"""The precisions that need calibration text."""
 
 MIN_LENGTH = 16
-"""Shorter sequences are nearly all first tokens, which are no picture of what a model computes."""
+"""Shorter sequences are mostly first tokens, whose activations are not typical."""
 
 MIN_TOKENS = 2_048
-"""Fewer tokens leave channels that fire seldom without a range: refused, unless less than twice that was asked for."""
+"""With fewer tokens, rarely active channels get no range. Refused, unless the user asked for less than twice this."""
 
-# Text is read until it should give twice the tokens wanted: English has some 4 characters a token, most others fewer.
+# Enough text for twice the tokens wanted: English has about 4 characters a token, most other languages fewer.
 _CHARS_PER_TOKEN = 8
 # One record may fill a sequence but not a whole set.
 _PIECE_SEQUENCES = 2
@@ -50,9 +50,9 @@ _PIECE_SEQUENCES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationOptions:
-    """What the user said about calibration: the source, and how many sequences of how many tokens.
+    """The user's choice of calibration text: its source, and how many sequences of how many tokens.
 
-    length: None is DEFAULT_LENGTH, or the model's longest sequence where that is shorter
+    length: None is DEFAULT_LENGTH, or the model's longest sequence if that is shorter
     """
 
     source: str = BUILT_IN
@@ -60,16 +60,16 @@ class CalibrationOptions:
     length: int | None = None
 
     def length_within(self, max_len: int) -> int:
-        """Tokens of a sequence for a model of this longest one; as it was asked for, whether or not that fits."""
+        """Tokens of a sequence. The default is cut to `max_len`; a length that the user gave is not."""
         return min(DEFAULT_LENGTH, max_len) if self.length is None else self.length
 
 
 def calibration_options(
     precision: str, source: str | None, num_samples: int | None, length: int | None, *, for_kv: int | None = None
 ) -> CalibrationOptions:
-    """From the command line, None where a flag was not given. InvalidSetting for a flag that would change nothing.
+    """Options from the command line; None is a flag that was not given. InvalidSetting for a flag without effect.
 
-    for_kv: sequences to read, unless told, where only an int8 KV cache is calibrated; None without one
+    for_kv: default number of sequences where only an int8 KV cache is calibrated; None without such a cache
     """
     given = {"source": source, "num_samples": num_samples, "length": length}
     given = {name: value for name, value in given.items() if value is not None}
@@ -77,8 +77,8 @@ def calibration_options(
         given = {"num_samples": for_kv, **given}
     elif given and precision not in CALIBRATED:
         raise InvalidSetting(
-            f"{FLAG} and its kin have no effect on {precision}, which is not calibrated; leave them out, or choose "
-            f"--precision {' or '.join(CALIBRATED)}, or --kv int8"
+            f"calibration flags have no effect on {precision}, which is not calibrated; leave out --calibration-*, or "
+            f"choose --precision {' or '.join(CALIBRATED)}, or --kv int8"
         )
     return CalibrationOptions(**given)  # type: ignore[arg-type]  # one dict of two types
 
@@ -89,7 +89,7 @@ Generate = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids of each sequence, at most `length` of them, and a JSON-able account of their origin."""
+    """Token ids of each sequence, and a JSON-able record of their origin."""
 
     sequences: list[list[int]]
     provenance: dict[str, Any]
@@ -100,7 +100,7 @@ class CalibrationSet:
 
 
 class _Source(NamedTuple):
-    """Records in the order in which they are used, and what the provenance says about them."""
+    """Records in the order of their use, and their entries in the provenance."""
 
     records: Sequence[Record]
     account: dict[str, Any]
@@ -139,7 +139,7 @@ def load_calibration_set(
             f"better {num_samples * length:,}, or use {FLAG} {BUILT_IN}"
         )
     provenance = {
-        # The artifact carries this: of a file the name alone, without the path it lay at.
+        # This goes into the artifact: a file's name, not its path.
         "source": Path(source).name if Path(source).expanduser().is_file() else source,
         **account,
         "num_sequences": len(sequences),
@@ -165,12 +165,12 @@ def sequences_digest(sequences: Iterable[Sequence[int]]) -> str:
 def check_sizes(num_samples: int, length: int, max_len: int | None) -> None:
     """InvalidSetting for a set that is empty, too short to learn from, or longer than the model."""
     if num_samples < 1:
-        raise InvalidSetting(f"{FLAG}-samples must be at least 1, got {num_samples}")
+        raise InvalidSetting(f"--calibration-samples must be at least 1, got {num_samples}")
     if length < MIN_LENGTH:
-        raise InvalidSetting(f"{FLAG}-length must be at least {MIN_LENGTH} tokens, got {length}")
+        raise InvalidSetting(f"--calibration-length must be at least {MIN_LENGTH} tokens, got {length}")
     if max_len is not None and length > max_len:
         raise InvalidSetting(
-            f"{FLAG}-length {length:,} is longer than the model's longest sequence, {max_len:,} tokens; "
+            f"--calibration-length {length:,} is longer than the model's longest sequence, {max_len:,} tokens; "
             f"give at most {max_len:,}"
         )
 
@@ -235,7 +235,7 @@ def _text_of(record: Record) -> str:
 
 
 def _checked_overlap(source: str, texts: Iterable[str]) -> dict[str, dict[str, int]]:
-    """How much of the evaluation texts the calibration text holds, with a warning if it is anything."""
+    """How much of the evaluation texts the calibration text contains; warns if it contains any."""
     found = overlaps(texts, calibration_data.evaluation_texts())
     for name, overlap in found.items():
         if overlap.num_shared:

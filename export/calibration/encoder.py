@@ -1,4 +1,4 @@
-"""Records to token ids as the model itself would read them: its own chat template and its own tokenizer.
+"""Turns calibration records into token ids, with the model's own chat template and tokenizer.
 
 Knows nothing about files or samples.
 """
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from export.calibration.records import Record
+from export.calibration.records import FLAG, Record
 from export.checkpoint.texts.chat_templates import DEFAULT, chat_templates
 from runtime.errors import InvalidCheckpoint, InvalidRequest, InvalidSetting
 from runtime.text.chat.template import ChatTemplate
@@ -16,7 +16,7 @@ from runtime.text.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Stands for the words of a message when the text before them is wanted; no template changes it.
+# Takes the place of a message's text, to find what the template puts before it. No template changes it.
 _MARK = "headrace0calibration"
 
 
@@ -51,13 +51,13 @@ class RecordEncoder:
         try:
             text = self._render(value["messages"])
         except InvalidRequest as error:
-            raise InvalidSetting(f"--calib {record.where}: {error}; mend or remove the record") from error
+            raise InvalidSetting(f"{FLAG} {record.where}: {error}; fix or remove the record") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def starts(self, max_len: int) -> list[list[int]]:
-        """Ids that the model's own text can begin with: an opened conversation, if there is a template, and a text.
+        """Beginnings of text to sample: an opened conversation, if there is a template, and a plain text.
 
-        The conversation stops where the user's first words would stand, so that the model writes both sides. A text
+        The conversation ends before the user's first words, so that the model writes both sides. A text
         begins with the beginning-of-text token, or after an end-of-text token, or with a line end if there is neither.
         """
         opened = [] if self._template is None else [self._opened_conversation()]

@@ -1,7 +1,7 @@
-"""Text files of a dataset on the Hugging Face hub, downloaded into the library's cache.
+"""Downloads text files of a dataset from the Hugging Face hub into the library's cache.
 
 `owner/name`, `owner/name@REVISION`, and either with `:PATTERN` to choose among its files. Only .parquet, .jsonl and
-.txt are asked for, and nothing downloaded is run. Knows nothing about what stands in them.
+.txt files are downloaded, and nothing is run. Does not look into them.
 """
 
 import re
@@ -10,19 +10,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from export.calibration.records import FLAG
 from export.sources.hub import hub_errors
 from runtime.errors import InvalidSetting
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 
 MAX_DOWNLOAD_BYTES = 512 * 1000**2
-"""Shards beyond this are left alone: a calibration reads some 65,000 tokens, and one shard of text has millions."""
+"""Shards beyond this are not downloaded: calibration reads some 65,000 tokens, and one shard of text has millions."""
 
 _DATASET = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:\s]+))?(:(?P<pattern>\S+))?")
 
 
 class DatasetFiles(NamedTuple):
-    """Local files, their names in the dataset, and the commit they are of."""
+    """Local files, their names in the dataset, and the commit."""
 
     files: list[Path]
     names: list[str]
@@ -35,12 +36,12 @@ class _Listed(NamedTuple):
 
 
 def is_dataset_id(source: str) -> bool:
-    """Whether a name has the form of a dataset id; not whether there is one."""
+    """Whether a name has the form of a dataset id. Does not look whether the dataset exists."""
     return _DATASET.fullmatch(source) is not None
 
 
 def fetch_dataset(source: str) -> DatasetFiles:
-    """Download what is needed of a dataset; with HF_HUB_OFFLINE=1, or without a network, look in the cache.
+    """Download the needed files of a dataset; with HF_HUB_OFFLINE=1 only look in the cache.
 
     InvalidSetting, with what to do, if it does not exist, is gated, cannot be reached or holds no file that is read.
     """
@@ -81,7 +82,7 @@ def _chosen(listed: Iterable[_Listed], source: str, pattern: str | None) -> list
         readable = [entry for entry in readable if fnmatch(entry.name, pattern)]
     if not readable:
         which = f" that matches {pattern!r}" if pattern is not None else ""
-        raise InvalidSetting(f"--calib {source}: the dataset has no {', '.join(SUFFIXES)} file{which}; choose another")
+        raise InvalidSetting(f"{FLAG} {source}: the dataset has no {', '.join(SUFFIXES)} file{which}; choose another")
     if pattern is None:
         readable = [entry for entry in readable if "train" in entry.name.lower()] or readable
     taken, total = [], 0
@@ -92,7 +93,7 @@ def _chosen(listed: Iterable[_Listed], source: str, pattern: str | None) -> list
         taken.append(entry.name)
     if not taken:
         raise InvalidSetting(
-            f"--calib {source}: {readable[0].name} has {readable[0].size / 1e6:,.0f} MB, and at most "
+            f"{FLAG} {source}: {readable[0].name} has {readable[0].size / 1e6:,.0f} MB, and at most "
             f"{MAX_DOWNLOAD_BYTES / 1e6:,.0f} MB are downloaded; choose a smaller file with {source}:PATTERN"
         )
     return taken

@@ -1,4 +1,4 @@
-"""How much of the evaluation text stands in the calibration text: a model judged on what it was tuned on looks better.
+"""Measures how much of the evaluation text occurs in the calibration text, which would make figures too good.
 
 Compares runs of consecutive words, case and punctuation aside. Knows nothing about models.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 RUN_WORDS = 8
-"""Shorter runs are common phrases ("at the end of the day, it is"); eight words in a row are hardly ever chance."""
+"""Shorter runs are common phrases ("at the end of the day, it is"); eight words are hardly ever chance."""
 
 _WORD = re.compile(r"\w+")
 

@@ -1,7 +1,7 @@
-"""Encoded records to the sequences a model is calibrated on. Knows nothing about text.
+"""Packs encoded records into calibration sequences. Knows nothing about text.
 
-Whole records are put together, so that a sequence begins where a conversation or a text begins, as in serving: the
-massive activations of a sequence's first tokens are part of what calibration has to see.
+A sequence begins where a conversation or a text begins, as in serving, because calibration must see the massive
+activations of first tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A rest this short takes no record; looking at it again would only cost time.
+# A sequence with less room than this counts as full.
 _FULL = 8
 
 
 def pack(records: Iterable[Sequence[int]], *, num_samples: int, length: int) -> list[list[int]]:
     """At most `num_samples` sequences of at most `length` ids: each record goes to the first that has room.
 
-    A record longer than `length` is cut into pieces of `length`. What fits nowhere is left out; without room for
-    anything more, no further record is taken from the iterable.
+    A record longer than `length` is cut into pieces of `length`. A piece that fits nowhere is dropped. When all
+    sequences are full, no further record is read.
     """
     packed: list[list[int]] = []
     is_open: list[int] = []
@@ -40,7 +40,7 @@ def pack(records: Iterable[Sequence[int]], *, num_samples: int, length: int) -> 
 
 
 def interleave(groups: Iterable[Sequence[T]], rng: Random) -> list[T]:
-    """All items, shuffled within their group and the groups spread evenly, so that any beginning has some of each."""
+    """All items, shuffled within their group, with the groups spread evenly: every prefix has some of each."""
     placed: list[tuple[float, int, T]] = []
     for number, group in enumerate(groups):
         items = list(group)

@@ -1,7 +1,7 @@
-"""Calibration records out of a user's files: .jsonl, .txt and .parquet, read as a stream.
+"""Reads calibration records from the user's .jsonl, .txt and .parquet files, as a stream.
 
-A record is a conversation or a piece of text of bounded length. Knows nothing about tokens or samples. Whatever is
-wrong with a file is an InvalidSetting of one line that names the file, and the line or row.
+A record is a conversation or a piece of text of bounded length. Every problem with a file is a one-line
+InvalidSetting that names the file and the line or row. Knows nothing about tokens or samples.
 """
 
 import json
@@ -14,18 +14,18 @@ from runtime.errors import InvalidSetting
 from runtime.progress import progress_bar
 from runtime.text.text_file import check_readable, pieces_of
 
-FLAG = "--calib"
+FLAG = "--calibration-text"
 
 MAX_LINE_BYTES = 1 << 24
-"""Longest line of a .jsonl file: one line is held in memory whole. A book is a tenth of it."""
+"""Longest line of a .jsonl file, since a line is held in memory whole. A book is a tenth of it."""
 
 TEXT_COLUMNS = ("messages", "text", "content")
-"""Where a record's text stands, by preference: conversations as most chat data sets name them, or plain text."""
+"""Fields that hold a record's text, the most preferred first: conversations, then plain text."""
 
 _ROWS_AT_ONCE = 64
 
-# The library's defaults fetch whole column chunks ahead, of all row groups: 180 MB of file took 240 MB of memory, and
-# 26 MB took 120. So, 54 and 50, at the same speed.
+# The library prefetches the column chunks of all row groups: 240 MB of memory for a file of 180 MB, 120 MB for one of
+# 26 MB. With these settings it takes 54 and 50 MB, at the same speed.
 _FRUGAL = {"pre_buffer": False, "buffer_size": 1 << 20}
 
 
@@ -44,7 +44,7 @@ class Record:
 
 
 def read_records(file: Path, *, piece_chars: int) -> Iterator[Record]:
-    """Every record of a file, in order; texts longer than `piece_chars` come in pieces, conversations are cut there.
+    """Every record of a file, in order. Texts longer than `piece_chars` come in pieces, conversations are cut.
 
     At most one line, one batch of rows or a few pieces are in memory. InvalidSetting for a suffix that is not read.
     """
@@ -79,7 +79,7 @@ def _parsed(line: bytes, where: str) -> Any:
             f"{FLAG} {where} is not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; convert the file"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InvalidSetting(f"{FLAG} {where} is not JSON: {error}; one JSON object a line is wanted") from error
+        raise InvalidSetting(f"{FLAG} {where} is not JSON: {error}; each line must be one JSON object") from error
 
 
 def _read_txt(file: Path, piece_chars: int) -> Iterator[Record]:
@@ -132,7 +132,7 @@ def _checked(value: Any, where: str) -> Record:
     """The record in the form the encoder takes, or InvalidSetting with what is missing."""
     if not isinstance(value, dict):
         raise InvalidSetting(
-            f"{FLAG} {where} holds a {type(value).__name__}; an object with messages or text is wanted"
+            f"{FLAG} {where} holds a {type(value).__name__}; it must be an object with messages or text"
         )
     column = next((name for name in TEXT_COLUMNS if name in value), None)
     if column is None:
@@ -141,7 +141,7 @@ def _checked(value: Any, where: str) -> Record:
     if column != "messages":
         text = value[column]
         if not isinstance(text, str):
-            raise InvalidSetting(f"{FLAG} {where}: {column} is a {type(text).__name__}; a string is wanted")
+            raise InvalidSetting(f"{FLAG} {where}: {column} is a {type(text).__name__}; it must be a string")
         _check_unicode(text, where)
         return Record({"text": text}, where)
     return Record({"messages": _checked_messages(value["messages"], where)}, where)
@@ -189,7 +189,7 @@ def _bounded(record: Record, piece_chars: int) -> Iterator[Record]:
 
 
 def _cut_conversation(record: Record, piece_chars: int) -> Record:
-    """The beginning of a conversation: what lies beyond would be cut off with the sequence in any case."""
+    """The beginning of a conversation. The rest would not fit the sequence in any case."""
     if record.num_chars <= piece_chars:
         return record
     kept, room = [], piece_chars

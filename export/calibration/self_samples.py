@@ -1,6 +1,6 @@
-"""Text that a model writes itself, to calibrate on: sampled at temperature 1 through the engine, many rows at once.
+"""Samples calibration text from the model itself: at temperature 1, through the engine, many rows at once.
 
-Knows nothing about text: the starts are token ids, and so is what comes out.
+Works on token ids; knows nothing about text.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _ROWS = 32
 
 
 def artifact_generator(artifact: Artifact, *, length: int) -> Generate:
-    """Sample through a session of its own on `artifact`, opened at the call and closed after it."""
+    """A function that samples through its own session on `artifact`, opened and closed in each call."""
 
     def generate(starts: Sequence[Sequence[int]], wanted: int, seed: int) -> list[list[int]]:
         session = OrtSession.open(artifact, num_slots=min(_ROWS, len(starts)), capacity=length)

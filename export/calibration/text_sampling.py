@@ -1,4 +1,4 @@
-"""A random sample of a stream whose length nobody knows, within a budget of characters. Knows no tokens."""
+"""A random sample of a stream of unknown length, within a budget of characters. Knows no tokens."""
 
 import heapq
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from random import Random
 
 from export.calibration.records import Record
 
-# What a record costs beside its text, so that a stream of empty ones ends up bounded as well.
+# Added to each record's cost, so that a stream of empty records is bounded too.
 _OVERHEAD_CHARS = 64
 
 
@@ -36,7 +36,7 @@ class Sample:
                 self._num_chars -= _cost(heapq.heappop(self._kept)[2])
 
     def records(self) -> list[Record]:
-        """What was kept, in random order: that of the keys."""
+        """The sample, in random order."""
         return [record for _, _, record in sorted(self._kept, key=lambda entry: (-entry[0], entry[1]))]
 
 

@@ -1,7 +1,7 @@
-"""What a field of config.json is to an export: read, without effect on the computation, or unknown.
+"""Sorts the fields of config.json: read, without effect on the computation, or unknown.
 
-An unknown field may change what the model computes, so it is refused with its value. Names are Hugging Face's and those
-that tools for training write. `architectures.py` reads the fields; this table only says which may stand there.
+An unknown field may change what the model computes, so it is refused with its value. `architectures.py` reads the
+fields; this table only says which are allowed.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ READ_FIELDS = frozenset(
         "bos_token_id", "eos_token_id",
     }
 )  # fmt: skip
-"""Of every family."""
+"""Fields that every family has."""
 
 _BOOKKEEPING = frozenset(
     {
@@ -68,28 +68,17 @@ NO_EFFECT = _BOOKKEEPING | _TRAINING | _HOW_IT_RUNS | _GENERATION
 
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
-        "is_causal": (True,),
-        "is_encoder_decoder": (False,),
-        "use_rope": (True,),
-        "use_rms_norm": (True,),
-        "partial_rotary_factor": (1,),
-        "rotary_pct": (1,),
-        "rope_interleaved": (False,),
-        "rope_scaling_factor": (1,),
+        **dict.fromkeys(("is_causal", "use_rope", "use_rms_norm"), (True,)),
+        **dict.fromkeys(("is_encoder_decoder", "rope_interleaved"), (False,)),
+        **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_scaling_factor"), (1,)),
+        **dict.fromkeys(("logit_scale", "logits_scaling", "residual_multiplier", "embedding_multiplier"), (1,)),
+        **dict.fromkeys(("num_nextn_predict_layers", "num_local_experts", "num_experts", "n_routed_experts"), (0,)),
         "hidden_activation": ("silu", "swish"),
-        "logit_scale": (1,),
-        "logits_scaling": (1,),
-        "residual_multiplier": (1,),
-        "embedding_multiplier": (1,),
-        "num_nextn_predict_layers": (0,),
-        "num_local_experts": (0,),
-        "num_experts": (0,),
-        "n_routed_experts": (0,),
     }
 )
-"""Fields that no graph here reads, with the values that leave the model as it is."""
+"""Fields that no graph reads, with the values that change nothing."""
 
-# A switch that is off leaves a model as its family is, but for these, which are on unless they are set.
+# A switch that is false changes nothing, except these, which are true by default.
 _ON_BY_DEFAULT = frozenset({"is_causal", "use_rope", "use_rms_norm", "scale_attn_weights"})
 
 _LONGEST_VALUE = 120
@@ -98,7 +87,7 @@ _LONGEST_VALUE = 120
 def refuse_unknown(raw: Mapping[str, Any], family: Mapping[str, tuple[object, ...]]) -> None:
     """UnsupportedModel for the first field that is neither read nor known to have no effect.
 
-    family: further fields that the family knows, with the values that they may have; no values at all means any
+    family: further fields of the family, with the values that are allowed; no values means any
     """
     for name, value in raw.items():
         if name in READ_FIELDS or name in NO_EFFECT or name.startswith("_") or "dropout" in name or "pdrop" in name:

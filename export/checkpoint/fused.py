@@ -34,7 +34,7 @@ from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which layers one fused tensor holds; the rule covers its weight and its bias.
+    """The layers in one fused tensor; the rule covers its weight and its bias.
 
     fused: end of the tensor's name, without `.weight` or `.bias`
     parts: what takes the place of `fused` in the name, and the number of outputs; None is an equal share of the outputs
@@ -174,7 +174,7 @@ class FusedView(CheckpointView):
 
 
 def _ending_in(pattern: str) -> re.Pattern[str]:
-    """Matches a tensor's name that ends in the pattern; what is in front, and the suffix."""
+    """Matches a tensor's name that ends in the pattern. Groups: the beginning, and the suffix."""
     return re.compile(rf"(.*\.)?{pattern}(\.weight|\.bias|)")
 
 

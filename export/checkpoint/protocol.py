@@ -1,8 +1,8 @@
 """What export reads: named tensors, a config.json and the text files that go with them.
 
 Two readers: `safetensors_dir.py` (a Hugging Face directory, local or from the hub) and `gguf/file.py` (one .gguf file).
-What changes tensors on the way is a view of another checkpoint: see `view.py`.
-Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them.
+A class that changes tensors is a view of another checkpoint: see `view.py`.
+Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), also where the file has other names.
 """
 
 from abc import ABC, abstractmethod
@@ -67,5 +67,5 @@ class Checkpoint(ABC):
 
     @property
     def commit(self) -> str | None:
-        """The hub commit that was downloaded, 40 hex digits; None for what is not from the hub."""
+        """The hub commit that was downloaded, 40 hex digits; None if the model is not from the hub."""
         return None

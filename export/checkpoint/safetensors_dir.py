@@ -1,7 +1,7 @@
-"""A local Hugging Face directory: config.json, safetensors in one file or in shards, and the text files.
+"""Reads a Hugging Face directory: config.json, safetensors in one file or in shards, and the text files.
 
-Knows the safetensors format, not what the tensors mean; `safetensors_files.py` finds them. Only safetensors are read:
-a pickle (`pytorch_model.bin`) runs code when it is loaded, so it never is.
+Knows the safetensors format, not what the tensors mean; `safetensors_files.py` finds them. A pickle
+(`pytorch_model.bin`) is never loaded, because it could run code.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ CONFIG = "config.json"
 STORED_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 )
-"""The safetensors types that are weights as they stand; others are quantized or are no weights."""
+"""The safetensors types that are plain weights; others are quantized, or not weights."""
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -94,7 +94,7 @@ class SafetensorsCheckpoint(Checkpoint):
         place = self._places.get(name)
         if place is None or place.info.dtype != "I32":
             stored = "is not there" if place is None else f"is stored as {place.info.dtype}"
-            raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; 32-bit integers (I32) are wanted")
+            raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; it must be 32-bit integers (I32)")
         try:
             with place.file.open("rb") as handle:
                 handle.seek(place.offset)

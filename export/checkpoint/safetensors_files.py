@@ -1,6 +1,6 @@
-"""Where the tensors of a Hugging Face directory lie: one safetensors file, shards with an index, or shards alone.
+"""Finds the tensors of a Hugging Face directory: one safetensors file, or shards with or without an index.
 
-Reads headers, not weights. A directory that could be read in two ways is refused, and so is one that is not whole.
+Reads headers, not weights. Refuses a directory that is ambiguous or incomplete.
 """
 
 import json
@@ -24,7 +24,7 @@ _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies."""
+    """Place of a tensor in a file."""
 
     file: Path
     offset: int
@@ -32,7 +32,7 @@ class Place:
     info: TensorInfo
 
     def rows(self, start: int, stop: int) -> "Place":
-        """Where rows `start` to `stop` of the tensor lie."""
+        """Place of rows `start` to `stop` of the tensor."""
         num_rows, *rest = self.info.shape
         row_bytes = self.num_bytes // max(1, num_rows)
         info = TensorInfo((stop - start, *rest), self.info.dtype)
@@ -40,7 +40,7 @@ class Place:
 
 
 def find_tensors(path: Path) -> dict[str, Place]:
-    """Every tensor of the directory by its name in a plain language model.
+    """Every tensor of the directory, by its name in a language model without a multimodal prefix.
 
     Raises InvalidCheckpoint for files that are missing, truncated, ambiguous, or hold a tensor twice.
     """
@@ -64,8 +64,8 @@ def find_tensors(path: Path) -> dict[str, Place]:
 def plain_name(name: str) -> str:
     """A tensor's name without the prefix that it has inside a multimodal model.
 
-    Text models cut out of one keep either of two forms: `language_model.model.layers.0...` with
-    `language_model.lm_head`, or `model.language_model.layers.0...`. The prefix says nothing else.
+    Text models that were cut out of one keep either of two forms: `language_model.model.layers.0...` with
+    `language_model.lm_head`, or `model.language_model.layers.0...`.
     """
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
@@ -148,7 +148,7 @@ def _why_no_weights(path: Path) -> str:
 
 
 def _read_header(file: Path) -> dict[str, Place]:
-    """Tensor name to place. The library checks sizes, overlaps and file length, but does not tell offsets."""
+    """Tensor name to place. The library checks sizes, overlaps and file length, but returns no offsets."""
     from safetensors import SafetensorError, safe_open
 
     try:

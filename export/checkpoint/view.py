@@ -1,4 +1,4 @@
-"""The base class of every checkpoint that is seen through another: it passes on what a subclass does not change."""
+"""The base class of checkpoints that wrap another one: it passes on everything that a subclass does not change."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from export.checkpoint.protocol import Checkpoint, TensorInfo
 
 
 class CheckpointView(Checkpoint):
-    """A checkpoint that reads all it has from `base`. A subclass overrides what it changes.
+    """A checkpoint that reads everything from `base`. A subclass overrides what it changes.
 
-    `imported` and a fast `load_rows` are not passed on, because a subclass that changes weights would make them wrong.
+    `imported` and the fast `load_rows` are not passed on: in a subclass that changes weights they would be wrong.
     """
 
     def __init__(self, base: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""The step between opening a checkpoint and reading its weights: is this a model that will be exported right?"""
+"""Reads a checkpoint's config and checks its fields, text files and tensors, before any weight is read."""
 
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from export.model.description import ModelConfig
 def read_model(checkpoint: Checkpoint) -> ModelConfig:
     """The checkpoint's config, after its fields, text files and tensors were found to fit each other.
 
-    What ends a text is the union of config.json, generation_config.json and the tokenizer's `eos_token`; the family's
-    default holds where none of them says anything. Raises InvalidCheckpoint, or UnsupportedModel for what has no graph.
+    The end-of-text ids are those of config.json, generation_config.json and the tokenizer's `eos_token`, or the default
+    of the family where none of them names any. InvalidCheckpoint, or UnsupportedModel for a model without a graph.
     """
     config = parse_config(checkpoint.config)
     ends = check_texts(checkpoint.text_files(), config)

@@ -1,8 +1,7 @@
-"""Every tensor of a checkpoint is used, or known to have no effect, or named in a refusal.
+"""Compares a checkpoint's tensors with those that its config means, before any weight is read.
 
-Graph and reference read the same config, so a bias that config.json does not mention would be missing in both, and the
-receipt would pass a model that is not the checkpoint's. Here the checkpoint's tensors are compared with those that the
-config means, before the first weight is read.
+Every tensor is used, or known to have no effect, or named in an error. The graph and the numpy reference read the same
+config, so a bias that config.json does not mention would be missing in both, and the receipt would not show it.
 """
 
 import hashlib
@@ -17,10 +16,10 @@ EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|(masked_bias|causal_mask|position_ids))")
-"""What older releases of transformers saved beside the weights: tables that any reader computes itself."""
+"""Tables that older releases of transformers saved beside the weights, and that every reader computes itself."""
 
 _NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F64|F[468]_\w+")
-"""Stored types of safetensors that are no plain weights; those of GGUF were checked when the file was opened."""
+"""Stored types of safetensors that are not weights. Those of GGUF were checked when the file was opened."""
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -52,6 +51,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     extra = [name for name in found if name not in expected and not _BUFFER.fullmatch(name)]
     unused = [name for name in extra if not _has_no_effect(checkpoint, name, expected, config)]
     if missing or unused:
+        missing = list(dict.fromkeys(map(checkpoint.stored_name, missing)))
         raise InvalidCheckpoint(_told(config, missing, unused))
     for name, shape in expected.items():
         if found[name].shape != shape:
@@ -95,7 +95,7 @@ def _hash_of(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 def _told(config: ModelConfig, missing: list[str], unused: list[str]) -> str:
-    """One sentence on what is missing and what is there instead, and what to do about the likeliest cause."""
+    """What is missing, what is there instead, and what to do about the most likely cause."""
     parts = []
     if missing:
         parts.append(f"there is no tensor {_some(missing)}")

@@ -1,7 +1,4 @@
-"""Checks a checkpoint's text files against its model before the first weight is read, and finds what ends a text.
-
-For directories and GGUF files alike: it reads what `Checkpoint.text_files()` gives.
-"""
+"""Checks a checkpoint's text files against its model, and finds the token ids that end a text."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,17 +10,16 @@ from export.checkpoint.texts.tokenizer_loading import load_tokenizer
 from export.model.description import ModelConfig
 from export.model.families.config_values import token_ids
 from runtime.errors import InvalidArtifact, InvalidCheckpoint
+from runtime.text.tokenizer import TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
 
 GENERATION = "generation_config.json"
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def check_texts(texts: Mapping[str, str], config: ModelConfig) -> tuple[int, ...]:
-    """Every token id that ends a text by the word of generation_config.json or the tokenizer's `eos_token`, sorted.
+    """The token ids that end a text, from generation_config.json and the tokenizer's `eos_token`, sorted.
 
     InvalidCheckpoint if a file is no JSON object, has a field of another type, names ids outside the vocabulary, or if
     the tokenizer or the chat template cannot be loaded by the server.

@@ -1,6 +1,6 @@
-"""The calibrated part of an export: find or make a calibration, and what the decoder graph is then built from.
+"""The calibrated part of an export: makes or reuses a calibration, then rounds the weights with it.
 
-Which calibrated scheme a precision is, its row in precision.py says; both use the same text and the same files.
+The precision's row in precision.py says which scheme it uses. Both schemes use the same text and the same files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,21 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
 from export.model.precision import Calibrated, Precision
 from export.model.trt_precision import trt_precision_named
-from export.pipeline.kept_text import RANDOM, ReadText, with_text
+from export.pipeline.kept_text import RANDOM, with_text
 from export.pipeline.memory_plan import check_memory
 from export.quantize.int4.model import Stores, account_of, block_calibration, int4_model, plan_of
 from export.quantize.int4.rounding import Plan
 from export.quantize.int8.model import Int8Options, calibrate, int8_model, summary
 from export.quantize.int8.rotation import RotatedCheckpoint, rotated_config
 from export.quantize.int8.saved import Calibration, load_calibration
+from export.quantize.kv_cache import (
+    NUM_SEQUENCES,
+    for_kv_alone,
+    has_kv_statistics,
+    load_kv_calibration,
+    unrotated,
+    with_kv_statistics,
+)
 from export.quantize.layers import Layers
 from runtime.errors import InvalidSetting
 
@@ -42,22 +50,23 @@ from runtime.errors import InvalidSetting
 class QuantizationOptions:
     """How a calibrated precision is made.
 
-    calib: the text; int8: what may be left out; calibration: an artifact or calibration.json to use instead of a run
-    ignore_memory: start although the memory that it will take is not free
+    text: what to calibrate on; reuse: an artifact or calibration.json whose calibration replaces a run
+    int8: which layers take two int8 passes
+    ignore_memory: start although the memory that calibration is predicted to take is not free
     """
 
-    calib: CalibrationOptions = field(default_factory=CalibrationOptions)
+    text: CalibrationOptions = field(default_factory=CalibrationOptions)
     int8: Int8Options = field(default_factory=Int8Options)
-    calibration: Path | None = None
+    reuse: Path | None = None
     ignore_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedModel:
-    """What the graphs of a calibrated precision are built from.
+    """The weights and layers that the graphs of a calibrated precision are built from.
 
     layers: those whose weights are integers, for the `ort` graph and for the standard ones ("trt")
-    account: the receipt's, JSON-able
+    account: quantization report for the receipt, JSON-able
     """
 
     checkpoint: Checkpoint
@@ -68,55 +77,73 @@ class CalibratedModel:
 
 
 def workdir_of(out: Path) -> Path:
-    """Where the calibration of an export to `out` keeps what is finished, so that an interrupted one can go on."""
+    """The directory where calibration keeps finished work, so that an interrupted export can go on."""
     return out.parent / f".{out.name}.calibration"
 
 
 def remove_workdir(workdir: Path) -> None:
-    """After an export that needs it no longer."""
+    """Remove the directory after an export."""
     with suppress(OSError):
         rmtree(workdir)
 
 
-def prepare(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    options: QuantizationOptions,
-    workdir: Path,
-    *,
-    max_len: int,
-    generate: Generate,
-    dialects: Sequence[str] = ("ort",),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationInput:
+    """The model to calibrate, and what is needed to read text for it.
+
+    max_len: the artifact's longest sequence, in tokens; workdir: keeps what is finished, for an interrupted run
+    generate: samples text from the model
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    max_len: int
+    generate: Generate
+    workdir: Path
+
+    def read(self, options: CalibrationOptions) -> CalibrationSet:
+        """The text that `options` names, or random ids where there is no tokenizer to read text with."""
+        texts = self.checkpoint.text_files()
+        if "tokenizer.json" not in texts:
+            return _random_ids(self.config, options, self.max_len)
+        return load_calibration_set(
+            options.source,
+            texts,
+            num_samples=options.num_samples,
+            length=options.length_within(self.max_len),
+            max_len=self.max_len,
+            generate=self.generate if options.source == SELF else None,
+        )
+
+
+def calibrated_model(
+    given: CalibrationInput, precision: Precision, options: QuantizationOptions, dialects: Sequence[str] = ("ort",)
 ) -> CalibratedModel:
-    """Calibrate, or read a calibration, then choose and round. `generate` samples from the model for `--calib self`."""
+    """Calibrate, or read a calibration, then choose and round. `precision` is one that needs calibration."""
     assert precision.calibrated is not None
+    checkpoint, config, workdir = given.checkpoint, given.config, given.workdir
     stores: dict[str, Stores] = {"ort": precision} if "ort" in dialects else {}
     if set(dialects) - {"ort"}:
         stores["trt"] = trt_precision_named(precision.name)
-    # This may refuse the model: better before the text than after.
+    # Before the text is read, because this may refuse the model.
     plans = {dialect: plan_of(config, row) for dialect, row in stores.items()}
     check_memory(
         config,
         precision.calibrated,
-        num_samples=options.calib.num_samples,
-        length=options.calib.length_within(max_len),
+        num_samples=options.text.num_samples,
+        length=options.text.length_within(given.max_len),
         is_ignored=options.ignore_memory,
         dialects=dialects,
     )
-
-    def read(text: CalibrationOptions) -> CalibrationSet:
-        return calibration_material(checkpoint, config, text, max_len, generate)
-
-    if options.calibration is not None:
-        found = _earlier(options.calibration, options.calib, config, read)
+    if options.reuse is not None:
+        found = _earlier(options.reuse, options.text, given)
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
-        found, material = None, read(options.calib)
+        found, material = None, given.read(options.text)
     if precision.calibrated is Calibrated.BLOCKS:
-        return _in_blocks(checkpoint, config, plans, found or block_calibration(material), workdir)
+        return _in_blocks(given, plans, found or block_calibration(material))
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
-    if found is None or not found.ranges:  # that of a precision that needs none
+    if found is None or not found.ranges:  # a reused calibration of w4a16 has none
         found = calibrate(rotated, config, material, workdir)
     model = int8_model(rotated, config, found, options.int8, workdir)
     return CalibratedModel(
@@ -128,32 +155,43 @@ def prepare(
     )
 
 
-def _in_blocks(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    plans: Mapping[str, Plan],
-    found: Calibration,
-    workdir: Path,
-) -> CalibratedModel:
-    """Each dialect rounded apart: blocks and zero points differ, and so do the errors each layer finds in its input."""
+def kv_calibration(given: CalibrationInput, options: QuantizationOptions, model: CalibratedModel | None) -> Calibration:
+    """Statistics of K and V: from the calibration of `model`, from an earlier one, or from a run for them alone."""
+    if model is not None and model.calibration.ranges:
+        return model.calibration
+    if model is not None:
+        found = unrotated(model.calibration)
+        return with_kv_statistics(given.checkpoint, given.config, found, given.workdir, limit=NUM_SEQUENCES)
+    if options.reuse is not None:
+        found = unrotated(load_kv_calibration(options.reuse, given.config))
+        if not has_kv_statistics(found, given.config):
+            found = with_text(found, options.reuse, options.text, given.read)
+    else:
+        material = given.read(options.text)
+        found = Calibration({}, {}, [], material.sequences, material.provenance)
+    return for_kv_alone(with_kv_statistics(given.checkpoint, given.config, found, given.workdir))
+
+
+def _in_blocks(given: CalibrationInput, plans: Mapping[str, Plan], found: Calibration) -> CalibratedModel:
+    """Round for each dialect separately: blocks and zero points differ, and so do the errors in each layer's input."""
     rounded = {
-        dialect: int4_model(checkpoint, config, plan, found.sequences, workdir / dialect)
+        dialect: int4_model(given.checkpoint, given.config, plan, found.sequences, given.workdir / dialect)
         for dialect, plan in plans.items()
     }
     return CalibratedModel(
-        checkpoint=checkpoint,
-        config=config,
+        checkpoint=given.checkpoint,
+        config=given.config,
         layers={dialect: model.layers for dialect, model in rounded.items()},
         calibration=found,
         account=account_of(rounded, found.provenance),
     )
 
 
-def _earlier(path: Path, given: CalibrationOptions, config: ModelConfig, read: ReadText) -> Calibration:
-    """The calibration at --calibration, with its text."""
-    found = load_calibration(path, config.vocab_size)
-    _check_fits(found, config, path)
-    return with_text(found, path, given, read)
+def _earlier(path: Path, text: CalibrationOptions, given: CalibrationInput) -> Calibration:
+    """The calibration to reuse, with its text."""
+    found = load_calibration(path, given.config.vocab_size)
+    _check_fits(found, given.config, path)
+    return with_text(found, path, text, given.read)
 
 
 def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> None:
@@ -165,28 +203,11 @@ def _check_fits(calibration: Calibration, config: ModelConfig, path: Path) -> No
         if site.kind not in caches
     )
     if wrong:
-        raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
+        raise InvalidSetting(f"--reuse-calibration {path} belongs to a model of another shape; calibrate this one")
 
 
-def calibration_material(
-    checkpoint: Checkpoint, config: ModelConfig, options: CalibrationOptions, max_len: int, generate: Generate
-) -> CalibrationSet:
-    """The text that `options` names, or random ids where there is no tokenizer to read text with."""
-    texts = checkpoint.text_files()
-    if "tokenizer.json" not in texts:
-        return _random_material(config, options, max_len)
-    return load_calibration_set(
-        options.source,
-        texts,
-        num_samples=options.num_samples,
-        length=options.length_within(max_len),
-        max_len=max_len,
-        generate=generate if options.source == SELF else None,
-    )
-
-
-def _random_material(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:
-    """A checkpoint without a tokenizer (tests, experiments) is calibrated, as it is verified, on random ids."""
+def _random_ids(config: ModelConfig, options: CalibrationOptions, max_len: int) -> CalibrationSet:
+    """Random ids, on which a checkpoint without a tokenizer (tests, experiments) is calibrated and verified."""
     length = options.length_within(max_len)
     check_sizes(options.num_samples, length, max_len)
     if options.source != BUILT_IN:

@@ -1,78 +1,51 @@
-"""Checkpoint to artifact: read, build, check, verify, gate, publish. The one path every export takes."""
+"""Checkpoint to artifact: read, check, calibrate, write, verify, publish. Every export takes this path."""
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from shutil import rmtree
+from typing import Any
 
 from export.artifact.identity import Identity, check_replaceable, identity_of
-from export.artifact.writer import file_entry, resolved, staged, write_json, write_manifest, write_texts
-from export.calibration.dataset import Generate
-from export.calibration.self_samples import artifact_generator
+from export.artifact.writer import file_entry, resolved, staged, write_json, write_manifest
 from export.checkpoint.protocol import Checkpoint
 from export.checks.model_reading import read_model
 from export.model.architectures import as_described
 from export.model.description import ModelConfig
 from export.model.precision import EXPORTABLE, Precision, precision_named
 from export.model.trt_precision import trt_precision_named
+from export.pipeline.artifact_files import sampler, write_unverified
 from export.pipeline.calibrated import (
-    CalibratedModel,
+    CalibrationInput,
     QuantizationOptions,
-    calibration_material,
-    prepare,
+    calibrated_model,
+    kv_calibration,
     remove_workdir,
     workdir_of,
 )
-from export.pipeline.graph_files import write_graphs
-from export.pipeline.kept_text import with_text, without_text
-from export.quantize.int8.saved import Calibration, save_calibration
-from export.quantize.kv_cache import (
-    COMPUTE,
-    INT8,
-    NUM_SEQUENCES,
-    check_kv,
-    for_kv_alone,
-    has_kv_statistics,
-    load_kv_calibration,
-    scales_of,
-    unrotated,
-    with_kv_statistics,
-)
-from export.quantize.layers import Layers, layers_of_checkpoint
-from export.quantize.statistics.kv_scales import PER_CHANNEL
+from export.pipeline.graph_files import ExportPlan
+from export.pipeline.kept_text import without_text
+from export.quantize.kv_cache import COMPUTE, INT8, check_kv, scales_of
 from export.sources.open import open_checkpoint
 from export.verify.gates import check_limits, failure
 from export.verify.receipt import verify
 from export.verify.references import NUMPY, check_reference, reference_named
 from runtime.artifact.json_shape import finite
-from runtime.artifact.manifest import (
-    DIALECT_FILES,
-    RECEIPT,
-    SCHEMA_VERSION,
-    Artifact,
-    KvContract,
-    Manifest,
-    ModelDims,
-)
+from runtime.artifact.manifest import DIALECT_FILES, DIALECT_NAMES, RECEIPT, Artifact
 from runtime.errors import CalibrationFailed, GateFailed, InvalidSetting
 
 # Rotary tables cost 4 bytes * head_dim a position; longer contexts than this are asked for with --max-len.
 DEFAULT_MAX_LEN = 32_768
 
-_VERSIONED = ("headrace", "onnx", "onnx-ir", "onnxruntime", "numpy")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to export and where to.
+    """What to export, how, and where to.
 
     max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
-    quantization: read by calibrated precisions and for an int8 cache only
-    kv: type of the KV cache, one of kv_calibration.KV_TYPES
-    verify: one of references.REFERENCES
+    quantization: for calibrated precisions and an int8 KV cache
+    kv: type of the KV cache, one of kv_cache.KV_TYPES; verify: one of references.REFERENCES
     replaces: whether another model's artifact at `out` may be deleted
-    keeps_calibration: whether the artifact holds the calibration text, as token ids
+    keeps_calibration: whether the artifact keeps the calibration text, as token ids
     """
 
     model: str
@@ -91,20 +64,20 @@ class ExportOptions:
 
     @property
     def identity(self) -> Identity:
-        """Which artifacts this export may replace."""
+        """Says which artifacts this export may replace."""
         return identity_of(self.model, revision=self.revision, precision=self.precision, has_int8_kv=self.kv == INT8)
 
     def check_target(self) -> None:
-        """InvalidSetting if what is at `out` is another model's artifact, or none."""
+        """InvalidSetting if `out` holds another model's artifact, or something that is not an artifact."""
         check_replaceable(resolved(self.out), self.identity, replaces_any=self.replaces)
 
 
 def export_model(options: ExportOptions) -> Artifact:
     """Export one checkpoint; the artifact appears at `options.out` whole and verified, or not at all.
 
-    GateFailed, with the figures, if the model is further from its reference than its precision allows, unless
-    `force`: then the artifact carries the failed receipt. InvalidSetting if `out` holds another model's artifact. Other
-    errors are those of reading and writing.
+    GateFailed, with the figures, if the model is further from its reference than its precision allows; with `force` the
+    artifact is written with the failed receipt. InvalidSetting if `out` holds another model's artifact. Also the errors
+    of reading and writing.
     """
     check_dialects(options.dialects, options.precision)
     check_kv(options.kv, options.dialects, options.precision)
@@ -114,7 +87,7 @@ def export_model(options: ExportOptions) -> Artifact:
     try:
         artifact = _export(options, open_checkpoint(options.model, revision=options.revision), workdir)
     except (GateFailed, CalibrationFailed):
-        remove_workdir(workdir)  # nothing to go on with: the same command would fail again
+        remove_workdir(workdir)  # the same command would fail again
         raise
     remove_workdir(workdir)
     return artifact
@@ -129,33 +102,26 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
     max_len = _max_len(options.max_len, config)
     config, checkpoint = config.for_length(max_len), as_described(checkpoint)
     reference = reference_named(options.verify, options.model, checkpoint, config)
+    plan = ExportPlan(
+        checkpoint=checkpoint,
+        config=config,
+        precision=precision,
+        trt_precision=options.precision,
+        max_len=max_len,
+        dialects=options.dialects,
+    )
     with staged(options.out, check=options.check_target) as staging:
-        model = None
-        if row is not None and row.calibrated is not None:
-            model = _calibrated_model(staging, checkpoint, config, row, options, max_len, workdir)
-        kv = None
-        if options.kv == INT8:
-            kv = _kv_calibration(staging, checkpoint, config, options, max_len, model, workdir)
-        if not options.keeps_calibration:
-            model = model and replace(model, calibration=without_text(model.calibration))
-            kv = kv and without_text(kv)
-        draft = write_unverified(
-            staging,
-            checkpoint,
-            config,
-            precision,
-            max_len,
-            model,
-            kv,
-            dialects=options.dialects,
-            name=options.precision,
-        ).manifest
-        draft = replace(draft, origin=options.identity.origin, commit=checkpoint.commit)
-        receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits)
-        if model is not None:
-            receipt["quantization"] = model.account
-        if kv is not None:
-            receipt["kv_calibration"] = kv.provenance
+        given = CalibrationInput(
+            checkpoint=checkpoint,
+            config=config,
+            max_len=plan.max_len,
+            generate=sampler(staging, plan),
+            workdir=workdir,
+        )
+        plan, accounts = _calibrated(plan, given, row, options)
+        draft = write_unverified(staging, plan).manifest
+        draft = replace(draft, origin=options.identity.origin)
+        receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits) | accounts
         if not receipt["passed"] and not options.force:
             raise GateFailed(failure(receipt))
         receipt = finite(receipt)
@@ -165,123 +131,43 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
     return Artifact(options.out, manifest, receipt)
 
 
-def write_unverified(
-    directory: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision | None,
-    max_len: int,
-    model: CalibratedModel | None = None,
-    kv: Calibration | None = None,
-    *,
-    dialects: Sequence[str] = ("ort",),
-    name: str = "",
-) -> Artifact:
-    """Graphs, weights and texts in an empty directory, and the manifest of a session that runs them; no receipt.
-
-    precision: of the `ort` dialect, None without it; then `name` is that of the other dialects' precision
-    model: for calibrated precisions, what is written instead of the checkpoint's own weights
-    kv: statistics of K and V for an int8 cache
-    """
-    if model is not None:
-        checkpoint, config = model.checkpoint, model.config
-    calibration = kv if kv is not None or model is None else model.calibration
-    if calibration is not None:
-        save_calibration(directory, calibration, config.vocab_size)
-    scales = scales_of(kv, checkpoint, config) if kv is not None else None
-    name = precision.name if precision is not None else name
-    write_texts(directory, checkpoint.text_files())
-    layers = model.layers if model else _stored_layers(checkpoint, config, precision)
-    step_weight_bytes = write_graphs(directory, checkpoint, config, precision, max_len, dialects, name, layers, scales)
-    manifest = _manifest(directory, checkpoint, config, precision, max_len, dialects, name, step_weight_bytes)
-    if scales is not None:
-        manifest = replace(manifest, kv=KvContract(dtype="int8", scales=PER_CHANNEL))
-    return Artifact(directory, manifest, {})
-
-
-def _stored_layers(checkpoint: Checkpoint, config: ModelConfig, precision: Precision | None) -> Mapping[str, Layers]:
-    """The integers of a checkpoint that is quantized already. The `ort` graph takes them if its precision says so."""
-    if checkpoint.stored_bits is None:
-        return {}
-    stored = layers_of_checkpoint(checkpoint, config)
-    return {"ort": stored if precision is not None and precision.keeps_imported else {}, "trt": stored}
+def _calibrated(
+    plan: ExportPlan, given: CalibrationInput, row: Precision | None, options: ExportOptions
+) -> tuple[ExportPlan, dict[str, Any]]:
+    """The plan with calibrated weights and KV cache, where they are asked for, and what the receipt says of each."""
+    accounts: dict[str, Any] = {}
+    model = None
+    if row is not None and row.calibrated is not None:
+        model = calibrated_model(given, row, options.quantization, options.dialects)
+        accounts["quantization"] = model.account
+        plan = replace(
+            plan,
+            checkpoint=model.checkpoint,
+            config=model.config,
+            layers=model.layers,
+            calibration=model.calibration,
+        )
+    if options.kv == INT8:
+        kv = kv_calibration(given, options.quantization, model)
+        accounts["kv_calibration"] = kv.provenance
+        plan = replace(plan, calibration=kv, kv_scales=scales_of(kv, plan.checkpoint, plan.config))
+    if plan.calibration is not None and not options.keeps_calibration:
+        plan = replace(plan, calibration=without_text(plan.calibration))
+    return plan, accounts
 
 
 def _row(options: ExportOptions, stored_bits: int | None) -> Precision | None:
-    """The precision's row in the `ort` table, which says what is calibrated; None for one of TensorRT's alone."""
+    """The precision's row in the `ort` table, which says how to calibrate; None if only other dialects have it."""
     if "ort" not in options.dialects and options.precision not in EXPORTABLE:
         return None
     return precision_named(options.precision, stored_bits=stored_bits)
 
 
-def _calibrated_model(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    options: ExportOptions,
-    max_len: int,
-    workdir: Path,
-) -> CalibratedModel:
-    generate = _generator(staging, checkpoint, config, max_len)
-    quantization, dialects = options.quantization, options.dialects
-    return prepare(
-        checkpoint, config, precision, quantization, workdir, max_len=max_len, generate=generate, dialects=dialects
-    )
-
-
-def _generator(staging: Path, checkpoint: Checkpoint, config: ModelConfig, max_len: int) -> Generate:
-    """What `--calib self` samples with."""
-
-    def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
-        """Sample from an artifact with 8-bit weights: within half a per cent of the model, in half the time."""
-        sampler = staging / "sampler"
-        sampler.mkdir()
-        artifact = write_unverified(sampler, checkpoint, config, precision_named("w8a16"), max_len)
-        try:
-            return artifact_generator(artifact, length=length)(starts, length, seed)
-        finally:
-            rmtree(sampler)
-
-    return generate
-
-
-def _kv_calibration(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    options: ExportOptions,
-    max_len: int,
-    model: CalibratedModel | None,
-    workdir: Path,
-) -> Calibration:
-    """Statistics of K and V: the precision's own calibration, an earlier one, or a run for them alone."""
-    quantization = options.quantization
-    generate = _generator(staging, checkpoint, config, max_len)
-    if model is not None and model.calibration.ranges:
-        return model.calibration
-    if model is not None:
-        return with_kv_statistics(checkpoint, config, unrotated(model.calibration), workdir, limit=NUM_SEQUENCES)
-    if quantization.calibration is not None:
-        found = unrotated(load_kv_calibration(quantization.calibration, config))
-        if not has_kv_statistics(found, config):
-            found = with_text(
-                found,
-                quantization.calibration,
-                quantization.calib,
-                lambda text: calibration_material(checkpoint, config, text, max_len, generate),
-            )
-    else:
-        material = calibration_material(checkpoint, config, quantization.calib, max_len, generate)
-        found = Calibration({}, {}, [], material.sequences, material.provenance)
-    return for_kv_alone(with_kv_statistics(checkpoint, config, found, workdir))
-
-
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
-    """InvalidSetting, before anything is read, for a dialect that is not there or has no such precision."""
+    """InvalidSetting, before anything is read, for an unknown dialect or one without this precision."""
     for dialect in dialects:
         if dialect not in DIALECT_FILES:
-            raise InvalidSetting(f"dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_FILES)}")
+            raise InvalidSetting(f"--dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_NAMES)}")
         if dialect != "ort":
             trt_precision_named(precision)
         elif precision != "imported":  # which the checkpoint decides
@@ -289,11 +175,11 @@ def check_dialects(dialects: Sequence[str], precision: str) -> None:
 
 
 def _check_quantization(options: ExportOptions, precision: Precision | None) -> None:
-    """InvalidSetting for calibration that would change nothing: the checkpoint's layers are integers already."""
+    """InvalidSetting for calibration flags without effect, where the checkpoint's layers are integers already."""
     if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
         raise InvalidSetting(
-            f"{options.model} is quantized already and {options.precision} keeps its integers: --calib, --calibration "
-            "and their kin have no effect; leave them out"
+            f"{options.model} is quantized already and {options.precision} keeps its integers: calibration flags "
+            "have no effect; leave out --calibration-*, --reuse-calibration and the limits of int8 layers"
         )
 
 
@@ -309,47 +195,3 @@ def _max_len(wanted: int | None, config: ModelConfig) -> int:
             f"--max-len {wanted} is outside 2 to {longest:,}, the longest sequence the model was made for"
         )
     return wanted
-
-
-def _manifest(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision | None,
-    max_len: int,
-    dialects: Sequence[str],
-    name: str,
-    step_weight_bytes: int,
-) -> Manifest:
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=_name_of(checkpoint),
-        source=checkpoint.source,
-        precision=name,
-        dims=ModelDims(
-            model_type=config.model_type,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            max_len=max_len,
-        ),
-        kv=KvContract(dtype=(precision or trt_precision_named(name)).numpy_dtype.name),
-        trt_kv=KvContract(dtype=trt_precision_named(name).numpy_dtype.name) if set(dialects) - {"ort"} else None,
-        dialects={dialect: DIALECT_FILES[dialect] for dialect in dialects},
-        is_tied=config.tie_word_embeddings,
-        eos_ids=config.eos_ids,
-        bos_id=config.bos_id,
-        files={file.name: file_entry(file) for file in sorted(staging.iterdir())},
-        versions={package: importlib.metadata.version(package) for package in _VERSIONED},
-        step_weight_bytes=step_weight_bytes,
-    )
-
-
-def _name_of(checkpoint: Checkpoint) -> str:
-    """What clients call the model: of a hub id the last part, without the revision, which may have a slash itself."""
-    source = checkpoint.source
-    return source.partition("@")[0].rpartition("/")[2] if "/" in source.partition("@")[0] else source

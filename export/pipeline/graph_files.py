@@ -1,7 +1,8 @@
-"""Writes the graphs of an artifact, a file a dialect, and the weights they read."""
+"""Writes the graphs of an artifact, one file for each dialect, and the weights that they read."""
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +19,88 @@ from export.graph.ort.int8_attention import INT8_KV_OPSETS
 from export.graph.standard.writer import write_standard_graph
 from export.model.description import ModelConfig
 from export.model.precision import Precision
-from export.quantize.layers import Layers, QuantizedLayers
+from export.quantize.int8.saved import Calibration
+from export.quantize.layers import Layers, QuantizedLayers, layers_of_checkpoint
 from export.quantize.statistics.kv_scales import KvScales
 from export.storage.quantized_rows import ImportedRows
 from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
 from runtime.progress import progress_bar
 
 
-def write_graphs(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision | None,
-    max_len: int,
-    dialects: Sequence[str],
-    name: str,
-    layers: Mapping[str, Layers],
-    kv_scales: Sequence[KvScales] | None,
-) -> int:
-    """Write each dialect's graph, and the weights; the bytes that every run of the first dialect reads."""
-    num_reads = sum(name.endswith((".weight", ".bias")) for name in checkpoint.tensors) * len(dialects)
-    others = [dialect for dialect in dialects if dialect != "ort"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """What the files of an artifact are made from.
+
+    precision: of the `ort` graph; None without one, and then `trt_precision` names that of the other graphs
+    layers: those that calibration rounded, for the `ort` graph and for the others ("trt")
+    kv_scales: of an int8 KV cache
+    calibration: what the artifact keeps of it
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    precision: Precision | None
+    max_len: int
+    dialects: tuple[str, ...] = ("ort",)
+    trt_precision: str = ""
+    layers: Mapping[str, Layers] = field(default_factory=dict)
+    kv_scales: Sequence[KvScales] | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def precision_name(self) -> str:
+        return self.precision.name if self.precision is not None else self.trt_precision
+
+    def layers_of(self, dialect: str) -> QuantizedLayers:
+        """The layers that are integers already: from calibration, or as a GPTQ or AWQ tool has left them."""
+        key = "ort" if dialect == "ort" else "trt"
+        takes_stored = dialect != "ort" or (self.precision is not None and self.precision.keeps_imported)
+        if not self.layers and takes_stored and self.checkpoint.stored_bits is not None:
+            return QuantizedLayers(layers_of_checkpoint(self.checkpoint, self.config))
+        return QuantizedLayers(self.layers.get(key, {}))
+
+
+def write_graphs(directory: Path, plan: ExportPlan) -> int:
+    """Write the weights and each dialect's graph; the bytes of weights that every run of the first dialect reads."""
+    others = [dialect for dialect in plan.dialects if dialect != "ort"]
+    num_reads = sum(name.endswith((".weight", ".bias")) for name in plan.checkpoint.tensors) * len(plan.dialects)
     step_weight_bytes: dict[str, int] = {}
     with (
-        WeightFile(staging, is_shared=bool(others)) as weights,
+        WeightFile(directory, is_shared=bool(others)) as weights,
         progress_bar("export", total=num_reads, unit="tensor") as bar,
     ):
-        counting = _Counting(checkpoint, bar)
-        if precision is not None:
+        if plan.precision is not None:
             step_weight_bytes["ort"] = _write_ort_graph(
-                staging, counting, config, precision, max_len, weights, layers.get("ort", {}), kv_scales
+                directory, plan, plan.precision, _Counting(plan.checkpoint, bar), weights
             )
         if others:
-            with WeightFile(staging, TRT_WEIGHTS, shares=weights) as rest:
+            with WeightFile(directory, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
                     step_weight_bytes[dialect] = write_standard_graph(
-                        staging,
+                        directory,
                         dialect,
-                        counting,
-                        config,
-                        name,
-                        max_len=max_len,
+                        _Counting(plan.checkpoint, bar),
+                        plan.config,
+                        plan.precision_name,
+                        max_len=plan.max_len,
                         weights=rest,
-                        layers=QuantizedLayers(layers.get("trt", {})),
+                        layers=plan.layers_of(dialect),
                     )
-    return step_weight_bytes[dialects[0]]
+    return step_weight_bytes[plan.dialects[0]]
 
 
 def _write_ort_graph(
-    staging: Path,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    precision: Precision,
-    max_len: int,
-    weights: WeightFile,
-    layers: Layers,
-    kv_scales: Sequence[KvScales] | None,
+    directory: Path, plan: ExportPlan, precision: Precision, checkpoint: Checkpoint, weights: WeightFile
 ) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
-    graph = GraphBuilder(weights, opsets=ORT_OPSETS if kv_scales is None else INT8_KV_OPSETS)
-    DecoderGraph(graph, checkpoint, config, precision, max_len, QuantizedLayers(layers), kv_scales).build()
-    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), staging / ORT_MODEL)
+    scales, config = plan.kv_scales, plan.config
+    graph = GraphBuilder(weights, opsets=ORT_OPSETS if scales is None else INT8_KV_OPSETS)
+    DecoderGraph(graph, checkpoint, config, precision, plan.max_len, plan.layers_of("ort"), scales).build()
+    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), directory / ORT_MODEL)
     weights.flush()
-    onnx.checker.check_model(str(staging / ORT_MODEL), full_check=True)
+    onnx.checker.check_model(str(directory / ORT_MODEL), full_check=True)
     return graph.step_weight_bytes()
 
 

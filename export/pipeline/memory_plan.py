@@ -25,7 +25,7 @@ from export.quantize.statistics.collect import CHUNK_BYTES, token_bytes
 from export.quantize.statistics.parallel import num_workers
 from export.quantize.statistics.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.quantize.statistics.search_pass import NUM_SEQUENCES
-from export.verify.receipt import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
+from export.verify.graph_run import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import available_memory
 from runtime.machine.sizes import format_bytes, kv_bytes_per_token
@@ -175,7 +175,7 @@ def check_memory(
     words = f"needs about {format_bytes(highest.size)} of memory ({highest.name}), {format_bytes(free)} are free"
     if highest.size > free and not is_ignored:
         raise InvalidSetting(
-            f"calibration {words}; free some, calibrate on another machine and take its result with --calibration, "
-            "or try all the same with --ignore-memory"
+            f"calibration {words}; free some, calibrate on another machine and take its result with "
+            "--reuse-calibration, or try all the same with --ignore-memory"
         )
     sys.stderr.write(f"calibration {words}\n")

@@ -1,4 +1,4 @@
-"""How fast an artifact is at a stated work, on this machine. Knows nothing about precisions or gates."""
+"""Measures an artifact's speed at a given workload, on this machine. Knows nothing about precisions or gates."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.machine.memory import default_budget
 
-# Steps that are timed: their mean settles within a few, and a step of a large model takes a second.
+# Timed decode steps. The mean settles within a few, and a step of a large model takes a second.
 _TIMED_STEPS = 16
 
 
@@ -36,14 +36,14 @@ class Speed(NamedTuple):
     step_s: float
 
     def seconds(self, work: Workload) -> float:
-        """For the whole work: prompts one after another, then all answers together."""
+        """Seconds for the whole workload: prompts one after another, then all answers together."""
         return work.rows * self.prefill_s + work.new_tokens * self.step_s
 
 
 def measure_speed(artifact: Artifact, work: Workload) -> Speed:
     """One measurement, warm, in a session of its own that is closed again. InvalidArtifact if it cannot be loaded.
 
-    Where memory does not hold all rows' caches fewer are decoded together, and the step is charged for all of them.
+    If memory does not hold all rows' caches, fewer rows are decoded together, and the time is scaled to all of them.
     """
     from runtime.commands.bench_runs import decode, prefill
 

@@ -15,6 +15,7 @@ from export.quantize.int8.smoothquant import SmoothedCheckpoint
 from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.collect import collect_statistics
 from export.quantize.statistics.kv_scales import KvScales, kv_scales
+from runtime.artifact.manifest import dialect_name
 from runtime.errors import InvalidSetting
 
 COMPUTE, INT8 = "compute", "int8"
@@ -35,8 +36,8 @@ def check_kv(kv: str, dialects: Sequence[str], precision: str) -> None:
         return
     if others := [dialect for dialect in dialects if dialect != "ort"]:
         raise InvalidSetting(
-            f"--kv {INT8} is for the ort dialect alone, and --dialect asks for {', '.join(others)}: TensorRT's cache "
-            f"update takes fp32, fp16 and bf16; leave --kv out, or export the two apart"
+            f"--kv {INT8} is for the ort dialect alone, not for {', '.join(map(dialect_name, others))}: TensorRT's "
+            f"cache update takes fp32, fp16 and bf16; leave --kv out, or export the two apart"
         )
     if precision in ("fp16", "bf16"):
         raise InvalidSetting(
@@ -54,7 +55,7 @@ def load_kv_calibration(path: Path, config: ModelConfig) -> Calibration:
     if (layers and layers != set(range(config.num_layers))) or any(
         entry.absmax.shape[1] != size for entry in stored.values()
     ):
-        raise InvalidSetting(f"--calibration {path} belongs to a model of another shape; calibrate this one")
+        raise InvalidSetting(f"--reuse-calibration {path} belongs to a model of another shape; calibrate this one")
     return found
 
 

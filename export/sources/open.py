@@ -1,4 +1,4 @@
-"""Decides which reader a model name means. Knows the four kinds of source, not how any of them is read."""
+"""Decides which reader a model name needs. Knows the four kinds of source, not how they are read."""
 
 import re
 from pathlib import Path
@@ -11,13 +11,13 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
-    """Open the default model's name, a directory, a .gguf file or a hub id (`owner/name`), tried in that
-    order.
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open the default model's name, a directory, a .gguf file or a hub id (`owner/name`), tried in that order.
 
-    `revision` is a branch, tag or commit of a hub id. Raises InvalidCheckpoint if `model` is none of the four
-    or cannot be read, InvalidSetting for a revision of something that has none.
+    revision: branch, tag or commit of a hub id
+    InvalidCheckpoint if `model` is none of the four or cannot be read, InvalidSetting for a revision of another source.
     """
+    model = str(model)
     path = Path(model).expanduser()
     is_hub_id = model != DEFAULT_MODEL and not path.exists() and _HUB_ID.fullmatch(model) is not None
     if revision is not None and not is_hub_id:
@@ -44,13 +44,3 @@ def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
         f"{model!r} {what}; give {DEFAULT_MODEL}, a Hugging Face model directory, a .gguf file, "
         "or a hub id like HuggingFaceTB/SmolLM2-135M-Instruct"
     )
-
-
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a default model's name, a directory, a .gguf file or a hub id, in that order.
-
-    Raises InvalidCheckpoint with what was looked for and what to do.
-    """
-    from export.sources.open import open_source
-
-    return open_source(str(model), revision=revision)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import UnsupportedModel
 
-# Candidates for shrinking a 4-bit block's range: clipping the ends a little often costs less than coarser steps.
+# Clip ratios to try for a block: clipping the ends a little often costs less than coarser steps.
 _SHRINK = np.linspace(1.0, 0.80, 9, dtype=np.float32)
 
 
@@ -54,7 +54,7 @@ def best_range(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Scale and zero point of each block with the least squared error among the shrunk ranges.
 
-    blocks: float32 `[..., block]`; importance: what the square of each weight's error counts, broadcast to blocks
+    blocks: float32 `[..., block]`; importance: weight of each squared error, broadcast to blocks
     """
     counts = np.float32(1) if importance is None else importance
     high = np.maximum(blocks.max(-1), 0)
@@ -105,13 +105,13 @@ def signed_codes(rows: QuantizedRows, *, bits: int) -> NDArray[np.int8]:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The inverse of `pack`, but for padding."""
+    """The inverse of `pack`, except that padding stays."""
     return packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Weight-only quantization in blocks along a row; see block_quant.py."""
+    """A scheme of weight-only quantization in blocks along a row."""
 
     bits: int
     block_size: int

@@ -1,7 +1,7 @@
-"""Weights that came quantized, in the layout of MatMulNBits. Knows neither checkpoints nor graphs.
+"""Repacks weights that are quantized already into the layout of MatMulNBits, without rounding.
 
-Nothing is rounded on the way: the integers are the checkpoint's, a group that is longer than the kernel's longest block
-becomes several blocks with the same scale, and inputs that were quantized out of order are put in the groups' order.
+A group that is longer than the kernel's longest block becomes several blocks with the same scale. Inputs that were
+quantized out of order are put in the groups' order. Knows neither checkpoints nor graphs.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 256
 
 
 class Codes(NamedTuple):
-    """A quantized matrix as its tool means it: `(values - zeros) * scales`, group by group.
+    """A quantized matrix as its tool stored it: `(values - zeros) * scales`, group by group.
 
     values uint8 `[N, K]`, zeros uint8 and scales float32 `[N, groups]`; input k belongs to the group `group_of[k]`.
     """
@@ -43,14 +43,14 @@ class Codes(NamedTuple):
 
 
 class ImportedRows(NamedTuple):
-    """A matrix for MatMulNBits. `input_order`: which input belongs in which column; None if they stand as they are."""
+    """A matrix for MatMulNBits. `input_order`: the input of each column; None if they are in order."""
 
     rows: QuantizedRows
     blocks: Blocks
     input_order: NDArray[np.int64] | None
 
     def dequantized(self) -> NDArray[np.float32]:
-        """float32 `[N, K]` in the inputs' own order: what the artifact computes with."""
+        """float32 `[N, K]` in the inputs' own order, as the artifact computes with it."""
         matrix = dequantize_rows(self.rows, bits=self.blocks.bits)
         if self.input_order is None:
             return matrix

@@ -1,9 +1,8 @@
 """Reads a byte range of a file as float32, piece by piece.
 
-Knows no format: the caller gives the offset and how stored bytes become numbers. A number that is not finite is refused
-here, while its piece is in the processor's cache, so that looking for it costs no second read. Plain reads
-rather than a memory map, because mapped pages count as resident memory until the map goes: reading a model
-through one makes the process look, to a container's memory limit too, as large as the file.
+Knows no format: the caller gives the offset and a function that decodes stored bytes. Numbers that are not finite are
+refused here, while their piece is in the processor's cache. Plain reads, not a memory map: mapped pages count as
+resident memory, to a container's limit too, so the process would look as large as the file.
 """
 
 import math

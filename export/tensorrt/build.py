@@ -34,8 +34,8 @@ from runtime.errors import EngineBuildFailed, InvalidEngine
 from runtime.progress import progress_bar
 
 SMALLEST_SHARE = 0.9
-"""Of the weight bytes that a plan must have. It holds them all, in the width they were given: SmolLM2-135M's plans have
-their weights, the tied embedding once more, and 7 MB, in fp16, int8 and int4 alike."""
+"""Smallest complete plan, as a share of the weight bytes. A plan holds all weights in their own width: SmolLM2-135M's
+plans have the weights, the tied embedding once more, and 7 MB, in fp16, int8 and int4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
 
 
 def check_plausible(library: TrtLibrary, plan: bytes | None, graph: Graph) -> None:
-    """EngineBuildFailed unless what a builder gave is an engine: there, large enough, and one the library knows."""
+    """EngineBuildFailed unless the builder's result is large enough, and an engine that the library accepts."""
     if not plan:
         raise EngineBuildFailed(f"{library.target} {library.version} ended without an engine and gave no reason")
     if len(plan) < SMALLEST_SHARE * graph.weight_bytes:
@@ -116,16 +116,13 @@ def check_plausible(library: TrtLibrary, plan: bytes | None, graph: Graph) -> No
 
 
 def wanted_dialect(library: TrtLibrary, artifact: Artifact) -> str:
-    """Of the artifact's graphs the one for a library: its own, or the plain one, which every release compiles.
-
-    The library's own if the artifact has neither.
-    """
+    """The dialect to compile: the library's own, or `trt-plain`, which every release takes, if only that is there."""
     there = artifact.manifest.dialects
     return next((dialect for dialect in (library.dialect, "trt-plain") if dialect in there), library.dialect)
 
 
 def _whole(artifact: Artifact, plan: Path) -> EngineInfo | None:
-    """The description of a plan that is there, listed and intact."""
+    """The description of an existing plan; None unless the manifest lists it and it is intact."""
     if not plan.is_file():
         return None
     try:
@@ -164,7 +161,7 @@ def _compile(
 def _new_builder(library: TrtLibrary, logger: TrtLogger) -> Any:
     try:
         return library.module.Builder(logger.inner)
-    except (TypeError, RuntimeError) as error:  # the bindings' way to say that the constructor gave nothing
+    except (TypeError, RuntimeError) as error:  # the bindings raise these if the constructor returns nothing
         reason = logger.errors[-1] if logger.errors else str(error).partition("\n")[0]
         raise EngineBuildFailed(
             f"{library.target} {library.version} cannot start on this machine: {reason}; "

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, EngineLimits)
     parser.add_argument(
         "--model",
-        help="the checkpoint, from which a graph that the artifact lacks is exported; needed for a local one alone",
+        help="the checkpoint, to export a graph that the artifact lacks; needed for a local checkpoint only",
     )
     parser.add_argument("--rebuild", action="store_true", help="build although the engine is there")
     parser.add_argument("--allow-failed", action="store_true", help="compile an artifact that failed its gate")
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Build, list or prune; prints what is there afterwards."""
+    """Build, list or prune, and print the result."""
     args = _parser().parse_args(argv)
     if args.all and not args.prune:
         raise InvalidSetting("--all goes with --prune")
@@ -105,7 +105,7 @@ def _described(engine: EngineFile) -> Iterator[str]:
 
 
 def _details(info: EngineInfo) -> Iterator[str]:
-    """What an engine runs, what is in it and what building it took, for people."""
+    """An engine's limits, layers, size and build time, for people."""
     build, device = info.build, f" ({info.device})" if info.device else ""
     yield f"  {info.target} {info.version} for {', '.join(info.gpus)}{device}, from the {info.dialect} graph"
     yield (

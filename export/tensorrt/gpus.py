@@ -1,4 +1,4 @@
-"""Which GPUs an engine is for: named ones where the library compiles ahead, else the one in this machine."""
+"""Chooses the GPUs to build for: named ones where the library compiles ahead, else the one in this machine."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ DEFAULT_GPUS = ("sm80", "sm86", "sm89", "sm120")
 
 
 def parse_gpus(text: str) -> tuple[str, ...]:
-    """`sm86,sm89` to names, doubles left out. Which there are, the library knows."""
+    """`sm86,sm89` to a tuple of distinct names, not checked against the library."""
     return tuple(dict.fromkeys(part for raw in text.split(",") if (part := raw.strip().lower())))
 
 
@@ -61,7 +61,7 @@ def gpu_at_hand(library: TrtLibrary) -> tuple[str, str]:
 
 
 def _ok(returned: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a driver call returned after its status; RuntimeError names another status than success."""
+    """The results of a driver call after its status. RuntimeError names any status but success."""
     status, *rest = returned
     if int(status):
         raise RuntimeError(str(getattr(status, "name", status)))

@@ -1,11 +1,11 @@
-"""How much memory a build will take, said before it starts: a build that the kernel kills says nothing.
+"""Predicts a build's memory before it starts, because a build that the kernel kills gives no reason.
 
 Measured with tensorrt-rtx 1.7.1, what a process grows by while it builds SmolLM2-135M, default limits, one GPU:
 
     weights    121 MB (w4a16)    164 MB (w8a16)    269 MB (fp16)
     growth     966 MB            1,081 MB          1,380 MB
 
-which is 630 MB and 2.8 times the weights; the prediction lies a fifth above that.
+which is 630 MB plus 2.8 times the weights; the prediction is a fifth above that.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ BASE_BYTES = 750_000_000
 """The library, and what its compiler holds of the graph and its kernels."""
 
 WEIGHT_COPIES = 3.5
-"""Growth over that, in weight bytes: as read, as the network's constants, as the plan, and a layer's in between."""
+"""Further growth, in weight bytes: as read, as constants of the network, as the plan, and one layer in between."""
 
 
 def predicted_peak(weight_bytes: int) -> int:
@@ -45,8 +45,8 @@ _FORGET_PEAK = "5"  # proc(5): resets VmHWM to what is resident now
 
 @contextmanager
 def growth() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the bytes by which the process grew at most since, on top of what it had."""
-    with suppress(OSError):  # without it the peak may be an earlier one: too much, never too little
+    """Yield a function that returns the peak growth of the process since then, in bytes."""
+    with suppress(OSError):  # else the peak may be an earlier, larger one
         (_PROCESS / "clear_refs").write_text(_FORGET_PEAK)
     before = _status("VmRSS")
     yield lambda: _status("VmHWM") - before

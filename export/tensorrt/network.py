@@ -1,8 +1,8 @@
-"""From the artifact's ONNX file to a TensorRT network, and the check that nothing of it was lost on the way.
+"""Parses the artifact's ONNX file into a TensorRT network, and checks that nothing was lost.
 
-A parser that does not know an attribute or an input may leave it out and say nothing: the engine builds, and gives
-wrong tokens. So the network is counted before it is built: attention and cache-update layers against the manifest,
-quantize and dequantize layers against the file, and every declared input must reach a layer.
+A parser may silently leave out an attribute or input that it does not know: the plan builds and gives wrong tokens. So
+the network's layers are counted before it is built: attention and cache updates against the manifest, quantize and
+dequantize against the file. Every declared input must reach a layer.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from runtime.backends.tensorrt.library import TrtLibrary, TrtLogger
 from runtime.errors import EngineBuildFailed, InvalidArtifact
 
 _CAPACITY = "capacity"
-"""The graph's symbolic length of a cache slot, which TensorRT wants as a number."""
+"""The graph's symbolic length of a cache slot, which TensorRT needs as a number."""
 
 QUANTIZED = ("w8a16", "w4a16", "w8a8")
 """Precisions whose network must have dequantize layers."""
@@ -25,7 +25,7 @@ QUANTIZED = ("w8a16", "w4a16", "w8a8")
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """An ONNX file as read once: what is compiled is what was hashed.
+    """An ONNX file, read once, so that the compiled bytes are those that were hashed.
 
     layers: what the network must have, by the names of `LAYERS`
     weight_bytes: of the tensors it names in the weight files
@@ -45,7 +45,7 @@ LAYERS = {
     "quantize": "QUANTIZE",
     "dequantize": "DEQUANTIZE",
 }
-"""Our name of a kind of layer, and its member of the library's LayerType."""
+"""Kinds of layers, and their names in the library's LayerType."""
 
 
 def read_graph(artifact: Artifact, dialect: str) -> Graph:
@@ -81,7 +81,7 @@ def read_graph(artifact: Artifact, dialect: str) -> Graph:
 
 
 def _weight_bytes(model: Any) -> int:
-    """Of the external tensors, those with two names counted once."""
+    """Bytes of the external tensors; tensors that share bytes count once."""
     extents = {
         (entries["location"], entries.get("offset", "0")): int(entries["length"])
         for tensor in model.graph.initializer
@@ -91,7 +91,7 @@ def _weight_bytes(model: Any) -> int:
 
 
 def with_capacity(graph: Graph, capacity: int) -> bytes:
-    """The model with the one dimension fixed that TensorRT does not take as a symbol."""
+    """The serialized model with a fixed slot length, which TensorRT does not take as a symbol."""
     model = type(graph.model)()
     model.CopyFrom(graph.model)
     for value in (*model.graph.input, *model.graph.output):
@@ -119,7 +119,7 @@ def parse_network(library: TrtLibrary, logger: TrtLogger, builder: Any, graph: G
 
 
 def check_network(library: TrtLibrary, network: Any, graph: Graph) -> Mapping[str, int]:
-    """Count what must be there, and follow every input to a layer; EngineBuildFailed says what was lost."""
+    """Count the layers, and check that a layer reads every input. EngineBuildFailed says what was lost."""
     kinds = Counter(network.get_layer(idx).type for idx in range(network.num_layers))
     known = library.module.LayerType.__members__
     found = {name: kinds[known[kind]] if kind in known else 0 for name, kind in LAYERS.items()}

@@ -1,7 +1,7 @@
-"""Optimization profiles, derived from the limits a server is started with. None is written by hand.
+"""Derives the optimization profiles from the limits that a server is started with.
 
     decode    every running row, one token each
-    prefill   rows of a chunk of their prompts; logits of one row's every token at most (scoring)
+    prefill   rows of a chunk of their prompts; logits of at most one row's tokens (scoring)
     verify    every running row, a few drafted tokens each, logits of all (speculative decoding)
 
 TensorRT refuses a cache whose length is not fixed: the engine's slots have exactly `max_len` tokens.

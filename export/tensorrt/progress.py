@@ -1,11 +1,11 @@
-"""TensorRT's own account of a build, as whole per cents.
+"""Turns TensorRT's progress callbacks into whole per cents of a build.
 
-Phases lie in one another, each with a number of steps; a phase counts as a part of the step of its parent in which it
-runs. The library calls from its own code, through which no exception may pass: Ctrl-C is kept, and told as a wish to
-stop.
+Phases are nested, each with a number of steps; a phase counts as a part of its parent's current step. The library
+calls from C++, where an exception would end the process: Ctrl-C is kept, and the library is asked to stop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,65 +17,48 @@ class _Phase:
     num_done: int = 0
 
 
-class PhaseTree:
-    """How far a build is, from the phases that run now."""
-
-    def __init__(self) -> None:
-        self._running: dict[str, _Phase] = {}  # in order of their start
-
-    def start(self, name: str, parent: str | None, num_steps: int) -> None:
-        self._running[name] = _Phase(parent, max(1, num_steps))
-
-    def step(self, name: str, step: int) -> None:
-        """Note that a step, counted from 0, is done."""
-        if name in self._running:
-            phase = self._running[name]
-            phase.num_done = min(phase.num_steps, step + 1)
-
-    def finish(self, name: str) -> None:
-        self._running.pop(name, None)
-
-    def share(self, parent: str | None = None) -> float:
-        """Of the latest phase within `parent`, or of the whole build, 0 to 1."""
-        inner = [(name, phase) for name, phase in self._running.items() if phase.parent == parent]
-        if not inner:
-            return 0.0
-        name, phase = inner[-1]
-        return min(1.0, (phase.num_done + self.share(name)) / phase.num_steps)
-
-
 class Monitor:
     """The callbacks of an IProgressMonitor. `advance` gets the per cents that were gained, never less than one.
 
-    stopped: what a callback raised, to be raised again when the library has returned
+    stopped: the exception that a callback raised; the caller raises it again when the library has returned
     """
 
     def __init__(self, advance: Callable[[int], object]) -> None:
-        self._tree, self._advance = PhaseTree(), advance
+        self._advance = advance
+        self._running: dict[str, _Phase] = {}  # in order of their start
         self._shown = 0
         self.stopped: BaseException | None = None
 
     def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
-        self._guarded(lambda: self._tree.start(name, parent, num_steps))
+        with self._keeping_errors():
+            self._running[name] = _Phase(parent, max(1, num_steps))
 
     def step_complete(self, name: str, step: int) -> bool:
-        """False asks the library to stop."""
-        self._guarded(lambda: self._step(name, step))
+        """Note that a step, counted from 0, is done. False asks the library to stop."""
+        with self._keeping_errors():
+            if name in self._running:
+                self._running[name].num_done = min(self._running[name].num_steps, step + 1)
+            gained = int(100 * self._share(None)) - self._shown
+            if gained > 0:
+                self._shown += gained
+                self._advance(gained)
         return self.stopped is None
 
     def phase_finish(self, name: str) -> None:
-        self._guarded(lambda: self._tree.finish(name))
+        with self._keeping_errors():
+            self._running.pop(name, None)
 
-    def _step(self, name: str, step: int) -> None:
-        self._tree.step(name, step)
-        gained = int(100 * self._tree.share()) - self._shown
-        if gained > 0:
-            self._shown += gained
-            self._advance(gained)
+    def _share(self, parent: str | None) -> float:
+        """The finished share of the latest phase within `parent`, 0 to 1."""
+        for name, phase in reversed(self._running.items()):
+            if phase.parent == parent:
+                return min(1.0, (phase.num_done + self._share(name)) / phase.num_steps)
+        return 0.0
 
-    def _guarded(self, call: Callable[[], object]) -> None:
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
         try:
-            call()
+            yield
         except BaseException as error:  # KeyboardInterrupt above all
             self.stopped = self.stopped or error
 

@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from export.artifact.writer import _PARTIAL, file_entry, write_whole
-from runtime.artifact.manifest import MANIFEST, Artifact, read_manifest
+from export.artifact.writer import file_entry, write_manifest
+from export.storage.whole_file import PARTIAL, write_whole
+from runtime.artifact.manifest import Artifact, read_manifest
 from runtime.artifact.plan_files import ENGINES, EngineInfo, engine_files
 from runtime.errors import InvalidSetting
 
@@ -41,9 +42,9 @@ def write_engine(artifact: Artifact, info: EngineInfo, plan: bytes) -> Path:
 
 
 def list_files(artifact: Artifact, *files: Path) -> None:
-    """Note files of `engines/` in the manifest with their hashes, and take out those that are gone.
+    """List files of `engines/` in the manifest with their hashes, and remove the entries of deleted files.
 
-    Builds at the same time wait for each other here, so that none takes another's entry out.
+    Builds that run at the same time wait for each other here, so that none removes another's entry.
     """
     root = os.open(artifact.path, os.O_RDONLY)
     try:
@@ -54,27 +55,27 @@ def list_files(artifact: Artifact, *files: Path) -> None:
         }
         engines |= {file.name: file_entry(file) for file in files}
         if engines != manifest.engines:
-            write_whole(artifact.path / MANIFEST, replace(manifest, engines=engines).to_json().encode())
+            write_manifest(artifact.path, replace(manifest, engines=engines))
     finally:
         os.close(root)
 
 
 def leftovers(artifact: Artifact) -> Iterator[Path]:
     """Half-written files of builds that no longer run."""
-    for file in sorted((artifact.path / ENGINES).glob(f"*{_PARTIAL}*")):
+    for file in sorted((artifact.path / ENGINES).glob(f"*{PARTIAL}*")):
         pid = file.name.rpartition("-")[2]
         if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
             yield file
 
 
 def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
-    """Remove what cannot be used (or everything, timing caches too): the files that went, by name."""
+    """Remove unusable files, or with `everything` all of them and the timing caches. Returns the removed files."""
     directory = artifact.path / ENGINES
     usable = {engine.plan.stem for engine in engine_files(artifact, check_hashes=True) if engine.problem is None}
     gone = list(leftovers(artifact))
     for file in sorted(directory.glob("*")):
         is_engine = file.suffix in (".plan", ".json")
-        if _PARTIAL not in file.name and (everything or (is_engine and file.stem not in usable)):
+        if PARTIAL not in file.name and (everything or (is_engine and file.stem not in usable)):
             gone.append(file)
     for file in gone:
         file.unlink(missing_ok=True)

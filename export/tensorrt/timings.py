@@ -1,13 +1,15 @@
-"""The timing cache of `tensorrt`: what its kernels took on this GPU, so that the next build need not measure again.
+"""The timing cache of `tensorrt`: measured kernel times on this GPU, so that the next build measures less.
 
-TensorRT-RTX measures when it runs, and has none. A cache is worth nothing elsewhere; one that does not fit is replaced.
+TensorRT-RTX measures at run time and has no cache. A cache is of use only on its own GPU; one that does not fit is
+replaced.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from export.artifact.writer import file_entry, write_whole
+from export.artifact.writer import file_entry
+from export.storage.whole_file import write_whole
 from runtime.artifact.manifest import FileEntry
 from runtime.artifact.plan_files import EngineIdentity
 
@@ -15,12 +17,12 @@ SUFFIX = ".timings"
 
 
 def timings_file(directory: Path, identity: EngineIdentity) -> Path:
-    """Where the cache of one library release and GPU lies."""
+    """The cache file of one library release and GPU."""
     return directory / f"{identity.target}-{'+'.join(identity.gpus)}-{identity.version}{SUFFIX}"
 
 
 def attach_timings(config: Any, file: Path, listed: FileEntry | None) -> bool:
-    """Give a builder config the cache of a file, or an empty one; False, with a word, if the file's does not fit.
+    """Give a builder config the cache of a file, or an empty one; False, with a message, if the file does not fit.
 
     A file is read only if it is the one that the manifest has `listed`.
     """
@@ -35,7 +37,7 @@ def attach_timings(config: Any, file: Path, listed: FileEntry | None) -> bool:
 
 
 def keep_timings(config: Any, file: Path) -> None:
-    """Write what the build measured."""
+    """Write the kernel times that the build measured."""
     cache = config.get_timing_cache()
     if cache is not None:
         write_whole(file, bytes(cache.serialize()))

@@ -1,13 +1,12 @@
-"""One dialect's graph against another's: the same tokens through both, in the four ways a scheduler runs a model.
+"""Compares two dialects' graphs on the same tokens, in the four ways a scheduler runs a model.
 
     prefill   a head of the text in one run
     decode    token by token
     chunked   in pieces of several sizes
     ragged    rows of different lengths and pasts in one batch, then one more token for each
 
-In float32 the other graph is the `ort` dialect's. In narrower types it is the float32 reference: two graphs that round
-at different places are further from each other (0.115 in fp16) than either is from what both stand for.
-Judged by gates.py.
+In float32 the other graph is the `ort` dialect's. In narrower types it is the float32 reference, because two graphs
+that round at different places are further from each other (0.115 in fp16) than from the reference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ Ways = Mapping[str, NDArray[np.float32]]
 
 
 def figure_name(dialect: str, figure: str) -> str:
-    """A receipt's name for a dialect's figure: as it is for `ort`, `trt.kl` for the others."""
+    """A dialect's figure in the receipt: `kl` for `ort`, `trt.kl` for the dialect `trt`."""
     return figure if dialect == "ort" else f"{dialect}.{figure}"
 
 
@@ -45,7 +44,7 @@ def four_ways(session: Session, window: Sequence[int]) -> Ways:
 
 
 def reference_ways(logits: NDArray[np.float32]) -> Ways:
-    """What `four_ways` should give, from the reference's logits `[HEAD or fewer, vocab]` of the same head."""
+    """The logits that `four_ways` should give, from the reference's logits `[HEAD or fewer, vocab]`."""
     cuts = np.array(_cuts(len(logits)))
     return {
         "prefill": logits,

@@ -1,9 +1,9 @@
-"""What an exported model is compared with: the project's own numpy decoder, or transformers.
+"""The two references that an exported model is compared with.
 
-numpy           no further package; shares with the graph the reading of config.json, the rotary tables and the
-                names of the tensors, so an error in one of those is in both, and the comparison cannot show it
-transformers    shares nothing with the graph but the checkpoint's files; needs torch, and memory for the whole model
-                in float32
+numpy           this project's own decoder; needs no further package. It shares with the graph the reading of
+                config.json, the rotary tables and the tensor names, so it cannot show an error in those.
+transformers    shares nothing with the graph but the checkpoint's files. Needs torch, and memory for the whole
+                model in float32.
 """
 
 import tempfile
@@ -24,11 +24,11 @@ from runtime.progress import progress_bar
 
 NUMPY, TRANSFORMERS = "numpy", "transformers"
 REFERENCES = (NUMPY, TRANSFORMERS)
-"""What --verify takes."""
+"""Choices of --verify."""
 
 
 class ReferenceLogits(Protocol):
-    """What the reference says of sequences that it has read."""
+    """The reference's logits on the sequences that it has read."""
 
     def logits(self, sequence_idx: int, start: int, stop: int) -> NDArray[np.float32]:
         """Logits of positions start .. stop of a sequence, float32 `[stop - start, vocab]`."""
@@ -40,19 +40,19 @@ class Reference(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is, for the receipt."""
+        """A description for the receipt."""
         ...
 
     def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> AbstractContextManager[ReferenceLogits]:
-        """Read the sequences, each alone and causal. `directory` has room for what memory has not."""
+        """Run the sequences, each alone and causal. `directory` is for temporary files."""
         ...
 
 
 class NumpyReference:
-    """export/model/reference/forward.py over the checkpoint."""
+    """The numpy decoder of export/model/reference/; not independent of the graph, see above."""
 
     name = (
-        "the checkpoint in float32, computed by export/model/reference/forward.py (numpy), which shares the reading of "
+        "the checkpoint in float32, computed by export/model/reference/ (numpy), which shares the reading of "
         "config.json, the rotary tables and the tensor names with the graph"
     )
 
@@ -61,14 +61,14 @@ class NumpyReference:
 
     @contextmanager
     def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> Iterator[ReferenceLogits]:
-        """One layer's weights in memory at a time; the last hidden states stay there."""
+        """Holds one layer's weights at a time, and the last hidden states."""
         with progress_bar("reference", total=self._config.num_layers) as bar:
             states = run_reference(self._checkpoint, self._config, sequences, on_layer=lambda: bar.update(1))
         yield states
 
 
 class TransformersReference:
-    """transformers' own reading of the checkpoint, on the CPU in float32 with its plainest attention."""
+    """transformers' own reading of the checkpoint, on the CPU in float32 with eager attention."""
 
     def __init__(self, model: str, checkpoint: Checkpoint) -> None:
         """`model` as the user gave it. InvalidSetting without transformers and torch, or for packed integer weights."""
@@ -89,7 +89,7 @@ class TransformersReference:
 
     @contextmanager
     def run(self, sequences: Sequence[Sequence[int]], directory: Path) -> Iterator[ReferenceLogits]:
-        """The whole model in memory, then gone; the logits in a nameless file in `directory`."""
+        """Holds the whole model while it runs, then only a nameless file of logits in `directory`."""
         import torch
 
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -124,7 +124,7 @@ class _SpooledLogits:
 
 
 def reference_named(name: str, model: str, checkpoint: Checkpoint, config: ModelConfig) -> Reference:
-    """One of REFERENCES. InvalidSetting for another, or for one that is not there."""
+    """One of REFERENCES. InvalidSetting for another, or for one that is not installed."""
     check_reference(name)
     return NumpyReference(checkpoint, config) if name == NUMPY else TransformersReference(model, checkpoint)
 
@@ -161,7 +161,7 @@ def _load(model: str, checkpoint: Checkpoint) -> Any:
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # transformers and what is below it raise whatever they like
+    except Exception as error:  # transformers and its dependencies raise all kinds
         reason = " ".join(str(error).split())[:300]
         raise InvalidCheckpoint(
             f"transformers cannot load {checkpoint.source}: {type(error).__name__}: {reason}"

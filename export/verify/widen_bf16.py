@@ -1,7 +1,7 @@
-"""A bfloat16 graph as ONNX Runtime's CPU provider can run it: the same weights, widened, and float32 sums.
+"""Upcasts a bfloat16 graph to float32, so that ONNX Runtime's CPU provider can run it.
 
-That provider has no bfloat16 products. So what a receipt says of such a graph holds for its weights, its mask and its
-layout, but not for the rounding of its activations, which only a device can show.
+That provider has no bfloat16 matrix products. So the receipt of such a graph covers its weights, mask and layout, but
+not the rounding of its activations, which only a GPU can show.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _WIDENED = "widened.{file}"
 
 @contextmanager
 def runnable(artifact: Artifact, dialect: str) -> Iterator[Artifact]:
-    """The artifact itself, or for a bfloat16 graph one that names a widened copy, gone afterwards."""
+    """The artifact itself, or for a bfloat16 graph one with an upcast copy, which is removed afterwards."""
     manifest = artifact.manifest
     contract = manifest.kv_of(dialect)
     if contract.dtype != "bfloat16":

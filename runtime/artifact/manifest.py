@@ -2,7 +2,7 @@
 
     manifest.json     this module's `Manifest`: dimensions, KV contract, tensor names, sha256 of every file
     model.onnx        graph for ONNX Runtime; weights.bin holds its tensors
-    model.trt.onnx    graph for TensorRT, model.trt-plain.onnx for releases before 10.15: in weights.bin what they share
+    model.trt.onnx    graph in standard ONNX, opset 24; model.trt-plain.onnx in opset 21: in weights.bin what they share
                       with model.onnx, in weights.trt.bin the rest
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
     receipt.json      what the exported model was compared with, and how close it is
@@ -40,6 +40,8 @@ TRT_WEIGHTS = "weights.trt.bin"
 ORT_MODEL = "model.onnx"
 CHOICE = "choice.json"
 DIALECT_FILES = {"ort": ORT_MODEL, "trt": "model.trt.onnx", "trt-plain": "model.trt-plain.onnx"}
+DIALECT_NAMES = {"ort": "ort", "standard": "trt", "standard-21": "trt-plain"}
+"""Names for people, and the key of each in manifests and receipts, which keep the names of their first reader."""
 PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w4a16", "w8a8")
 CALIBRATION = "calibration.json"
 CALIBRATION_ARRAYS = "calibration.npz"
@@ -147,6 +149,11 @@ class Manifest:
         manifest = shaped(raw, cls, where)
         _check_fields(manifest, where)
         return manifest
+
+
+def dialect_name(dialect: str) -> str:
+    """The name for people of a manifest's dialect: `standard` for `trt`, `standard-21` for `trt-plain`."""
+    return next((name for name, key in DIALECT_NAMES.items() if key == dialect), dialect)
 
 
 def described(manifest: Manifest) -> str:

@@ -81,7 +81,7 @@ def open_on_tensorrt(
 
     if not {"trt", "trt-plain"} & set(artifact.manifest.dialects):
         raise InvalidEngine(
-            f"{artifact.path} has no graph for TensorRT; export it with --dialect ort,trt and build an engine"
+            f"{artifact.path} has no graph for TensorRT; export it with --dialect ort,standard and build an engine"
         )
     cuda = open_cuda()
     try:

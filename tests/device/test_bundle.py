@@ -87,7 +87,7 @@ def test_the_bundle_of_an_rtx_takes_its_engines_and_packages(tiny: Artifact, tmp
 
 
 def test_a_jetson_orin_takes_the_plain_graph_and_the_systems_tensorrt(tiny: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(InvalidSetting, match=r"has no trt-plain graph.*--dialect ort,trt-plain"):
+    with pytest.raises(InvalidSetting, match=r"has no standard-21 graph.*--dialect ort,standard-21"):
         bundle.make_bundle(tiny, "jetson-orin", tmp_path)
     assert "VENV_FLAGS=--system-site-packages" in bundle.environment(bundle.STACKS["jetson-orin"])
     assert not any(line.startswith("tensorrt") for line in bundle.STACKS["jetson-orin"].extra)

@@ -113,7 +113,7 @@ def test_a_device_that_was_named_is_the_one_or_an_error(
 
 def test_an_artifact_without_a_graph_for_tensorrt(tmp_path: Path) -> None:
     artifact = export_tiny(tmp_path, dialects=("ort",))
-    with pytest.raises(InvalidEngine, match="--dialect ort,trt"):
+    with pytest.raises(InvalidEngine, match="--dialect ort,standard"):
         open_session(artifact, settings(device="tensorrt"), backends=backends_of(SimCuda()))
 
 
@@ -202,7 +202,7 @@ def test_speculation_where_auto_found_a_gpu_is_refused_and_the_gpu_let_go(
 
 def test_speculation_over_an_int8_cache_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama", num_hidden_layers=1))
-    text = QuantizationOptions(calib=CalibrationOptions(num_samples=4, length=32))
+    text = QuantizationOptions(text=CalibrationOptions(num_samples=4, length=32))
     artifact = export_model(
         ExportOptions(model=str(source), out=tmp_path / "artifact", kv="int8", force=True, quantization=text)
     )

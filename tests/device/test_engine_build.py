@@ -54,7 +54,7 @@ def export_tiny(
         precision=precision,
         dialects=dialects,
         force=True,
-        quantization=QuantizationOptions(calib=CalibrationOptions(num_samples=4, length=32)),
+        quantization=QuantizationOptions(text=CalibrationOptions(num_samples=4, length=32)),
     )
     return export_model(options).path
 
@@ -247,7 +247,7 @@ def test_an_artifact_without_a_tensorrt_graph_says_how_to_get_one(
 ) -> None:
     path = export_tiny(tmp_path, "fp32", ("ort",), num_layers=1)
     assert main(["engine", str(path)]) == 2
-    assert "export it with --dialect ort,trt" in capsys.readouterr().err
+    assert "export it with --dialect ort,standard" in capsys.readouterr().err
 
 
 def test_a_library_that_is_too_old_or_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.artifact.writer import file_entry, write_manifest, write_whole
+from export.artifact.writer import file_entry, write_manifest
+from export.storage.whole_file import write_whole
 from export.tensorrt.memory import check_fits, predicted_peak
 from export.tensorrt.profiles import EngineLimits, derive_profiles, input_shape
 from export.tensorrt.progress import Monitor

@@ -88,7 +88,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     precision, kv = request.param
     path = tmp_path_factory.mktemp(precision)
     source = write_checkpoint(path / "checkpoint", config_of("qwen3"))
-    text = QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64))
+    text = QuantizationOptions(text=CalibrationOptions(num_samples=8, length=64))
     settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": text, "force": True}
     export_model(ExportOptions(model=str(source), out=path / "artifact", **settings))
     return open_artifact(path / "artifact", allow_failed=True)

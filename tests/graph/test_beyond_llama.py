@@ -79,7 +79,7 @@ def test_rows_of_different_lengths_share_a_run(model: Model, exported: OrtSessio
 
 
 def calibrated(model: Model, out: Path, precision: str, **options: Any) -> Artifact:
-    text = QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=48), ignore_memory=True)
+    text = QuantizationOptions(text=CalibrationOptions(num_samples=8, length=48), ignore_memory=True)
     wanted = ExportOptions(
         model=str(model.path), out=out, precision=precision, quantization=text, force=True, **options
     )

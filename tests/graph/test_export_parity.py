@@ -1,4 +1,4 @@
-"""Exported graphs against independent references: the numpy decoder for every variant, transformers as the oracle."""
+"""Exported graphs against two references: the numpy decoder, which shares their config parsing, and transformers."""
 
 from pathlib import Path
 from typing import Any

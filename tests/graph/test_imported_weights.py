@@ -111,11 +111,11 @@ def test_the_precision_of_the_same_bits_keeps_the_layers_and_rounds_the_rest(tmp
 
 def test_calibration_that_would_change_nothing_is_refused(tmp_path: Path) -> None:
     write_quantized(tmp_path / "model", CONFIG, PACKINGS["awq"])
-    quantization = QuantizationOptions(calib=CalibrationOptions(num_samples=4))
+    quantization = QuantizationOptions(text=CalibrationOptions(num_samples=4))
     options = ExportOptions(
         model=str(tmp_path / "model"), out=tmp_path / "out", precision="w4a16", quantization=quantization
     )
-    with pytest.raises(InvalidSetting, match="quantized already and w4a16 keeps its integers: --calib"):
+    with pytest.raises(InvalidSetting, match="quantized already and w4a16 keeps its integers: calibration flags"):
         export_model(options)
 
 

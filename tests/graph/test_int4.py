@@ -126,11 +126,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("int4") / "model", config_of("llama-tied"))
 
 
-SMALL = QuantizationOptions(calib=CalibrationOptions(num_samples=40, length=128))
+SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=40, length=128))
 
 
 def exported(model: Path, out: Path, precision: str = "w4a16", calibration: Path | None = None) -> Any:
-    quantization = SMALL if calibration is None else QuantizationOptions(calibration=calibration)
+    quantization = SMALL if calibration is None else QuantizationOptions(reuse=calibration)
     options = ExportOptions(model=str(model), out=out, precision=precision, quantization=quantization, force=True)
     return export_model(options)
 
@@ -154,7 +154,8 @@ def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
     """The same precision without calibration, as imported checkpoints' floating layers get it."""
     from dataclasses import replace
 
-    from export.pipeline.export_model import write_unverified
+    from export.pipeline.artifact_files import write_unverified
+    from export.pipeline.graph_files import ExportPlan
     from export.verify.receipt import verify
     from export.verify.references import NumpyReference
 
@@ -163,7 +164,8 @@ def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
     directory = tmp_path / "nearest"
     directory.mkdir()
     plain = replace(precision_named("w4a16"), calibrated=None)
-    artifact = write_unverified(directory, checkpoint, config, plain, 256)
+    plan = ExportPlan(checkpoint=checkpoint, config=config, precision=plain, max_len=256)
+    artifact = write_unverified(directory, plan)
     return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["kl"])
 
 

@@ -36,7 +36,7 @@ from runtime.machine.memory import plan_slots
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 CAPACITY = 96
-TEXT = QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64))
+TEXT = QuantizationOptions(text=CalibrationOptions(num_samples=8, length=64))
 
 
 def export_kv(root: Path, variant: str, precision: str = "fp32", **options: Any) -> Artifact:
@@ -192,7 +192,7 @@ def test_a_slot_takes_a_quarter_of_the_bytes(tmp_path: Path) -> None:
 
 def test_every_precision_takes_it_and_one_calibration_serves_all(tmp_path: Path) -> None:
     first = export_kv(tmp_path, "llama", "w8a8")
-    reused = QuantizationOptions(calibration=first.path)
+    reused = QuantizationOptions(reuse=first.path)
     for precision in ("w8a16", "w4a16"):
         other = export_kv(tmp_path, "llama", precision, quantization=reused)
         assert other.manifest.kv.dtype == "int8" and other.receipt["kv_calibration"] == first.receipt["kv_calibration"]
@@ -226,7 +226,7 @@ def test_it_is_shown_and_older_manifests_are_read(tmp_path: Path) -> None:
         (["--dialect", "ort,trt"], "--kv int8 is for the ort dialect alone"),
         (["--precision", "fp16"], "--kv int8 needs float32 attention"),
         (["--precision", "bf16", "--dialect", "trt"], "--kv int8 is for the ort dialect alone"),
-        (["--calibration", "nowhere"], "nowhere cannot be read as a calibration"),
+        (["--reuse-calibration", "nowhere"], "nowhere cannot be read as a calibration"),
     ],
 )
 def test_what_cannot_be_is_one_line(

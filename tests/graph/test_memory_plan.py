@@ -41,7 +41,7 @@ def test_it_is_near_what_an_export_takes(precision: str, dialects: str, tmp_path
     model = write_checkpoint(tmp_path / "model", raw)
     command = [sys.executable, "-m", "headrace", "export", str(model), "--precision", precision, "--force"]
     command += ["--dialect", dialects]
-    command += ["--out", str(tmp_path / "artifact"), "--calib-samples", "4", "--calib-length", "64"]
+    command += ["--out", str(tmp_path / "artifact"), "--calibration-samples", "4", "--calibration-length", "64"]
     # A process of its own, whose children's peak is the export's alone.
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

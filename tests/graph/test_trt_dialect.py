@@ -105,7 +105,7 @@ def test_half_precision_shares_all_but_the_norms(tmp_path: Path) -> None:
 def test_w8a8_reads_the_ort_dialects_integers_and_scales(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama-tied"))
     quantization = QuantizationOptions(
-        calib=CalibrationOptions(num_samples=4, length=32), int8=Int8Options(keep=("layers.1.down",))
+        text=CalibrationOptions(num_samples=4, length=32), int8=Int8Options(keep=("layers.1.down",))
     )
     options = ExportOptions(
         model=str(source),
@@ -198,6 +198,6 @@ def test_a_dialect_that_cannot_be_is_refused_before_anything_is_read(
 
 def test_the_command_line_takes_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama"))
-    assert main([str(source), "--out", str(tmp_path / "a"), "--dialect", "ort,trt"]) == 0
+    assert main([str(source), "--out", str(tmp_path / "a"), "--dialect", "ort,standard,trt"]) == 0
     assert "trt.ragged_error" in capsys.readouterr().out
     assert set(open_artifact(tmp_path / "a").manifest.dialects) == {"ort", "trt"}

@@ -19,8 +19,10 @@ from export.model.architectures import parse_config
 from export.model.description import Linear, Part, Site
 from export.model.precision import precision_named
 from export.model.trt_precision import INT4_BLOCKS, trt_precision_named
-from export.pipeline.calibrated import QuantizationOptions, prepare
-from export.pipeline.export_model import ExportOptions, export_model, write_unverified
+from export.pipeline.artifact_files import write_unverified
+from export.pipeline.calibrated import CalibrationInput, QuantizationOptions, calibrated_model
+from export.pipeline.export_model import ExportOptions, export_model
+from export.pipeline.graph_files import ExportPlan
 from export.quantize.int4.model import plan_of
 from export.quantize.layers import BlockLayer, QuantizedLayers
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows, symmetric_scales
@@ -35,7 +37,7 @@ from tests.graph.test_int4 import moments_of, output_error
 from tests.graph.test_int8 import correlated_inputs
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
-SMALL = QuantizationOptions(calib=CalibrationOptions(num_samples=24, length=128))
+SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=24, length=128))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(model: Path, out: Path, dialects: tuple[str, ...], calibration: Path | None = None) -> Artifact:
-    quantization = SMALL if calibration is None else QuantizationOptions(calibration=calibration)
+    quantization = SMALL if calibration is None else QuantizationOptions(reuse=calibration)
     return export_model(
         ExportOptions(
             model=str(model), out=out, precision="w4a16", dialects=dialects, quantization=quantization, force=True
@@ -166,7 +168,10 @@ def kl_of_nearest(model: Path, tmp_path: Path) -> float:
     config = parse_config(checkpoint.config)
     directory = tmp_path / "nearest"
     directory.mkdir()
-    artifact = write_unverified(directory, checkpoint, config, None, 256, dialects=("trt",), name="w4a16")
+    plan = ExportPlan(
+        checkpoint=checkpoint, config=config, precision=None, trt_precision="w4a16", max_len=256, dialects=("trt",)
+    )
+    artifact = write_unverified(directory, plan)
     return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["trt.kl"])
 
 
@@ -192,9 +197,10 @@ def test_an_interrupted_export_goes_on_in_the_second_rounding(tmp_path: Path, mo
     def run(checkpoint: Any) -> Any:
         config = parse_config(checkpoint.config)
         row = precision_named("w4a16")
-        return prepare(
-            checkpoint, config, row, SMALL, tmp_path / "work", max_len=256, generate=generate, dialects=("ort", "trt")
+        given = CalibrationInput(
+            checkpoint=checkpoint, config=config, max_len=256, generate=generate, workdir=tmp_path / "work"
         )
+        return calibrated_model(given, row, SMALL, ("ort", "trt"))
 
     last, first = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 0))
     with pytest.raises(KeyboardInterrupt):

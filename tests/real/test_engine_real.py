@@ -17,8 +17,9 @@ from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
 from export.model.description import LM_HEAD
 from export.model.precision import EXPORTABLE
-from export.pipeline.calibrated import CalibratedModel, QuantizationOptions, prepare
-from export.pipeline.export_model import write_unverified
+from export.pipeline.artifact_files import write_unverified
+from export.pipeline.calibrated import CalibratedModel, CalibrationInput, QuantizationOptions, calibrated_model
+from export.pipeline.graph_files import ExportPlan
 from export.quantize.layers import Int8Layer
 from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
@@ -56,7 +57,12 @@ class Beginning(CheckpointView):
 def built(directory: Path, checkpoint: Checkpoint, precision: str, model: CalibratedModel | None = None) -> BuiltEngine:
     """Without the receipt's figures, which take longer than the build; other tests hold that they are asked for."""
     config = parse_config(checkpoint.config)
-    artifact = write_unverified(directory, checkpoint, config, None, 512, model, dialects=("trt",), name=precision)
+    plan = ExportPlan(
+        checkpoint=checkpoint, config=config, precision=None, trt_precision=precision, max_len=512, dialects=("trt",)
+    )
+    if model is not None:
+        plan = replace(plan, checkpoint=model.checkpoint, config=model.config, layers=model.layers)
+    artifact = write_unverified(directory, plan)
     write_manifest(directory, artifact.manifest)
     graph = artifact.manifest.files[artifact.manifest.dialects["trt"]].sha256
     return build_engine(replace(artifact, receipt={"graphs": {"trt": graph}}), OPTIONS)
@@ -93,14 +99,17 @@ def test_int4_weights(tmp_path: Path, checkpoint: Checkpoint) -> None:
 
 def test_int8_weights_and_activations(tmp_path: Path, checkpoint: Checkpoint) -> None:
     beginning = Beginning(checkpoint)
-    options = QuantizationOptions(calib=CalibrationOptions(num_samples=4, length=32))
+    options = QuantizationOptions(text=CalibrationOptions(num_samples=4, length=32))
 
     def generate(*_: Any) -> list[list[int]]:
         raise AssertionError("random ids need no sampling")
 
     config = parse_config(beginning.config)
     precision = EXPORTABLE["w8a8"]
-    model = prepare(beginning, config, precision, options, tmp_path / "work", max_len=512, generate=generate)
+    given = CalibrationInput(
+        checkpoint=beginning, config=config, max_len=512, generate=generate, workdir=tmp_path / "work"
+    )
+    model = calibrated_model(given, precision, options)
     (tmp_path / "artifact").mkdir()
     layers = check(built(tmp_path / "artifact", beginning, "w8a8", model), NUM_LAYERS, NUM_TOKENS)
     rounded = [

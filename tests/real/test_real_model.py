@@ -8,7 +8,7 @@ import pytest
 import calibration_data
 from export.pipeline.export_model import ExportOptions, export_model
 from export.sources.default_model import default_model_file
-from export.verify.receipt import greedy
+from export.verify.graph_run import greedy
 from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.text.tokenizer import Tokenizer

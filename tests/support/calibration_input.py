@@ -12,7 +12,8 @@ from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
 from export.model.precision import precision_named
-from export.pipeline.export_model import write_unverified
+from export.pipeline.artifact_files import write_unverified
+from export.pipeline.graph_files import ExportPlan
 
 # Samples are drawn from nearly the model's own distribution (KL 0.004 nats of SmolLM2-135M), at a quarter of the bytes.
 _SAMPLED_PRECISION = "w8a16"
@@ -26,7 +27,8 @@ def calibration_set_for(
     def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         with tempfile.TemporaryDirectory(prefix="headrace-sample-") as directory:
             precision = precision_named(_SAMPLED_PRECISION)
-            artifact = write_unverified(Path(directory), checkpoint, config, precision, length)
+            plan = ExportPlan(checkpoint=checkpoint, config=config, precision=precision, max_len=length)
+            artifact = write_unverified(Path(directory), plan)
             return artifact_generator(artifact, length=length)(starts, length, seed)
 
     return load_calibration_set(

@@ -35,7 +35,7 @@ def export_tiny(
         precision=precision,
         dialects=dialects,
         force=True,
-        quantization=QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64)),
+        quantization=QuantizationOptions(text=CalibrationOptions(num_samples=8, length=64)),
     )
     return export_model(options)
 

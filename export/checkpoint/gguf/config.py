@@ -1,8 +1,7 @@
 """Makes a Hugging Face config.json from GGUF metadata.
 
-Knows llama.cpp's metadata keys (`llama.attention.head_count`) and Hugging Face's fields, not files or
-tensors' contents. A key it does not know may change the arithmetic, so an unknown one is refused by name:
-better no model than one that babbles.
+Knows llama.cpp's metadata keys (`llama.attention.head_count`) and Hugging Face's fields, not files or the contents of
+tensors. An unknown key may change what the model computes, so it is refused by name.
 """
 
 import math
@@ -20,7 +19,7 @@ from runtime.errors import InvalidCheckpoint, UnsupportedModel
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 )
-"""GGUF architecture, which is Hugging Face's model_type too, to class name. GGUF calls Mistral llama."""
+"""GGUF architecture (also Hugging Face's model_type) to class name. GGUF calls Mistral llama."""
 
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Under `tokenizer.ggml.`: the end of a text, of a turn and of a message. Each ends generation."""
@@ -30,28 +29,13 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 _KNOWN_KEYS = frozenset(
     {
-        "vocab_size",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "tensor_data_layout",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-        "rope.scale_linear",
+        "vocab_size", "block_count", "context_length", "embedding_length", "feed_forward_length", "tensor_data_layout",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+        "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scale_linear",
     }
-)
+)  # fmt: skip
 _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         "expert_count": (0,),
@@ -63,7 +47,7 @@ _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "attention.causal": (True,),
     }
 )
-"""Keys that are read by no graph here, with the values that leave the model as it is."""
+"""Keys that no graph reads, with the values that change nothing."""
 
 _LLAMA3_ORIGINAL_LEN = 8192
 _LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
@@ -218,9 +202,9 @@ def _rope(m: GgufMetadata, arch: str, rope_freqs: NDArray[np.float32] | None, he
 def _llama3_scaling(divisors: NDArray[np.float32], theta: float, where: str) -> dict[str, Any]:
     """Recover Llama 3's rope scaling from the frequency divisors that llama.cpp stores in its place.
 
-    The converter keeps only the result of the formula (transformers' `_compute_llama3_parameters`). The
-    factor is the divisor of the lowest frequency; every Llama 3.1-3.3 has 1, 4 and 8192 for the rest. That
-    guess is checked against the stored numbers, so other settings are refused, not misread.
+    The converter keeps only the result of the formula (transformers' `_compute_llama3_parameters`). The factor is the
+    divisor of the lowest frequency; every Llama 3.1-3.3 has 1, 4 and 8192 for the rest. These values are checked
+    against the stored divisors, so other settings are refused.
     """
     factor = float(np.max(divisors))
     head_dim = 2 * divisors.size

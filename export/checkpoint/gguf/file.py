@@ -1,7 +1,7 @@
 """One .gguf file as a checkpoint: tensors dequantized one at a time, under Hugging Face's names.
 
-Knows how llama.cpp renamed and reordered the tensors. `gguf_header.py` finds them, the `gguf` library
-dequantizes them, `gguf_config.py` makes the config and `gguf_tokenizer.py` the text files.
+Knows how llama.cpp renamed and reordered the tensors. `header.py` finds them, the `gguf` library dequantizes them,
+`config.py` makes the config and `tokenizer.py` the text files.
 """
 
 import re
@@ -52,10 +52,10 @@ class GgufCheckpoint(Checkpoint):
     """A Checkpoint over a .gguf file: metadata is read at once, a tensor when it is asked for."""
 
     def __init__(self, file: Path, *, source: str | None = None) -> None:
-        """Open `file`; `source` is what the user called it, the file's name if they gave a path.
+        """Open `file`; `source` is the user's name for it (default: the file's).
 
-        Raises InvalidCheckpoint for a truncated or corrupt file, UnsupportedModel for an architecture,
-        setting or tensor type without a reader.
+        InvalidCheckpoint for a truncated or corrupt file, UnsupportedModel for an architecture, setting or tensor type
+        that is not supported.
         """
         import gguf
 
@@ -147,9 +147,8 @@ class GgufCheckpoint(Checkpoint):
 def unpermute(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
     """Undo llama.cpp's reordering of the rows of q_proj and k_proj, float32 [num_heads * head_dim, ...].
 
-    Its rotary embedding for this architecture turns neighbouring pairs (0,1), (2,3), ...; Hugging Face's
-    turns halves (0, head_dim / 2), ... The converter (`LlamaModel.permute` of convert_hf_to_gguf.py) swaps
-    the rows accordingly:
+    Its rotary embedding for this architecture rotates neighbouring pairs (0, 1), (2, 3), ...; Hugging Face's rotates
+    halves (0, head_dim / 2), ... The converter (`LlamaModel.permute` of convert_hf_to_gguf.py) swaps the rows:
 
         Hugging Face  a0 a1 a2 b0 b1 b2      per head; a_i and b_i are one pair
         GGUF          a0 b0 a1 b1 a2 b2
@@ -160,7 +159,7 @@ def unpermute(values: NDArray[np.float32], num_heads: int) -> NDArray[np.float32
 
 
 def _refuse_types(stored: Mapping[str, GgufTensor], file: Path) -> None:
-    """Try each tensor type on a block of zeros: only by failing does the library say what it can decode."""
+    """Try each tensor type on a block of zeros: the library has no list of the types that it decodes."""
     import gguf
 
     for type_id in {place.type_id for place in stored.values()}:
@@ -181,7 +180,7 @@ def _hugging_face_name(name: str, file: Path) -> str:
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
         raise UnsupportedModel(
-            f"{file.name}: tensor {name!r} has no place in a llama, qwen2 or qwen3 model: a variant "
-            "that is not supported; give the Hugging Face checkpoint or another model"
+            f"{file.name}: tensor {name!r} has no place in a llama, qwen2 or qwen3 model, so this variant is "
+            "not supported; give the Hugging Face checkpoint or another model"
         )
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"

@@ -1,6 +1,6 @@
-"""GGUF metadata with types: a file can store any type under any key, and what reads a key says which it means.
+"""Typed access to GGUF metadata: a file can store any type under any key, so each getter checks its type.
 
-Arrays of numbers are numpy arrays, as gguf_header.py reads them, or lists.
+Arrays of numbers are numpy arrays, as header.py reads them, or lists.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from export.checkpoint.config_fields import shown
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 MAX_NUMBER = 1e30
-"""Nothing in a model is larger; infinity and NaN are not either."""
+"""No number in a model is larger."""
 
 AGAIN = "convert the model again"
 

@@ -1,8 +1,7 @@
 """Makes tokenizer.json and the other text files from the `tokenizer.*` metadata of a GGUF file.
 
-Knows the two kinds of vocabulary these families use, byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`),
-and how text is split before BPE; nothing about tensors. A GGUF file names that split instead of spelling it
-out: a name that is not in the table is refused, because a wrong split gives wrong tokens without an error.
+Knows byte-level BPE (`gpt2`), SentencePiece BPE (`llama`), and how text is split before BPE; nothing about tensors. A
+GGUF file only names the split. A name that is not in the table is refused, because a wrong split gives wrong tokens.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What config.json's `quantization_config` says about weights that are quantized already: read, or refused by name.
+"""Reads `quantization_config` of config.json: which GPTQ or AWQ scheme the weights are stored in.
 
-Two tools' formats are imported. Knows the words of the configuration, not the tensors.
+Refuses every other scheme by name. Knows the configuration, not the tensors.
 
     gptq   AutoGPTQ, GPTQModel, Optimum: 4 or 8 bits, symmetric or not, act-order or not; formats gptq and gptq_v2
     awq    AutoAWQ: 4 bits, version gemm
@@ -13,7 +13,7 @@ from typing import Any
 from export.checkpoint.config_fields import shown
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
-# What the tools write beside the scheme: how they came to it, and which kernel is to run it.
+# How the tool quantized, and which kernel it expects: neither changes the weights.
 _NO_EFFECT = frozenset(
     {
         "quant_method", "desc_act", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups",
@@ -42,8 +42,8 @@ class StoredScheme:
     """How a checkpoint's linear layers are stored.
 
     group_size: inputs that share a scale; None is the whole row
-    symmetric: the zero point is the middle everywhere, by the configuration's word
-    checkpoint_format: of gptq: gptq keeps zero points less one, gptq_v2 as they are
+    symmetric: the configuration says that every zero point is the middle
+    checkpoint_format: `gptq` stores zero points minus one, `gptq_v2` as they are
     """
 
     method: str
@@ -59,7 +59,7 @@ class StoredScheme:
 
 
 def parse_quantization(raw: object) -> StoredScheme:
-    """The scheme of a `quantization_config`; UnsupportedModel names what is not read, and lists what is."""
+    """The scheme of a `quantization_config`. UnsupportedModel names what is not supported, and lists what is."""
     if not isinstance(raw, dict):
         raise InvalidCheckpoint(f"config.json: quantization_config is a {type(raw).__name__}, not an object")
     method = raw.get("quant_method")
@@ -109,7 +109,7 @@ def _awq(raw: Mapping[str, Any]) -> StoredScheme:
 
 
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    """A switch that is on unless it is set."""
+    """A switch that is true by default."""
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
         raise InvalidCheckpoint(f"config.json: quantization_config.{key} must be true or false, got {shown(value)}")

@@ -1,7 +1,7 @@
 """A checkpoint whose linear layers a GPTQ or AWQ tool has quantized: its integers, without another rounding.
 
-`load` gives float32 weights under their usual names, so that whatever reads a checkpoint reads this one too; `imported`
-gives the integers themselves. The packings, with P = 32 / bits values to an int32, the first in its lowest bits:
+`load` gives float32 weights under their usual names, and `imported` the integers. The packings, with P = 32 / bits
+values to an int32, the first in its lowest bits:
 
     gptq   qweight [K/P, N]  along the inputs        qzeros [groups, N/P]        scales [groups, N]    g_idx [K]
     awq    qweight [K, N/P]  along the outputs, of each eight in the order 0 2 4 6 1 3 5 7; qzeros alike
@@ -38,7 +38,7 @@ class QuantizedCheckpoint(CheckpointView):
     """A checkpoint over one whose tensors are packed integers."""
 
     def __init__(self, plain: SafetensorsCheckpoint, scheme: StoredScheme) -> None:
-        """InvalidCheckpoint if no layer is packed in the way the scheme says, or one lacks a part."""
+        """InvalidCheckpoint if no layer is packed as the scheme says, or a layer lacks a part."""
         super().__init__(plain)
         self._plain, self.scheme = plain, scheme
         self._modules = {name.removesuffix(".qweight") for name in plain.tensors if name.endswith(".qweight")}
@@ -56,7 +56,7 @@ class QuantizedCheckpoint(CheckpointView):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """Without quantization_config, which is dealt with here and changes no computation."""
+        """Without quantization_config, which this class has applied."""
         return {name: value for name, value in self._plain.config.items() if name != "quantization_config"}
 
     @property
@@ -104,7 +104,7 @@ class QuantizedCheckpoint(CheckpointView):
         return InvalidCheckpoint(f"{module}: {told} do not fit {self.scheme.name}; the checkpoint is in another format")
 
     def _codes(self, module: str) -> Codes:
-        """Unpack one layer: a byte a weight, and as much again for a moment."""
+        """Unpack one layer; takes two bytes of memory a weight."""
         qweight, qzeros = (self._plain.load_words(f"{module}.{part}") for part in ("qweight", "qzeros"))
         scales = np.ascontiguousarray(self._plain.load(f"{module}.scales").T)
         if self.scheme.method == "awq":
@@ -149,10 +149,9 @@ def unpack_awq(words: NDArray[np.int32]) -> NDArray[np.uint8]:
 def gptq_zeros(stored: NDArray[np.uint8], scheme: StoredScheme, module: str) -> NDArray[np.uint8]:
     """Zero points of a GPTQ layer from those stored.
 
-    The first format stores one less. Some tools write the second and say the first; a symmetric layer tells them
-    apart, as its zero point can only be the middle. An asymmetric one of the first format cannot express 0: that is
-    stored as the highest value, which readers take for 0, for 2^bits, or for a carry into the next zero point, so
-    there is no saying what the layer was.
+    Format gptq stores zero points minus one, gptq_v2 as they are. Some tools write gptq_v2 and declare gptq. In a
+    symmetric layer that does not matter, since its zero point can only be the middle. In an asymmetric layer of format
+    gptq, 0 is stored as the highest value, which readers take for 0, for 2^bits, or for a carry: it is refused.
     """
     middle, top = 1 << (scheme.bits - 1), (1 << scheme.bits) - 1
     if scheme.symmetric:

@@ -1,7 +1,7 @@
-"""Tokens that a fine-tune added to a tokenizer, where tokenizer.json was not saved again with them.
+"""Adds the tokens of a fine-tune to a tokenizer.json that was not saved again with them.
 
-Tools that train with the slow tokenizer write them to added_tokens.json or tokenizer_config.json alone. A
-tokenizer.json without them would cut `<|im_start|>` into pieces that the model has never seen in its place.
+Tools that train with the slow tokenizer write them only to added_tokens.json or tokenizer_config.json. Without them
+`<|im_start|>` would be cut into pieces that the model was not trained on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class NamedToken(NamedTuple):
 
 
 def named_tokens(files: Mapping[str, Mapping[str, Any]], special: frozenset[str]) -> list[NamedToken]:
-    """What added_tokens.json and `added_tokens_decoder` of tokenizer_config.json name, by id.
+    """The tokens in added_tokens.json and in `added_tokens_decoder` of tokenizer_config.json, by id.
 
     `files` are the parsed JSON objects by name, `special` the tokens that they call special. InvalidCheckpoint for an
     entry of another shape.

@@ -1,8 +1,8 @@
 """The text files of a Hugging Face directory: tokenizer, templates, generation settings.
 
-What a directory may say in several places is brought into one. A template inside tokenizer_config.json becomes
-chat_template.jinja, several become one list there, and tokens that only added_tokens.json or tokenizer_config.json name
-are put into tokenizer.json. Whether the files fit the model is `checkpoint_texts.py`'s business.
+A setting that may stand in several files is moved to one. A template inside tokenizer_config.json becomes
+chat_template.jinja; several templates become one list there; tokens that only added_tokens.json or
+tokenizer_config.json name are added to tokenizer.json. checks/texts.py checks whether the files fit the model.
 """
 
 import json
@@ -73,7 +73,7 @@ def _template_files(path: Path, files: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_other_tokenizers(path: Path) -> None:
-    """Better no model than one that takes no text, where the directory has a tokenizer of another kind."""
+    """InvalidCheckpoint if the directory has a tokenizer of another kind: the model could take no text."""
     for name in _OTHER_TOKENIZERS:
         if (path / name).exists():
             raise InvalidCheckpoint(

@@ -1,7 +1,6 @@
 """Reads small text and JSON files of a checkpoint, or says in one line why a file cannot be read.
 
-Knows no file's meaning. A byte order mark is skipped. A Git LFS pointer, which stands where a file was not downloaded,
-is named as one.
+Does not know what a file means. Skips a byte order mark, and recognizes a Git LFS pointer: the file was not downloaded.
 """
 
 import json
@@ -13,8 +12,8 @@ from runtime.errors import InvalidCheckpoint
 
 AGAIN = "download or copy it again"
 
-# A larger file is a mistake or an attack. The largest tokenizer.json of a published model has some 35 MB; other JSON
-# files have at most 10, and Python takes some 20 times a file's length for what is in it.
+# A larger file is a mistake or an attack. The largest published tokenizer.json has some 35 MB, other JSON files at most
+# 10 MB; parsed, JSON takes some 20 times the memory of its text.
 MAX_TEXT_BYTES = 128 << 20
 MAX_JSON_CHARS = 32 << 20
 
@@ -72,7 +71,7 @@ def parse_json_object(text: str, where: Path | str) -> dict[str, Any]:
 
 
 def _refuse_surrogates(text: str, value: object, where: Path | str) -> None:
-    """JSON can spell half a character, which no library that takes UTF-8 accepts, nor a file."""
+    """JSON can spell half a character, which cannot be written as UTF-8."""
     if not _SURROGATE.search(text):
         return
     try:

@@ -1,4 +1,4 @@
-"""Which tokens a checkpoint's files call special: `bos_token`, `eos_token` and the like, as text."""
+"""Finds the special tokens (`bos_token`, `eos_token` and others) that a checkpoint's files name, as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from runtime.errors import InvalidCheckpoint
 from runtime.text.tokenizer import SPECIAL_TOKEN_NAMES
 
 FILES = ("tokenizer_config.json", "special_tokens_map.json")
-"""Where they stand. transformers 5 writes the first alone; older tools write both."""
+"""The files that name them. transformers 5 writes only the first; older tools write both."""
 
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
@@ -24,7 +24,7 @@ def special_token(values: Mapping[str, Any], name: str, file: str) -> str | None
 
 
 def special_tokens(files: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
-    """All of them, in the two files as parsed, by name. InvalidCheckpoint for one of another shape."""
+    """All special tokens in the parsed files. InvalidCheckpoint for an entry of another shape."""
     found: set[str] = set()
     for file in FILES:
         values = files.get(file, {})

@@ -98,7 +98,9 @@ def choose_wide(costs: Sequence[LayerCost], *, max_increase: float, keep: Collec
     named = {str(cost.site): cost.site for cost in costs}
     unknown = sorted(set(keep) - set(named))
     if unknown:
-        raise InvalidSetting(f"--keep: there is no layer {unknown[0]!r}; layers are called like {next(iter(named))}")
+        raise InvalidSetting(
+            f"--two-pass-layers: there is no layer {unknown[0]!r}; layers are called like {next(iter(named))}"
+        )
     wide = {named[name] for name in keep}
     layers = [cost for cost in costs if cost.site.kind != LM_HEAD]
     budget = MAX_WIDE_SHARE * sum(cost.macs for cost in layers) - sum(c.macs for c in layers if c.site in wide)

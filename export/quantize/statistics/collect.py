@@ -26,6 +26,7 @@ from export.quantize.statistics.activation_stats import SiteStatistics, Statisti
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.spool import HiddenSpool
 from export.quantize.statistics.store import load_statistics, save_statistics
+from export.storage.whole_file import write_whole
 from runtime.progress import progress_bar
 
 # Activations one worker holds at once: about one sequence of 512 tokens of SmolLM2-135M. More of them take a tenth
@@ -204,9 +205,7 @@ class _Run:
             "layers_done": self.layers_done,
             "follower": self.follower and self.follower.state(),
         }
-        partial = self.workdir / "state.json.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        partial.replace(self.workdir / "state.json")
+        write_whole(self.workdir / "state.json", json.dumps(state).encode())
 
     def _chunk(
         self, weights: BlockWeights, layer: int, chunk: Chunk, tables: Tables, norm: NormWeights | None

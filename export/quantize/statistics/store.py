@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from export.model.description import Site
 from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics, Statistics
+from export.storage.whole_file import whole_file
 from runtime.errors import CalibrationFailed
 
 _FIELDS = ("absmax", "square_sum", "num_tokens", "histogram")
@@ -28,11 +29,9 @@ def save_statistics(file: Path, statistics: Statistics) -> None:
 
 
 def save_arrays(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """np.savez under a temporary name, then renamed."""
-    partial = file.with_name(file.name + ".partial.npz")
-    with partial.open("wb") as handle:
+    """Write an .npz file; it appears whole or not at all."""
+    with whole_file(file) as handle:
         np.savez(handle, allow_pickle=False, **arrays)
-    partial.replace(file)
 
 
 def load_statistics(file: Path) -> Statistics:

@@ -31,11 +31,12 @@ def exported(model: Path, *flags: str, fails: bool = False) -> Artifact:
 def test_the_graph_comes_and_everything_else_stays_as_it_was(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "tokenizer.json").write_text(byte_level_hf().to_str())
     (model / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    # Earlier names of the flags, which still work.
     small = ["--calib", "built-in", "--calib-samples", "4", "--calib-length", "32", "--keep", "layers.0.down"]
     flags = ["--precision", "w8a8", "--max-len", "128", "--gate", "kl=0.9", "--keep-calibration", "--force", *small]
     before = exported(model, *flags, fails=True)
     added = add_graph(before, "trt", model=str(model))
-    assert f"has no trt graph: exporting {model} again, with one" in capsys.readouterr().out
+    assert f"has no standard graph: exporting {model} again, with one" in capsys.readouterr().out
     after = open_artifact(added.path, allow_failed=True)
     assert set(after.manifest.dialects) == {"ort", "trt"}
     assert after.receipt["quantization"]["two_pass"] == before.receipt["quantization"]["two_pass"]
@@ -51,9 +52,9 @@ def test_the_graph_comes_and_everything_else_stays_as_it_was(model: Path, capsys
 def test_without_the_checkpoint_it_is_one_line_with_the_command(model: Path) -> None:
     artifact = exported(model)
     wanted = (
-        r"has no trt graph, and where the checkpoint lies is not recorded \(tiny\); give its path with --model, or "
-        r"export it with --dialect ort,trt: headrace export PATH/TO/tiny --precision fp32 --dialect ort,trt "
-        r"--max-len 256 --out .*artifact --replace$"
+        r"has no standard graph, and its checkpoint's path is not recorded \(tiny\); give its path with --model, "
+        r"or export it with --dialect ort,standard: headrace export PATH/TO/tiny --precision fp32 --dialect "
+        r"ort,standard --max-len 256 --out .*artifact --replace$"
     )
     with pytest.raises(InvalidSetting, match=wanted):
         add_graph(artifact, "trt", model=None)

@@ -17,7 +17,7 @@ from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SECRET = "the combination is 3141"
-SMALL = ["--precision", "w8a8", "--calib-samples", "6", "--calib-length", "48", "--force"]
+SMALL = ["--precision", "w8a8", "--calibration-samples", "6", "--calibration-length", "48", "--force"]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model / "tokenizer_config.json").write_text(json.dumps(CONFIG))
     lines = (json.dumps({"text": f"{SECRET}, and so on, in line {number}."}) for number in range(200))
     (root / "secret.jsonl").write_text("\n".join(lines))
-    for name, flags in (("artifact", []), ("kept", ["--keep-calibration"])):
+    for name, flags in (("artifact", []), ("kept", ["--keep-calibration-text"])):
         command = [
             "export",
             str(model),
             "--out",
             str(root / name),
             *SMALL,
-            "--calib",
+            "--calibration-text",
             str(root / "secret.jsonl"),
             *flags,
         ]
@@ -97,14 +97,17 @@ def test_a_calibration_without_its_text_is_used_again_with_the_text_at_hand(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["export", str(root / "model"), "--out", str(tmp_path / "again"), "--force", "--precision", "w8a8"]
-    command += ["--calibration", str(root / "artifact")]
+    command += ["--reuse-calibration", str(root / "artifact")]
     assert main(command) == 2
-    assert "holds no text, and this export needs it: give --calib secret.jsonl as well" in capsys.readouterr().err
+    assert (
+        "holds no text, and this export needs it: give --calibration-text secret.jsonl as well"
+        in capsys.readouterr().err
+    )
     other = tmp_path / "other.txt"
     other.write_text("something else altogether, at length. " * 200)
-    assert main([*command, "--calib", str(other)]) == 2
-    assert "is not the text that --calibration" in capsys.readouterr().err
-    assert main([*command, "--calib", str(root / "secret.jsonl")]) == 0
+    assert main([*command, "--calibration-text", str(other)]) == 2
+    assert "is not the text that --reuse-calibration" in capsys.readouterr().err
+    assert main([*command, "--calibration-text", str(root / "secret.jsonl")]) == 0
     for name in ("model.onnx", "weights.bin"):
         assert (tmp_path / "again" / name).read_bytes() == (root / "artifact" / name).read_bytes()
     command[-1] = str(root / "kept")
@@ -115,7 +118,7 @@ def test_a_calibration_without_its_text_is_used_again_with_the_text_at_hand(
 
 def test_the_projects_own_text_is_found_again_by_itself(root: Path, tmp_path: Path) -> None:
     first, second = (["export", str(root / "model"), "--out", str(tmp_path / name), "--force"] for name in ("a", "b"))
-    assert main([*first, *SMALL, "--calib", "built-in"]) == 0
-    assert main([*second, "--precision", "w4a16", "--calibration", str(tmp_path / "a")]) == 0
+    assert main([*first, *SMALL, "--calibration-text", "built-in"]) == 0
+    assert main([*second, "--precision", "w4a16", "--reuse-calibration", str(tmp_path / "a")]) == 0
     account = json.loads((tmp_path / "b" / CALIBRATION).read_text())["provenance"]
     assert account["source"] == "built-in" and account["num_samples"] == 6

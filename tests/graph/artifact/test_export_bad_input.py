@@ -25,7 +25,7 @@ from runtime.artifact.manifest import open_artifact
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
-SMALL = ["--precision", "w8a8", "--calib-samples", "8", "--calib-length", "64", "--force", "--replace"]
+SMALL = ["--precision", "w8a8", "--calibration-samples", "8", "--calibration-length", "64", "--force", "--replace"]
 
 
 def checkpoint_at(directory: Path, **changes: Any) -> Path:
@@ -85,12 +85,12 @@ def test_a_text_that_cannot_be_used(
     case: str, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write, words = BAD_TEXTS[case]
-    assert words in fails(capsys, exported, exported / "model", "--calib", str(write(tmp_path)))
+    assert words in fails(capsys, exported, exported / "model", "--calibration-text", str(write(tmp_path)))
 
 
 def test_samples_longer_than_the_model(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = fails(capsys, exported, exported / "model", "--calib-length", "257")
-    assert "--calib-length 257 is longer than the model's longest sequence, 256 tokens" in line
+    line = fails(capsys, exported, exported / "model", "--calibration-length", "257")
+    assert "--calibration-length 257 is longer than the model's longest sequence, 256 tokens" in line
 
 
 def test_text_for_a_model_without_a_tokenizer(
@@ -98,8 +98,8 @@ def test_text_for_a_model_without_a_tokenizer(
 ) -> None:
     model = write_checkpoint(tmp_path / "mute", config_of("llama"))
     file = text_file(b"words " * 2000)(tmp_path)
-    assert "the checkpoint has no tokenizer.json" in fails(capsys, exported, model, "--calib", str(file))
-    assert "257 is longer than" in fails(capsys, exported, model, "--calib-length", "257")
+    assert "the checkpoint has no tokenizer.json" in fails(capsys, exported, model, "--calibration-text", str(file))
+    assert "257 is longer than" in fails(capsys, exported, model, "--calibration-length", "257")
 
 
 def broken_at(model: Path, value: float) -> Path:
@@ -164,7 +164,7 @@ def limited(exported: Path, most_bytes: int, *flags: str) -> "subprocess.Complet
 
 @pytest.mark.parametrize(
     ("most_bytes", "flags", "is_calibrated"),
-    [(50_000, ["--calib-samples", "64"], False), (150_000, [], True)],
+    [(50_000, ["--calibration-samples", "64"], False), (150_000, [], True)],
     ids=["hidden states", "weights"],
 )
 def test_a_disk_that_fills_up(exported: Path, most_bytes: int, flags: list[str], *, is_calibrated: bool) -> None:

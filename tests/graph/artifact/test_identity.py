@@ -248,7 +248,7 @@ def test_a_failed_gate_leaves_nothing_and_a_forced_one_is_plain_json(
 
 def test_a_gate_that_a_calibrated_model_fails_takes_the_calibration_away(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", config_of("llama", num_hidden_layers=1))
-    small = ["--precision", "w8a8", "--calib-samples", "4", "--calib-length", "32"]
+    small = ["--precision", "w8a8", "--calibration-samples", "4", "--calibration-length", "32"]
     command = ["export", str(model), "--out", str(tmp_path / "artifact"), *small, "--gate", "kl=-1"]
     assert main(command) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -131,8 +131,8 @@ def test_text_that_is_also_evaluation_text_is_told_with_numbers(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing by that name": ({"source": "no such file"}, "built-in, self, a .jsonl"),
     "a directory": ({"source": "."}, "is a directory"),
-    "no samples": ({"num_samples": 0}, "--calib-samples must be at least 1, got 0"),
-    "no length": ({"length": 3}, "--calib-length must be at least 16"),
+    "no samples": ({"num_samples": 0}, "--calibration-samples must be at least 1, got 0"),
+    "no length": ({"length": 3}, "--calibration-length must be at least 16"),
     "longer than the model": ({"length": 512, "max_len": 256}, "longer than the model's longest sequence, 256"),
     "self without a model": ({"source": SELF}, "needs the model"),
 }
@@ -227,7 +227,7 @@ def test_self_writes_through_the_engine_of_an_exported_model(tmp_path: Path) -> 
 def test_the_flags_are_refused_where_they_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert calibration_options("fp32", None, None, None) == CalibrationOptions()
     assert calibration_options("w8a8", "a.txt", 7, None) == CalibrationOptions(source="a.txt", num_samples=7)
-    assert main(["export", "nothing", "--precision", "fp32", "--calib", "a.txt"]) == 2
+    assert main(["export", "nothing", "--precision", "fp32", "--calibration-text", "a.txt"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("headrace export: --calib and its kin have no effect on fp32")
+    assert message.startswith("headrace export: calibration flags have no effect on fp32")
     assert message.count("\n") == 1

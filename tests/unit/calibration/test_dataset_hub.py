@@ -91,7 +91,9 @@ def test_a_pattern_chooses_among_the_files(tmp_path: Path) -> None:
     found = json.loads(load(tmp_path, f"{REPO}:data/test-*", HF_HUB_OFFLINE="1"))
     assert list(found["provenance"]["files"]) == ["data/test-00000.parquet"]
     printed = load(tmp_path, f"{REPO}:nothing/*", HF_HUB_OFFLINE="1")
-    assert printed.startswith(f"refused: --calib {REPO}:nothing/*: the dataset has no .parquet, .jsonl, .txt file that")
+    assert printed.startswith(
+        f"refused: --calibration-text {REPO}:nothing/*: the dataset has no .parquet, .jsonl, .txt file that"
+    )
 
 
 def test_offline_without_a_snapshot_says_what_to_do(tmp_path: Path) -> None:

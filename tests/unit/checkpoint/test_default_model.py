@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from export.sources.default_model import SMOLLM2, PinnedFile, cache_dir, default_model_file
-from export.sources.open import DEFAULT_MODEL, open_source
+from export.sources.open import DEFAULT_MODEL, open_checkpoint
 from runtime.artifact.manifest import sha256_of
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from tests.support.tiny_gguf import TinyGguf
@@ -139,17 +139,17 @@ def test_the_real_model_comes_from_the_index() -> None:
 
 def test_the_kinds_of_source(tmp_path: Path) -> None:
     file = TinyGguf().write(tmp_path / "tiny.gguf")
-    assert open_source(str(file)).source == "tiny.gguf"
+    assert open_checkpoint(str(file)).source == "tiny.gguf"
     with pytest.raises(InvalidCheckpoint, match=r"has no config\.json"):
-        open_source(str(tmp_path))
+        open_checkpoint(str(tmp_path))
     other = tmp_path / "model.onnx"
     other.touch()
     for name in (str(other), "nothing", "./no/such", "a/b/c", "", "https://example.org/a/b"):
         with pytest.raises(InvalidCheckpoint, match=rf"give {DEFAULT_MODEL}, a Hugging Face model dir.* hub id"):
-            open_source(name)
+            open_checkpoint(name)
 
 
 def test_only_a_hub_id_has_revisions(tmp_path: Path) -> None:
     for name in (DEFAULT_MODEL, str(tmp_path)):
         with pytest.raises(InvalidSetting, match="revision 'main': only a hub id"):
-            open_source(name, revision="main")
+            open_checkpoint(name, revision="main")
