@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.export_memory import peak_of_export, write_random
 from export.model.architectures import parse_config
-from export.model.precision import precision_named
 from export.pipeline.memory_plan import phases
+from export.schemes.registry import scheme_named
 from export.sources.open import open_checkpoint
 from runtime.commands.roofline import describe_machine
 
@@ -30,8 +30,8 @@ LARGE_SAMPLES, LARGE_LENGTH = 4, 64
 
 def measure(model: str, out: Path, precision: str, num_samples: int, length: int) -> dict[str, Any]:
     """Peak and prediction in bytes of one export."""
-    scheme = precision_named(precision).calibrated
-    if scheme is None:
+    scheme = scheme_named(precision)
+    if scheme.calibration is None:
         raise SystemExit(f"calibration_memory: {precision} is not calibrated")
     config = parse_config(open_checkpoint(model).config)
     predicted = max(phases(config, scheme, num_samples=num_samples, length=length), key=lambda phase: phase.size)

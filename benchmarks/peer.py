@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from export.pipeline.export_model import ExportOptions, export_model
+from export.schemes.registry import SCHEMES
 from export.sources.default_model import cache_dir
-from runtime.artifact.manifest import PRECISIONS, Artifact, open_artifact
+from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.commands.bench_runs import decode, prefill
 from runtime.commands.roofline import describe_machine
@@ -109,10 +110,10 @@ def our_artifacts(wanted: str, cache: Path) -> list[Ours]:
         name, is_path, path = part.partition("=")
         if is_path:
             found.append(Ours(name, open_artifact(path)))
-        elif part in PRECISIONS:
+        elif part in SCHEMES:
             found.append(Ours(part, _exported(cache / f"headrace-{part}", part)))
         else:
-            raise HeadraceError(f"--ours {part!r} is neither NAME=ARTIFACT nor one of {', '.join(PRECISIONS)}")
+            raise HeadraceError(f"--ours {part!r} is neither NAME=ARTIFACT nor one of {', '.join(SCHEMES)}")
     return found
 
 

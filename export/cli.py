@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.artifact.manifest import DIALECT_NAMES, PRECISIONS
+from export.artifact.identity import AUTO
+from export.schemes.registry import IMPORTED, SCHEMES
+from runtime.artifact.manifest import DIALECT_NAMES
 from runtime.errors import InvalidSetting
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Export a Hugging Face causal language model to ONNX with a KV cache, and check the result.",
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
-    choices = (*PRECISIONS, "imported", "auto")
+    choices = (*SCHEMES, IMPORTED, AUTO)
     parser.add_argument("--precision", default="fp32", choices=choices, help="default: %(default)s")
     parser.add_argument(
         "--dialect",

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.schemes.registry import IMPORTED, SCHEMES
 from export.sources.open import DEFAULT_MODEL
 from runtime.artifact.json_shape import read_json
-from runtime.artifact.manifest import CHOICE, MANIFEST, PRECISIONS
+from runtime.artifact.manifest import CHOICE, MANIFEST
 from runtime.artifact.plan_files import ENGINES
 from runtime.errors import HeadraceError, InvalidSetting
 
 AUTO = "auto"
-_IMPORTED = "imported"
-"""The same word as in precision.py, whose imports are too slow for a look at a directory."""
-
 _WEIGHT_SUFFIX = re.compile(r"\.(gguf|safetensors)$", re.IGNORECASE)
 _SHOWN = 3
 """File names in a message; more are counted."""
@@ -50,7 +48,7 @@ class Identity:
         # Older artifacts have no origin.
         is_same_place = None in (self.origin, other.origin) or self.origin == other.origin
         is_same_precision = self.precision == other.precision or (
-            self.precision == _IMPORTED and other.precision in PRECISIONS
+            self.precision == IMPORTED and other.precision in SCHEMES
         )
         is_same_kv = self.has_int8_kv == other.has_int8_kv
         return self.source == other.source and is_same_place and is_same_precision and is_same_kv

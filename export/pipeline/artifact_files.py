@@ -10,11 +10,10 @@ from export.artifact.writer import file_entry, write_texts
 from export.calibration.dataset import Generate
 from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
-from export.model.precision import precision_named
-from export.model.trt_precision import trt_precision_named
 from export.pipeline.graph_files import ExportPlan, write_graphs
 from export.quantize.int8.saved import save_calibration
 from export.quantize.statistics.kv_scales import PER_CHANNEL
+from export.schemes.registry import SCHEMES
 from runtime.artifact.manifest import DIALECT_FILES, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims
 
 _VERSIONED = ("headrace", "onnx", "onnx-ir", "onnxruntime", "numpy")
@@ -35,7 +34,7 @@ def sampler(directory: Path, plan: ExportPlan) -> Generate:
     It samples from an artifact with 8-bit weights, which it writes below `directory` and removes again: within half a
     per cent of the model's perplexity, in half the time.
     """
-    plan = replace(plan, precision=precision_named("w8a16"), dialects=("ort",))
+    plan = replace(plan, scheme=SCHEMES["w8a16"], dialects=("ort",))
 
     def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         below = directory / "sampler"
@@ -49,13 +48,14 @@ def sampler(directory: Path, plan: ExportPlan) -> Generate:
 
 
 def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Manifest:
-    config, name = plan.config, plan.precision_name
-    kv = KvContract(dtype=(plan.precision or trt_precision_named(name)).numpy_dtype.name)
+    config = plan.config
+    others = [dialect for dialect in plan.dialects if dialect != "ort"]
+    kv = KvContract(dtype=plan.storage_of(plan.dialects[0] if "ort" not in plan.dialects else "ort").compute)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=_name_of(plan.checkpoint),
         source=plan.checkpoint.source,
-        precision=name,
+        precision=plan.scheme.name,
         dims=ModelDims(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
@@ -68,7 +68,7 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
             max_len=plan.max_len,
         ),
         kv=kv if plan.kv_scales is None else KvContract(dtype="int8", scales=PER_CHANNEL),
-        trt_kv=KvContract(dtype=trt_precision_named(name).numpy_dtype.name) if set(plan.dialects) - {"ort"} else None,
+        trt_kv=KvContract(dtype=plan.storage_of(others[0]).compute) if others else None,
         dialects={dialect: DIALECT_FILES[dialect] for dialect in plan.dialects},
         is_tied=config.tie_word_embeddings,
         eos_ids=config.eos_ids,
@@ -76,6 +76,7 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
         files={file.name: file_entry(file) for file in sorted(directory.iterdir())},
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
         step_weight_bytes=step_weight_bytes,
+        estimates=plan.estimates,
         commit=plan.checkpoint.commit,
     )
 

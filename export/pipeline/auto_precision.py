@@ -13,9 +13,9 @@ from typing import Any
 
 from export.artifact.identity import AUTO
 from export.artifact.writer import file_entry, staged, write_json, write_manifest
-from export.model.precision import EXPORTABLE, IMPORTED
 from export.pipeline.export_model import ExportOptions, export_model
 from export.pipeline.speed import Speed, Workload, measure_speed
+from export.schemes.registry import IMPORTED, SCHEMES
 from export.sources.open import open_checkpoint
 from export.verify.references import check_reference
 from runtime.artifact.manifest import CHOICE, Artifact
@@ -54,7 +54,7 @@ def candidate_precisions(stored_bits: int | None) -> list[str]:
 
     fp16 is left out: it is for GPUs, and a CPU widens it to what fp32 is.
     """
-    names = [name for name, precision in EXPORTABLE.items() if precision.numpy_dtype.name != "float16"]
+    names = [name for name, scheme in SCHEMES.items() if scheme.ort is not None and scheme.ort.compute != "float16"]
     return names + ([IMPORTED] if stored_bits is not None else [])
 
 

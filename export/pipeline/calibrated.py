@@ -25,11 +25,9 @@ from export.calibration.dataset import (
 from export.calibration.records import FLAG
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
-from export.model.precision import Calibrated, Precision
-from export.model.trt_precision import trt_precision_named
 from export.pipeline.kept_text import RANDOM, with_text
 from export.pipeline.memory_plan import check_memory
-from export.quantize.int4.model import Stores, account_of, block_calibration, int4_model, plan_of
+from export.quantize.int4.model import account_of, block_calibration, int4_model, plan_of
 from export.quantize.int4.rounding import Plan
 from export.quantize.int8.model import Int8Options, calibrate, int8_model, summary
 from export.quantize.int8.rotation import RotatedCheckpoint, rotated_config
@@ -43,6 +41,8 @@ from export.quantize.kv_cache import (
     with_kv_statistics,
 )
 from export.quantize.layers import Layers
+from export.schemes.scheme import Calibration as Need
+from export.schemes.scheme import Scheme, Storage
 from runtime.errors import InvalidSetting
 
 
@@ -117,19 +117,18 @@ class CalibrationInput:
 
 
 def calibrated_model(
-    given: CalibrationInput, precision: Precision, options: QuantizationOptions, dialects: Sequence[str] = ("ort",)
+    given: CalibrationInput, scheme: Scheme, options: QuantizationOptions, dialects: Sequence[str] = ("ort",)
 ) -> CalibratedModel:
-    """Calibrate, or read a calibration, then choose and round. `precision` is one that needs calibration."""
-    assert precision.calibrated is not None
+    """Calibrate, or read a calibration, then choose and round. `scheme` is one that needs calibration."""
+    assert scheme.calibration is not None
     checkpoint, config, workdir = given.checkpoint, given.config, given.workdir
-    stores: dict[str, Stores] = {"ort": precision} if "ort" in dialects else {}
-    if set(dialects) - {"ort"}:
-        stores["trt"] = trt_precision_named(precision.name)
+    kinds = {"ort" if dialect == "ort" else "trt": scheme.storage_of(dialect) for dialect in dialects}
+    stores: dict[str, Storage] = {kind: storage for kind, storage in kinds.items() if storage is not None}
     # Before the text is read, because this may refuse the model.
     plans = {dialect: plan_of(config, row) for dialect, row in stores.items()}
     check_memory(
         config,
-        precision.calibrated,
+        scheme,
         num_samples=options.text.num_samples,
         length=options.text.length_within(given.max_len),
         is_ignored=options.ignore_memory,
@@ -140,7 +139,7 @@ def calibrated_model(
         material = CalibrationSet([list(ids) for ids in found.sequences], found.provenance)
     else:
         found, material = None, given.read(options.text)
-    if precision.calibrated is Calibrated.BLOCKS:
+    if scheme.calibration is Need.BLOCKS:
         return _in_blocks(given, plans, found or block_calibration(material))
     rotated, config = RotatedCheckpoint(checkpoint, config), rotated_config(config)
     if found is None or not found.ranges:  # a reused calibration of w4a16 has none

@@ -11,8 +11,6 @@ from export.checkpoint.protocol import Checkpoint
 from export.checks.model_reading import read_model
 from export.model.architectures import as_described
 from export.model.description import ModelConfig
-from export.model.precision import EXPORTABLE, Precision, precision_named
-from export.model.trt_precision import trt_precision_named
 from export.pipeline.artifact_files import sampler, write_unverified
 from export.pipeline.calibrated import (
     CalibrationInput,
@@ -22,9 +20,12 @@ from export.pipeline.calibrated import (
     remove_workdir,
     workdir_of,
 )
+from export.pipeline.estimates import estimates_of
 from export.pipeline.graph_files import ExportPlan
 from export.pipeline.kept_text import without_text
 from export.quantize.kv_cache import COMPUTE, INT8, check_kv, scales_of
+from export.schemes.registry import IMPORTED, check_dialect, scheme_named
+from export.schemes.scheme import Scheme
 from export.sources.open import open_checkpoint
 from export.verify.gates import check_limits, failure
 from export.verify.receipt import verify
@@ -94,10 +95,9 @@ def export_model(options: ExportOptions) -> Artifact:
 
 
 def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Artifact:
-    row = _row(options, checkpoint.stored_bits)
-    precision = row if "ort" in options.dialects else None
-    check_limits(options.limits, options.dialects, precision.name if precision else options.precision, options.kv)
-    _check_quantization(options, row)
+    scheme = scheme_named(options.precision, stored_bits=checkpoint.stored_bits)
+    check_limits(options.limits, options.dialects, scheme.name, options.kv)
+    _check_quantization(options, scheme)
     config = read_model(checkpoint)
     max_len = _max_len(options.max_len, config)
     config, checkpoint = config.for_length(max_len), as_described(checkpoint)
@@ -105,10 +105,10 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
     plan = ExportPlan(
         checkpoint=checkpoint,
         config=config,
-        precision=precision,
-        trt_precision=options.precision,
+        scheme=scheme,
         max_len=max_len,
         dialects=options.dialects,
+        estimates=estimates_of(config),
     )
     with staged(options.out, check=options.check_target) as staging:
         given = CalibrationInput(
@@ -118,7 +118,7 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
             generate=sampler(staging, plan),
             workdir=workdir,
         )
-        plan, accounts = _calibrated(plan, given, row, options)
+        plan, accounts = _calibrated(plan, given, options)
         draft = write_unverified(staging, plan).manifest
         draft = replace(draft, origin=options.identity.origin)
         receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits) | accounts
@@ -131,14 +131,12 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
     return Artifact(options.out, manifest, receipt)
 
 
-def _calibrated(
-    plan: ExportPlan, given: CalibrationInput, row: Precision | None, options: ExportOptions
-) -> tuple[ExportPlan, dict[str, Any]]:
+def _calibrated(plan: ExportPlan, given: CalibrationInput, options: ExportOptions) -> tuple[ExportPlan, dict[str, Any]]:
     """The plan with calibrated weights and KV cache, where they are asked for, and what the receipt says of each."""
     accounts: dict[str, Any] = {}
     model = None
-    if row is not None and row.calibrated is not None:
-        model = calibrated_model(given, row, options.quantization, options.dialects)
+    if plan.scheme.calibration is not None:
+        model = calibrated_model(given, plan.scheme, options.quantization, options.dialects)
         accounts["quantization"] = model.account
         plan = replace(
             plan,
@@ -156,27 +154,20 @@ def _calibrated(
     return plan, accounts
 
 
-def _row(options: ExportOptions, stored_bits: int | None) -> Precision | None:
-    """The precision's row in the `ort` table, which says how to calibrate; None if only other dialects have it."""
-    if "ort" not in options.dialects and options.precision not in EXPORTABLE:
-        return None
-    return precision_named(options.precision, stored_bits=stored_bits)
-
-
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
     """InvalidSetting, before anything is read, for an unknown dialect or one without this precision."""
     for dialect in dialects:
         if dialect not in DIALECT_FILES:
             raise InvalidSetting(f"--dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_NAMES)}")
-        if dialect != "ort":
-            trt_precision_named(precision)
-        elif precision != "imported":  # which the checkpoint decides
-            precision_named(precision)
+        if precision != IMPORTED:  # that one the checkpoint decides
+            check_dialect(scheme_named(precision), dialect)
+        elif dialect != "ort":
+            raise InvalidSetting(f"--precision {IMPORTED} is for the ort dialect alone; choose another for {dialect}")
 
 
-def _check_quantization(options: ExportOptions, precision: Precision | None) -> None:
+def _check_quantization(options: ExportOptions, scheme: Scheme) -> None:
     """InvalidSetting for calibration flags without effect, where the checkpoint's layers are integers already."""
-    if precision is not None and precision.keeps_imported and options.quantization != QuantizationOptions():
+    if scheme.keeps_stored and options.quantization != QuantizationOptions():
         raise InvalidSetting(
             f"{options.model} is quantized already and {options.precision} keeps its integers: calibration flags "
             "have no effect; leave out --calibration-*, --reuse-calibration and the limits of int8 layers"

@@ -18,12 +18,12 @@ from export.graph.ort.decoder import DecoderGraph
 from export.graph.ort.int8_attention import INT8_KV_OPSETS
 from export.graph.standard.writer import write_standard_graph
 from export.model.description import ModelConfig
-from export.model.precision import Precision
 from export.quantize.int8.saved import Calibration
 from export.quantize.layers import Layers, QuantizedLayers, layers_of_checkpoint
 from export.quantize.statistics.kv_scales import KvScales
+from export.schemes.scheme import Scheme, Storage
 from export.storage.quantized_rows import ImportedRows
-from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS
+from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS, Estimate
 from runtime.progress import progress_bar
 
 
@@ -31,30 +31,32 @@ from runtime.progress import progress_bar
 class ExportPlan:
     """What the files of an artifact are made from.
 
-    precision: of the `ort` graph; None without one, and then `trt_precision` names that of the other graphs
+    scheme: how the graphs store weights and compute; it has each dialect's
     layers: those that calibration rounded, for the `ort` graph and for the others ("trt")
-    kv_scales: of an int8 KV cache
+    kv_scales: of an int8 KV cache; estimates: of other schemes, for the manifest
     calibration: what the artifact keeps of it
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
-    precision: Precision | None
+    scheme: Scheme
     max_len: int
     dialects: tuple[str, ...] = ("ort",)
-    trt_precision: str = ""
     layers: Mapping[str, Layers] = field(default_factory=dict)
     kv_scales: Sequence[KvScales] | None = None
     calibration: Calibration | None = None
+    estimates: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
-    @property
-    def precision_name(self) -> str:
-        return self.precision.name if self.precision is not None else self.trt_precision
+    def storage_of(self, dialect: str) -> Storage:
+        """The scheme's for one of the dialects, which has been checked."""
+        storage = self.scheme.storage_of(dialect)
+        assert storage is not None, (self.scheme.name, dialect)
+        return storage
 
     def layers_of(self, dialect: str) -> QuantizedLayers:
         """The layers that are integers already: from calibration, or as a GPTQ or AWQ tool has left them."""
         key = "ort" if dialect == "ort" else "trt"
-        takes_stored = dialect != "ort" or (self.precision is not None and self.precision.keeps_imported)
+        takes_stored = dialect != "ort" or self.scheme.keeps_stored
         if not self.layers and takes_stored and self.checkpoint.stored_bits is not None:
             return QuantizedLayers(layers_of_checkpoint(self.checkpoint, self.config))
         return QuantizedLayers(self.layers.get(key, {}))
@@ -69,10 +71,8 @@ def write_graphs(directory: Path, plan: ExportPlan) -> int:
         WeightFile(directory, is_shared=bool(others)) as weights,
         progress_bar("export", total=num_reads, unit="tensor") as bar,
     ):
-        if plan.precision is not None:
-            step_weight_bytes["ort"] = _write_ort_graph(
-                directory, plan, plan.precision, _Counting(plan.checkpoint, bar), weights
-            )
+        if "ort" in plan.dialects:
+            step_weight_bytes["ort"] = _write_ort_graph(directory, plan, _Counting(plan.checkpoint, bar), weights)
         if others:
             with WeightFile(directory, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
@@ -81,7 +81,7 @@ def write_graphs(directory: Path, plan: ExportPlan) -> int:
                         dialect,
                         _Counting(plan.checkpoint, bar),
                         plan.config,
-                        plan.precision_name,
+                        plan.storage_of(dialect),
                         max_len=plan.max_len,
                         weights=rest,
                         layers=plan.layers_of(dialect),
@@ -89,15 +89,13 @@ def write_graphs(directory: Path, plan: ExportPlan) -> int:
     return step_weight_bytes[plan.dialects[0]]
 
 
-def _write_ort_graph(
-    directory: Path, plan: ExportPlan, precision: Precision, checkpoint: Checkpoint, weights: WeightFile
-) -> int:
+def _write_ort_graph(directory: Path, plan: ExportPlan, checkpoint: Checkpoint, weights: WeightFile) -> int:
     """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
     scales, config = plan.kv_scales, plan.config
     graph = GraphBuilder(weights, opsets=ORT_OPSETS if scales is None else INT8_KV_OPSETS)
-    DecoderGraph(graph, checkpoint, config, precision, plan.max_len, plan.layers_of("ort"), scales).build()
+    DecoderGraph(graph, checkpoint, config, plan.storage_of("ort"), plan.max_len, plan.layers_of("ort"), scales).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), directory / ORT_MODEL)
     weights.flush()
     onnx.checker.check_model(str(directory / ORT_MODEL), full_check=True)

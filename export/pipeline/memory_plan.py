@@ -11,7 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 from export.model.description import ModelConfig
-from export.model.precision import Calibrated
+from export.pipeline.estimates import layer_bytes, weight_bytes
 from export.quantize.int4.rounding import MOST_BYTES, NUM_PIECES, PIECE
 from export.quantize.int8.ranges import MAX_OUTPUTS
 from export.quantize.int8.search import MAX_SIDE_BY_SIDE
@@ -25,6 +25,7 @@ from export.quantize.statistics.collect import CHUNK_BYTES, token_bytes
 from export.quantize.statistics.parallel import num_workers
 from export.quantize.statistics.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.quantize.statistics.search_pass import NUM_SEQUENCES
+from export.schemes.scheme import Calibration, Scheme
 from export.verify.graph_run import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import available_memory
@@ -48,7 +49,7 @@ _SWEPT = 17  # an output's target, what is left of it, its errors and its intege
 _SEEN = 14  # an input, rounded in two passes and weighted
 _COMPARED = 24  # of a logit: both models', their logarithms, and what the divergence is summed from
 # Of a graph's weights, while it runs: as int8 once more for the kernel; blocks are packed as well.
-_RUN = {Calibrated.INT8: 1.3, Calibrated.BLOCKS: 2.5}
+_RUN = {Calibration.INT8: 1.3, Calibration.BLOCKS: 2.5}
 _HALF_TABLE = 6  # of a TensorRT graph, which runs as written: mapped in half precision, widened for the product
 _HEAD = 9  # that, and an LM head of its own beside it: int8, and widened in its stead
 
@@ -93,7 +94,7 @@ class _Sizes:
 
 def phases(
     config: ModelConfig,
-    scheme: Calibrated,
+    scheme: Scheme,
     *,
     num_samples: int,
     length: int,
@@ -102,8 +103,9 @@ def phases(
 ) -> list[Phase]:
     """Peak of each phase of an export that calibrates on `num_samples` sequences of `length` tokens."""
     sizes = _Sizes(config, workers or num_workers())
-    found = _int8_phases if scheme is Calibrated.INT8 else _int4_phases
-    overhead = _PROCESS + _WORKER * (sizes.workers if scheme is Calibrated.INT8 else 0)
+    assert scheme.calibration is not None
+    found = _PHASES[scheme.calibration]
+    overhead = _PROCESS + _WORKER * (sizes.workers if scheme.calibration is Calibration.INT8 else 0)
     verification = _verification(sizes, config, scheme, dialects)
     sizes_of = {**found(sizes, config, num_samples, length), "verification": verification}
     return [Phase(name, int(size + overhead)) for name, size in sizes_of.items()]
@@ -143,25 +145,31 @@ def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
     return {"rounding": streams + max(4 * s.head, working, s.layer + tokens * 2 * s.inputs + rounded)}
 
 
-def _verification(s: _Sizes, config: ModelConfig, scheme: Calibrated, dialects: Sequence[str]) -> float:
+_PHASES = {Calibration.INT8: _int8_phases, Calibration.BLOCKS: _int4_phases}
+
+
+def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequence[str]) -> float:
     """Each graph runs, then the reference computes beside what they leave."""
     per_token = kv_bytes_per_token(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
     )
     # What is written: one slot's window, and a prompt with its continuation in each.
     cache = (WINDOW + BATCH * (MAX_PROMPT + NUM_GREEDY)) * per_token
-    layers = s.weights * config.num_layers * (1 if scheme is Calibrated.INT8 else 0.625)
-    heads = s.head * (1 if config.tie_word_embeddings and scheme is Calibrated.BLOCKS else 2) * 1.125
+    assert scheme.calibration is not None
+    own = config.untied() if scheme.calibration is Calibration.INT8 else config
     reference = 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
-    ort = layers + heads if "ort" in dialects else 0.0
-    trt = layers + s.head * (_HALF_TABLE if config.tie_word_embeddings else _HEAD) if set(dialects) - {"ort"} else 0.0
+    ort = weight_bytes(own, scheme.ort) if "ort" in dialects and scheme.ort is not None else 0
+    trt = 0
+    if set(dialects) - {"ort"} and scheme.standard is not None:
+        table = s.head * (_HALF_TABLE if config.tie_word_embeddings else _HEAD)
+        trt = layer_bytes(config, scheme.standard) + table
     # Closed, a graph leaves about its weights' size with the allocator.
-    return trt + max(_RUN[scheme] * ort + cache, ort + reference)
+    return trt + max(_RUN[scheme.calibration] * ort + cache, ort + reference)
 
 
 def check_memory(
     config: ModelConfig,
-    scheme: Calibrated,
+    scheme: Scheme,
     *,
     num_samples: int,
     length: int,

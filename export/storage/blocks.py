@@ -5,7 +5,6 @@ half), scales float `[N, K/block]`, zero points uint8 `[N, ceil(K/block*bits/8)]
 without zero points the middle, 2^(bits-1), stands for 0.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,12 +106,3 @@ def signed_codes(rows: QuantizedRows, *, bits: int) -> NDArray[np.int8]:
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """The inverse of `pack`, except that padding stays."""
     return packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """A scheme of weight-only quantization in blocks along a row."""
-
-    bits: int
-    block_size: int
-    symmetric: bool

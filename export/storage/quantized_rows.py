@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, pack
+from export.schemes.forms import Blocks
+from export.storage.blocks import QuantizedRows, dequantize_rows, pack
 from runtime.errors import UnsupportedModel
 
 # MatMulNBits takes powers of two from 16 to 256. Activations are rounded to 8 bits per block, so not the largest.

@@ -42,7 +42,6 @@ CHOICE = "choice.json"
 DIALECT_FILES = {"ort": ORT_MODEL, "trt": "model.trt.onnx", "trt-plain": "model.trt-plain.onnx"}
 DIALECT_NAMES = {"ort": "ort", "standard": "trt", "standard-21": "trt-plain"}
 """Names for people, and the key of each in manifests and receipts, which keep the names of their first reader."""
-PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w4a16", "w8a8")
 CALIBRATION = "calibration.json"
 CALIBRATION_ARRAYS = "calibration.npz"
 
@@ -84,6 +83,14 @@ class KvContract:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Another precision of the same model: bytes of its weights, and the type of its KV cache."""
+
+    weights: Annotated[int, Meta(ge=0)]
+    kv: Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16|int8)\Z")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """A file's size in bytes and its sha256 in hex."""
 
@@ -118,6 +125,8 @@ class Manifest:
     """Of the hub, which `source` stood at when it was exported; None for what has none."""
     origin: str | None = None
     """A hash of where a local checkpoint lay, which tells two of the same name apart; None for what is no path."""
+    estimates: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """What other precisions would take, by kind of graph ("ort", "trt") and precision. Empty in older artifacts."""
     engines: Mapping[str, FileEntry] = field(default_factory=dict)
     """Descriptions of the TensorRT engines built since, and timing caches, by their names in `engines/`."""
 

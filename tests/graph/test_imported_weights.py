@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.quantized.gptq_awq import QuantizedCheckpoint
-from export.model.precision import precision_named
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
+from export.schemes.registry import scheme_named
 from export.sources.open import open_checkpoint
 from export.storage.blocks import QuantizedRows, dequantize_rows
 from export.storage.quantized_rows import Codes, stacked, to_blocks
@@ -236,13 +236,13 @@ def test_zero_points_that_say_neither_format_are_refused(tmp_path: Path) -> None
 
 
 def test_the_choice_of_precision_knows_the_stored_bits() -> None:
-    assert precision_named("imported", stored_bits=8).name == "w8a16"
-    assert precision_named("w4a16", stored_bits=4).keeps_imported
-    assert not precision_named("fp32", stored_bits=4).keeps_imported
+    assert scheme_named("imported", stored_bits=8).name == "w8a16"
+    assert scheme_named("w4a16", stored_bits=4).keeps_stored
+    assert not scheme_named("fp32", stored_bits=4).keeps_stored
     with pytest.raises(InvalidSetting, match="w8a16 would round them once more; choose imported, w4a16"):
-        precision_named("w8a16", stored_bits=4)
+        scheme_named("w8a16", stored_bits=4)
     with pytest.raises(InvalidSetting, match="quantized already"):
-        precision_named("imported")
+        scheme_named("imported")
 
 
 def test_a_quantized_checkpoint_looks_like_any_other(tmp_path: Path) -> None:

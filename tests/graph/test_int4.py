@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -18,15 +18,17 @@ from export.graph.ort.linear import imported_linear
 from export.graph.weights import Weight
 from export.model.architectures import parse_config
 from export.model.description import Site
-from export.model.precision import precision_named
 from export.pipeline.calibrated import QuantizationOptions, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
 from export.quantize.rounding.blocks import compensated_rows
 from export.quantize.rounding.gptq import Moments
+from export.schemes.forms import Blocks
+from export.schemes.registry import SCHEMES
+from export.schemes.scheme import Storage
 from export.sources.open import open_checkpoint
-from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
+from export.storage.blocks import QuantizedRows, dequantize_rows, quantize_rows
 from export.storage.quantized_rows import ImportedRows
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import CalibrationFailed, UnsupportedModel
@@ -34,6 +36,8 @@ from tests.graph.test_int8 import correlated_inputs
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 INT4 = Blocks(bits=4, block_size=32, symmetric=False)
+
+W4A16 = cast(Storage, SCHEMES["w4a16"].ort)
 
 
 def moments_of(x: np.ndarray, exact: np.ndarray | None = None) -> Moments:
@@ -105,7 +109,7 @@ def test_the_kernel_multiplies_with_what_was_packed(tmp_path: Path) -> None:
 
 def test_the_last_mlps_keep_eight_bits(model: Path) -> None:
     checkpoint = open_checkpoint(str(model))
-    plan = plan_of(parse_config(checkpoint.config), precision_named("w4a16"))
+    plan = plan_of(parse_config(checkpoint.config), W4A16)
     wide = {str(site) for site, blocks in plan.items() if blocks.bits == 8}
     assert wide == {"layers.2.gate_up", "layers.2.down"}
     assert {site.kind for site in plan} == {"o", "gate_up", "down"}
@@ -163,8 +167,8 @@ def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
     config = parse_config(checkpoint.config)
     directory = tmp_path / "nearest"
     directory.mkdir()
-    plain = replace(precision_named("w4a16"), calibrated=None)
-    plan = ExportPlan(checkpoint=checkpoint, config=config, precision=plain, max_len=256)
+    plain = replace(SCHEMES["w4a16"], calibration=None)
+    plan = ExportPlan(checkpoint=checkpoint, config=config, scheme=plain, max_len=256)
     artifact = write_unverified(directory, plan)
     return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["kl"])
 
@@ -196,7 +200,7 @@ class Interrupted(CheckpointView):
 def test_an_interrupted_rounding_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
     checkpoint: Any = open_checkpoint(str(model))
     config = parse_config(checkpoint.config)
-    plan = plan_of(config, precision_named("w4a16"))
+    plan = plan_of(config, W4A16)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (6, 40)).tolist()
     whole, errors = round_layers(checkpoint, config, ids, plan, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

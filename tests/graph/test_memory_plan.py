@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from export.model.architectures import parse_config
-from export.model.precision import Calibrated
 from export.pipeline.memory_plan import phases
+from export.schemes.registry import SCHEMES
+from export.schemes.scheme import Scheme
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 WIDE = {
@@ -20,13 +21,18 @@ WIDE = {
 }
 
 
-def highest(scheme: Calibrated, *, num_samples: int = 128, length: int = 512, **changes: int) -> int:
+CALIBRATED = [scheme for scheme in SCHEMES.values() if scheme.calibration is not None]
+
+
+def highest(scheme: Scheme, *, num_samples: int = 128, length: int = 512, **changes: int) -> int:
     config = parse_config(config_of("llama", **{**WIDE, **changes}))
     return max(phase.size for phase in phases(config, scheme, num_samples=num_samples, length=length, workers=2))
 
 
-@pytest.mark.parametrize("scheme", Calibrated)
-def test_it_does_not_grow_with_the_text_but_with_the_model(scheme: Calibrated) -> None:
+@pytest.mark.parametrize(
+    "scheme", [scheme for scheme in SCHEMES.values() if scheme.calibration], ids=lambda scheme: scheme.name
+)
+def test_it_does_not_grow_with_the_text_but_with_the_model(scheme: Scheme) -> None:
     assert highest(scheme, num_samples=100_000) == highest(scheme)
     assert highest(scheme, num_samples=1, length=16) <= highest(scheme)
     larger = {"vocab_size": 1_000_000, "hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 200}
@@ -47,7 +53,7 @@ def test_it_is_near_what_an_export_takes(precision: str, dialects: str, tmp_path
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     peak = int(done.stdout) * 1024
-    scheme = Calibrated.INT8 if precision == "w8a8" else Calibrated.BLOCKS
+    scheme = SCHEMES[precision]
     found = phases(parse_config(raw), scheme, num_samples=4, length=64, dialects=dialects.split(","))
     predicted = max(phase.size for phase in found)
     assert 0.75 < predicted / peak < 1.3, (predicted, peak)

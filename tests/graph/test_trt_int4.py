@@ -1,7 +1,7 @@
 """int4 for TensorRT: the rounding on calibration text in symmetric blocks, and the integers as the graph has them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +17,6 @@ from export.graph.standard.linear import StandardLinear
 from export.graph.weights import Weight
 from export.model.architectures import parse_config
 from export.model.description import Linear, Part, Site
-from export.model.precision import precision_named
-from export.model.trt_precision import INT4_BLOCKS, trt_precision_named
 from export.pipeline.artifact_files import write_unverified
 from export.pipeline.calibrated import CalibrationInput, QuantizationOptions, calibrated_model
 from export.pipeline.export_model import ExportOptions, export_model
@@ -26,8 +24,12 @@ from export.pipeline.graph_files import ExportPlan
 from export.quantize.int4.model import plan_of
 from export.quantize.layers import BlockLayer, QuantizedLayers
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows, symmetric_scales
+from export.schemes.forms import Blocks
+from export.schemes.registry import SCHEMES
+from export.schemes.scheme import Storage
+from export.schemes.weight_only import INT4_BLOCKS
 from export.sources.open import open_checkpoint
-from export.storage.blocks import Blocks, dequantize_rows, quantize_rows
+from export.storage.blocks import dequantize_rows, quantize_rows
 from export.storage.quantized_rows import ImportedRows
 from export.verify.receipt import verify
 from export.verify.references import NumpyReference
@@ -38,6 +40,8 @@ from tests.graph.test_int8 import correlated_inputs
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=24, length=128))
+
+W4A16 = cast(Storage, SCHEMES["w4a16"].standard)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def product(tmp_path: Path, matrix: NDArray[np.float32], load: Any, imported: Im
         g = GraphBuilder(weights, opsets={"": 24})
         x = g.input("x", ir.DataType.FLOAT16, ["rows", k])
         layers = QuantizedLayers({linear.site: BlockLayer(lambda: imported)})
-        y = StandardLinear(g, trt_precision_named("w4a16"), layers)(x, linear, weight, "y")
+        y = StandardLinear(g, W4A16, layers)(x, linear, weight, "y")
         g.output(y, ir.DataType.FLOAT16, ["rows", n])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     options = ort.SessionOptions()
@@ -144,7 +148,7 @@ def test_integers_that_tensorrt_does_not_take_are_made_anew(tmp_path: Path, rows
 
 def test_the_last_mlps_keep_a_scale_a_channel_and_eight_bits(model: Path) -> None:
     checkpoint = open_checkpoint(str(model))
-    plan = plan_of(parse_config(checkpoint.config), trt_precision_named("w4a16"))
+    plan = plan_of(parse_config(checkpoint.config), W4A16)
     wide = {str(site): blocks for site, blocks in plan.items() if blocks.bits == 8}
     assert wide == {"layers.2.gate_up": Blocks(8, 64, True), "layers.2.down": Blocks(8, 128, True)}
     assert {blocks for blocks in plan.values() if blocks.bits == 4} == {INT4_BLOCKS}
@@ -168,9 +172,7 @@ def kl_of_nearest(model: Path, tmp_path: Path) -> float:
     config = parse_config(checkpoint.config)
     directory = tmp_path / "nearest"
     directory.mkdir()
-    plan = ExportPlan(
-        checkpoint=checkpoint, config=config, precision=None, trt_precision="w4a16", max_len=256, dialects=("trt",)
-    )
+    plan = ExportPlan(checkpoint=checkpoint, config=config, scheme=SCHEMES["w4a16"], max_len=256, dialects=("trt",))
     artifact = write_unverified(directory, plan)
     return float(verify(NumpyReference(checkpoint, config), config, artifact)["figures"]["trt.kl"])
 
@@ -196,7 +198,7 @@ def test_an_interrupted_export_goes_on_in_the_second_rounding(tmp_path: Path, mo
 
     def run(checkpoint: Any) -> Any:
         config = parse_config(checkpoint.config)
-        row = precision_named("w4a16")
+        row = SCHEMES["w4a16"]
         given = CalibrationInput(
             checkpoint=checkpoint, config=config, max_len=256, generate=generate, workdir=tmp_path / "work"
         )
@@ -210,4 +212,4 @@ def test_an_interrupted_export_goes_on_in_the_second_rounding(tmp_path: Path, mo
     assert watched.seen.count(last) == 1 and first not in watched.seen
     for dialect, blocks in (("ort", Blocks(8, 32, True)), ("trt", Blocks(8, 128, True))):
         assert found.layers[dialect][Site(2, "down")].load().blocks == blocks
-    assert found.trt_checkpoint.imported(first).blocks == INT4_BLOCKS
+    assert found.layers["trt"][Site(0, "down")].load().blocks == INT4_BLOCKS

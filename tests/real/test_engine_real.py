@@ -16,11 +16,11 @@ from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
 from export.model.architectures import parse_config
 from export.model.description import LM_HEAD
-from export.model.precision import EXPORTABLE
 from export.pipeline.artifact_files import write_unverified
 from export.pipeline.calibrated import CalibratedModel, CalibrationInput, QuantizationOptions, calibrated_model
 from export.pipeline.graph_files import ExportPlan
 from export.quantize.layers import Int8Layer
+from export.schemes.registry import SCHEMES
 from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
 from export.tensorrt.profiles import EngineLimits
@@ -57,9 +57,7 @@ class Beginning(CheckpointView):
 def built(directory: Path, checkpoint: Checkpoint, precision: str, model: CalibratedModel | None = None) -> BuiltEngine:
     """Without the receipt's figures, which take longer than the build; other tests hold that they are asked for."""
     config = parse_config(checkpoint.config)
-    plan = ExportPlan(
-        checkpoint=checkpoint, config=config, precision=None, trt_precision=precision, max_len=512, dialects=("trt",)
-    )
+    plan = ExportPlan(checkpoint=checkpoint, config=config, scheme=SCHEMES[precision], max_len=512, dialects=("trt",))
     if model is not None:
         plan = replace(plan, checkpoint=model.checkpoint, config=model.config, layers=model.layers)
     artifact = write_unverified(directory, plan)
@@ -105,7 +103,7 @@ def test_int8_weights_and_activations(tmp_path: Path, checkpoint: Checkpoint) ->
         raise AssertionError("random ids need no sampling")
 
     config = parse_config(beginning.config)
-    precision = EXPORTABLE["w8a8"]
+    precision = SCHEMES["w8a8"]
     given = CalibrationInput(
         checkpoint=beginning, config=config, max_len=512, generate=generate, workdir=tmp_path / "work"
     )

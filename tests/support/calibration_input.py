@@ -11,9 +11,9 @@ from export.calibration.dataset import CalibrationOptions, CalibrationSet, load_
 from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
-from export.model.precision import precision_named
 from export.pipeline.artifact_files import write_unverified
 from export.pipeline.graph_files import ExportPlan
+from export.schemes.registry import scheme_named
 
 # Samples are drawn from nearly the model's own distribution (KL 0.004 nats of SmolLM2-135M), at a quarter of the bytes.
 _SAMPLED_PRECISION = "w8a16"
@@ -26,8 +26,8 @@ def calibration_set_for(
 
     def generate(starts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
         with tempfile.TemporaryDirectory(prefix="headrace-sample-") as directory:
-            precision = precision_named(_SAMPLED_PRECISION)
-            plan = ExportPlan(checkpoint=checkpoint, config=config, precision=precision, max_len=length)
+            scheme = scheme_named(_SAMPLED_PRECISION)
+            plan = ExportPlan(checkpoint=checkpoint, config=config, scheme=scheme, max_len=length)
             artifact = write_unverified(Path(directory), plan)
             return artifact_generator(artifact, length=length)(starts, length, seed)
 

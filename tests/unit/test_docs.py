@@ -10,8 +10,8 @@ import pytest
 
 from calibration_data import CALIBRATION_GROUPS, calibration_records
 from export.model.architectures import ARCHITECTURES
+from export.schemes.registry import SCHEMES
 from headrace import VERBS
-from runtime.artifact.manifest import PRECISIONS
 from serve.observe.engine_metrics import ServerMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_every_make_target_and_variable_is_named() -> None:
         assert f"{variable}=" in README
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", SCHEMES)
 def test_every_precision_has_a_row(precision: str) -> None:
     assert f"| `{precision}` |" in README
 

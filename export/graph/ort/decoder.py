@@ -26,12 +26,13 @@ from export.graph.ort.int8_attention import Int8Attention
 from export.graph.ort.linear import embedding, tied_lm_head
 from export.graph.ort.operations import OrtOperations
 from export.graph.rotary import rotary_initializers
+from export.graph.types import numpy_type, onnx_type
 from export.graph.weights import GraphWeights
 from export.model.description import ModelConfig
-from export.model.precision import Precision
 from export.model.walker import Stream, walk_block, walk_final_norm
 from export.quantize.layers import QuantizedLayers
 from export.quantize.statistics.kv_scales import KvScales
+from export.schemes.scheme import Storage
 
 
 class DecoderGraph:
@@ -42,30 +43,30 @@ class DecoderGraph:
         g: GraphBuilder,
         checkpoint: Checkpoint,
         config: ModelConfig,
-        precision: Precision,
+        storage: Storage,
         max_len: int,
         layers: QuantizedLayers,
         kv_scales: Sequence[KvScales] | None = None,
     ) -> None:
         """kv_scales: of an int8 cache, by layer; None is a cache of the compute type."""
-        self.g, self.config, self.precision, self.max_len = g, config, precision, max_len
+        self.g, self.config, self.storage, self.max_len = g, config, storage, max_len
         self.layers, self.kv_scales = layers, kv_scales
-        self.kv_dtype = precision.compute if kv_scales is None else ir.DataType.INT8
-        self.weights = GraphWeights(checkpoint, precision.numpy_dtype)
+        self.kv_dtype = onnx_type(storage.compute) if kv_scales is None else ir.DataType.INT8
+        self.weights = GraphWeights(checkpoint, numpy_type(storage.compute))
 
     def build(self) -> None:
         """Embed, run the blocks, norm, pick the wanted rows, project to the vocabulary."""
         c, g = self.config, self.g
         ops = self._declare_inputs()
         table = self.weights.embedding(c)
-        embedded, shared = embedding(g, self.ids, table, self.precision, "embed")
+        embedded, shared = embedding(g, self.ids, table, self.storage, "embed")
         stream = Stream(ops.placed(embedded, self._positions(), c.embedding, self.max_len + 1), None)
         for block in c.blocks:
             stream = walk_block(ops, block, stream)
         hidden = walk_final_norm(ops, stream, c.final_norm)
         wanted = g.op("Gather", [hidden, self.logits_idx], "hidden.wanted", axis=0)
         if c.tie_word_embeddings:
-            raw = tied_lm_head(g, wanted, table, shared, self.precision, "logits.raw")
+            raw = tied_lm_head(g, wanted, table, shared, self.storage, "logits.raw")
         else:
             raw = ops.linear(wanted, c.head.linear)
         g.output(ops.finished(raw, c.head), ir.DataType.FLOAT, ["R", c.vocab_size])
@@ -98,13 +99,13 @@ class DecoderGraph:
             query_len,
             last_idx,
             capacity,
-            rotary_initializers(g, c, self.max_len, self.precision.numpy_dtype),
+            rotary_initializers(g, c, self.max_len, numpy_type(self.storage.compute)),
         )
         attention: Attention = (
             FloatAttention(g, inputs) if self.kv_scales is None else Int8Attention(g, inputs, self.kv_scales)
         )
         return OrtOperations(
-            g, self.weights, self.precision, self.layers, attention,
+            g, self.weights, self.storage, self.layers, attention,
             past=past, token_idx=token_idx, place_idx=self.place_idx,
         )  # fmt: skip
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from export.artifact.weight_file import Extent
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.weights import Weight
-from export.model.precision import Precision
-from export.storage.blocks import Blocks, QuantizedRows, check_divisible, quantize_rows
+from export.schemes.forms import Blocks
+from export.schemes.scheme import Storage
+from export.storage.blocks import QuantizedRows, check_divisible, quantize_rows
 from export.storage.quantized_rows import ImportedRows
 
 # Weights quantized at once: the search for the best range holds a dozen float32 copies of them, 50 MB.
@@ -33,21 +34,21 @@ class QuantizedWeight(NamedTuple):
     zero_points: ir.Value | None
 
 
-def float_or_block_linear(g: GraphBuilder, x: ir.Value, weight: Weight, precision: Precision, name: str) -> ir.Value:
+def float_or_block_linear(g: GraphBuilder, x: ir.Value, weight: Weight, storage: Storage, name: str) -> ir.Value:
     """x `[..., K]` times weight transposed, `[..., N]`."""
-    blocks = precision.blocks_of(weight.role)
-    if blocks is None:
-        matrix = weight.load().T.astype(precision.numpy_dtype)
+    blocks = storage.fallback_of(weight.role)
+    if not isinstance(blocks, Blocks):
+        matrix = weight.load().T.astype(storage.compute)
         return g.op("MatMul", [x, g.array(weight.name, matrix)], name)
     stored = _write_blocks(g, weight, blocks)
     return _blocked_matmul(g, x, stored, weight.shape, blocks, name)
 
 
-def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, precision: Precision, name: str) -> tuple[ir.Value, Any]:
+def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, storage: Storage, name: str) -> tuple[ir.Value, Any]:
     """Rows of the embedding for int64 ids; also what a tied LM head needs to share its bytes."""
-    blocks = precision.blocks_of("embedding")
-    if blocks is None:
-        table = g.array(weight.name, weight.load().astype(precision.numpy_dtype, copy=False))
+    blocks = storage.embedding
+    if not isinstance(blocks, Blocks):
+        table = g.array(weight.name, weight.load().astype(storage.compute, copy=False))
         return g.op("Gather", [table, ids], name), table
     stored = _write_blocks(g, weight, blocks)
     # GatherBlockQuantized wants the same bytes as a matrix: a second name for the same extent.
@@ -67,12 +68,10 @@ def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, precision: Precisi
     return x, stored
 
 
-def tied_lm_head(
-    g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, precision: Precision, name: str
-) -> ir.Value:
+def tied_lm_head(g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, storage: Storage, name: str) -> ir.Value:
     """Logits of x `[R, K]` with the embedding's own bytes."""
-    blocks = precision.blocks_of("embedding")
-    if blocks is None:
+    blocks = storage.embedding
+    if not isinstance(blocks, Blocks):
         return g.op("Gemm", [x, shared], name, transB=1)
     return _blocked_matmul(g, x, shared, weight.shape, blocks, name)
 

@@ -10,11 +10,12 @@ from export.graph.operations import GraphOperations
 from export.graph.ort.attention import Attention
 from export.graph.ort.int8_linear import int8_linear
 from export.graph.ort.linear import float_or_block_linear, imported_linear
+from export.graph.types import onnx_type
 from export.graph.weights import GraphWeights, Weight
 from export.model.description import Block, Linear, Norm, NormKind
-from export.model.precision import Precision
 from export.model.walker import Stream
 from export.quantize.layers import Int8Layer, QuantizedLayers
+from export.schemes.scheme import Storage
 
 
 class OrtOperations(GraphOperations):
@@ -28,7 +29,7 @@ class OrtOperations(GraphOperations):
         self,
         g: GraphBuilder,
         weights: GraphWeights,
-        precision: Precision,
+        storage: Storage,
         layers: QuantizedLayers,
         attention: Attention,
         *,
@@ -36,8 +37,8 @@ class OrtOperations(GraphOperations):
         token_idx: ir.Value,
         place_idx: ir.Value,
     ) -> None:
-        super().__init__(g, weights, precision.compute)
-        self._precision, self._layers, self._attention = precision, layers, attention
+        super().__init__(g, weights, onnx_type(storage.compute))
+        self._storage, self._layers, self._attention = storage, layers, attention
         self._past, self._token_idx, self._place_idx = past, token_idx, place_idx
         self.present: list[dict[str, ir.Value]] = []
 
@@ -60,7 +61,7 @@ class OrtOperations(GraphOperations):
             return int8_linear(self.g, x, weight, rounded, out)
         if rounded is not None:
             return imported_linear(self.g, x, weight, rounded, out)
-        return float_or_block_linear(self.g, x, weight, self._precision, out)
+        return float_or_block_linear(self.g, x, weight, self._storage, out)
 
     def silu(self, x: ir.Value, out: str) -> ir.Value:
         """QuickGelu with alpha 1 is SiLU in one kernel; there is none in half precision."""

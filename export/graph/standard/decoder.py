@@ -24,11 +24,12 @@ from export.graph.rotary import rotary_initializers
 from export.graph.standard.attention import Dialect, Tables
 from export.graph.standard.linear import StandardLinear
 from export.graph.standard.operations import StandardOperations
+from export.graph.types import numpy_type, onnx_type
 from export.graph.weights import GraphWeights
 from export.model.description import ModelConfig
-from export.model.trt_precision import TrtPrecision
 from export.model.walker import Stream, walk_block, walk_final_norm
 from export.quantize.layers import QuantizedLayers
+from export.schemes.scheme import Storage
 
 NUM_TOP = 64
 """Candidates picked on the device. Top-k sampling asks for 20 to 50; 64 keep 99 % of the mass of a sane top-p."""
@@ -42,13 +43,14 @@ class StandardDecoderGraph:
         g: GraphBuilder,
         checkpoint: Checkpoint,
         config: ModelConfig,
-        precision: TrtPrecision,
+        storage: Storage,
         *,
         max_len: int,
         dialect: Dialect,
         layers: QuantizedLayers,
     ) -> None:
-        self.g, self.config, self.precision, self.max_len = g, config, precision, max_len
+        self.g, self.config, self.storage, self.max_len = g, config, storage, max_len
+        self.compute, self.dtype = onnx_type(storage.compute), numpy_type(storage.compute)
         self.dialect, self.layers = dialect, layers
         self.weights = GraphWeights(checkpoint, np.dtype(np.float32))
 
@@ -57,7 +59,7 @@ class StandardDecoderGraph:
         c, g = self.config, self.g
         ops = self._declare_inputs()
         embed = self.weights.embedding(c)
-        table = g.array(embed.name, embed.load().astype(self.precision.numpy_dtype, copy=False))
+        table = g.array(embed.name, embed.load().astype(self.dtype, copy=False))
         x = ops.as_stream(g.op("Gather", [table, self.ids], "embed", axis=0))
         x = ops.as_wide(ops.placed(x, self.position_ids, c.embedding, self.max_len + 1))
         stream = Stream(x, None)
@@ -80,17 +82,17 @@ class StandardDecoderGraph:
         write_idx = g.input("write_idx", ir.DataType.INT64, ["B"])
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
         past = [
-            {kv: g.input(f"past.{layer}.{kv}", self.precision.compute, self._cache_shape()) for kv in "kv"}
+            {kv: g.input(f"past.{layer}.{kv}", self.compute, self._cache_shape()) for kv in "kv"}
             for layer in range(c.num_layers)
         ]
-        rotary = rotary_initializers(g, c, self.max_len, self.precision.numpy_dtype)
+        rotary = rotary_initializers(g, c, self.max_len, self.dtype)
         self.dialect.begin(Tables(self.position_ids, write_idx, rotary), past[0]["k"])
         return StandardOperations(
             g,
             self.weights,
-            self.precision.compute,
+            self.compute,
             dialect=self.dialect,
-            linear=StandardLinear(g, self.precision, self.layers),
+            linear=StandardLinear(g, self.storage, self.layers),
             past=past,
         )
 
@@ -108,7 +110,7 @@ class StandardDecoderGraph:
         g.output(ids, ir.DataType.INT64, ["R", num_top])
         g.output(log_sum, ir.DataType.FLOAT, ["R", 1])
         for present in presents:
-            g.output(present, self.precision.compute, self._cache_shape())
+            g.output(present, self.compute, self._cache_shape())
 
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_kv_heads, "capacity", self.config.head_dim]

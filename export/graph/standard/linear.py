@@ -17,13 +17,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.graph.builder import GraphBuilder
+from export.graph.types import numpy_type
 from export.graph.weights import Weight
 from export.model.description import Linear
-from export.model.trt_precision import INT4_BLOCKS, INT4_SIZES, Scheme, TrtPrecision
 from export.quantize.layers import Int8Layer, QuantizedLayers
 from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
 from export.quantize.rounding.int8 import Int8Rows
-from export.storage.blocks import Blocks, QuantizedRows, check_divisible, signed_codes
+from export.schemes.forms import Blocks, Floats, Int8Products
+from export.schemes.scheme import Storage
+from export.schemes.weight_only import INT4_BLOCKS, INT4_SIZES
+from export.storage.blocks import QuantizedRows, check_divisible, signed_codes
 from export.storage.quantized_rows import ImportedRows
 
 _SCALE_ERROR = 2.0**-10
@@ -33,21 +36,22 @@ _SCALE_ERROR = 2.0**-10
 class StandardLinear:
     """Adds linear layers to one graph; quantizes an input once however many layers read it."""
 
-    def __init__(self, g: GraphBuilder, precision: TrtPrecision, layers: QuantizedLayers) -> None:
-        self._g, self._precision, self._layers = g, precision, layers
+    def __init__(self, g: GraphBuilder, storage: Storage, layers: QuantizedLayers) -> None:
+        self._g, self._storage, self._layers = g, storage, layers
+        self._dtype = numpy_type(storage.compute)
         self._quantized: dict[str, ir.Value] = {}
 
     def __call__(self, x: ir.Value, linear: Linear, weight: Weight, name: str) -> ir.Value:
         """x `[..., K]` times weight transposed, `[..., N]`."""
-        scheme = self._precision.scheme_of(linear.role)
+        form = self._storage.form_of(linear.role)
         layer = self._layers.take(linear)
         if isinstance(layer, Int8Layer):
             matrix = self._calibrated(weight, layer.load())
-            if scheme is Scheme.INT8 and layer.fine_scale is None:
+            if isinstance(form, Int8Products) and layer.fine_scale is None:
                 x = self._rounded(x, layer.scale)
-        elif scheme is Scheme.WIDE:
-            matrix = self._g.array(weight.name, weight.load().T.astype(self._precision.numpy_dtype))
-        elif scheme is Scheme.INT4_WEIGHTS:
+        elif isinstance(form, Floats):
+            matrix = self._g.array(weight.name, weight.load().T.astype(self._dtype))
+        elif isinstance(form, Blocks):
             matrix = self._int4(weight, layer)
         else:
             matrix = self._int8(weight)
@@ -104,7 +108,7 @@ class StandardLinear:
 
     def _stored_scales(self, scales: NDArray[np.float32]) -> NDArray[Any]:
         """In the compute type, and never 0."""
-        return np.maximum(scales, SMALLEST_SCALE).astype(self._precision.numpy_dtype)
+        return np.maximum(scales, SMALLEST_SCALE).astype(self._dtype)
 
     def _can_store(self, scales: NDArray[np.float32]) -> bool:
         """Whether scales that integers were made for survive in the compute type."""

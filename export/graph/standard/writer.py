@@ -17,9 +17,10 @@ from export.graph.builder import GraphBuilder
 from export.graph.standard.attention import Opset24
 from export.graph.standard.decoder import StandardDecoderGraph
 from export.graph.standard.plain_attention import Opset21
+from export.graph.types import onnx_type
 from export.model.description import ModelConfig
-from export.model.trt_precision import trt_precision_named
 from export.quantize.layers import QuantizedLayers
+from export.schemes.scheme import Storage
 from runtime.artifact.manifest import DIALECT_FILES
 
 _DIALECTS: Mapping[str, type[Opset24] | type[Opset21]] = {"trt": Opset24, "trt-plain": Opset21}
@@ -30,7 +31,7 @@ def write_standard_graph(
     dialect: str,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    precision: str,
+    storage: Storage,
     *,
     max_len: int,
     weights: WeightFile,
@@ -39,10 +40,10 @@ def write_standard_graph(
     """Write one graph; the bytes of weights that every run reads. `layers`: those that are integers already."""
     import onnx
 
-    kind, row = _DIALECTS[dialect], trt_precision_named(precision)
+    kind = _DIALECTS[dialect]
     g = GraphBuilder(weights, opsets={"": kind.opset}, ir_version=kind.ir_version)
-    parts = kind(g, row.compute)
-    StandardDecoderGraph(g, checkpoint, config, row, max_len=max_len, dialect=parts, layers=layers).build()
+    parts = kind(g, onnx_type(storage.compute))
+    StandardDecoderGraph(g, checkpoint, config, storage, max_len=max_len, dialect=parts, layers=layers).build()
     file = directory / DIALECT_FILES[dialect]
     ir.save(g.model(config.model_type, importlib.metadata.version("headrace")), file)
     weights.flush()

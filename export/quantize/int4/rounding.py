@@ -26,7 +26,8 @@ from export.quantize.rounding.blocks import compensated_rows, nearest_rows
 from export.quantize.rounding.gptq import MAX_COMPENSATED, Moments
 from export.quantize.statistics.collect import fingerprint_of, token_bytes
 from export.quantize.statistics.store import load_arrays, save_arrays
-from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
+from export.schemes.forms import Blocks
+from export.storage.blocks import QuantizedRows, dequantize_rows, quantize_rows
 from runtime.errors import CalibrationFailed
 from runtime.progress import progress_bar
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from export.model.description import Site
 from export.quantize.statistics.store import load_arrays, save_arrays
-from export.storage.blocks import Blocks, QuantizedRows
+from export.schemes.forms import Blocks
+from export.storage.blocks import QuantizedRows
 from export.storage.quantized_rows import ImportedRows
 
 

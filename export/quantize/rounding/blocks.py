@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.quantize.rounding.gptq import Grid, Moments, problem_of, rounded_codes
-from export.storage.blocks import Blocks, QuantizedRows, best_range, pack
+from export.schemes.forms import Blocks
+from export.storage.blocks import QuantizedRows, best_range, pack
 
 Array = NDArray[np.float32]
 

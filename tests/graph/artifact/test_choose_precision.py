@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from export.model.precision import EXPORTABLE
 from export.pipeline.auto_precision import ROUNDS, WORKLOADS, candidate_precisions, export_fastest
 from export.pipeline.export_model import ExportOptions
 from export.pipeline.speed import Speed, Workload, measure_speed
+from export.schemes.registry import SCHEMES
 from headrace import main
 from runtime.artifact.choice import choice_lines, read_choice
 from runtime.artifact.manifest import Artifact, open_artifact
@@ -131,7 +131,7 @@ def test_measuring_a_real_session_gives_times(tmp_path: Path) -> None:
 
 
 def test_every_precision_but_that_for_gpus_is_a_candidate() -> None:
-    assert candidate_precisions(None) == [name for name in EXPORTABLE if name != "fp16"]
+    assert candidate_precisions(None) == [name for name in SCHEMES if name not in ("fp16", "bf16")]
     assert candidate_precisions(4)[-1] == "imported"
 
 

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from export.checkpoint.fused import FusedView, Split
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
-from export.storage.blocks import Blocks, quantize_rows
+from export.schemes.forms import Blocks
+from export.storage.blocks import quantize_rows
 from export.storage.quantized_rows import ImportedRows
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 

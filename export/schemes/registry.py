@@ -1,0 +1,56 @@
+"""The schemes that can be exported, by name. One row is all that a new scheme of known forms takes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from export.schemes.floats import BF16, FP16, FP32
+from export.schemes.forms import Blocks, Floats
+from export.schemes.int8 import W8A8
+from export.schemes.scheme import Scheme
+from export.schemes.weight_only import W4A16, W8A16
+from runtime.errors import InvalidSetting
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {scheme.name: scheme for scheme in (FP32, FP16, BF16, W8A16, W4A16, W8A8)}
+)
+
+IMPORTED = "imported"
+"""Asks for what the checkpoint holds: its integers as they are, the rest as floats."""
+
+
+def scheme_named(name: str, *, stored_bits: int | None = None) -> Scheme:
+    """Look a scheme up; `stored_bits`: of a checkpoint that is quantized already.
+
+    InvalidSetting lists what there is, or says what fits a checkpoint of that many bits.
+    """
+    if name == IMPORTED:
+        if stored_bits is None:
+            raise InvalidSetting(
+                f"precision {IMPORTED} keeps the integers of a checkpoint that is quantized already (GPTQ, AWQ), and "
+                f"this one is not; choose one of {', '.join(SCHEMES)}"
+            )
+        assert FP32.ort is not None
+        stored = SCHEMES[f"w{stored_bits}a16"]
+        assert stored.ort is not None
+        floats = replace(FP32.ort, gates=stored.ort.gates)
+        return Scheme(name=stored.name, summary="", ort=floats, standard=None, keeps_stored=True)
+    if name not in SCHEMES:
+        raise InvalidSetting(f"precision {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
+    scheme = SCHEMES[name]
+    if stored_bits is None or scheme.ort is None or isinstance(scheme.ort.linear, Floats):
+        return scheme
+    form = scheme.ort.fallback_of("down")
+    if not isinstance(form, Blocks) or form.bits != stored_bits:
+        raise InvalidSetting(
+            f"the checkpoint's weights are {stored_bits}-bit integers already, and {name} would round them once more; "
+            f"choose {IMPORTED}, w{stored_bits}a16, or fp32 and fp16, which hold them exactly as well"
+        )
+    return replace(scheme, keeps_stored=True, calibration=None)
+
+
+def check_dialect(scheme: Scheme, dialect: str) -> None:
+    """InvalidSetting if the scheme has no graph of that dialect; lists those that have."""
+    if scheme.storage_of(dialect) is None:
+        known = ", ".join(name for name, other in SCHEMES.items() if other.storage_of(dialect) is not None)
+        raise InvalidSetting(f"precision {scheme.name!r} has no graph of the dialect {dialect}; choose one of {known}")
