@@ -67,6 +67,7 @@ class CalibratedModel:
 
     layers: those whose weights are integers, for the `ort` graph and for the standard ones ("trt")
     account: quantization report for the receipt, JSON-able
+    has_kv: whether the calibration's statistics of K and V are those of `checkpoint`
     """
 
     checkpoint: Checkpoint
@@ -74,6 +75,7 @@ class CalibratedModel:
     layers: Mapping[str, Layers]
     calibration: Calibration
     account: Mapping[str, Any]
+    has_kv: bool
 
 
 def workdir_of(out: Path) -> Path:
@@ -151,12 +153,13 @@ def calibrated_model(
         layers={"ort": model.layers, "trt": model.layers},
         calibration=found,
         account=summary(model),
+        has_kv=True,
     )
 
 
 def kv_calibration(given: CalibrationInput, options: QuantizationOptions, model: CalibratedModel | None) -> Calibration:
     """Statistics of K and V: from the calibration of `model`, from an earlier one, or from a run for them alone."""
-    if model is not None and model.calibration.ranges:
+    if model is not None and model.has_kv:
         return model.calibration
     if model is not None:
         found = unrotated(model.calibration)
@@ -183,6 +186,7 @@ def _in_blocks(given: CalibrationInput, plans: Mapping[str, Plan], found: Calibr
         layers={dialect: model.layers for dialect, model in rounded.items()},
         calibration=found,
         account=account_of(rounded, found.provenance),
+        has_kv=False,
     )
 
 

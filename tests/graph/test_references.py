@@ -31,7 +31,7 @@ def exported(model: Path, out: Path, *flags: str) -> dict[str, Any]:
 
 def test_the_receipt_names_the_numpy_reference_and_what_it_shares_with_the_graph(tmp_path: Path) -> None:
     receipt = exported(write_checkpoint(tmp_path / "model", config_of("llama")), tmp_path / "artifact")
-    assert "export/model/reference.py (numpy), which shares the reading of config.json" in receipt["reference"]
+    assert "export/model/reference/ (numpy), which shares the reading of config.json" in receipt["reference"]
     assert receipt["source"] == "model" and receipt["commit"] is None
 
 
