@@ -34,7 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
     choices = (*PRECISIONS, "imported", "auto")
-    parser.add_argument("--precision", default="fp32", choices=choices, help="default: %(default)s")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=choices,
+        help="types of weights (w) and activations (a), of a quantized checkpoint (imported), or the fastest (auto); "
+        "default: %(default)s",
+    )
     parser.add_argument(
         "--dialect",
         default="ort",
