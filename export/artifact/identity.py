@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.checkpoint.config_fields import shown_names
 from export.sources.open import DEFAULT_MODEL
 from runtime.artifact.json_shape import read_json
 from runtime.artifact.manifest import CHOICE, MANIFEST, PRECISIONS
@@ -23,8 +24,6 @@ _IMPORTED = "imported"
 """The same word as in precision.py, whose imports are too slow for a look at a directory."""
 
 _WEIGHT_SUFFIX = re.compile(r"\.(gguf|safetensors)$", re.IGNORECASE)
-_SHOWN = 3
-"""File names in a message; more are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +139,8 @@ def check_replaceable(target: Path, wanted: Identity, *, replaces_any: bool = Fa
             f"{target} holds {present.identity.described}, {other}; name another --out, or say --replace to delete it"
         )
     if present.foreign:
-        more = f" and {len(present.foreign) - _SHOWN} more" if len(present.foreign) > _SHOWN else ""
         raise InvalidSetting(
-            f"{target} also holds {', '.join(present.foreign[:_SHOWN])}{more}, which no export wrote; move that away, "
+            f"{target} also holds {shown_names(present.foreign)}, which no export wrote; move that away, "
             "or say --replace to delete it"
         )
     return present

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 
+from export.checkpoint.config_fields import shown_names
 from export.checkpoint.protocol import Checkpoint
 from export.model.config import ModelConfig
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -109,16 +110,11 @@ def _told(config: ModelConfig, missing: list[str], unused: list[str]) -> str:
     """What is missing, what is there instead, and what to do about the most likely cause."""
     parts = []
     if missing:
-        parts.append(f"there is no tensor {_some(missing)}")
+        parts.append(f"there is no tensor {shown_names(missing)}")
     if unused:
-        parts.append(f"a {config.model_type} model with this config.json has no place for {_some(unused)}")
+        parts.append(f"a {config.model_type} model with this config.json has no place for {shown_names(unused)}")
     advice = next((text for applies, text in _CAUSES if applies(config, missing, unused)), None)
     return "; ".join((*parts, advice or "config.json belongs to another model, or the checkpoint is not whole"))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _any(names: Iterable[str], *parts: str) -> bool:

@@ -71,7 +71,7 @@ def test_fp32_equals_transformers(tmp_path: Path, variant: str, dialect: str) ->
         assert np.abs(tail - expected[cut + 8]).max() < LOGIT_TOLERANCE
 
 
-# A tiny model's logits reach 15, with steps of 0.008 in half precision; bfloat16 is checked widened, its weights only.
+# A tiny model's logits reach 15, with steps of 0.008 in half precision; bfloat16 is checked upcast, its weights only.
 @pytest.mark.parametrize(
     ("precision", "error"), [("fp16", 0.1), ("bf16", 0.3), ("w8a16", 0.6), ("w8a8", 1.5), ("w4a16", 6.0)]
 )
