@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.export_memory import peak_of_export, write_random
-from export.model.architectures import parse_config
+from export.model.families.architectures import parse_config
 from export.pipeline.memory_plan import phases
 from export.schemes.registry import scheme_named
 from export.sources.open import open_checkpoint

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.artifact.identity import AUTO
-from export.schemes.registry import IMPORTED, SCHEMES
+from export.schemes.registry import AUTO, IMPORTED, SCHEMES
 from runtime.artifact.manifest import DIALECT_NAMES
 from runtime.errors import InvalidSetting
 
@@ -36,7 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
     choices = (*SCHEMES, IMPORTED, AUTO)
-    parser.add_argument("--precision", default="fp32", choices=choices, help="default: %(default)s")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=choices,
+        help="types of weights (w) and activations (a), of a quantized checkpoint (imported), or the fastest (auto); "
+        "default: %(default)s",
+    )
     parser.add_argument(
         "--dialect",
         default="ort",

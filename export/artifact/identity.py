@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.schemes.registry import IMPORTED, SCHEMES
+from export.checkpoint.config_fields import shown_names
+from export.schemes.registry import AUTO, IMPORTED, SCHEMES
 from export.sources.open import DEFAULT_MODEL
 from runtime.artifact.json_shape import read_json
 from runtime.artifact.manifest import CHOICE, MANIFEST
 from runtime.artifact.plan_files import ENGINES
 from runtime.errors import HeadraceError, InvalidSetting
 
-AUTO = "auto"
 _WEIGHT_SUFFIX = re.compile(r"\.(gguf|safetensors)$", re.IGNORECASE)
-_SHOWN = 3
-"""File names in a message; more are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +136,8 @@ def check_replaceable(target: Path, wanted: Identity, *, replaces_any: bool = Fa
             f"{target} holds {present.identity.described}, {other}; name another --out, or say --replace to delete it"
         )
     if present.foreign:
-        more = f" and {len(present.foreign) - _SHOWN} more" if len(present.foreign) > _SHOWN else ""
         raise InvalidSetting(
-            f"{target} also holds {', '.join(present.foreign[:_SHOWN])}{more}, which no export wrote; move that away, "
+            f"{target} also holds {shown_names(present.foreign)}, which no export wrote; move that away, "
             "or say --replace to delete it"
         )
     return present

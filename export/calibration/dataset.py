@@ -23,9 +23,8 @@ import numpy as np
 import calibration_data
 from export.calibration.encoder import RecordEncoder
 from export.calibration.overlap import RUN_WORDS, overlaps
-from export.calibration.packing import interleave, pack
+from export.calibration.packing import Sample, interleave, pack
 from export.calibration.records import FLAG, Record, read_records
-from export.calibration.text_sampling import Sample
 from runtime.errors import InvalidSetting
 
 BUILT_IN = "built-in"

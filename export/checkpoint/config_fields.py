@@ -4,7 +4,7 @@ An unknown field may change what the model computes, so it is refused with its v
 fields; this table only says which are allowed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -110,6 +110,12 @@ def shown(value: object) -> str:
     """A value for an error, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _is_among(value: object, allowed: tuple[object, ...]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.checkpoint.config_fields import shown_names
 from export.checkpoint.protocol import TensorInfo
 from export.checkpoint.texts.reading import AGAIN, LFS_POINTER, read_json_object, refuse_lfs_pointer
 from runtime.errors import InvalidCheckpoint
@@ -87,8 +88,8 @@ def _weight_map(path: Path) -> dict[str, str] | None:
         raise InvalidCheckpoint(f"{path / INDEX} names a file outside the directory: {outside[0]!r}")
     if (path / SINGLE).is_file() and SINGLE not in files:
         raise InvalidCheckpoint(
-            f"{path} has both {SINGLE} and {INDEX}, which names other files ({_some(files)}): one of the two is left "
-            "over from another save; remove that one"
+            f"{path} has both {SINGLE} and {INDEX}, which names other files ({shown_names(files)}): one of the two is "
+            "left over from another save; remove that one"
         )
     _refuse_missing(path, files)
     return weight_map
@@ -117,7 +118,7 @@ def _files_without_index(path: Path) -> list[str]:
         return files
     if files:
         raise InvalidCheckpoint(
-            f"{path} has neither {SINGLE} nor {INDEX}, and several files that could be meant ({_some(files)}); "
+            f"{path} has neither {SINGLE} nor {INDEX}, and several files that could be meant ({shown_names(files)}); "
             f"download {INDEX} too, or remove the files that are not of this model"
         )
     raise InvalidCheckpoint(_why_no_weights(path))
@@ -127,13 +128,9 @@ def _refuse_missing(path: Path, files: Iterable[str]) -> None:
     wanted = list(files)
     missing = [file for file in wanted if not (path / file).is_file()]
     if missing:
-        raise InvalidCheckpoint(f"{path} lacks {len(missing)} of {len(wanted)} shards: {_some(missing)}; download them")
-
-
-def _some(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+        raise InvalidCheckpoint(
+            f"{path} lacks {len(missing)} of {len(wanted)} shards: {shown_names(missing)}; download them"
+        )
 
 
 def _why_no_weights(path: Path) -> str:

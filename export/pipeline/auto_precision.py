@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from export.artifact.identity import AUTO
 from export.artifact.writer import file_entry, staged, write_json, write_manifest
 from export.pipeline.export_model import ExportOptions, export_model
 from export.pipeline.speed import Speed, Workload, measure_speed
-from export.schemes.registry import IMPORTED, SCHEMES
+from export.schemes.registry import AUTO, IMPORTED, SCHEMES
 from export.sources.open import open_checkpoint
 from export.verify.references import check_reference
 from runtime.artifact.manifest import CHOICE, Artifact

@@ -40,7 +40,7 @@ from export.quantize.kv_cache import (
     unrotated,
     with_kv_statistics,
 )
-from export.quantize.layers import Layers
+from export.quantize.rounding.layers import Layers
 from export.schemes.scheme import Calibration as Need
 from export.schemes.scheme import Scheme, Storage
 from runtime.errors import InvalidSetting

@@ -8,9 +8,9 @@ from typing import Any
 from export.artifact.identity import Identity, check_replaceable, identity_of
 from export.artifact.writer import file_entry, resolved, staged, write_json, write_manifest
 from export.checkpoint.protocol import Checkpoint
-from export.checks.model_reading import read_model
-from export.model.architectures import as_described
+from export.model.checks.model_reading import read_model
 from export.model.description import ModelConfig
+from export.model.families.architectures import as_described
 from export.pipeline.artifact_files import sampler, write_unverified
 from export.pipeline.calibrated import (
     CalibrationInput,

@@ -19,7 +19,7 @@ from export.graph.ort.int8_attention import INT8_KV_OPSETS
 from export.graph.standard.writer import write_standard_graph
 from export.model.description import ModelConfig
 from export.quantize.int8.saved import Calibration
-from export.quantize.layers import Layers, QuantizedLayers, layers_of_checkpoint
+from export.quantize.rounding.layers import Layers, QuantizedLayers, layers_of_checkpoint
 from export.quantize.statistics.kv_scales import KvScales
 from export.schemes.scheme import Scheme, Storage
 from export.storage.quantized_rows import ImportedRows

@@ -15,6 +15,9 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {scheme.name: scheme for scheme in (FP32, FP16, BF16, W8A16, W4A16, W8A8)}
 )
 
+AUTO = "auto"
+"""Asks for the fastest scheme that passes its gates."""
+
 IMPORTED = "imported"
 """Asks for what the checkpoint holds: its integers as they are, the rest as floats."""
 

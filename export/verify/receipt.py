@@ -18,7 +18,7 @@ from export.verify.gates import gates_of
 from export.verify.graph_run import GraphRun, Material, ScoredPart, material_for, run_graph
 from export.verify.parity import HEAD, figure_name, parity_figures, reference_ways
 from export.verify.references import Reference, ReferenceLogits
-from export.verify.widen_bf16 import runnable
+from export.verify.upcast_bf16 import runnable
 from runtime.artifact.manifest import Artifact
 from runtime.progress import progress_bar
 from runtime.session.scoring import Distance

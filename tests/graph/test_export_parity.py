@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.model.architectures import ARCHITECTURES
+from export.model.families.architectures import ARCHITECTURES
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession

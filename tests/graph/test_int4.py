@@ -16,8 +16,8 @@ from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
 from export.graph.ort.linear import imported_linear
 from export.graph.weights import Weight
-from export.model.architectures import parse_config
 from export.model.description import Site
+from export.model.families.architectures import parse_config
 from export.pipeline.calibrated import QuantizationOptions, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of

@@ -16,7 +16,6 @@ from export.graph.weights import Weight
 from export.model.description import Site
 from export.quantize.int8.ranges import FINE_STEPS
 from export.quantize.int8.sensitivity import MAX_WIDE_SHARE, LayerCost, choose_wide
-from export.quantize.layers import Int8Layer
 from export.quantize.rounding.gptq import Moments
 from export.quantize.rounding.int8 import (
     Int8Rows,
@@ -24,6 +23,7 @@ from export.quantize.rounding.int8 import (
     rounded_activations,
     rounded_to_nearest,
 )
+from export.quantize.rounding.layers import Int8Layer
 from runtime.errors import InvalidSetting
 from runtime.machine.cpu_features import int8_options
 

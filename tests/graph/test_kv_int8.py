@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.calibration.dataset import CalibrationOptions, calibration_options
-from export.model.architectures import parse_config
 from export.model.description import RopeConfig, Rotary, Site
+from export.model.families.architectures import parse_config
 from export.model.reference.forward import embed, load_block, load_head, load_norm, rotary_tables, run_block
 from export.model.reference.operations import Array, normed
 from export.pipeline.calibrated import QuantizationOptions

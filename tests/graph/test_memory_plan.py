@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.model.architectures import parse_config
+from export.model.families.architectures import parse_config
 from export.pipeline.memory_plan import phases
 from export.schemes.registry import SCHEMES
 from export.schemes.scheme import Scheme

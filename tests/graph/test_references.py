@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-import export.checks.model_reading
-from export.model.architectures import parse_config
+import export.model.checks.model_reading
 from export.model.description import ModelConfig
+from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
 from export.verify.references import TransformersReference, check_reference
 from headrace import main
@@ -53,7 +53,7 @@ def test_a_config_that_is_misread_passes_numpy_and_not_transformers(
     def misread(config: Any) -> ModelConfig:
         return parse_config({**config, "rope_theta": 9.0})
 
-    monkeypatch.setattr(export.checks.model_reading, "parse_config", misread)
+    monkeypatch.setattr(export.model.checks.model_reading, "parse_config", misread)
     model = write_checkpoint(tmp_path / "model", config_of("llama", num_hidden_layers=2, rope_theta=1e6))
     assert exported(model, tmp_path / "artifact")["passed"]
     command = ["export", str(model), "--out", str(tmp_path / "other"), "--verify", "transformers"]

@@ -12,7 +12,15 @@ from export.cli import main
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.model import Int8Options
-from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, open_artifact, sha256_of
+from runtime.artifact.manifest import (
+    DIALECT_FILES,
+    TRT_WEIGHTS,
+    WEIGHTS,
+    Artifact,
+    dialect_name,
+    open_artifact,
+    sha256_of,
+)
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.errors import InvalidSetting
 from tests.graph.test_export_parity import LOGIT_TOLERANCE, run_in_pieces, run_ragged
@@ -71,7 +79,7 @@ def test_fp32_equals_transformers(tmp_path: Path, variant: str, dialect: str) ->
         assert np.abs(tail - expected[cut + 8]).max() < LOGIT_TOLERANCE
 
 
-# A tiny model's logits reach 15, with steps of 0.008 in half precision; bfloat16 is checked widened, its weights only.
+# A tiny model's logits reach 15, with steps of 0.008 in half precision; bfloat16 is checked upcast, its weights only.
 @pytest.mark.parametrize(
     ("precision", "error"), [("fp16", 0.1), ("bf16", 0.3), ("w8a16", 0.6), ("w8a8", 1.5), ("w4a16", 6.0)]
 )
@@ -201,3 +209,4 @@ def test_the_command_line_takes_a_list(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([str(source), "--out", str(tmp_path / "a"), "--dialect", "ort,standard,trt"]) == 0
     assert "trt.ragged_error" in capsys.readouterr().out
     assert set(open_artifact(tmp_path / "a").manifest.dialects) == {"ort", "trt"}
+    assert [dialect_name(dialect) for dialect in DIALECT_FILES] == ["ort", "standard", "standard-21"]

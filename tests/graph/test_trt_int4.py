@@ -15,15 +15,15 @@ from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
 from export.graph.standard.linear import StandardLinear
 from export.graph.weights import Weight
-from export.model.architectures import parse_config
 from export.model.description import Linear, Part, Site
+from export.model.families.architectures import parse_config
 from export.pipeline.artifact_files import write_unverified
 from export.pipeline.calibrated import CalibrationInput, QuantizationOptions, calibrated_model
 from export.pipeline.export_model import ExportOptions, export_model
 from export.pipeline.graph_files import ExportPlan
 from export.quantize.int4.model import plan_of
-from export.quantize.layers import BlockLayer, QuantizedLayers
 from export.quantize.rounding.blocks import compensated_rows, nearest_rows, symmetric_scales
+from export.quantize.rounding.layers import BlockLayer, QuantizedLayers
 from export.schemes.forms import Blocks
 from export.schemes.registry import SCHEMES
 from export.schemes.scheme import Storage

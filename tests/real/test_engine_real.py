@@ -14,12 +14,12 @@ from export.artifact.writer import write_manifest
 from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
-from export.model.architectures import parse_config
 from export.model.description import LM_HEAD
+from export.model.families.architectures import parse_config
 from export.pipeline.artifact_files import write_unverified
 from export.pipeline.calibrated import CalibratedModel, CalibrationInput, QuantizationOptions, calibrated_model
 from export.pipeline.graph_files import ExportPlan
-from export.quantize.layers import Int8Layer
+from export.quantize.rounding.layers import Int8Layer
 from export.schemes.registry import SCHEMES
 from export.sources.open import open_checkpoint
 from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine

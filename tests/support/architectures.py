@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
-from export.checks.tensors import expected_tensors
+from export.model.checks.tensors import expected_tensors
 from export.model.description import ModelConfig
 
 _BASE: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calibration_data import CALIBRATION_GROUPS, calibration_records
-from export.model.architectures import ARCHITECTURES
+from export.model.families.architectures import ARCHITECTURES
 from export.schemes.registry import SCHEMES
 from headrace import VERBS
 from serve.observe.engine_metrics import ServerMetrics

@@ -23,9 +23,9 @@ MAY_IMPORT = {
 ROOMS = {
     "runtime": """errors progress machine settings core artifact session text grammar grammar.schema text.tools
         text.chat engine backends.cuda backends.ort backends.tensorrt backends text_model commands""",
-    "export": """storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
-        checks artifact verify calibration quantize.rounding quantize.statistics quantize.int8 quantize.int4 quantize
-        graph graph.portable pipeline tensorrt cli""",
+    "export": """schemes storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
+        model.families model.checks model.reference artifact verify calibration quantize.rounding quantize.statistics
+        quantize.int8 quantize.int4 quantize graph graph.ort graph.standard pipeline tensorrt cli""",
     "serve": "hosts fields replies settings access observe model_registry api app process cli",
 }
 MAX_ENTRIES = 13

@@ -30,7 +30,7 @@ from export.graph.types import numpy_type, onnx_type
 from export.graph.weights import GraphWeights
 from export.model.description import ModelConfig
 from export.model.walker import Stream, walk_block, walk_final_norm
-from export.quantize.layers import QuantizedLayers
+from export.quantize.rounding.layers import QuantizedLayers
 from export.quantize.statistics.kv_scales import KvScales
 from export.schemes.scheme import Storage
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.weights import Weight
-from export.quantize.layers import Int8Layer
+from export.quantize.rounding.layers import Int8Layer
 
 
 def int8_linear(g: GraphBuilder, x: ir.Value, weight: Weight, layer: Int8Layer, name: str) -> ir.Value:

@@ -14,7 +14,7 @@ from export.graph.types import onnx_type
 from export.graph.weights import GraphWeights, Weight
 from export.model.description import Block, Linear, Norm, NormKind
 from export.model.walker import Stream
-from export.quantize.layers import Int8Layer, QuantizedLayers
+from export.quantize.rounding.layers import Int8Layer, QuantizedLayers
 from export.schemes.scheme import Storage
 
 

@@ -20,9 +20,9 @@ from export.graph.builder import GraphBuilder
 from export.graph.types import numpy_type
 from export.graph.weights import Weight
 from export.model.description import Linear
-from export.quantize.layers import Int8Layer, QuantizedLayers
 from export.quantize.rounding.blocks import SMALLEST_SCALE, nearest_rows
 from export.quantize.rounding.int8 import Int8Rows
+from export.quantize.rounding.layers import Int8Layer, QuantizedLayers
 from export.schemes.forms import Blocks, Floats, Int8Products
 from export.schemes.scheme import Storage
 from export.schemes.weight_only import INT4_BLOCKS, INT4_SIZES

@@ -19,7 +19,7 @@ from export.graph.standard.decoder import StandardDecoderGraph
 from export.graph.standard.plain_attention import Opset21
 from export.graph.types import onnx_type
 from export.model.description import ModelConfig
-from export.quantize.layers import QuantizedLayers
+from export.quantize.rounding.layers import QuantizedLayers
 from export.schemes.scheme import Storage
 from runtime.artifact.manifest import DIALECT_FILES
 

@@ -35,7 +35,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.description import Linear, ModelConfig, Site
 from export.quantize.int4.rounding import LayerError, Plan, pieces_of, round_layers
 from export.quantize.int8.saved import Calibration
-from export.quantize.layers import BlockLayer, Layers, undecided
+from export.quantize.rounding.layers import BlockLayer, Layers, undecided
 from export.schemes.forms import Blocks
 from export.schemes.scheme import Storage
 from export.storage.blocks import check_divisible

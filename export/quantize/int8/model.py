@@ -22,7 +22,7 @@ from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights, smoothing_vectors
 from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config
-from export.quantize.layers import Int8Layer, Layers, undecided
+from export.quantize.rounding.layers import Int8Layer, Layers, undecided
 from export.quantize.statistics.collect import collect_statistics
 
 

@@ -119,6 +119,6 @@ def test_a_calibration_without_its_text_is_used_again_with_the_text_at_hand(
 def test_the_projects_own_text_is_found_again_by_itself(root: Path, tmp_path: Path) -> None:
     first, second = (["export", str(root / "model"), "--out", str(tmp_path / name), "--force"] for name in ("a", "b"))
     assert main([*first, *SMALL, "--calibration-text", "built-in"]) == 0
-    assert main([*second, "--precision", "w4a16", "--reuse-calibration", str(tmp_path / "a")]) == 0
+    assert main([*second, "--precision", "w4a16", "--calibration", str(tmp_path / "a")]) == 0
     account = json.loads((tmp_path / "b" / CALIBRATION).read_text())["provenance"]
     assert account["source"] == "built-in" and account["num_samples"] == 6

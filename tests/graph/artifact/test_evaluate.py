@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
-from export.model.architectures import parse_config
+from export.model.families.architectures import parse_config
 from export.model.reference.forward import run_reference
 from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.checkpoint.view import CheckpointView
-from export.model.architectures import parse_config
 from export.model.description import Site
+from export.model.families.architectures import parse_config
 from export.model.reference.forward import load_block
 from export.model.reference.operations import normed
 from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics

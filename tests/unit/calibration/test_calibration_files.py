@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from export.calibration import records as calibration_files
+from export.calibration.packing import Sample
 from export.calibration.records import Record, read_records
-from export.calibration.text_sampling import Sample
 from runtime.errors import InvalidSetting
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=200)

@@ -24,12 +24,15 @@ from export.calibration.encoder import RecordEncoder
 from export.calibration.packing import interleave, pack
 from export.calibration.records import Record
 from export.calibration.self_samples import sample_continuations
-from export.model.architectures import parse_config
+from export.model.families.architectures import parse_config
+from export.pipeline.artifact_files import sampler
+from export.pipeline.calibrated import CalibrationInput
+from export.pipeline.graph_files import ExportPlan
+from export.schemes.registry import SCHEMES
 from export.sources.open import open_checkpoint
 from headrace import main
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from tests.support.byte_tokenizer import BOS, CONFIG, EOS, byte_level_hf
-from tests.support.calibration_input import calibration_set_for
 from tests.support.fake_session import FakeSession
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
@@ -218,7 +221,12 @@ def test_self_writes_through_the_engine_of_an_exported_model(tmp_path: Path) -> 
         (directory / name).write_text(text, encoding="utf-8")
     checkpoint = open_checkpoint(directory)
     options = CalibrationOptions(source=SELF, num_samples=6, length=48)
-    calibration = calibration_set_for(options, checkpoint, parse_config(checkpoint.config), 256)
+    plan = ExportPlan(
+        checkpoint=checkpoint, config=parse_config(checkpoint.config), scheme=SCHEMES["w8a16"], max_len=256
+    )
+    calibration = CalibrationInput(
+        checkpoint=checkpoint, config=plan.config, max_len=256, generate=sampler(tmp_path, plan), workdir=tmp_path
+    ).read(options)
     assert [len(ids) for ids in calibration.sequences] == [48] * 6
     assert len({tuple(ids) for ids in calibration.sequences}) == 6
     assert calibration.provenance["source"] == SELF

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from export.model.architectures import parse_config
+from export.model.families.architectures import parse_config
 from export.model.reference.forward import run_reference
 from export.quantize.int8.rotation import RotatedCheckpoint, Rotation, rotated_config, stream_obstacle
 from tests.support.architectures import BEYOND_LLAMA, RandomCheckpoint

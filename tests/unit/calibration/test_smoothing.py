@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from export.model.architectures import parse_config
 from export.model.description import LM_HEAD, ModelConfig, Site
+from export.model.families.architectures import parse_config
 from export.model.reference.forward import run_reference
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config, smoothing_vector
 from tests.support.architectures import BEYOND_LLAMA, RandomCheckpoint

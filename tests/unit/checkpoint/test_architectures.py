@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.model.architectures import ARCHITECTURES, parse_config
+from export.model.families.architectures import ARCHITECTURES, parse_config
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.support.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3

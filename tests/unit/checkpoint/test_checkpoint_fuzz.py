@@ -15,8 +15,8 @@ from export.checkpoint.config_fields import READ_FIELDS
 from export.checkpoint.gguf.config import _KNOWN_KEYS, _NEUTRAL_VALUES, model_config
 from export.checkpoint.gguf.tokenizer import text_files
 from export.checkpoint.quantized.config import _READ, parse_quantization
-from export.checks.model_reading import read_model
-from export.model.architectures import parse_config
+from export.model.checks.model_reading import read_model
+from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf

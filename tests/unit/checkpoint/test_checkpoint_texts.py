@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from export.checks.model_reading import read_model
+from export.model.checks.model_reading import read_model
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import byte_level_hf

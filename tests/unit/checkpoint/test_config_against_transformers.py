@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from export.model.architectures import ARCHITECTURES, parse_config
 from export.model.description import Activation, Block, Mlp, ModelConfig
+from export.model.families.architectures import ARCHITECTURES, parse_config
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint
 from tests.support.tiny_checkpoint import LLAMA3, YARN

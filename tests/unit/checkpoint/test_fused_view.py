@@ -12,10 +12,13 @@ from safetensors.numpy import save_file
 from export.checkpoint.fused import FusedView, Split
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
+from export.model.checks.tensors import check_tensors
+from export.model.families.architectures import parse_config
 from export.schemes.forms import Blocks
 from export.storage.blocks import quantize_rows
 from export.storage.quantized_rows import ImportedRows
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
+from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 QKV = Split("self_attn.qkv_proj", (("self_attn.q_proj", 8), ("self_attn.k_proj", 4), ("self_attn.v_proj", 4)))
 GATE_UP = Split("mlp.gate_up_proj", (("mlp.gate_proj", None), ("mlp.up_proj", None)))
@@ -193,3 +196,17 @@ def test_a_directory_reads_rows_and_says_where_one_is_not_finite(tmp_path: Path)
     np.testing.assert_array_equal(view.load("x.self_attn.q_proj.weight"), weight[:8].astype(np.float32))
     with pytest.raises(InvalidCheckpoint, match=r"x\.self_attn\.qkv_proj\.weight\[8:12\]' holds nan at \[1, 2\]"):
         view.load("x.self_attn.k_proj.weight")
+
+
+def test_the_check_of_tensors_speaks_of_the_files_names(tmp_path: Path) -> None:
+    raw = config_of("llama")
+    plain = SafetensorsCheckpoint(write_checkpoint(tmp_path, raw))
+    config = parse_config(raw)
+    arrays = {name: plain.load(name) for name in plain.tensors}
+    gate, up = (arrays.pop(f"model.layers.0.mlp.{part}_proj.weight") for part in ("gate", "up"))
+    fused = "model.layers.0.mlp.gate_up_proj.weight"
+    check_tensors(FusedView(Arrays({**arrays, fused: np.concatenate([gate, up])}), (GATE_UP,)), config)
+    with pytest.raises(InvalidCheckpoint, match=r"there is no tensor model\.layers\.0\.mlp\.gate_up_proj\.weight;"):
+        check_tensors(FusedView(Arrays(arrays), (GATE_UP,)), config)
+    with pytest.raises(InvalidCheckpoint, match=r"gate_proj.weight \(.*gate_up_proj.weight in the file\) has"):
+        check_tensors(FusedView(Arrays({**arrays, fused: gate}), (GATE_UP,)), config)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from export.checkpoint.gguf.config import model_config
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.checkpoint.gguf.header import read_gguf_header
-from export.model.architectures import parse_config
+from export.model.families.architectures import parse_config
 from export.sources.default_model import default_model_file
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -58,6 +58,8 @@ def test_quantized_types_are_dequantized(
     assert checkpoint.tensors[name].dtype == kind.name
     expected = gguf.dequantize(gguf.quantize(tensors[name], kind), kind)
     np.testing.assert_array_equal(checkpoint.load(name), expected)
+    for tensor in checkpoint.tensors:  # rows of q_proj and k_proj are reordered, the others read on their own
+        np.testing.assert_array_equal(checkpoint.load_rows(tensor, 1, 3), checkpoint.load(tensor)[1:3], err_msg=tensor)
 
 
 def test_config_has_hugging_face_fields(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from export.checkpoint.quantized.gptq_awq import open_directory
-from export.checks.model_reading import read_model
-from export.checks.tensors import expected_tensors
-from export.model.architectures import parse_config
+from export.model.checks.model_reading import read_model
+from export.model.checks.tensors import expected_tensors
+from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.support.tiny_checkpoint import VARIANTS, config_of, shapes_of, write_checkpoint

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from runtime.artifact.manifest import Artifact
 
-_WIDENED = "widened.{file}"
+_UPCAST = "upcast.{file}"
 
 
 @contextmanager
@@ -21,10 +21,10 @@ def runnable(artifact: Artifact, dialect: str) -> Iterator[Artifact]:
     if contract.dtype != "bfloat16":
         yield artifact
         return
-    name = _WIDENED.format(file=manifest.dialects[dialect])
+    name = _UPCAST.format(file=manifest.dialects[dialect])
     file = artifact.path / name
     try:
-        file.write_bytes(_widened((artifact.path / manifest.dialects[dialect]).read_bytes()))
+        file.write_bytes(_upcast((artifact.path / manifest.dialects[dialect]).read_bytes()))
         wide = replace(contract, dtype="float32")
         dialects = {**manifest.dialects, dialect: name}
         yield replace(artifact, manifest=replace(manifest, dialects=dialects, kv=wide, trt_kv=wide))
@@ -32,7 +32,7 @@ def runnable(artifact: Artifact, dialect: str) -> Iterator[Artifact]:
         file.unlink(missing_ok=True)
 
 
-def _widened(model_bytes: bytes) -> bytes:
+def _upcast(model_bytes: bytes) -> bytes:
     """Every bfloat16 initializer gets a Cast behind it; casts to bfloat16, inputs and outputs become float32."""
     import onnx
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from export.checkpoint.protocol import Checkpoint
-from export.checks.tensors import check_tensors
-from export.checks.texts import check_texts
-from export.model.architectures import as_described, parse_config
+from export.model.checks.tensors import check_tensors
+from export.model.checks.texts import check_texts
 from export.model.description import ModelConfig
+from export.model.families.architectures import as_described, parse_config
 
 
 def read_model(checkpoint: Checkpoint) -> ModelConfig:

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 
+from export.checkpoint.config_fields import shown_names
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -51,19 +52,23 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     extra = [name for name in found if name not in expected and not _BUFFER.fullmatch(name)]
     unused = [name for name in extra if not _has_no_effect(checkpoint, name, expected, config)]
     if missing or unused:
-        missing = list(dict.fromkeys(map(checkpoint.stored_name, missing)))
-        raise InvalidCheckpoint(_told(config, missing, unused))
+        raise InvalidCheckpoint(_told(checkpoint, config, missing, unused))
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise InvalidCheckpoint(
-                f"{name} has the shape {list(found[name].shape)}, and config.json means {list(shape)}"
-                f"{_shape_advice(name, found[name].shape, config)}"
+                f"{_named(checkpoint, name)} has the shape {list(found[name].shape)}, and config.json means "
+                f"{list(shape)}{_shape_advice(name, found[name].shape, config)}"
             )
         if _NO_WEIGHTS.fullmatch(found[name].dtype):
             raise UnsupportedModel(
-                f"{name} is stored as {found[name].dtype}; supported: F32, F16 and BF16, and integers as GPTQ and AWQ "
-                "tools pack them"
+                f"{_named(checkpoint, name)} is stored as {found[name].dtype}; supported: F32, F16 and BF16, and "
+                "integers as GPTQ and AWQ tools pack them"
             )
+
+
+def _named(checkpoint: Checkpoint, name: str) -> str:
+    stored = checkpoint.stored_name(name)
+    return name if stored == name else f"{name} ({stored} in the file)"
 
 
 def _has_no_effect(
@@ -94,20 +99,16 @@ def _hash_of(checkpoint: Checkpoint, name: str) -> bytes:
     return hashlib.blake2b(checkpoint.load(name).data).digest()
 
 
-def _told(config: ModelConfig, missing: list[str], unused: list[str]) -> str:
-    """What is missing, what is there instead, and what to do about the most likely cause."""
+def _told(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], unused: list[str]) -> str:
+    """What is missing, what is there instead, by the names in the files, and what to do about the most likely cause."""
+    gone, extra = (list(dict.fromkeys(map(checkpoint.stored_name, names))) for names in (missing, unused))
     parts = []
     if missing:
-        parts.append(f"there is no tensor {_some(missing)}")
+        parts.append(f"there is no tensor {shown_names(gone)}")
     if unused:
-        parts.append(f"a {config.model_type} model with this config.json has no place for {_some(unused)}")
+        parts.append(f"a {config.model_type} model with this config.json has no place for {shown_names(extra)}")
     advice = next((text for applies, text in _CAUSES if applies(config, missing, unused)), None)
     return "; ".join((*parts, advice or "config.json belongs to another model, or the checkpoint is not whole"))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _any(names: Iterable[str], *parts: str) -> bool:
