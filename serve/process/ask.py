@@ -1,6 +1,6 @@
-"""One question to a running server over HTTP, printed as it is answered: what `make run` ends with.
+"""`--ask`: send one question to a running server over HTTP and print the answer as it arrives. `make run` uses it.
 
-A client like any other; knows nothing of the server but its URL and OpenAI's API.
+An ordinary client: knows only the server's URL and OpenAI's API.
 """
 
 import http.client
@@ -11,16 +11,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 MAX_TOKENS = 200
-"""Enough for a paragraph; a small model that does not find an end would fill the context."""
+"""Enough for a paragraph. A small model that never ends would fill the context."""
 TIMEOUT_S = 120.0
 
 
 class AskFailedError(Exception):
-    """The server did not answer; the message says how."""
+    """The server did not answer; the message says why."""
 
 
 def ask(url: str, model_name: str, question: str, write: Callable[[str], object]) -> None:
-    """Send one chat request, write question, answer and speed. Raises AskFailedError."""
+    """Send one chat request; write the question, the answer and the speed. Raises AskFailedError."""
     write(f"\n> {question}\n\n")
     body = {
         "model": model_name,
@@ -47,7 +47,7 @@ def ask(url: str, model_name: str, question: str, write: Callable[[str], object]
 
 
 def _speed(num_tokens: int, sent_s: float, first_s: float | None, last_s: float | None) -> str:
-    """Tokens, time to the first one, and the rate after it."""
+    """The number of tokens, the time to the first token, and the rate after it."""
     if first_s is None or last_s is None:
         return f"{num_tokens} tokens, no text"
     text = f"{num_tokens} tokens, the first after {first_s - sent_s:.2f} s"
