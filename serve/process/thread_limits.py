@@ -31,8 +31,8 @@ def threads_for(num_connections: int, root: Path = Path("/")) -> int:
     num_threads = min(num_connections, max(LEAST_THREADS, min(rooms, default=num_connections + spare) - spare))
     if num_threads < num_connections:
         log.warning(
-            "at most %d requests are answered at once, on %d connections: the system allows %d more threads "
-            "(pids.max, ulimit -u), and %d of them are for other work",
+            "at most %d requests are answered at once, on %d connections: the system leaves %d threads (pids.max, "
+            "ulimit -u), and %d of them are for other work",
             *(num_threads, num_connections, min(rooms), spare),
         )
     return num_threads
