@@ -17,7 +17,7 @@ from typing import Any
 from runtime.errors import HeadraceError, InvalidSetting, ModelNotFound, Unavailable
 from runtime.machine.freed_memory import give_back_freed
 from runtime.text_model import TextModel
-from serve.fields.tables import shown
+from serve.fields.checks import shown
 from serve.observe.engine_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)

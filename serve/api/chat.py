@@ -8,8 +8,8 @@ from runtime.errors import InvalidRequest
 from runtime.text.tools.formats import Tool
 from runtime.text_model import TextModel
 from serve.api.replying import Context, blaming, check_choices, lease_model, noted, read_json, respond, start
+from serve.fields.reading import note_ignored
 from serve.fields.requests import ChatRequest, read_chat
-from serve.fields.tables import note_ignored
 from serve.fields.tools import objects_for_text
 from serve.replies.openai import ChatShape
 

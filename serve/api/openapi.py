@@ -15,10 +15,11 @@ from runtime.core import RANGES, SamplingParams
 from serve.access.middleware import OPEN_ROUTES
 from serve.api.replying import Context
 from serve.api.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+from serve.fields.checks import integer, number
 from serve.fields.ignored import HEADER
+from serve.fields.reading import Field, table_schema
 from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.fields.sampling import SAMPLING_NAMES
-from serve.fields.tables import Field, integer, number, table_schema
 from serve.replies.schemas import REPLIES, TEXT, Json, ref
 
 OPENAPI_VERSION = "3.2.0"
@@ -163,7 +164,7 @@ def _closed(schema: Any) -> Any:
 
 
 def _at_most_64_bits(bound: float) -> float:
-    """A bound that the check of integers (serve/fields/tables.py) lets through: it leaves out -2**63."""
+    """A bound that the check of integers (serve/fields/reading.py) lets through: it leaves out -2**63."""
     return max(bound, 1 - 2**63)
 
 

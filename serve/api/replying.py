@@ -18,8 +18,8 @@ from serve.access.errors import error_body, kind_of
 from serve.access.middleware import Access, current_record, on_end
 from serve.access.record import RequestRecord
 from serve.api.bodies import read_body
+from serve.fields.reading import read_object, reading
 from serve.fields.requests import GenerationRequest
-from serve.fields.tables import read_object, reading
 from serve.model_registry import ModelRegistry
 from serve.observe.http_metrics import HttpMetrics
 from serve.replies.choices import Choices, Client, ClientGoneError, submit

@@ -10,7 +10,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from serve.access.errors import error_response
-from serve.fields.tables import shown
+from serve.fields.checks import shown
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -7,10 +7,11 @@ from flask import Blueprint, Response, jsonify, request
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
 from serve.api.replying import Context, blaming, lease_model, noted, read_json
-from serve.fields.classes import DETOKENIZE, TOKENIZE, table
+from serve.fields.checks import boolean, integer, list_of, string
+from serve.fields.foreign import DETOKENIZE, TOKENIZE, table
 from serve.fields.messages import read_messages
 from serve.fields.prompt import CHAT_TEMPLATE_FIELDS, chat_options
-from serve.fields.tables import Field, boolean, integer, list_of, read_fields, string
+from serve.fields.reading import Field, read_fields
 from serve.fields.tools import tools
 
 MAX_TOKENS = 2**20
