@@ -1,4 +1,4 @@
-"""`headrace serve`: flags in, a running server out. Flask and gunicorn wait until the flags are right."""
+"""`headrace serve`: from flags to a running server. Flask and gunicorn are imported after the flags are checked."""
 
 import argparse
 import sys
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `headrace serve`, those of the settings classes included."""
-    parser = argparse.ArgumentParser(prog="headrace serve", description="Serve artifacts over HTTP, as OpenAI's API.")
+    parser = argparse.ArgumentParser(prog="headrace serve", description="Serve artifacts over HTTP with OpenAI's API.")
     parser.add_argument("artifact", nargs="?", help="directory that `headrace export` wrote")
     parser.add_argument(
-        "--model", action="append", default=[], metavar="NAME=PATH", help="a further artifact; may be repeated"
+        "--model", action="append", default=[], metavar="NAME=PATH", help="another artifact; may be repeated"
     )
-    parser.add_argument("--name", help="name clients use for the first artifact, by default its own")
-    parser.add_argument("--allow-failed", action="store_true", help="serve even if the receipt says the gate failed")
+    parser.add_argument("--name", help="the first artifact's name for clients, by default its own name")
+    parser.add_argument(
+        "--allow-failed", action="store_true", help="serve an artifact even if its receipt says that a check failed"
+    )
     parser.add_argument("--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer")
     add_flags(parser, ServerSettings)
     add_flags(parser, EngineSettings)
@@ -36,9 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) -> int:
-    """Run the server; the exit code is 0 after a signal, 2 if it could not start.
+    """Run the server; return 0 after a signal, 2 if it could not start.
 
-    `backends` are what --device chooses from, by default those of runtime/backends/select.py.
+    `backends` are the choices for --device, by default those of runtime/backends/select.py.
     """
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
@@ -57,7 +59,7 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
 def _source(
     name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
 ) -> "ModelSource":
-    """How to open one artifact, and to see whether it has changed since."""
+    """How to open one artifact, and how to see whether it has changed."""
     from serve.model_registry import ModelSource
 
     opened: list[MemoryUse] = []
@@ -78,7 +80,7 @@ def _source(
 
 
 def like_before(engine: EngineSettings, before: "MemoryUse") -> EngineSettings:
-    """Settings of a reload: while the old model still holds its caches, what is free says too little."""
+    """Settings for a reload: sizes of caches as before, because the old model's caches still take memory."""
     return replace(
         engine,
         kv_memory=engine.kv_memory or before.kv_bytes,
@@ -87,20 +89,20 @@ def like_before(engine: EngineSettings, before: "MemoryUse") -> EngineSettings:
 
 
 def stamp_of(artifact: Path) -> object:
-    """What changes when an artifact is exported again or gets an engine: the manifest's bytes, and which engines there
-    are. Raises InvalidArtifact if there is no manifest."""
+    """A value that changes when an artifact is exported again or gets a TensorRT engine: the manifest's bytes and the
+    engine files. Raises InvalidArtifact if there is no manifest."""
     from runtime.artifact.plan_files import ENGINES
 
     try:
         manifest = (artifact / "manifest.json").read_bytes()
         engines = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in artifact.glob(f"{ENGINES}/*")]
     except OSError as error:
-        raise InvalidArtifact(f"{artifact} is no artifact any more: {error}") from error
+        raise InvalidArtifact(f"{artifact} is not an artifact any more: {error}") from error
     return manifest, sorted(engines)
 
 
 def read_paths(args: argparse.Namespace) -> dict[str, str]:
-    """Name and path of every artifact, the first one the default. Raises InvalidSetting, InvalidArtifact."""
+    """The path of every artifact by its name; the first is the default. Raises InvalidSetting, InvalidArtifact."""
     from runtime.artifact.manifest import open_artifact
 
     paths: dict[str, str] = {}
@@ -109,7 +111,7 @@ def read_paths(args: argparse.Namespace) -> dict[str, str]:
         manifest = open_artifact(args.artifact, allow_failed=args.allow_failed, check_hashes=False).manifest
         paths[args.name or manifest.name] = args.artifact
     elif args.name is not None:
-        raise InvalidSetting("--name names the artifact that is given without --model; write --model NAME=PATH instead")
+        raise InvalidSetting("--name is for the artifact given without --model; write --model NAME=PATH instead")
     for word in args.model:
         name, sign, path = word.partition("=")
         if not (name and sign and path):
@@ -126,7 +128,7 @@ def read_paths(args: argparse.Namespace) -> dict[str, str]:
 
 
 def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: bool) -> list[EngineSettings]:
-    """Settings for each model: with several of them, a share of the default caches; see MemoryShare."""
+    """The settings for each model. Several models share the memory for caches; see MemoryShare."""
     if len(paths) == 1:
         return [engine]
     from runtime.artifact.manifest import open_artifact
@@ -149,11 +151,11 @@ def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: 
 def serve(
     sources: "Mapping[str, ModelSource]", server: ServerSettings, engine: EngineSettings, *, question: str | None = None
 ) -> int:
-    """Bind, load in a worker, announce, serve. Raises InvalidSetting if the address cannot be had, or must not."""
+    """Bind the address, load the models in a worker, announce them, serve. Raises InvalidSetting for a bad address."""
     from serve.hosts import check_exposure
     from serve.process.wsgi import listen, run_server
 
-    # More choices than the queue holds would be refused as overload, however often the client tries again.
+    # A request with more choices than the queue holds could never be accepted.
     server = replace(server, max_choices=min(server.max_choices, max(1, engine.max_waiting)))
     listener = listen(server.host, server.port)
     check_exposure(server.host, has_keys=server.api_keys is not None, allow_anonymous=server.allow_anonymous)
@@ -168,7 +170,7 @@ def _announcer(listener: "Listener", question: str | None) -> "Callable[[ModelRe
             sys.stdout.write(f"Headrace is serving {model.name} at {url} ({model.describe()})\n")
         sys.stdout.flush()
         if question is not None:
-            # In a thread: what called this has other things to do.
+            # In a thread, so that the caller can go on.
             threading.Thread(target=_ask, args=(url, models.default.name, question), name="ask", daemon=True).start()
 
     return announce

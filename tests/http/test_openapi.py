@@ -186,7 +186,7 @@ def test_tokenize_and_back(client: FlaskClient) -> None:
     [
         ("/tokenize", {}, "either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "either prompt or messages"),
-        ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "goes with prompt"),
+        ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "needs prompt"),
         ("/detokenize", {"tokens": [1, 258]}, "258"),
         ("/detokenize", {"tokens": [-1]}, "-1"),
     ],
