@@ -232,7 +232,7 @@ def test_a_name_cannot_be_in_two_classes() -> None:
 
 def listed(heading: str) -> dict[str, set[str]]:
     """Names by place, as the README lists them below a heading."""
-    section = re.split(r"\n(?=\*\*)", README.partition(f"\n**{heading}")[2])[0]
+    section = README.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
     items = re.findall(r"^- (.*(?:\n  .*)*)", section, re.MULTILINE)
     places = (re.sub(r"\s+", " ", item).partition(": ") for item in items)
     return {place.strip("`"): set(re.findall(r"`[^`]+`(?: \([^)]*\))?", names)) for place, _, names in places}
@@ -251,7 +251,7 @@ def test_the_readme_lists_every_row_and_no_other() -> None:
     }
     both = supported[CHAT] & supported[COMPLETION]
     supported |= {"both requests": both, CHAT: supported[CHAT] - both, COMPLETION: supported[COMPLETION] - both}
-    assert listed("Supported.") == supported
+    assert listed("Supported") == supported
     for heading, tables in (("Ignored", IGNORED), ("Refused", REFUSED)):
         expected = {place: {written(row) for row in found} for place, found in tables.items()}
         expected["both requests"] = expected.pop(REQUEST)
