@@ -237,9 +237,7 @@ def _without_paths(receipt: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Make one bundle. Return 2, after one line, if that fails."""
-    parser = argparse.ArgumentParser(
-        prog="bundle.py", description="Pack an artifact with all that a device needs to serve it."
-    )
+    parser = argparse.ArgumentParser(prog="bundle.py", description="Pack an artifact with all that a device needs.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--device", required=True, help=", ".join(STACKS))
     parser.add_argument("--out", type=Path, default=Path("dist"))

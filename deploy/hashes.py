@@ -32,8 +32,8 @@ def with_hashes(lines: Sequence[str], *, platform: str, python: str, is_closed: 
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["uv said nothing"]
         raise InvalidSetting(
-            f"the packages' hashes cannot be read: {said[0]}; is uv installed (pip install 'headrace[bundle]') and the index "
-            "reachable?"
+            f"no hashes of the packages: {said[0]}; is uv installed (pip install 'headrace[bundle]') and the package "
+            "index reachable?"
         )
     return done.stdout
 
