@@ -2,11 +2,11 @@
 
 usage: python benchmarks/concurrency.py ARTIFACT [ARTIFACT ...] [--requests 32] [--prompt 32] [--new-tokens 128]
 
-Random prompts, greedy, without the end-of-text token, so that every run generates the same number of tokens (over
-HTTP they are counted). The HTTP side is a real `headrace serve` on a free loopback port with streamed completions, stopped by
-its process id. The clients are threads of plain http.client, which use little of the cores they share with the server.
-Each round measures each way in turn. The table has medians over the rounds, and ratios within a round. Takes about five
-minutes for each artifact. Prints a table, then one JSON line.
+Random prompts, greedy, without the end-of-text token, so that every run generates the same number of tokens (over HTTP
+they are counted). The HTTP side is a real `headrace serve` on a free loopback port with streamed completions, stopped
+by its process id. The clients are threads of plain http.client, which use little of the cores they share with the
+server. Each round measures each way in turn. The table has medians over the rounds, and ratios within a round. Takes
+about five minutes for each artifact. Prints a table, then one JSON line.
 """
 
 import argparse
