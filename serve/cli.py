@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import InvalidArtifact, InvalidSetting
+from runtime.errors import HeadraceError, InvalidArtifact, InvalidSetting
 from runtime.settings import EngineSettings, SharedSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-failed", action="store_true", help="serve an artifact even if its receipt says that a check failed"
     )
-    parser.add_argument("--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer")
+    parser.add_argument("--ask", metavar="TEXT", help="when ready, ask the first model this and print the answer")
     add_flags(parser, ServerSettings)
     add_flags(parser, EngineSettings)
     return parser
@@ -171,19 +171,20 @@ def _announcer(listener: "Listener", question: str | None) -> "Callable[[ModelRe
         sys.stdout.flush()
         if question is not None:
             # In a thread, so that the caller can go on.
-            threading.Thread(target=_ask, args=(url, models.default.name, question), name="ask", daemon=True).start()
+            model = models.loaded()[0]
+            threading.Thread(target=_ask, args=(model, question, url), name="ask", daemon=True).start()
 
     return announce
 
 
-def _ask(url: str, model_name: str, question: str) -> None:
-    from serve.process.ask import AskFailedError, ask
+def _ask(model: "TextModel", question: str, url: str) -> None:
+    from serve.process.ask import ask
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     try:
-        ask(url, model_name, question, write)
-    except AskFailedError as error:
+        ask(model, question, url, write)
+    except HeadraceError as error:
         sys.stderr.write(f"headrace serve: --ask: {error}\n")

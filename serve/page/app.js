@@ -47,7 +47,7 @@ async function answer(wanted) {
   setRunning(new AbortController(), message);
   try {
     const reason = await stream({ model: element("model").value, messages, ...wanted }, message);
-    if (reason === "length") message.note("Cut: the answer reached "Most tokens" of the settings.");
+    if (reason === "length") message.note("Cut: the answer reached the limit of tokens in the settings.");
     conversation.push({ role: "assistant", content: message.text });
     return "whole";
   } catch (error) {

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.replies.choices import Choices
-from serve.replies.tools import ToolDeltas, add_delta, close_message, open_message
+from serve.replies.tools import ToolDeltas
 from serve.replies.unenforced import AnswerChecks
 
 Json = dict[str, Any]
@@ -219,14 +219,26 @@ class ChatShape(ReplyShape):
             yield self._chunk(index, {"delta": {}}, None, reason)
 
     def _opened(self, piece: Json) -> Json:
-        message = open_message(piece["delta"])
+        message = {**piece["delta"], "content": [piece["delta"]["content"]]}
         return {"index": piece["index"], "message": message, "logprobs": None, "finish_reason": None}
 
     def _grow(self, choice: Json, piece: Json) -> None:
-        add_delta(choice["message"], piece["delta"])
+        message, delta = choice["message"], piece["delta"]
+        message["content"].append(delta.get("content", ""))
+        for part in delta.get("tool_calls", ()):
+            calls = message.setdefault("tool_calls", [])
+            if part["index"] == len(calls):
+                function = {"name": part["function"]["name"], "arguments": [part["function"]["arguments"]]}
+                calls.append({"id": part["id"], "type": part["type"], "function": function})
+            else:
+                calls[part["index"]]["function"]["arguments"].append(part["function"]["arguments"])
 
     def _close(self, choice: Json) -> None:
-        close_message(choice["message"])
+        message = choice["message"]
+        content, calls = "".join(message["content"]), message.get("tool_calls", ())
+        for call in calls:
+            call["function"]["arguments"] = "".join(call["function"]["arguments"])
+        message["content"] = None if calls and not content else content
 
     def _logprobs(self, event: TokenEvent) -> Json:
         assert event.token_id is not None and event.logprob is not None

@@ -1,4 +1,4 @@
-"""Tool calls in replies: from the text of a choice to the deltas of a stream, and from those to a message.
+"""Tool calls in replies: from the text of a choice to the deltas of a stream.
 
 Knows OpenAI's shapes. `runtime/text/tools/parser.py` finds the calls.
 """
@@ -49,28 +49,3 @@ class ToolDeltas:
         call_id = random[:SHORT_ID_LEN] if self._has_short_ids else f"call_{random[:24]}"
         function = {"name": piece.name, "arguments": ""}
         return {"index": piece.call_idx, "id": call_id, "type": "function", "function": function}
-
-
-def open_message(delta: Json) -> Json:
-    """An open message, from the first delta of its stream. Its texts are lists of parts until it is closed."""
-    return {**delta, "content": [delta["content"]]}
-
-
-def add_delta(message: Json, delta: Json) -> None:
-    """Add one delta to an open message."""
-    message["content"].append(delta.get("content", ""))
-    for part in delta.get("tool_calls", ()):
-        calls = message.setdefault("tool_calls", [])
-        if part["index"] == len(calls):
-            function = {"name": part["function"]["name"], "arguments": [part["function"]["arguments"]]}
-            calls.append({"id": part["id"], "type": part["type"], "function": function})
-        else:
-            calls[part["index"]]["function"]["arguments"].append(part["function"]["arguments"])
-
-
-def close_message(message: Json) -> None:
-    """Join the texts. A message with calls only has no content."""
-    content = "".join(message["content"])
-    for call in message.get("tool_calls", ()):
-        call["function"]["arguments"] = "".join(call["function"]["arguments"])
-    message["content"] = None if message.get("tool_calls") and not content else content
