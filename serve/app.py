@@ -22,7 +22,7 @@ from serve.api.routes import register_routes
 from serve.api.status import add_status_route
 from serve.api.tokenize import add_tokenize_routes
 from serve.model_registry import ModelRegistry
-from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.engine_metrics import EngineMetrics
 from serve.observe.http_metrics import HttpMetrics
 from serve.observe.logs import write_access_line
 from serve.observe.traces import Traces
@@ -59,7 +59,7 @@ class Application(Flask):
 def create_app(
     models: ModelRegistry | TextModel,
     settings: ServerSettings | None = None,
-    metrics: ServerMetrics | None = None,
+    metrics: EngineMetrics | None = None,
     access: Access | None = None,
     traces: Traces | None = None,
 ) -> Flask:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runtime.backends.select import Backend
     from runtime.text_model import MemoryUse, TextModel
     from serve.model_registry import ModelRegistry, ModelSource
-    from serve.observe.engine_metrics import ServerMetrics
+    from serve.observe.engine_metrics import EngineMetrics
     from serve.process.wsgi import Listener
 
 
@@ -64,7 +64,7 @@ def _source(
 
     opened: list[MemoryUse] = []
 
-    def open_model(metrics: "ServerMetrics") -> "TextModel":
+    def open_model(metrics: "EngineMetrics") -> "TextModel":
         from runtime.text_model import open_text_model
 
         settings = like_before(engine, opened[-1]) if opened else engine

@@ -19,11 +19,11 @@ from runtime.errors import HeadraceError, InvalidSetting, ModelNotFound, Unavail
 from runtime.machine.freed_memory import give_back_freed
 from runtime.text_model import TextModel
 from serve.fields.checks import shown
-from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.engine_metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
 
-OpenModel = Callable[[ServerMetrics], TextModel]
+OpenModel = Callable[[EngineMetrics], TextModel]
 """Opens a model, which is not started yet. The metrics observe it."""
 
 
@@ -51,7 +51,7 @@ class LoadedModel:
 class ServedModel:
     """A name, how to open its model, and the current model."""
 
-    def __init__(self, name: str, source: ModelSource, metrics: ServerMetrics) -> None:
+    def __init__(self, name: str, source: ModelSource, metrics: EngineMetrics) -> None:
         self.name = name
         self.source = source
         self.metrics = metrics
@@ -86,13 +86,13 @@ class ModelRegistry:
         assert sources
         self.aliases = _read_aliases(aliases, list(sources))
         self.takes_any_name = takes_any_name
-        self.served = {name: ServedModel(name, source, ServerMetrics()) for name, source in sources.items()}
+        self.served = {name: ServedModel(name, source, EngineMetrics()) for name, source in sources.items()}
         self._changed = threading.Condition()
         self._reloading = threading.Lock()
         self._is_closing = False
 
     @classmethod
-    def of_one(cls, model: TextModel, metrics: ServerMetrics | None = None, **names: Any) -> "ModelRegistry":
+    def of_one(cls, model: TextModel, metrics: EngineMetrics | None = None, **names: Any) -> "ModelRegistry":
         """A registry of one model that is already started. `metrics` is its observer; `names` are arguments of the
         constructor."""
         registry = cls({model.name: ModelSource(lambda _: model)}, **names)
@@ -220,7 +220,7 @@ class ModelRegistry:
         """Why engines have failed."""
         return [model.failure for model in self.loaded() if model.failure is not None]
 
-    def metrics_and_stats(self) -> list[tuple[str, ServerMetrics, Any]]:
+    def metrics_and_stats(self) -> list[tuple[str, EngineMetrics, Any]]:
         """For each model: name, metrics and the engine's stats (None before it is loaded)."""
         return [
             (name, served.metrics, served.model.stats() if served.model is not None else None)

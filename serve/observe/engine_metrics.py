@@ -14,7 +14,7 @@ REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 
-class ServerMetrics:
+class EngineMetrics:
     """The `EngineObserver` of one model. Every method may be called from any thread."""
 
     def __init__(self) -> None:

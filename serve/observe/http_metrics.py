@@ -14,9 +14,9 @@ from prometheus_client.registry import Collector
 from runtime.core import EngineStats
 from runtime.grammar.schema.check import Outcome
 from serve.fields.ignored import label
-from serve.observe.engine_metrics import REQUEST_BUCKETS, ServerMetrics
+from serve.observe.engine_metrics import REQUEST_BUCKETS, EngineMetrics
 
-ModelFigures = tuple[str, ServerMetrics, EngineStats | None]
+ModelFigures = tuple[str, EngineMetrics, EngineStats | None]
 
 
 class HttpMetrics:
