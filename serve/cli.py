@@ -3,7 +3,7 @@
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from runtime.text_model import MemoryUse, TextModel
     from serve.model_registry import ModelRegistry, ModelSource
     from serve.observe.engine_metrics import EngineMetrics
-    from serve.process.wsgi import Listener
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -159,22 +158,17 @@ def serve(
     server = replace(server, max_choices=min(server.max_choices, max(1, engine.max_waiting)))
     listener = listen(server.host, server.port)
     check_exposure(server.host, has_keys=server.api_keys is not None, allow_anonymous=server.allow_anonymous)
-    return run_server(sources, listener, server, on_ready=_announcer(listener, question))
+    return run_server(sources, listener, server, on_ready=lambda models: _announce(models, listener.url, question))
 
 
-def _announcer(listener: "Listener", question: str | None) -> "Callable[[ModelRegistry], None]":
-    url = listener.url
-
-    def announce(models: "ModelRegistry") -> None:
-        for model in models.loaded():
-            sys.stdout.write(f"Headrace is serving {model.name} at {url} ({model.describe()})\n")
-        sys.stdout.flush()
-        if question is not None:
-            # In a thread, so that the caller can go on.
-            model = models.loaded()[0]
-            threading.Thread(target=_ask, args=(model, question, url), name="ask", daemon=True).start()
-
-    return announce
+def _announce(models: "ModelRegistry", url: str, question: str | None) -> None:
+    for model in models.loaded():
+        sys.stdout.write(f"Headrace is serving {model.name} at {url} ({model.describe()})\n")
+    sys.stdout.flush()
+    if question is not None:
+        # In a thread, so that the caller can go on.
+        model = models.loaded()[0]
+        threading.Thread(target=_ask, args=(model, question, url), name="ask", daemon=True).start()
 
 
 def _ask(model: "TextModel", question: str, url: str) -> None:

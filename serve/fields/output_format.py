@@ -24,7 +24,7 @@ from serve.fields.checks import (
     string,
 )
 from serve.fields.foreign import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
-from serve.fields.reading import Field, fields_of, object_of
+from serve.fields.reading import Field, at_path, fields_of, object_of
 
 MAX_CHOICES = 5000
 ANY_OBJECT = {"type": "object"}
@@ -71,8 +71,6 @@ JSON_SCHEMA_FIELDS = table(
     # Whether a keyword that a grammar cannot enforce is refused, or checked when the answer is complete.
     Field("strict", boolean),
 )
-
-
 RESPONSE_FORMAT_FIELDS = table(
     RESPONSE_FORMAT,
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
@@ -98,64 +96,60 @@ def response_format(found: Json, path: str) -> Constraint | None:
     return schema_constraint(schema, param="response_format", is_strict=wanted.get("strict", False))
 
 
-STRUCTURED_FIELDS = table(
-    STRUCTURED,
-    Field("json", _schema_or_text),
-    Field("json_object", boolean),
-    Field("regex", some_text),
-    Field("choice", _choices),
-    Field("grammar", some_text),
-)
-STRUCTURED_KINDS = {
-    "json": ConstraintKind.JSON_SCHEMA,
-    "json_object": ConstraintKind.JSON_SCHEMA,
-    "regex": ConstraintKind.REGEX,
-    "choice": ConstraintKind.CHOICE,
-    "grammar": ConstraintKind.GRAMMAR,
-}
-
-
-@object_of(STRUCTURED_FIELDS)
-def structured_outputs(found: Json, path: str) -> Constraint:
-    """vLLM's field: an object with exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."""
-    if found.get("json_object") is False:
-        del found["json_object"]
-    if len(found) != 1:
-        raise MismatchError(f"an object with exactly one of {', '.join(STRUCTURED_KINDS)}")
-    ((name, source),) = found.items()
-    param = f"{path}.{name}"
-    if STRUCTURED_KINDS[name] is ConstraintKind.JSON_SCHEMA:
-        return schema_constraint(ANY_OBJECT if name == "json_object" else source, param=param)
-    return Constraint(STRUCTURED_KINDS[name], source, param)
-
-
-def _form(name: str, kind: ConstraintKind, check: Check) -> Field:
-    """A row whose value is the constraint itself. Empty text means no constraint, where text is valid: some programs
-    always send all their fields."""
+def _form(name: str, kind: ConstraintKind, check: Check, *, is_optional: bool = False) -> Field:
+    """A row whose value becomes a constraint. `is_optional`: empty text means none, because some programs always send
+    all their fields."""
     schema = schema_of(check)
-    takes_text = "string" in schema["type"]
+    if is_optional:
+        schema.pop("minLength", None)
 
-    @described(**{key: value for key, value in schema.items() if key != "minLength"})
-    def read(value: Any) -> Constraint | None:
-        if takes_text and value == "":
+    @at_path(**schema)
+    def read(value: Any, path: str) -> Constraint | None:
+        if is_optional and value == "" and "string" in schema["type"]:
             return None
         found = check(value)
         is_schema = kind is ConstraintKind.JSON_SCHEMA
-        return schema_constraint(found, param=name) if is_schema else Constraint(kind, found, name)
+        return schema_constraint(found, param=path) if is_schema else Constraint(kind, found, path)
 
     return Field(name, read)
+
+
+@at_path(type="boolean")
+def _any_json(value: Any, path: str) -> Constraint | None:
+    return schema_constraint(ANY_OBJECT, param=path) if boolean(value) else None
+
+
+STRUCTURED_NAMES = ("json", "json_object", "regex", "choice", "grammar")
+STRUCTURED_FIELDS = table(
+    STRUCTURED,
+    _form("json", ConstraintKind.JSON_SCHEMA, _schema_or_text),
+    Field("json_object", _any_json),
+    _form("regex", ConstraintKind.REGEX, some_text),
+    _form("choice", ConstraintKind.CHOICE, _choices),
+    _form("grammar", ConstraintKind.GRAMMAR, some_text),
+)
+
+
+@object_of(STRUCTURED_FIELDS)
+def structured_outputs(found: Json, _: str) -> Constraint:
+    """vLLM's field: an object with exactly one of STRUCTURED_NAMES."""
+    forms = [form for form in found.values() if form is not None]
+    if len(forms) != 1:
+        raise MismatchError(f"an object with exactly one of {', '.join(STRUCTURED_NAMES)}")
+    only: Constraint = forms[0]
+    return only
 
 
 OUTPUT_FIELDS = (
     Field("response_format", response_format),
     Field("structured_outputs", structured_outputs),
     # vLLM's older names, and llama.cpp's.
-    _form("guided_json", ConstraintKind.JSON_SCHEMA, _schema_or_text),
-    _form("guided_regex", ConstraintKind.REGEX, some_text),
-    _form("guided_choice", ConstraintKind.CHOICE, _choices),
-    _form("guided_grammar", ConstraintKind.GRAMMAR, some_text),
-    _form("json_schema", ConstraintKind.JSON_SCHEMA, _schema_or_text),
-    _form("grammar", ConstraintKind.GRAMMAR, some_text),
+    _form("guided_json", ConstraintKind.JSON_SCHEMA, _schema_or_text, is_optional=True),
+    _form("guided_regex", ConstraintKind.REGEX, some_text, is_optional=True),
+    _form("guided_choice", ConstraintKind.CHOICE, _choices, is_optional=True),
+    _form("guided_grammar", ConstraintKind.GRAMMAR, some_text, is_optional=True),
+    _form("json_schema", ConstraintKind.JSON_SCHEMA, _schema_or_text, is_optional=True),
+    _form("grammar", ConstraintKind.GRAMMAR, some_text, is_optional=True),
 )
 
 

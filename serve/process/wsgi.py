@@ -104,7 +104,7 @@ def run_server(
     `sources` says how to open each model, by name. The worker opens them; an error at the start ends the server.
     `on_ready` is called in the worker when all models are loaded. Health checks are answered before that.
     """
-    access = Access(_read_key_ring(settings))
+    access = Access(None if settings.api_keys is None else KeyRing(read_keys(Path(settings.api_keys))))
     endpoint_of(settings.otlp_endpoint)
     _allow_open_files(settings.max_connections)
     configure_logging(settings.log_format)
@@ -116,10 +116,6 @@ def run_server(
     except SystemExit as end:  # what gunicorn itself failed at; a server that has run ends in `halt`
         return end.code if isinstance(end.code, int) else 1
     return 0
-
-
-def _read_key_ring(settings: ServerSettings) -> KeyRing | None:
-    return None if settings.api_keys is None else KeyRing(read_keys(Path(settings.api_keys)))
 
 
 def _allow_open_files(num_connections: int) -> None:
