@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from runtime.settings import EngineSettings, SharedSettings, add_flags, from_nam
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from runtime.artifact.manifest import Artifact
     from runtime.backends.select import Backend
     from runtime.text_model import MemoryUse, TextModel
     from serve.model_registry import ModelRegistry, ModelSource
@@ -44,19 +46,17 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
     engine = from_namespace(EngineSettings, args)
-    paths = read_paths(args)
-    shared = share_memory(engine, list(paths.values()), allow_failed=args.allow_failed)
-
-    each = zip(paths.items(), shared, strict=True)
+    artifacts = open_artifacts(args)
+    each = zip(artifacts.items(), share_memory(engine, list(artifacts.values())), strict=True)
     sources = {
-        name: _source(name, path, settings, allow_failed=args.allow_failed, backends=backends)
-        for (name, path), settings in each
+        name: _source(name, artifact.path, settings, allow_failed=args.allow_failed, backends=backends)
+        for (name, artifact), settings in each
     }
     return serve(sources, server, engine, question=args.ask)
 
 
 def _source(
-    name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
+    name: str, path: Path, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
 ) -> "ModelSource":
     """How to open one artifact, and how to see whether it has changed."""
     from serve.model_registry import ModelSource
@@ -74,8 +74,8 @@ def _source(
         opened[:] = [model.memory_use()]
         return model
 
-    read = [path] if engine.draft is None else [path, engine.draft]
-    return ModelSource(open_model, lambda: [stamp_of(Path(one)) for one in read])
+    read = [path] if engine.draft is None else [path, Path(engine.draft)]
+    return ModelSource(open_model, lambda: [stamp_of(one) for one in read])
 
 
 def like_before(engine: EngineSettings, before: "MemoryUse") -> EngineSettings:
@@ -100,49 +100,47 @@ def stamp_of(artifact: Path) -> object:
     return manifest, sorted(engines)
 
 
-def read_paths(args: argparse.Namespace) -> dict[str, str]:
-    """The path of every artifact by its name; the first is the default. Raises InvalidSetting, InvalidArtifact."""
+def open_artifacts(args: argparse.Namespace) -> "dict[str, Artifact]":
+    """Every artifact by its name; the first is the default. Raises InvalidSetting, InvalidArtifact."""
     from runtime.artifact.manifest import open_artifact
 
-    paths: dict[str, str] = {}
+    # The hashes are checked when the model is loaded.
+    opened = partial(open_artifact, allow_failed=args.allow_failed, check_hashes=False)
+    found: dict[str, Artifact] = {}
     if args.artifact is not None:
-        # The hashes are checked when the model is loaded.
-        manifest = open_artifact(args.artifact, allow_failed=args.allow_failed, check_hashes=False).manifest
-        paths[args.name or manifest.name] = args.artifact
+        first = opened(args.artifact)
+        found[args.name or first.manifest.name] = first
     elif args.name is not None:
         raise InvalidSetting("--name is for the artifact given without --model; write --model NAME=PATH instead")
+    paths: dict[str, str] = {}
     for word in args.model:
         name, sign, path = word.partition("=")
         if not (name and sign and path):
             raise InvalidSetting(f"--model must be NAME=PATH, got {word!r}")
-        if name in paths:
+        if name in found or name in paths:
             raise InvalidSetting(f"two models are named {name!r}; give each its own name with --model NAME=PATH")
         paths[name] = path
-    if not paths:
+    found |= {name: opened(path) for name, path in paths.items()}
+    if not found:
         raise InvalidSetting("give an artifact directory, or --model NAME=PATH; `headrace export` writes one")
-    for path in paths.values():
-        if path != args.artifact:
-            open_artifact(path, allow_failed=args.allow_failed, check_hashes=False)
-    return paths
+    return found
 
 
-def share_memory(engine: EngineSettings, paths: Sequence[str], *, allow_failed: bool) -> list[EngineSettings]:
+def share_memory(engine: EngineSettings, artifacts: "Sequence[Artifact]") -> list[EngineSettings]:
     """The settings for each model. Several models share the memory for caches; see MemoryShare."""
-    if len(paths) == 1:
+    if len(artifacts) == 1:
         return [engine]
-    from runtime.artifact.manifest import open_artifact
     from runtime.artifact.plan_files import device_weight_bytes
     from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget, shares_of
 
-    artifacts = [open_artifact(path, allow_failed=allow_failed, check_hashes=False) for path in paths]
     weight_bytes = [artifact.weight_bytes for artifact in artifacts]
     prefix_cache = engine.prefix_cache
     if prefix_cache is None:
         room = default_budget(weight_bytes=sum(weight_bytes), fraction=PREFIX_CACHE_FRACTION)
-        prefix_cache = max(1, room // len(paths))
+        prefix_cache = max(1, room // len(artifacts))
     engine = replace(engine, prefix_cache=prefix_cache)
     if engine.kv_memory is not None:  # each model's, as it was given
-        return [engine] * len(paths)
+        return [engine] * len(artifacts)
     shares = shares_of(weight_bytes, [device_weight_bytes(artifact) for artifact in artifacts])
     return [SharedSettings.of(engine, share) for share in shares]
 

@@ -16,7 +16,7 @@ import pytest
 from runtime.errors import HeadraceError, InvalidArtifact, InvalidSetting
 from runtime.settings import EngineSettings
 from runtime.text_model import MemoryUse
-from serve.cli import build_parser, like_before, read_paths, stamp_of
+from serve.cli import build_parser, like_before, open_artifacts, stamp_of
 from tests.support.server_process import PATIENCE_S, READY, ROOT, eventually, running_server, spawn
 
 
@@ -200,7 +200,7 @@ def test_a_terminal_that_is_closed_takes_its_server_along() -> None:
 )
 def test_bad_models_are_said_in_one_line(argv: list[str], words: str) -> None:
     with pytest.raises(HeadraceError, match=words) as caught:
-        read_paths(build_parser().parse_args(argv))
+        open_artifacts(build_parser().parse_args(argv))
     assert "\n" not in str(caught.value)
 
 
