@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"headrace: no verb {verb!r}; one of {', '.join(VERBS)}\n")
         return 2
     if argv is None and verb == "serve":
-        from serve.process.allocator import begin_again_tuned
+        from serve.process.allocator import restart_tuned
 
-        begin_again_tuned()
+        restart_tuned()
     return _run(verb, args[1:])
 
 

@@ -1,10 +1,10 @@
-"""Bad requests by the thousand: what a server must refuse without a 5xx, a traceback or a lost connection.
+"""Thousands of bad requests, which the server must refuse without a 5xx, a traceback or a lost connection.
 
 usage: python -m benchmarks.bad_requests [ARTIFACT] [--requests 20000] [--seed 0]
 
-Hypothesis makes them, in three kinds: good bodies with fields replaced by anything, bodies that are hardly JSON, and
-requests that are hardly HTTP. Each goes to a real server on loopback over a connection of its own or one that is kept.
-Without an artifact, a tiny random model. Prints a table, then one JSON line; the exit code is 1 if a demand is not met.
+Hypothesis generates three kinds: good bodies with fields replaced by any value, bodies that are almost JSON, and
+requests that are almost HTTP. Each goes to a real server on loopback, over a new connection or a kept one. Without an
+artifact it uses a tiny random model. Prints a table, then one JSON line. The exit code is 1 if a demand is not met.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS
 
 REPLY_S = 60
 ASKED_FOR = "late, as asked"
-"""A 504 to a request whose `timeout` is too short to be met: no fault of the server."""
+"""A 504 for a request with a too short `timeout` is not the server's fault."""
 Json = dict[str, Any]
 SCALARS = st.one_of(
     st.none(),
@@ -58,14 +58,14 @@ PATHS: dict[str, tuple[Json, Any]] = {
 
 @st.composite
 def requests(draw: st.DrawFn, model: str) -> bytes:
-    """One request as bytes: head and body."""
+    """The bytes of one request: head and body."""
     path = draw(st.sampled_from(sorted(PATHS)))
     good, table = PATHS[path]
     names = [field.name for field in table]
     changes = draw(
         st.dictionaries(st.one_of(st.sampled_from(names), st.text(max_size=4)), VALUES, min_size=1, max_size=4)
     )
-    # An answer of thousands of tokens would be right, and take the time of a hundred requests.
+    # An answer of thousands of tokens would be right, but take as long as a hundred requests.
     limited = {
         name: value for name, value in changes.items() if name not in ("max_tokens", "max_completion_tokens", "n")
     }
@@ -81,14 +81,14 @@ def requests(draw: st.DrawFn, model: str) -> bytes:
 
 
 def _mangle(draw: st.DrawFn, data: bytes) -> bytes:
-    """Cut a piece out and put noise in its place."""
+    """Replace a piece by noise."""
     start = draw(st.integers(0, len(data)))
     end = draw(st.integers(start, min(len(data), start + 20)))
     return data[:start] + draw(st.binary(max_size=12)) + data[end:]
 
 
 def send(server: Server, data: bytes) -> str:
-    """Send the bytes, and say that no more will come; the status line's number, or what happened instead."""
+    """Send the bytes and shut down the sending side. Returns the status, or a word for any other outcome."""
     with socket.create_connection((server.host, server.port), timeout=REPLY_S) as connection:
         try:
             connection.sendall(data)
@@ -106,7 +106,7 @@ def send(server: Server, data: bytes) -> str:
 
 
 def attack(server: Server, args: argparse.Namespace) -> Json:
-    """Send them all; outcomes by count, and the first request of each 5xx or loss."""
+    """Send all requests. Returns the counts of outcomes, and the first request of each 5xx or loss."""
     outcomes: Counter[str] = Counter()
     worst: list[str] = []
     started_s = time.perf_counter()

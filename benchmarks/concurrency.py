@@ -1,12 +1,12 @@
-"""What batching is worth: 32 requests together against one after another, and HTTP against the engine alone.
+"""The gain of batching: 32 requests at once against one after another, and HTTP against the engine alone.
 
 usage: python benchmarks/concurrency.py ARTIFACT [ARTIFACT ...] [--requests 32] [--prompt 32] [--new-tokens 128]
 
-Greedy, random prompts, end of text ignored, so that every way generates the same number of tokens; what comes over HTTP
-is counted. The HTTP side is a real `headrace serve` on a free loopback port with streamed completions, stopped by its
-process id; the clients are threads of plain http.client, which cost little of the cores they share with the server.
-Each round measures each way in turn; medians over the rounds, ratios of runs of the same round. About five minutes an
-artifact. Prints a table, then one JSON line.
+Random prompts, greedy, without the end-of-text token, so that every run generates the same number of tokens (over HTTP
+they are counted). The HTTP side is a real `headrace serve` on a free loopback port with streamed completions, stopped
+by its process id. The clients are threads of plain http.client, which use little of the cores they share with the
+server. Each round measures each way in turn. The table has medians over the rounds, and ratios within a round. Takes
+about five minutes for each artifact. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from runtime.errors import HeadraceError
 from runtime.progress import progress_bar
 
 START_S = 300
-"""Longest wait for the server; hashing and loading a large artifact from a slow disk takes minutes."""
+"""Longest wait for the server. Hashing and loading a large artifact from a slow disk takes minutes."""
 STOP_S = 60
 REQUEST_S = 1800
 
@@ -41,7 +41,7 @@ OVERHEAD = 0.08
 
 
 class Address(NamedTuple):
-    """Where a server listens, and the name of its model."""
+    """A server's address, and the name of its model."""
 
     host: str
     port: int
@@ -50,7 +50,7 @@ class Address(NamedTuple):
 
 @contextmanager
 def served(artifact: str, args: argparse.Namespace, *flags: str) -> Iterator[Address]:
-    """A server of its own, ready, with further flags. HeadraceError if it does not start."""
+    """Start a server with these flags and wait until it is ready. Raises HeadraceError if it does not start."""
     command = [sys.executable, "-m", "headrace", "serve", artifact, "--port", "0"]
     command += ["--max-len", str(args.prompt + args.new_tokens), "--max-batch", str(args.requests)]
     command += ["--max-waiting", str(args.requests), *(["--allow-failed"] if args.allow_failed else [])]
@@ -78,7 +78,7 @@ def served(artifact: str, args: argparse.Namespace, *flags: str) -> Iterator[Add
 
 
 def stream(address: Address, prompt_ids: list[int], num_tokens: int) -> None:
-    """One streamed completion, read to its end. HeadraceError unless it has so many tokens."""
+    """Read one streamed completion to its end. Raises HeadraceError if the number of tokens is wrong."""
     body = {
         "model": address.model,
         "prompt": prompt_ids,
@@ -100,7 +100,7 @@ def stream(address: Address, prompt_ids: list[int], num_tokens: int) -> None:
 
 
 def run_http(address: Address, args: argparse.Namespace, prompts: list[list[int]], *, together: bool) -> float:
-    """Seconds for all requests as HTTP streams."""
+    """Seconds for all requests, as streams over HTTP."""
     started_s = time.perf_counter()
     with ThreadPoolExecutor(args.requests if together else 1) as pool:
         list(pool.map(lambda ids: stream(address, ids, args.new_tokens), prompts))
@@ -108,7 +108,7 @@ def run_http(address: Address, args: argparse.Namespace, prompts: list[list[int]
 
 
 def measure(artifact: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one artifact; engine and HTTP in turn."""
+    """All figures of one artifact, with engine and HTTP measured in turn."""
     params = SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
     capacity = args.prompt + args.new_tokens
     engine: dict[bool, list[EngineRun]] = {True: [], False: []}
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--repeat-alone", type=int, default=1, help="rounds that also run one after another: minutes")
+    parser.add_argument("--repeat-alone", type=int, default=1, help="rounds with one request after another")
     parser.add_argument("--allow-failed", action="store_true")
     return parser
 

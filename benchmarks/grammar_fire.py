@@ -1,16 +1,16 @@
-"""What becomes of a server whose clients send schemas, expressions and grammars made to take all time, memory or stack.
+"""The server against schemas, expressions and grammars that are made to use up time, memory or stack.
 
 usage: python -m benchmarks.grammar_fire [ARTIFACT] [--seconds 30] [--at-once 4]
 
 Two parts, on a real server on loopback, stopped by its process id:
 
-    alone   every bomb of tests/support/grammar_bombs.py by itself: status, seconds, and the worker's memory afterwards
-    beside  four bombs at once, over and over, beside two streams and a client that asks for JSON in ever new forms:
-            every second of them needs a trial (a pattern), the others none
+    alone   each bomb of tests/support/grammar_bombs.py by itself: status, seconds, and the worker's memory afterwards
+    beside  four bombs at once, again and again, beside two streams and a client that asks for JSON in new forms; every
+            second form needs a trial compilation (it has a pattern)
 
-Demanded: bombs get 200, 400 or 429, within 15 s, and the same worker answers to the end; the streams go on, the others
-are answered with 200, and at the end the memory is back to within 100 MB of where it was with every slot used once.
-Prints tables, then one JSON line; the exit code is 1 if a demand is not met.
+Demands: bombs get 200, 400 or 429 within 15 s, and the same worker answers to the end; the streams go on; the other
+client gets 200; at the end memory is within 100 MB of its value after every slot was used once. Prints tables, then one
+JSON line. The exit code is 1 if a demand is not met.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tests.support.grammar_bombs import bombs
 
 MAX_REPLY_S = 15
 MAX_GROWTH_BYTES = 100 * 10**6
-"""Grammars are kept for the next request in 64 MB of it."""
+"""64 MB of it are the kept grammars."""
 REPLY_S = 120
 NUM_SLOTS, MAX_LEN = 8, 1024
 FIELDS = {ConstraintKind.REGEX: "regex", ConstraintKind.GRAMMAR: "grammar"}
@@ -49,7 +49,7 @@ class Reply(NamedTuple):
 
 
 def form_of(constraint: Constraint) -> Json:
-    """The request field that asks for a constraint."""
+    """The request field for a constraint."""
     if constraint.kind is ConstraintKind.JSON_SCHEMA:
         schema = json.loads(constraint.source)
         return {"response_format": {"type": "json_schema", "json_schema": {"name": "bomb", "schema": schema}}}
@@ -59,7 +59,7 @@ def form_of(constraint: Constraint) -> Json:
 
 
 def ask(server: Server, form: Json, *, max_tokens: int = 40) -> Reply:
-    """Send one request and read the whole reply. Status 0 if none comes."""
+    """Send one request and read the whole reply. The status is 0 without a reply."""
     body = {"model": server.model, "prompt": "Answer:", "max_tokens": max_tokens, "temperature": 1, **form}
     connection = http.client.HTTPConnection(server.host, server.port, timeout=REPLY_S)
     started_s = time.perf_counter()
@@ -76,7 +76,7 @@ def ask(server: Server, form: Json, *, max_tokens: int = 40) -> Reply:
 
 
 def fill(server: Server) -> None:
-    """Use every slot to its end: Linux gives memory when it is first written, so that it would pass for growth."""
+    """Use every slot completely: Linux provides memory when it is first written, which would look like growth."""
     body: Json = {"ignore_eos": True}
     with ThreadPoolExecutor(NUM_SLOTS) as pool:
         prompts = [f"{number} " * ((MAX_LEN - 200) // 2) for number in range(NUM_SLOTS)]
@@ -102,14 +102,14 @@ def alone(server: Server) -> Json:
 
 
 def fresh_form(number: int) -> Json:
-    """A schema nobody has sent yet; every second one has a pattern, so that it is tried out."""
+    """A new schema. Every second one has a pattern, so that it needs a trial compilation."""
     code: Json = {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"} if number % 2 else {"enum": ["a", "b"]}
     schema = {"type": "object", "properties": {f"code{number}": code}, "required": [f"code{number}"]}
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}}
 
 
 class Siege:
-    """The second part: everybody at once, until the time is up."""
+    """The second part: all clients at once, until the time is over."""
 
     def __init__(self, server: Server, seconds: float) -> None:
         self._server = server
@@ -123,7 +123,7 @@ class Siege:
         self._lock = threading.Lock()
 
     def throw(self, first: int, step: int) -> None:
-        """Send bombs, each in turn, with something that makes it new: kept grammars are no test."""
+        """Send the bombs in turn, each changed a little, because the server keeps grammars."""
         number = first
         while time.perf_counter() < self._end_s:
             _, bomb = self._bombs[number % len(self._bombs)]
@@ -136,7 +136,7 @@ class Siege:
             number += step
 
     def stream(self) -> None:
-        """Read a stream of plain text, again and again, and note the time between its events."""
+        """Read streams of plain text and note the time between events."""
         body = {"model": self._server.model, "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
         while time.perf_counter() < self._end_s:
             connection = http.client.HTTPConnection(self._server.host, self._server.port, timeout=REPLY_S)
@@ -193,7 +193,7 @@ def beside(server: Server, args: argparse.Namespace) -> Json:
 
 
 def failures(found: Json, growth_bytes: float) -> list[str]:
-    """The demands that are not met."""
+    """The demands that are not met, in words."""
     rows, beside_bombs = found["alone"]["rows"], found["beside"]["bombs"]
     problems = [f"{row['bomb']}: status {row['status']}" for row in rows if row["status"] not in (200, 400, 429)]
     problems += [f"{row['bomb']}: {row['seconds']:.1f} s" for row in rows if row["seconds"] > MAX_REPLY_S]

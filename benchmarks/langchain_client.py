@@ -1,10 +1,10 @@
-"""LangChain's OpenAI chat model against a running server: whole, streamed, in a batch, asynchronous.
+"""LangChain's OpenAI chat model against a running server: whole replies, streams, a batch, asynchronous calls.
 
 usage, in a virtual environment that has langchain-openai:
     python benchmarks/langchain_client.py http://127.0.0.1:8000 [--key KEY]
 
-Prints a line a check and "ok"; an exception and exit code 1 if one fails. Not part of the tests: LangChain brings some
-twenty packages.
+Prints a line for each check, then "ok". A failed check raises, with exit code 1. Not part of the tests, because
+LangChain needs about twenty packages.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What batching is worth to an evaluation: many short texts scored together, and one at a time, over HTTP.
+"""The gain of batching for an evaluation: many short texts scored together, and one at a time, over HTTP.
 
 usage: python -m benchmarks.scoring ARTIFACT [--texts 128] [--length 12] [--repeat 3]
 
 The server is a real one on a free loopback port. Texts are random token ids, sent as evaluators send them: `echo`,
-`logprobs` 1, `max_tokens` 0. One at a time is one text a request, one request after another; together is one request
-of all the texts. Rounds take both ways in turn; medians, and ratios of the same round. Prints a table, then one JSON
-line.
+`logprobs` 1, `max_tokens` 0. "One at a time" sends one text per request, one after another; "together" sends all texts
+in one request. Each round measures both in turn. The table has medians, and ratios within a round. Prints a table, then
+one JSON line.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MAX_ID = 40_000
 
 
 def score(connection: http.client.HTTPConnection, address: Address, texts: list[list[int]]) -> list[list[float | None]]:
-    """Log-probabilities of the tokens of each text."""
+    """The log-probabilities of each text's tokens."""
     body = {"model": address.model, "prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 1}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -39,7 +39,7 @@ def score(connection: http.client.HTTPConnection, address: Address, texts: list[
 
 
 def measure(address: Address, texts: list[list[int]], repeat: int) -> dict[str, Any]:
-    """Seconds of both ways in each round, and how far their scores are apart."""
+    """Seconds of both ways in each round, and the largest difference of their scores."""
     connection = http.client.HTTPConnection(address.host, address.port, timeout=REQUEST_S)
     score(connection, address, texts)  # the first run allocates
     alone_s, together_s = [], []
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[4, 12, 32], help="tokens of a text")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    # What `served` reads: room for every text at once.
+    # The queue has room for every text at once.
     limits = argparse.Namespace(prompt=max(args.length), new_tokens=4, requests=args.texts, allow_failed=False)
     rows = []
     print(f"{'':34}{'tokens':>7}{'together':>11}{'alone':>11}{'ratio':>7}{'range':>14}{'apart':>9}")

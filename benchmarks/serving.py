@@ -1,4 +1,4 @@
-"""What the benchmarks of the server share: a tiny random model, a server of one's own, and a look at its process.
+"""Shared by the benchmarks of the server: a tiny random model, a server process, and its metrics and memory.
 
 Run the benchmarks that use it as modules: `python -m benchmarks.under_fire`.
 """
@@ -20,7 +20,7 @@ from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 START_S = 300
-"""Longest wait for the server; hashing and loading a large artifact from a slow disk takes minutes."""
+"""Longest wait for the server. Hashing and loading a large artifact from a slow disk takes minutes."""
 STOP_S = 60
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -30,7 +30,7 @@ MAX_LEN = 1024
 
 
 class Server(NamedTuple):
-    """A running server: where it listens, what it serves, and the worker's process id."""
+    """A running server: its address, its model, and the worker's process id."""
 
     host: str
     port: int
@@ -38,7 +38,7 @@ class Server(NamedTuple):
     pid: int
 
     def get(self, path: str) -> bytes:
-        """The body of a GET."""
+        """The body of the reply to a GET."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=STOP_S)
         try:
             connection.request("GET", path)
@@ -47,12 +47,12 @@ class Server(NamedTuple):
             connection.close()
 
     def metric(self, name: str) -> float:
-        """A metric, summed over its labels."""
+        """The value of a metric, summed over its labels."""
         lines = self.get("/metrics").decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
     def rss_bytes(self) -> int:
-        """Resident memory of the worker."""
+        """The worker's resident memory in bytes."""
         text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
         return 1024 * int(text.partition("VmRSS:")[2].split()[0])
 
@@ -62,7 +62,7 @@ class Server(NamedTuple):
 
 
 def tiny_artifact(directory: Path) -> Path:
-    """A random model of three layers with a token for each byte, exported to fp32: a step takes a millisecond."""
+    """A random model with three layers and a token for each byte, exported to fp32. A step takes a millisecond."""
     checkpoint = write_checkpoint(directory / "checkpoint", config_of("llama", max_position_embeddings=MAX_LEN))
     byte_level_hf().save(str(checkpoint / "tokenizer.json"))
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(CONFIG | {"chat_template": TEMPLATE}))
@@ -73,9 +73,9 @@ def tiny_artifact(directory: Path) -> Path:
 
 @contextmanager
 def served(artifact: Path, errors: Path, flags: Sequence[str] = ()) -> Iterator[Server]:
-    """A server on a free loopback port, stopped by its process id; what it complains of goes to the file `errors`.
+    """A server on a free loopback port, stopped by its process id. Its standard error goes to the file `errors`.
 
-    Raises HeadraceError if it does not start, or does not end with 0.
+    Raises HeadraceError if it does not start, or does not exit with 0.
     """
     command = [sys.executable, "-m", "headrace", "serve", str(artifact), "--port", "0", "--allow-failed", *flags]
     with errors.open("w") as complaints:

@@ -1,19 +1,19 @@
-"""What the server does under fire: many clients of whom many hang up, then clients that stall in every way.
+"""The server under load: many clients, of whom many hang up, and then clients that stall in every way.
 
 usage: python -m benchmarks.under_fire [ARTIFACT] [--requests 10000] [--concurrent 64] [--hang-up 0.3] [--idle 2000]
 
-Without an artifact, a tiny random model: with the default one 10,000 requests take hours on two cores. Two parts, on a
-real server on loopback with drafts on and a prefix cache that is soon full, stopped by its process id:
+Without an artifact it uses a tiny random model; with the default model 10,000 requests take hours on two cores. The
+server is real, on loopback, with drafts and a prefix cache that is soon full, stopped by its process id. Two parts:
 
     storm   requests with every feature, mixed at random (benchmarks/shots.py), 64 at a time; 30 % of the clients hang
             up: with half a request sent, right after it, or in the middle of the reply
     siege   2,000 idle connections, half requests, readers that read nothing, and prompts of 1 MB, while good requests
             go on
 
-Demanded: no request lost, none stuck in a slot, no 5xx but 504 to those that asked for too little time (counted
-apart), nothing on standard error, and after a fifth of the storm as
-warm-up less than 3 % growth of resident memory. Prints a table, then one JSON line; the exit code is 1 if a demand is
-not met. Three minutes with the tiny model.
+Demands: no request is lost or stuck in a slot; no 5xx except 504 for requests with a too short `timeout` (counted
+apart); nothing on standard error; resident memory grows by less than 3 % after the first fifth of the storm, the
+warm-up. Prints a table, then one JSON line. The exit code is 1 if a demand is not met. Takes three minutes with the
+tiny model.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from runtime.progress import progress_bar
 REPLY_S = 120
 """A reply that takes longer counts as lost."""
 SETTLE_S = 20
-"""After the last client has gone, until every slot must be free."""
+"""Time after the last client has gone, until every slot must be free."""
 MAX_GROWTH = 0.03
 NUM_SLOTS, MAX_LEN, ANSWER = 16, 1024, 100
 PREFIX_CACHE = "4MB"
-"""Some 150 blocks of the tiny model: full, and evicting, long before the warm-up is over."""
+"""About 150 blocks of the tiny model: the cache is full and evicts long before the warm-up ends."""
 SHORTCUTS = ("prompt_tokens", "prefix_cached_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens")
-"""Metrics that show whether the shortcuts were taken."""
+"""Metrics that show whether drafts and the prefix cache were used."""
 RIGHT = ("answered", "hung up", "late, as asked")
 Json = dict[str, Any]
 
@@ -55,7 +55,7 @@ def encode(shot: Shot, padding: int = 0) -> bytes:
 
 
 async def fire(server: Server, shot: Shot, rng: random.Random, hang_up: float) -> str:
-    """Send one request; what became of it in a word."""
+    """Send one request and return its outcome as a word."""
     reader, writer = await asyncio.open_connection(server.host, server.port)
     data = encode(shot)
     try:
@@ -84,9 +84,9 @@ async def fire(server: Server, shot: Shot, rng: random.Random, hang_up: float) -
 
 
 async def fill(server: Server) -> None:
-    """Use to its end what the server reserves: slots, prefix cache, room for the logits of a chunk.
+    """Use all that the server reserves: slots, prefix cache, room for the logits of a chunk.
 
-    Linux gives memory when it is first written, so what was promised at the start would pass for growth later.
+    Linux provides memory when it is first written, so reserved memory would later look like growth.
     """
     rng = random.Random()
     for has_scores in (False, True):
@@ -101,7 +101,7 @@ async def fill(server: Server) -> None:
 
 
 async def storm(server: Server, args: argparse.Namespace) -> Json:
-    """The first part. Counts of outcomes, requests a second, memory after the warm-up and at the end."""
+    """The first part: counts of outcomes, requests per second, memory after the warm-up and at the end."""
     rng = random.Random(args.seed)
     await fill(server)
     outcomes: Counter[str] = Counter()
@@ -133,7 +133,7 @@ async def storm(server: Server, args: argparse.Namespace) -> Json:
 
 
 async def stalled(server: Server, data: bytes, *, receive_buffer: int | None = None) -> asyncio.StreamWriter:
-    """A connection that sends this much and then neither sends nor reads."""
+    """Open a connection that sends this and then neither sends nor reads."""
     _, writer = await asyncio.open_connection(server.host, server.port, limit=receive_buffer or 2**16)
     writer.write(data)
     await writer.drain()
@@ -172,7 +172,7 @@ async def siege(server: Server, args: argparse.Namespace) -> Json:
 
 
 def stuck_requests(server: Server) -> int:
-    """Requests that still hold a slot or wait for one when everybody has gone."""
+    """Requests that still hold a slot, or wait for one, after all clients have gone."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         live = server.metric("headrace_requests_running") + server.metric("headrace_requests_waiting")
@@ -182,7 +182,7 @@ def stuck_requests(server: Server) -> int:
 
 
 def count_5xx(server: Server) -> dict[str, int]:
-    """Responses by status. A 504 is right where a request asked for so little time; `fire` sees to the others."""
+    """Responses of 5xx by status. A 504 is right for a request with a short `timeout`; `fire` checks the others."""
     found: Counter[str] = Counter()
     for line in server.get("/metrics").decode().splitlines():
         if "http_responses_total" in line and (status := re.search(r'status="(5..)"', line)):
@@ -192,7 +192,7 @@ def count_5xx(server: Server) -> dict[str, int]:
 
 def measure(artifact: Path, args: argparse.Namespace, scratch: Path) -> Json:
     flags = ["--max-len", str(MAX_LEN), "--max-batch", str(NUM_SLOTS), "--max-waiting", "1000", "--read-timeout", "10"]
-    # Some of the shots ask for a priority of -5.
+    # Some requests ask for a priority of -5.
     flags += ["--speculate", "--prefix-cache", PREFIX_CACHE, "--priority", "-5"]
     errors = scratch / "errors"
     with served(artifact, errors, flags) as server:

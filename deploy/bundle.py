@@ -1,9 +1,9 @@
-"""`make bundle`: one archive with all that a device needs to serve an artifact, and the script that sets it up there.
+"""`make bundle`: one archive with all that a device needs to serve an artifact, and a script that sets it up.
 
-NAME-DEVICE/artifact/          the artifact, its hashes checked, engines of this stack included
+NAME-DEVICE/artifact/          the artifact, with checked hashes and the engines for this device
 NAME-DEVICE/wheels/            Headrace itself
-NAME-DEVICE/requirements.txt   every package it needs, pinned to what this environment has, with hashes
-NAME-DEVICE/device.txt         what the device needs beyond that: TensorRT, CUDA's Python
+NAME-DEVICE/requirements.txt   every package it needs, at the versions of this environment, with hashes
+NAME-DEVICE/device.txt         packages for this device: TensorRT, CUDA's Python
 NAME-DEVICE/start.sh           install, doctor, engine, verify, serve; see the file
 NAME-DEVICE/headrace.env  headrace.service  Dockerfile  README.md
 
@@ -49,15 +49,15 @@ COPIED = ("start.sh", "headrace.service")
 
 @dataclass(frozen=True)
 class Stack:
-    """What a kind of device runs on; deploy/README.md says where each number comes from and what was tested.
+    """The software of one kind of device; deploy/README.md has the sources of the versions and what was tested.
 
-    device: what `headrace serve --device` is told
-    target: of `headrace engine`, empty where none is built
-    extra: packages beyond Headrace's own
-    base: of the Dockerfile
+    device: the value of `headrace serve --device`
+    target: the value of `headrace engine --target`; empty: no engine is built
+    extra: packages beside Headrace's own
+    base: base image of the Dockerfile
     platform, python: of the device, as uv names them
-    has_hashes: whether the index has the files of `extra`; TensorRT for Arm is a stub there, which fetches NVIDIA's own
-    uses_system: whether the environment sees the system's Python packages, where TensorRT comes with the system
+    has_hashes: whether the index has the files of `extra`; for Arm it has a stub that fetches NVIDIA's TensorRT
+    uses_system: whether the environment sees the system's Python packages, for TensorRT that comes with the system
     """
 
     device: str
@@ -117,10 +117,10 @@ def make_bundle(
     write_wheel: Callable[[Path], None] = build_wheel,
     hashed: Callable[..., str] = with_hashes,
 ) -> Path:
-    """Write `out`/NAME-DEVICE.tar.gz and its checksum; its path.
+    """Write `out`/NAME-DEVICE.tar.gz and its checksum; return the archive's path.
 
-    keeps_calibration: whether the calibration goes along, with its text if the artifact has it; no device needs it
-    InvalidSetting if the artifact has no graph for the device, or the hashes of the packages cannot be had.
+    keeps_calibration: pack the calibration data, and its text if the artifact has it; no device needs it
+    Raises InvalidSetting if the artifact has no graph for the device, or the packages' hashes cannot be read.
     """
     if device not in STACKS:
         raise InvalidSetting(f"DEVICE {device!r} is unknown; choose one of {', '.join(STACKS)}")
@@ -155,9 +155,9 @@ def make_bundle(
 
 
 def requirements() -> list[str]:
-    """Every package Headrace needs, its dependencies' dependencies too, at the version that is installed here.
+    """Every package that Headrace needs, directly or not, at the version installed here.
 
-    For a stack with another processor or Python these are the same releases; what that lacks, pip names there.
+    A device with another processor or Python gets the same releases. pip names those that it lacks.
     """
     found: dict[str, str] = {}
     config = configparser.ConfigParser()
@@ -176,17 +176,17 @@ def requirements() -> list[str]:
 
 
 def environment(stack: Stack) -> Iterator[str]:
-    """headrace.env: what start.sh and the unit read."""
+    """The lines of headrace.env, which start.sh reads."""
     yield "# Read by start.sh. Flags of `headrace serve` go into SERVE_FLAGS."
     yield "HOST=127.0.0.1"
     yield "PORT=8000"
-    yield "# What must work, or auto: TensorRT, CUDA, then the CPU, whichever works first."
+    yield "# This device must work; or auto: the first of TensorRT, CUDA and the CPU that works."
     yield f"DEVICE={stack.device}"
     yield "MAX_BATCH=8"
-    yield "# Tokens of prompt and answer together; empty is the model's limit."
+    yield "# Tokens of prompt and answer together; empty means the model's limit."
     yield "MAX_LEN="
     yield "PREFILL_CHUNK=128"
-    yield "# File of hashed keys that `./start.sh key NAME` writes; needed where HOST is not this machine alone."
+    yield "# File of hashed keys that `./start.sh key NAME` writes; needed if other machines can reach HOST."
     yield "API_KEYS="
     yield "SERVE_FLAGS="
     yield f"ENGINE_TARGET={stack.target}"
@@ -194,7 +194,7 @@ def environment(stack: Stack) -> Iterator[str]:
 
 
 def _copy_artifact(artifact: Artifact, target: Path, stack: Stack, *, keeps_calibration: bool) -> None:
-    """The files of the manifest without the calibration and other stacks' engines, and a manifest that lists these."""
+    """Copy the files of the manifest, without the calibration and other devices' engines, and write their manifest."""
     target.mkdir()
     left_out = () if keeps_calibration else (CALIBRATION, CALIBRATION_ARRAYS)
     files = {name: entry for name, entry in artifact.manifest.files.items() if name not in left_out}
@@ -217,7 +217,7 @@ def _copy_artifact(artifact: Artifact, target: Path, stack: Stack, *, keeps_cali
 
 
 def _without_paths(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """The receipt without the path of a calibration text, which early releases noted: the file's name is enough."""
+    """The receipt with only the file name of a calibration text; early releases noted its whole path."""
 
     def shortened(account: Any) -> Any:
         source = account.get("source") if isinstance(account, dict) else None
@@ -237,12 +237,12 @@ def _without_paths(receipt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Make one bundle; 2 with one line if it cannot be made."""
+    """Make one bundle. Return 2, after one line, if that fails."""
     parser = argparse.ArgumentParser(prog="bundle.py", description="Pack an artifact with all that a device needs.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--device", required=True, help=", ".join(STACKS))
     parser.add_argument("--out", type=Path, default=Path("dist"))
-    parser.add_argument("--keep-calibration", action="store_true", help="pack the calibration too, with its text")
+    parser.add_argument("--keep-calibration", action="store_true", help="pack the calibration data and its text too")
     args = parser.parse_args(argv)
     try:
         artifact = open_artifact(args.artifact)

@@ -1,7 +1,7 @@
-"""Pinned requirements with the hash of every file that may be installed for them, for any processor and Python.
+"""Pinned requirements with the hashes of all their files, for any processor and Python.
 
-uv (MIT or Apache-2.0) reads them from the package index in a second; pip-tools takes 14, and knows only the platform it
-runs on. pip checks the hashes on the device.
+uv (MIT or Apache-2.0) reads the hashes from the package index in a second. pip-tools takes 14 s and knows only the
+platform it runs on. pip checks the hashes on the device.
 """
 
 import os
@@ -16,9 +16,9 @@ from runtime.errors import InvalidSetting
 def with_hashes(lines: Sequence[str], *, platform: str, python: str, is_closed: bool) -> str:
     """The text of a requirements file: `lines` (NAME==VERSION), each followed by its hashes.
 
-    platform: as uv names it, like aarch64-manylinux_2_39; python: version on the device, like 3.12
-    is_closed: the lines are all that is needed; else what they depend on is added, pinned too
-    Raises InvalidSetting if uv is missing, the index cannot be read or a version is not there.
+    platform: in uv's words, like aarch64-manylinux_2_39; python: version on the device, like 3.12
+    is_closed: the lines are complete; else their dependencies are added and pinned too
+    Raises InvalidSetting if uv is missing, the index cannot be read, or it lacks a version.
     """
     if not lines:
         return ""
@@ -32,14 +32,14 @@ def with_hashes(lines: Sequence[str], *, platform: str, python: str, is_closed: 
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["uv said nothing"]
         raise InvalidSetting(
-            f"no hashes of the packages: {said[0]}; is uv installed (pip install 'headrace[bundle]') and the index "
-            "reachable?"
+            f"no hashes of the packages: {said[0]}; is uv installed (pip install 'headrace[bundle]') and the package "
+            "index reachable?"
         )
     return done.stdout
 
 
 def _index() -> dict[str, str]:
-    """The package index that pip is set up to use, which uv does not read by itself."""
+    """pip's package index, as a variable for uv, which does not read pip's settings."""
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     url = os.environ.get("PIP_INDEX_URL") or done.stdout.strip()
@@ -47,7 +47,7 @@ def _index() -> dict[str, str]:
 
 
 def write_checksum(archive: Path) -> Path:
-    """Write NAME.sha256 beside a file, as `sha256sum -c` reads it; its path."""
+    """Write NAME.sha256 beside a file, in the format of `sha256sum --check`; return its path."""
     from runtime.artifact.manifest import sha256_of
 
     file = archive.with_name(f"{archive.name}.sha256")

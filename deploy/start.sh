@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# On the device: install once, see that the device works, build its engine, repeat the receipt's tokens, serve.
-#   ./start.sh                 all of it; what was done before is not done again
-#   ./start.sh --install-only  the virtual environment alone, for an image built where the device is not
-#   ./start.sh --check-only    everything but serving
+# On the device: install once, check the device, build its engine, repeat the receipt's tokens, serve.
+#   ./start.sh                 everything; finished steps are skipped
+#   ./start.sh --install-only  only the virtual environment, for an image that is built without the device
+#   ./start.sh --check-only    everything except serving
 #   ./start.sh key NAME [...]  make an API key and add its hash to API_KEYS; see `headrace key --help`
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
@@ -13,11 +13,11 @@ set +a
 if [ ! -e .venv/.installed ]; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "Headrace needs Python 3.11 or newer; say PYTHON=/path/to/python3.11 $0"; exit 2; }
+    { echo "Headrace needs Python 3.11 or newer; run PYTHON=/path/to/python3.11 $0"; exit 2; }
   # shellcheck disable=SC2086
   "$python" -m venv ${VENV_FLAGS:-} .venv || { echo 'no venv module: install python3-venv'; exit 2; }
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.txt
-  # Its hashes are checked too, where the package index has them.
+  # pip checks these hashes too, if the package index has them.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement device.txt
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps wheels/*.whl
   touch .venv/.installed
@@ -33,12 +33,12 @@ if [ "$DEVICE" = auto ]; then $headrace doctor; else $headrace doctor --require 
 if [ -n "${ENGINE_TARGET:-}" ]; then
   gpu=$($headrace doctor --json | .venv/bin/python -c \
     'import json, sys; device = json.load(sys.stdin)["cuda_device"]; print(device["capability"] if device else "")')
-  # An engine that is there already is not built again.
+  # An existing engine is not built again.
   $headrace engine artifact --target "$ENGINE_TARGET" ${gpu:+--gpu "$gpu"} --max-batch "$MAX_BATCH" \
     --prefill-chunk "$PREFILL_CHUNK" ${MAX_LEN:+--max-len "$MAX_LEN"} || [ "$DEVICE" = auto ]
 fi
 
-# What serves need not be able to write where the code is.
+# Kept apart, so that the server need not be able to write where the code is.
 state=state
 mkdir -p "$state"
 if [ ! -e "$state/verified" ]; then
@@ -47,7 +47,7 @@ if [ ! -e "$state/verified" ]; then
 fi
 [ "${1:-}" != --check-only ] || exit 0
 
-# Who supervises this (systemd, Docker, Kubernetes) starts it again when the engine has failed.
+# The supervisor (systemd, Docker, Kubernetes) restarts the server when its engine has failed.
 # shellcheck disable=SC2086
 exec $headrace serve artifact --device "$DEVICE" --host "$HOST" --port "$PORT" --max-batch "$MAX_BATCH" \
   --prefill-chunk "$PREFILL_CHUNK" ${MAX_LEN:+--max-len "$MAX_LEN"} ${API_KEYS:+--api-keys "$API_KEYS"} \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries a bundle as a new machine would: unpacked in an empty directory, a bare environment, its own virtual environment.
+# Tries a bundle as on a new machine: unpacked in an empty directory, with a bare environment and its own packages.
 #   deploy/try_bundle.sh dist/NAME-cpu.tar.gz [PORT]
 set -euo pipefail
 bundle=$(readlink -f "$1")

@@ -1,7 +1,7 @@
-"""The Flask application: blueprints over the models, errors, access and metrics around them.
+"""The Flask application: the routes, with errors, access and metrics around them.
 
-Knows nothing of processes, ports or signals; those are serve/process/wsgi.py's. Any WSGI server can run what this
-makes, Flask's test client included.
+Knows nothing of processes, ports or signals; see serve/process/wsgi.py. Any WSGI server can run the application, and so
+can Flask's test client.
 """
 
 from flask import Flask
@@ -11,41 +11,41 @@ from runtime.text_model import TextModel
 from serve.access.errors import register_errors
 from serve.access.middleware import Access, OnEnd, register_access
 from serve.access.record import RequestRecord
-from serve.api.chat import chat_blueprint
-from serve.api.completions import completions_blueprint
-from serve.api.health import health_blueprint
-from serve.api.models import models_blueprint
-from serve.api.openapi import openapi_blueprint
-from serve.api.page import page_blueprint
-from serve.api.replying import Context
+from serve.api.chat import add_chat_route
+from serve.api.completions import add_completions_route
+from serve.api.context import Context
+from serve.api.health import add_health_routes
+from serve.api.models import add_models_routes
+from serve.api.openapi import add_openapi_route
+from serve.api.page import add_page_routes
 from serve.api.routes import register_routes
-from serve.api.status import status_blueprint
-from serve.api.tokenize import tokenize_blueprint
+from serve.api.status import add_status_route
+from serve.api.tokenize import add_tokenize_routes
 from serve.model_registry import ModelRegistry
-from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.engine_metrics import EngineMetrics
 from serve.observe.http_metrics import HttpMetrics
 from serve.observe.logs import write_access_line
 from serve.observe.traces import Traces
 from serve.settings import ServerSettings
 
-BLUEPRINTS = (
-    completions_blueprint,
-    chat_blueprint,
-    models_blueprint,
-    tokenize_blueprint,
-    health_blueprint,
-    status_blueprint,
-    openapi_blueprint,
-    page_blueprint,
+ADD_ROUTES = (
+    add_completions_route,
+    add_chat_route,
+    add_models_routes,
+    add_tokenize_routes,
+    add_health_routes,
+    add_status_route,
+    add_openapi_route,
+    add_page_routes,
 )
 
 
 class ViewDiedError(Exception):
-    """A view raised what is no Exception: a panic of a Rust library, SystemExit. Our bug or a library's: a 500."""
+    """A view raised something that is not an Exception: a panic in Rust code, or SystemExit. The reply is a 500."""
 
 
 class Application(Flask):
-    """Flask, but nothing that a view raises escapes to the WSGI server, where it would end the process."""
+    """Flask, except that nothing a view raises reaches the WSGI server, where it could end the process."""
 
     def dispatch_request(self) -> ResponseReturnValue:
         try:
@@ -59,11 +59,11 @@ class Application(Flask):
 def create_app(
     models: ModelRegistry | TextModel,
     settings: ServerSettings | None = None,
-    metrics: ServerMetrics | None = None,
+    metrics: EngineMetrics | None = None,
     access: Access | None = None,
     traces: Traces | None = None,
 ) -> Flask:
-    """Make the application. A single model is a registry of one; `metrics` is then the observer it was opened with."""
+    """Make the application. For a single model, `metrics` is the observer it was opened with."""
     settings = settings or ServerSettings()
     access = access or Access()
     if isinstance(models, TextModel):
@@ -75,13 +75,13 @@ def create_app(
     register_errors(app)
     register_routes(app)
     register_access(app, access, settings, _at_end(context, traces))
-    for make_blueprint in BLUEPRINTS:
-        app.register_blueprint(make_blueprint(context))
+    for add_routes in ADD_ROUTES:
+        add_routes(app, context)
     return app
 
 
 def _at_end(context: Context, traces: Traces | None) -> OnEnd:
-    """What is noted of every request when its last byte is out, or when the client has gone."""
+    """A callback that records a request when its last byte is out, or when its client has gone."""
 
     def note(record: RequestRecord) -> None:
         for outcome in () if record.schema_checks is None else record.schema_checks.outcomes:

@@ -1,9 +1,9 @@
-"""Who can reach the server: whether its address is loopback, the names it answers to, the origins it shares with.
+"""Who can reach the server: whether its address is loopback, which names it answers to, which origins may use it.
 
-A server on a loopback address without API keys trusts everybody on the machine. A web page of elsewhere becomes
-one of them if its name is made to point to 127.0.0.1 while it is open (DNS rebinding): to the browser the page and
-this server are then one origin. The browser still sends that name in `Host`, so names that are not ours are refused.
-Knows nothing of Flask.
+A server on a loopback address without API keys trusts everybody on the machine. A web page from elsewhere can get that
+trust by pointing its own name to 127.0.0.1 while it is open (DNS rebinding): for the browser, page and server then have
+one origin. The browser still sends the page's name in `Host`, so the server refuses names that are not its own. Knows
+nothing of Flask.
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ from runtime.errors import HeadraceError, InvalidSetting
 
 ANY = "*"
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{0,5})?")
-"""`Host` as RFC 9110 has it: a name or an address, brackets around IPv6, perhaps a port."""
+"""`Host` as in RFC 9110: a name or an address, with brackets around IPv6, and perhaps a port."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -24,7 +24,7 @@ class ForeignHostError(HeadraceError):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what is bound to `host`, an address or a name. False if it has no address."""
+    """Whether `host`, an address or a name, can be reached from this machine only. False if it has no address."""
     try:
         address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0]
     except (OSError, UnicodeError):
@@ -33,20 +33,19 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, *, has_keys: bool, allow_anonymous: bool) -> None:
-    """Raise InvalidSetting if other machines could call without a key and nobody said that they may."""
+    """Raise InvalidSetting if other machines could call without a key and --allow-anonymous is not set."""
     if not (has_keys or allow_anonymous or is_loopback(host)):
         raise InvalidSetting(
-            f"--host {host} can be reached from other machines, and without --api-keys everybody there "
-            "may call: give --api-keys FILE (`headrace key NAME` writes one), or --allow-anonymous if that is meant"
+            f"--host {host} can be reached from other machines, and without --api-keys anybody there may call: give "
+            "--api-keys FILE (`headrace key NAME` writes one), or --allow-anonymous if you want that"
         )
 
 
 class HostRule:
-    """Which values of `Host` are answered, on a server that is bound to `bound_host`.
+    """Which values of `Host` a server that is bound to `bound_host` answers to.
 
-    A loopback address answers to localhost, to loopback addresses and to the name it was bound by; `allowed` are
-    further names. One bound beyond loopback answers to every IP address too: no rebinding can put one into `Host`,
-    and health checks come by it.
+    On a loopback address: localhost, loopback addresses, the bound name, and the names in `allowed`. On any other
+    address also every IP address: rebinding cannot put one into `Host`, and health checks use them.
     """
 
     def __init__(self, bound_host: str, allowed: tuple[str, ...] = ()) -> None:
@@ -55,10 +54,10 @@ class HostRule:
         self._is_asked_for = bool(allowed)
 
     def check(self, host: str | None, *, has_keys: bool) -> None:
-        """Raise ForeignHostError for a name that is not ours. None, no `Host` at all, comes from no browser.
+        """Raise ForeignHostError for a name that is not the server's. None (no `Host`) is valid: browsers send one.
 
-        Without names that were allowed only a loopback address without keys is guarded: elsewhere the server cannot
-        know its names, and a page that has no key gets nothing.
+        Without --allowed-host, only a loopback address without keys is guarded. On other addresses the server cannot
+        know its names, and where there are keys, a web page without one gets nothing.
         """
         is_guarded = self._is_asked_for or (self._is_loopback and not has_keys)
         if not is_guarded or host is None or ANY in self._names:
@@ -80,20 +79,20 @@ class HostRule:
 
 
 def plain_name(host: str) -> str:
-    """A name or address without case, brackets and the dot that may end a full domain name."""
+    """A name or address in lower case, without brackets and without the final dot of a full domain name."""
     return host.strip("[]").lower().removesuffix(".")
 
 
 def check_allowed_host(host: str) -> None:
-    """Raise InvalidSetting for what is no name: `--allowed-host` takes it without scheme and port."""
+    """Raise InvalidSetting if a value of `--allowed-host` is not a name without scheme and port, or `*`."""
     if host != ANY and (not (match := HOST.fullmatch(host)) or match[1] != host):
         raise InvalidSetting(f"--allowed-host must be a name like gpu.example, without a port, or *, got {host!r}")
 
 
 def plain_origin(origin: str) -> str:
-    """An origin as browsers write it: lower case, no default port. Raises InvalidSetting for what is none.
+    """An origin as browsers write it: lower case, no default port. Raises InvalidSetting if it is not one.
 
-    Wildcards are refused: a server that reads them loosely lets in pages that nobody thought of.
+    Wildcards are refused: a loosely matched pattern lets in pages that nobody meant.
     """
     try:
         parts = urlsplit(origin)

@@ -1,44 +1,45 @@
-"""The models of one server by name: loaded, leased to requests, replaced without dropping one.
+"""The models of one server by name: loaded, leased to requests, and replaced without dropping a request.
 
-    loading  ->  ready  ->  (reload, if its files changed: a second generation loads beside the first)  ->  ready
-       `-> the process ends, if it is the first load; after a reload that failed, the old one goes on
+    loading  ->  ready  ->  (reload, if its files changed: the new one loads beside the old one)  ->  ready
+       `-> the process ends if the first load fails; if a reload fails, the old model stays
 
-A request leases the generation that is current when it arrives and keeps it to its end; a replaced generation
-is closed when its last lease is back. Knows `TextModel`, nothing of HTTP or of artifacts.
+A request leases the model that is current when the request arrives, and keeps it to the end. A replaced model is closed
+when its last lease is returned. Knows `TextModel`, nothing of HTTP or of artifacts.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import HeadraceError, InvalidSetting, ModelNotFound, Unavailable
 from runtime.machine.freed_memory import give_back_freed
 from runtime.text_model import TextModel
-from serve.fields.tables import shown
-from serve.observe.engine_metrics import ServerMetrics
+from serve.fields.checks import shown
+from serve.observe.engine_metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
 
-OpenModel = Callable[[ServerMetrics], TextModel]
-"""Opens a model that is not started; the metrics are to be its observer."""
+OpenModel = Callable[[EngineMetrics], TextModel]
+"""Opens a model, which is not started yet. The metrics observe it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """How to open a model, and what tells whether the files behind it have changed since.
+    """How to open a model, and how to see whether its files have changed.
 
-    read_stamp: anything that compares equal while they are the same. It may raise HeadraceError.
+    read_stamp: returns a value that stays equal while the files are the same. May raise HeadraceError.
     """
 
     open_model: OpenModel
     read_stamp: Callable[[], object] | None = None
 
 
-class Generation:
-    """One loading of one model, and how many requests use it."""
+class LoadedModel:
+    """A model in memory, when and from which files it was loaded, and how many requests use it."""
 
     def __init__(self, model: TextModel, created: int, stamp: object = None) -> None:
         self.model = model
@@ -48,17 +49,17 @@ class Generation:
 
 
 class ServedModel:
-    """A name, how to open what is behind it, and the generation that is current."""
+    """A name, how to open its model, and the current model."""
 
-    def __init__(self, name: str, source: ModelSource, metrics: ServerMetrics) -> None:
+    def __init__(self, name: str, source: ModelSource, metrics: EngineMetrics) -> None:
         self.name = name
         self.source = source
         self.metrics = metrics
-        self.current: Generation | None = None
+        self.current: LoadedModel | None = None
 
     @property
     def model(self) -> TextModel | None:
-        """The current generation's model, None before the first is loaded."""
+        """The current model; None before the first is loaded."""
         return self.current.model if self.current is not None else None
 
     @property
@@ -74,8 +75,9 @@ class ServedModel:
 class ModelRegistry:
     """Every model of a server. Methods may be called from any thread.
 
-    `aliases` are further names, each NAME for the default model or NAME=MODEL; with `takes_any_name` the default model
-    answers to every name that no other has. Raises InvalidSetting for an alias of no model, or of a name that is taken.
+    aliases: more names, each NAME for the default model or NAME=MODEL
+    takes_any_name: the default model answers to every name that no model has
+    Raises InvalidSetting if an alias names no model, or is already taken.
     """
 
     def __init__(
@@ -84,28 +86,28 @@ class ModelRegistry:
         assert sources
         self.aliases = _read_aliases(aliases, list(sources))
         self.takes_any_name = takes_any_name
-        self.served = {name: ServedModel(name, source, ServerMetrics()) for name, source in sources.items()}
+        self.served = {name: ServedModel(name, source, EngineMetrics()) for name, source in sources.items()}
         self._changed = threading.Condition()
         self._reloading = threading.Lock()
         self._is_closing = False
 
     @classmethod
-    def of_one(cls, model: TextModel, metrics: ServerMetrics | None = None, **names: Any) -> "ModelRegistry":
-        """A registry of one model that is loaded and started already; `metrics` is the observer it was given, `names`
-        are the keyword arguments of the constructor."""
+    def of_one(cls, model: TextModel, metrics: EngineMetrics | None = None, **names: Any) -> "ModelRegistry":
+        """A registry of one model that is already started. `metrics` is its observer; `names` are arguments of the
+        constructor."""
         registry = cls({model.name: ModelSource(lambda _: model)}, **names)
         served = registry.served[model.name]
         served.metrics = metrics or served.metrics
-        served.current = Generation(model, int(time.time()))
+        served.current = LoadedModel(model, int(time.time()))
         return registry
 
     @property
     def default(self) -> ServedModel:
-        """The first one that was named."""
+        """The first model on the command line."""
         return next(iter(self.served.values()))
 
     def find(self, name: str) -> ServedModel:
-        """The model of a name or an alias. Raises ModelNotFound with the names there are."""
+        """The model with this name or alias. Raises ModelNotFound, which lists the valid names."""
         served = self.served.get(self.aliases.get(name, name))
         if served is not None:
             return served
@@ -113,13 +115,13 @@ class ModelRegistry:
             return self.default
         names = ", ".join(map(shown, (*self.served, *self.aliases)))
         raise ModelNotFound(
-            f"this server has no model {shown(name)}; it serves {names}; started with --alias NAME or "
-            "--any-model-name it answers to other names, too",
+            f"this server has no model {shown(name)}; it serves {names}; with --alias NAME or --any-model-name it "
+            "answers to other names too",
             param="model",
         )
 
-    def lease(self, name: str) -> Generation:
-        """The current generation of a model, which stays open until it is released.
+    def lease(self, name: str) -> LoadedModel:
+        """The current model with this name, which stays open until `release`.
 
         Raises ModelNotFound, or Unavailable while it loads.
         """
@@ -130,10 +132,10 @@ class ModelRegistry:
             served.current.num_leases += 1
             return served.current
 
-    def release(self, generation: Generation) -> None:
-        """Give a lease back."""
+    def release(self, loaded: LoadedModel) -> None:
+        """Return a lease."""
         with self._changed:
-            generation.num_leases -= 1
+            loaded.num_leases -= 1
             self._changed.notify_all()
 
     def load(self) -> None:
@@ -142,10 +144,10 @@ class ModelRegistry:
             self._replace(served)
 
     def reload(self) -> bool:
-        """Open every model whose files changed, and put it in the place of the old one; False if one could not be.
+        """Replace every model whose files changed. False if one could not be opened; then the old one stays.
 
-        A model that is the same stays, with its caches: a reload is also how keys are read again. A second call while
-        one is under way waits for it: what changed meanwhile is to be read too.
+        An unchanged model stays with its caches, because keys are reread by a reload too. A second call waits for the
+        first and then reads what has changed since.
         """
         with self._reloading:
             results = [self._try_replace(served) for served in self.served.values()]
@@ -160,18 +162,18 @@ class ModelRegistry:
         except HeadraceError as error:
             log.error("reload: %s stays as it was: %s", served.name, error)
             return False
-        log.warning("reload: %s is new", served.name)
+        log.warning("reload: %s was replaced", served.name)
         return True
 
     def _has_changed(self, served: ServedModel) -> bool:
-        """Whether the files are others than those that were loaded; an engine that failed counts as changed."""
+        """Whether the files differ from those that were loaded. A failed engine counts as changed."""
         current, read_stamp = served.current, served.source.read_stamp
         if current is None or current.model.failure is not None or read_stamp is None:
             return True
         return read_stamp() != current.stamp
 
     def _replace(self, served: ServedModel) -> None:
-        # Before it is opened: a change meanwhile is found by the next reload.
+        # Read before the files are opened, so that the next reload notices a change made meanwhile.
         stamp = None if served.source.read_stamp is None else served.source.read_stamp()
         model = served.source.open_model(served.metrics)
         model.start()
@@ -179,40 +181,31 @@ class ModelRegistry:
             if self._is_closing:
                 model.close()
                 return
-            old, served.current = served.current, Generation(model, int(time.time()), stamp)
+            old, served.current = served.current, LoadedModel(model, int(time.time()), stamp)
         if old is not None:
-            # Not here: the next model need not wait for the slowest request of the last.
+            # In a thread: the next model need not wait for the old one's slowest request.
             threading.Thread(target=self._retire, args=(old,), name=f"retire {served.name}", daemon=True).start()
 
-    def _retire(self, old: Generation) -> None:
+    def _retire(self, old: LoadedModel) -> None:
         with self._changed:
             self._changed.wait_for(lambda: old.num_leases == 0 or self._is_closing)
         old.model.close()
-        # What a closed model leaves in the heap is hundreds of megabytes, and its successor is loaded already.
+        # A closed model leaves hundreds of megabytes free in the heap, and its successor is already loaded.
         give_back_freed()
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting everywhere, wait for what runs, cancel the rest. True if nothing was cancelled."""
-        deadline = time.monotonic() + timeout_s
-        results: list[bool] = []
+        """Stop accepting requests, wait for the running ones, cancel the rest. True if nothing was cancelled."""
         models = self.loaded()
-        # Together: a model that is to be waited for must not leave the next one accepting.
-        threads = [
-            threading.Thread(target=lambda m=model: results.append(m.drain(max(0.0, deadline - time.monotonic()))))
-            for model in models
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return all(results)
+        # All at once: while one model is waited for, the others must not accept requests.
+        with ThreadPoolExecutor(max(1, len(models))) as pool:
+            return all(list(pool.map(lambda model: model.drain(timeout_s), models)))
 
     def loaded(self) -> list[TextModel]:
         """The current model of every name that has one."""
         return [served.model for served in self.served.values() if served.model is not None]
 
     def close(self) -> None:
-        """Close every model, and the replaced ones that are still leased. Idempotent."""
+        """Close every model, including replaced ones that are still leased. Idempotent."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -223,12 +216,12 @@ class ModelRegistry:
         """The status of every model by its name."""
         return {name: served.status for name, served in self.served.items()}
 
-    def failures(self) -> Iterable[str]:
-        """Why engines died, if any did."""
+    def failures(self) -> list[str]:
+        """Why engines have failed."""
         return [model.failure for model in self.loaded() if model.failure is not None]
 
-    def metrics_and_stats(self) -> list[tuple[str, ServerMetrics, Any]]:
-        """Per model: name, metrics and the engine's stats, None before it is loaded."""
+    def metrics_and_stats(self) -> list[tuple[str, EngineMetrics, Any]]:
+        """For each model: name, metrics and the engine's stats (None before it is loaded)."""
         return [
             (name, served.metrics, served.model.stats() if served.model is not None else None)
             for name, served in self.served.items()
@@ -236,16 +229,16 @@ class ModelRegistry:
 
 
 def _read_aliases(words: Iterable[str], names: list[str]) -> dict[str, str]:
-    """Model names by alias."""
+    """Model names by alias. Raises InvalidSetting."""
     aliases: dict[str, str] = {}
     for word in words:
         alias, sign, name = word.partition("=")
         name = name if sign else names[0]
         if not alias or name not in names:
             raise InvalidSetting(
-                f"--alias must be NAME or NAME=MODEL, with a MODEL of {', '.join(map(repr, names))}; got {word!r}"
+                f"--alias must be NAME or NAME=MODEL, where MODEL is {' or '.join(map(repr, names))}; got {word!r}"
             )
         if alias in names or alias in aliases:
-            raise InvalidSetting(f"--alias {word!r}: the name {alias!r} is taken; give another one")
+            raise InvalidSetting(f"--alias {word!r}: the name {alias!r} is taken; choose another")
         aliases[alias] = name
     return aliases

@@ -1,9 +1,8 @@
-"""API keys: a file of hashes, and the check of what a client presents. Knows nothing of HTTP.
+"""API keys: a file of hashes, and the check of a key that a client sends. Knows nothing of HTTP.
 
-A line of the file is `NAME SHA256` and then any of `requests-per-minute=N`, `tokens-per-minute=N`,
-`requests-at-once=N`, `priority=N` and `metrics`; `#` begins a comment. A key
-is 256 random bits, so a plain SHA-256 of it cannot be reversed by guessing, and a slow password hash would
-only slow the server down.
+A line of the file is `NAME SHA256`, followed by any of `requests-per-minute=N`, `tokens-per-minute=N`,
+`requests-at-once=N`, `priority=N` and `metrics`; `#` begins a comment. A key has 256 random bits, so its plain SHA-256
+cannot be reversed by guessing. A slow password hash would only slow the server down.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from runtime.errors import InvalidSetting
 PREFIX = "hr-"
 KEY_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
-# By the word in the file: the field of ApiKey, and the lowest and highest value.
+# The field of ApiKey, the lowest and the highest value, by the word in the file.
 LIMITS = {
     "requests-per-minute": ("requests_per_minute", 1, 2**31),
     "tokens-per-minute": ("tokens_per_minute", 1, 2**31),
@@ -29,12 +28,12 @@ LIMITS = {
 }
 INTEGER = re.compile("-?[0-9]{1,10}")
 METRICS = "metrics"
-"""The word that lets a key read the figures of all keys: from their differences follow lengths of others' prompts."""
+"""The word that lets a key read the metrics of all keys, which reveal lengths of other keys' prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """Who may call the server, and how much. The name is what logs and limits know, and the tenant's salt."""
+    """Who may call the server, and how much. The name stands in logs and limits, and separates prefix caches."""
 
     name: str
     sha256: str
@@ -42,11 +41,11 @@ class ApiKey:
     tokens_per_minute: int | None = None
     requests_at_once: int | None = None
     priority: int | None = None
-    """The most urgent (lowest) priority that its requests may ask for; None: what the server lets everybody ask for."""
+    """The most urgent (lowest) priority that its requests may ask for; None: the server's --priority."""
     may_read_metrics: bool = False
 
     def to_line(self) -> str:
-        """The line of the file."""
+        """The key's line in the file."""
         limits = [
             f"{word}={value}" for word, (name, _, _) in LIMITS.items() if (value := getattr(self, name)) is not None
         ]
@@ -54,17 +53,17 @@ class ApiKey:
 
 
 class KeyRing:
-    """The keys of one file; without any, nobody is let in."""
+    """The keys of one file. Without keys, nobody may call."""
 
     def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
         self._keys = [(bytes.fromhex(key.sha256), key) for key in keys]
 
     def __contains__(self, key: ApiKey) -> bool:
-        """Whether a key that was found in an older ring opens still."""
+        """Whether a key of an older ring is still valid."""
         return any(known.name == key.name and known.sha256 == key.sha256 for _, known in self._keys)
 
     def find(self, presented: str) -> ApiKey | None:
-        """The key that was presented. Takes as long whatever is presented: every hash is compared, in constant time."""
+        """The key that a client sent, or None. Takes constant time: every hash is compared."""
         digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
         found = None
         for known, key in self._keys:
@@ -74,12 +73,12 @@ class KeyRing:
 
 
 def new_key() -> str:
-    """A key nobody can guess."""
+    """A new random key."""
     return PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
 def make_key(name: str, secret: str, *, may_read_metrics: bool = False, **limits: int | None) -> ApiKey:
-    """The entry of a new key. Raises InvalidSetting for a name that does not fit in the file."""
+    """The entry of a new key. Raises InvalidSetting for an invalid name."""
     if not NAME.fullmatch(name):
         raise InvalidSetting(f"a key's name is 1 to 64 letters, digits or . _ @ -, got {name!r}")
     sha256 = hashlib.sha256(secret.encode()).hexdigest()
@@ -87,8 +86,7 @@ def make_key(name: str, secret: str, *, may_read_metrics: bool = False, **limits
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """Every key of a file, at the start of a server. Raises InvalidSetting with file and line; a file without keys
-    lets nobody in, so it is refused too."""
+    """Every key of a file. Raises InvalidSetting with file and line; also if the file has no keys."""
     keys, problems = reread_keys(path)
     if problems:
         raise InvalidSetting(problems[0])
@@ -98,10 +96,10 @@ def read_keys(path: Path) -> list[ApiKey]:
 
 
 def reread_keys(path: Path) -> tuple[list[ApiKey], list[str]]:
-    """The keys of a file's good lines, and what is wrong with the others, while a server runs. Never raises.
+    """The keys of a file's valid lines, and the errors of the others. For a running server; never raises.
 
-    Only what stands in the file opens, so that nobody who was taken out stays in because of somebody else's typo. A
-    file that is gone or empty lets nobody in.
+    Only keys in the file are valid, so a typo in one line does not keep a key that was deleted. With a missing or empty
+    file nobody may call.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

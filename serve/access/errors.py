@@ -1,4 +1,4 @@
-"""What an exception looks like to an HTTP client: one table from its class to status, type and code.
+"""How an exception is answered over HTTP: one table from its class to status, type and code.
 
 Knows nothing of requests or models. The shape is OpenAI's: `{"error": {message, type, param, code}}`.
 """
@@ -28,26 +28,26 @@ from serve.replies.choices import ClientGoneError
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 5
-"""Seconds a client is told to wait while the server starts or drains: about what a restart takes."""
+"""Retry-After in seconds while the server starts or drains: about the duration of a restart."""
 
 
 class UnauthorizedError(HeadraceError):
-    """The request brings no API key, or one that is not in the file."""
+    """The request has no API key, or one that is not in the file."""
 
 
 class NotAllowedError(HeadraceError):
-    """The API key is known, and may not do this."""
+    """The API key is known, but may not do this."""
 
 
 class ErrorKind(NamedTuple):
-    """HTTP status and the two words of OpenAI's error object."""
+    """The HTTP status, and the type and code of OpenAI's error object."""
 
     status: int
     type: str
     code: str | None
 
 
-# Looked up along the class's ancestors, so a new error needs a row only where it differs from its parent.
+# Looked up along the class's ancestors: a new error needs a row only if it differs from its parent.
 KINDS: dict[type[BaseException], ErrorKind] = {
     InvalidRequest: ErrorKind(400, "invalid_request_error", None),
     PromptTooLong: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
@@ -62,14 +62,14 @@ KINDS: dict[type[BaseException], ErrorKind] = {
     Unavailable: ErrorKind(503, "server_error", "unavailable"),
     TimedOut: ErrorKind(504, "server_error", "timeout"),
     EngineFailed: ErrorKind(500, "server_error", "engine_failed"),
-    # nginx's number for a client that hung up; it only ever reaches the metrics.
+    # nginx's status for a client that closed the connection. Only logs and metrics have it.
     ClientGoneError: ErrorKind(499, "invalid_request_error", "client_gone"),
     BaseException: ErrorKind(500, "server_error", "internal_error"),
 }
 
 
 def kind_of(error: BaseException) -> ErrorKind:
-    """The row of the nearest ancestor; werkzeug's own errors (404, 405, 413, 415) bring their status."""
+    """The row of the nearest ancestor. werkzeug's errors (404, 405, 413, 415) have their own status."""
     if isinstance(error, ClientDisconnected):
         return ErrorKind(408, "invalid_request_error", "request_incomplete")
     if isinstance(error, HTTPException):
@@ -79,7 +79,7 @@ def kind_of(error: BaseException) -> ErrorKind:
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
-    """OpenAI's error object. An error that is our bug is logged with its traceback and not shown."""
+    """OpenAI's error object. An unexpected error is logged with its traceback and hidden from the client."""
     kind = kind_of(error)
     if isinstance(error, HTTPException):
         message = error.description or error.name
@@ -99,7 +99,7 @@ def error_body(error: BaseException) -> dict[str, Any]:
 
 
 def error_response(error: Exception) -> Response:
-    """The whole reply, with Retry-After where waiting helps and Allow where the method was wrong."""
+    """The whole reply, with Retry-After if waiting helps and Allow if the method was wrong."""
     response = jsonify(error_body(error))
     response.status_code = kind_of(error).status
     if isinstance(error, Overloaded):
@@ -114,5 +114,5 @@ def error_response(error: Exception) -> Response:
 
 
 def register_errors(app: Flask) -> None:
-    """Answer every exception of a view, werkzeug's included, in OpenAI's shape."""
+    """Answer every exception of a view, and werkzeug's errors, in OpenAI's shape."""
     app.register_error_handler(Exception, error_response)

@@ -1,7 +1,7 @@
-"""Around every view: a record with an id, the Host, the key, the limits, and what is noted when the reply is out.
+"""Around every view: the request's record and id, the Host check, the key and its limits, and the callbacks at its end.
 
-Open without a key are the health checks, the page and its files, and the API's description: they say nothing about
-requests or models to those who bring none.
+Health checks, the page with its files and the OpenAPI document need no key: without one they tell nothing about
+requests or models.
 """
 
 import re
@@ -25,9 +25,9 @@ from serve.settings import ServerSettings
 
 OPEN_ROUTES = frozenset({"/", "/page/<name>", "/health", "/healthz", "/readyz", "/openapi.json"})
 LIMITED_ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
-"""What costs a model's or a tokenizer's time; the rest is not counted against a key."""
+"""Routes that use a model or a tokenizer. The others do not count against a key."""
 FIRST_REFUSAL = 400
-"""A reply with this status or a higher one costs a key nothing but the tokens that were generated."""
+"""A reply with this status or a higher one costs a key only the tokens that were generated."""
 TRACE_HEADERS = ("traceparent", "tracestate")
 EXPOSED_HEADERS = (
     "X-Request-Id",
@@ -41,7 +41,7 @@ OnEnd = Callable[[RequestRecord], None]
 
 
 class Access:
-    """Who may call, what they may ask for, and who is calling now. `keys` None lets everybody."""
+    """Who may call, how much, and which requests are running. With `keys` None everybody may call."""
 
     def __init__(self, keys: KeyRing | None = None) -> None:
         self.keys = keys
@@ -49,25 +49,25 @@ class Access:
         self.live = LiveRequests()
 
     def replace_keys(self, keys: KeyRing) -> None:
-        """From now on these keys open; what still runs for a key that is not among them ends."""
+        """From now on only these keys are valid. Running requests of other keys are ended."""
         self.keys = keys
         for record in self.live.records():
             if record.key is not None and record.key not in keys and record.choices is not None:
-                record.choices.abort(UnauthorizedError(f"the key {record.key.name} was taken back"))
+                record.choices.abort(UnauthorizedError(f"the key {record.key.name} was revoked"))
 
     def identify(self, authorization: str | None) -> ApiKey | None:
-        """The key of an Authorization header; None where none is needed. Raises UnauthorizedError."""
+        """The key of an Authorization header; None if the server has no keys. Raises UnauthorizedError."""
         if self.keys is None:
             return None
         scheme, _, presented = (authorization or "").partition(" ")
         key = self.keys.find(presented.strip())
         if scheme.lower() != "bearer" or key is None:
-            what = "this API key is not known" if presented else "an API key is needed"
+            what = "this API key is unknown" if presented else "an API key is needed"
             raise UnauthorizedError(f"{what}: send the header Authorization: Bearer KEY")
         return key
 
     def may_see_details(self, authorization: str | None) -> bool:
-        """Whether an open route may name models and errors: to everybody if there are no keys, else to who has one."""
+        """Whether an open route may name models and errors: always without keys, else only to a request with a key."""
         try:
             self.identify(authorization)
         except UnauthorizedError:
@@ -76,7 +76,7 @@ class Access:
 
 
 class LiveRequests:
-    """The generating requests that are being answered now."""
+    """The requests for which a model is generating."""
 
     def __init__(self) -> None:
         self._records: dict[int, RequestRecord] = {}
@@ -97,37 +97,37 @@ class LiveRequests:
 
 
 def current_record() -> RequestRecord:
-    """The record of the request that this thread answers."""
+    """The record of the current request."""
     record: RequestRecord = g.record
     return record
 
 
 def check_may_measure() -> None:
-    """Raise NotAllowedError if the current request has a key that may not read the figures of all keys."""
+    """Raise NotAllowedError if the current request's key may not read the metrics."""
     if not may_measure():
         raise NotAllowedError(
-            "this API key may not read the figures of all keys; `headrace key NAME --metrics` makes one"
+            "this API key may not read the metrics of all keys; `headrace key NAME --metrics` makes one that may"
         )
 
 
 def may_measure() -> bool:
-    """Whether the current request may read figures of all keys, from which others' prompt lengths can be told."""
+    """Whether the current request may read the metrics of all keys, which reveal lengths of other keys' prompts."""
     key = current_record().key
     return key is None or key.may_read_metrics
 
 
 def on_end(callback: OnEnd) -> None:
-    """Call `callback` once the reply of the current request is out or given up; last given, first called."""
+    """Call `callback` when the current request has ended. The last one added is called first."""
     g.on_end.append(callback)
 
 
 def register_access(app: Flask, access: Access, settings: ServerSettings, on_every_end: OnEnd) -> None:
-    """Put record, Host, key and limits before every view, and their headers and `on_every_end` behind it."""
+    """Run the checks before every view; afterwards set the headers and call `on_every_end`."""
     hosts = HostRule(settings.host, settings.allowed_host)
 
     @app.before_request
     def begin() -> None:
-        # First of all, so that even a refusal has an id and is counted.
+        # The record comes first, so that refusals have an id and are counted too.
         route = request.url_rule.rule if request.url_rule else "unmatched"
         proposed = request.headers.get("X-Request-Id")
         trace_headers = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
@@ -169,7 +169,7 @@ def register_access(app: Flask, access: Access, settings: ServerSettings, on_eve
         return response
 
     if settings.cors_origin:
-        # `*` allows every page, but never with cookies: this server knows none.
+        # `*` allows every page, but without cookies; this server has none.
         CORS(
             app,
             origins=[origin if origin == ANY else _exactly(plain_origin(origin)) for origin in settings.cors_origin],
@@ -179,10 +179,10 @@ def register_access(app: Flask, access: Access, settings: ServerSettings, on_eve
 
 
 def _called_host() -> str | None:
-    """The name that the current request calls the server by; None where HTTP/1.0 gives none (RFC 9112, section 3.2)."""
+    """The server's name in the current request (RFC 9112, section 3.2); None if an HTTP/1.0 request has none."""
     target = request.environ.get("RAW_URI", "/")
     if not target.startswith(("/", "*")):
-        return urlsplit(target).netloc  # a whole URL, as proxies are asked: it overrides the header
+        return urlsplit(target).netloc  # a whole URL, as for a proxy, overrides the header
     host: str | None = request.environ.get("HTTP_HOST")
     if host is None and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
         raise BadRequest("a request of HTTP/1.1 needs the header Host")
@@ -190,5 +190,5 @@ def _called_host() -> str | None:
 
 
 def _exactly(origin: str) -> re.Pattern[str]:
-    """A pattern of this one origin: flask-cors would take a text with `[` or `*` in it for a pattern of many."""
+    """A pattern for this one origin. flask-cors would read a string with `[` or `*` as a pattern."""
     return re.compile(re.escape(origin) + r"\Z")

@@ -1,18 +1,16 @@
-"""How much each key may use. Knows keys and numbers, nothing of HTTP but the names of its headers.
+"""How much each key may use. Knows keys and numbers, and the names of the HTTP headers.
 
-    begin            a request arrives: it needs room in its key's minute, and a place among the key's requests at once
-    reserve_prompt   its prompt has so many tokens: they need room in the minute too
-    settle           the status of the reply is known: what was reserved is counted, or given back if it was refused
-    end              the reply is out: the tokens of the answer are counted, and the place is free
+    begin            a request arrives: it needs room in its key's minute and among the key's requests at once
+    reserve_prompt   the prompt's length is known: it needs room in the minute too
+    settle           the reply's status is known: the reservation is counted, or dropped if the request was refused
+    end              the reply is out: the answer's tokens are counted and the request no longer runs
 
-Requests are counted in a moving window. Tokens are counted in fixed windows of a minute, for two reasons: how
-many an answer will have is only known when it has ended, so they are booked afterwards, beyond the limit if
-need be; and only a counter can take that. A key is refused while its window is used up, so it can pass its
-limit by what it had running at once, never by more.
+Requests are counted in a moving window. Tokens are counted in fixed windows of a minute: an answer's length is known
+only at its end, so its tokens are booked afterwards, over the limit if need be, and only a plain counter allows that. A
+key with a used-up window is refused. So a key exceeds its limit at most by the requests that it had running.
 
-`limits` (MIT) counts; Flask-Limiter is the same library behind decorators that do not know a cost at the end,
-pyrate-limiter has no way to book beyond a limit. Neither can take a count back, so what may yet be refused is kept
-here until it is settled.
+The library `limits` (MIT) counts. Flask-Limiter is a decorator around it that cannot book a cost at the end, and
+pyrate-limiter cannot book over a limit. No library can take a count back, so reservations are kept here.
 """
 
 import threading
@@ -31,16 +29,16 @@ from serve.access.api_keys import ApiKey
 
 REQUESTS, TOKENS = "requests", "tokens"
 BUSY_RETRY_S = 1
-"""Seconds a key is told to wait for one of its own requests to end: when that will be is not known."""
+"""Retry-After in seconds if the key has too many requests running. When one will end is unknown."""
 
 
 class RateLimitedError(Overloaded):
-    """A key has used up its minute, or has too many requests at once. `retry_after` is in seconds."""
+    """A key has reached its limit of a minute, or has too many requests running. `retry_after` is in seconds."""
 
 
 @dataclass(slots=True)
 class Reservation:
-    """What one request holds of its key's limits until it is settled."""
+    """The part of its key's limits that one request holds until it is settled."""
 
     key: ApiKey
     num_requests: int = 1
@@ -50,7 +48,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """What is left of one limit, and the seconds until all of it is there again."""
+    """The rest of one limit, and the seconds until all of it is available again."""
 
     limit: int
     remaining: int
@@ -66,12 +64,12 @@ class RateLimits:
             REQUESTS: MovingWindowRateLimiter(storage),
             TOKENS: FixedWindowRateLimiter(storage),
         }
-        self._reserved: Counter[tuple[str, str]] = Counter()  # by key's name and what it is
+        self._reserved: Counter[tuple[str, str]] = Counter()  # by the key's name, and REQUESTS or TOKENS
         self._running: Counter[str] = Counter()
-        self._lock = threading.Lock()  # MemoryStorage loses counts when two threads meet at the end of a window
+        self._lock = threading.Lock()  # two threads at the end of a window would make MemoryStorage lose counts
 
     def begin(self, key: ApiKey) -> Reservation:
-        """Reserve a request. Raises RateLimitedError if it is one too many, or no token is left for its answer."""
+        """Reserve a request. Raises RateLimitedError if the key has no request left, or no token for the answer."""
         with self._lock:
             at_once = key.requests_at_once
             if at_once is not None and self._running[key.name] >= at_once:
@@ -87,7 +85,8 @@ class RateLimits:
         return Reservation(key)
 
     def reserve_prompt(self, reservation: Reservation, num_tokens: int) -> None:
-        """Reserve a prompt. Raises RateLimitedError if this minute has no room for it, InvalidRequest if none has."""
+        """Reserve a prompt. Raises RateLimitedError if it exceeds the rest of this minute, InvalidRequest if it exceeds
+        the limit of a whole minute."""
         key, limit = reservation.key, reservation.key.tokens_per_minute
         if limit is not None and num_tokens > limit:
             raise InvalidRequest(
@@ -100,7 +99,7 @@ class RateLimits:
             reservation.num_tokens += num_tokens
 
     def settle(self, reservation: Reservation, *, is_refused: bool) -> None:
-        """Count what was reserved, or give it back: a refusal costs nothing. Once it is settled, nothing happens."""
+        """Count the reservation, or drop it: a refusal costs nothing. Idempotent."""
         with self._lock:
             for what, count in ((REQUESTS, reservation.num_requests), (TOKENS, reservation.num_tokens)):
                 self._reserved[reservation.key.name, what] -= count
@@ -109,7 +108,7 @@ class RateLimits:
             reservation.num_requests = reservation.num_tokens = 0
 
     def end(self, reservation: Reservation, num_generated: int) -> None:
-        """The request has ended, with so many tokens generated. Once it has, nothing happens."""
+        """Count the tokens of an answer that has ended. Idempotent."""
         self.settle(reservation, is_refused=True)
         with self._lock:
             if reservation.is_running:
@@ -118,7 +117,7 @@ class RateLimits:
                 self._count(reservation.key, TOKENS, num_generated)
 
     def headers(self, key: ApiKey) -> Mapping[str, str]:
-        """OpenAI's x-ratelimit headers for the limits that this key has."""
+        """OpenAI's x-ratelimit headers for this key's limits."""
         found = {}
         with self._lock:
             for what in (REQUESTS, TOKENS):
@@ -129,7 +128,7 @@ class RateLimits:
         return found
 
     def _check_room(self, key: ApiKey, what: str, count: int) -> None:
-        """Raise RateLimitedError if the key's minute has not so much left."""
+        """Raise RateLimitedError if the key has less than `count` left in this minute."""
         window = self._window(key, what)
         if window is not None and window.remaining < count:
             retry_after = max(1, ceil(window.reset_s))

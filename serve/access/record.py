@@ -1,7 +1,7 @@
-"""What is known about one HTTP request while it is answered and when it has ended.
+"""The record of one HTTP request, while it is answered and after its end.
 
-The access log, the rate limits, the traces and the live view read the same record, so that they cannot differ.
-Made in serve/access/middleware.py for every request and kept in Flask's `g`; knows nothing of Flask itself.
+Access log, rate limits, traces and /status read the same record, so they agree. serve/access/middleware.py makes a
+record for every request. Knows nothing of Flask.
 """
 
 import re
@@ -16,33 +16,33 @@ from serve.replies.choices import Choices
 from serve.replies.unenforced import AnswerChecks
 
 ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-"""A client's X-Request-Id is echoed and logged, so only what can do no harm there is taken over."""
+"""A client's X-Request-Id is echoed and logged, so only harmless characters are accepted."""
 
 
 def request_id_of(proposed: str | None) -> str:
-    """The client's own id if it is fit to be one, else a new one."""
+    """The client's own id if it is valid, else a new one."""
     return proposed if proposed and ACCEPTED_ID.fullmatch(proposed) else uuid.uuid4().hex
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
-    """One request. Times are of `time.time` where they are shown and of `time.monotonic` where they are compared."""
+    """One request. `arrived_at` is by `time.time`, to be shown; the other times are by `time.monotonic`."""
 
     request_id: str
     method: str
     route: str
-    """The rule, not the path: paths are the client's to invent."""
+    """The route's rule, not the path: clients may invent paths."""
     peer: str | None = None
-    """The address the connection comes from: the client's, or a proxy's."""
+    """The address of the connection's other end: the client or a proxy."""
     key: ApiKey | None = None
     model: str | None = None
     choices: Choices | None = None
     reservation: Reservation | None = None
-    """What the request holds of its key's limits."""
+    """The part of its key's limits that the request holds."""
     schema_checks: AnswerChecks | None = None
     body: str | None = None
     ignored: Collection[str] = ()
-    """Fields of the body that were taken without effect."""
+    """The fields of the body that were ignored."""
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     """The client's traceparent and tracestate."""
     status: int = 0
@@ -52,17 +52,17 @@ class RequestRecord:
 
     @property
     def tenant(self) -> str:
-        """Whose prompts these are: cached prefixes are shared within a tenant only."""
+        """The owner of the prompt. Cached prefixes are shared only within a tenant."""
         return self.key.name if self.key is not None else ""
 
     @property
     def num_generated_tokens(self) -> int:
-        """Tokens of the answer so far, over all choices."""
+        """The tokens of the answer so far, over all choices."""
         return 0 if self.choices is None else self.choices.num_generated_tokens
 
     @property
     def seconds(self) -> float:
-        """From arrival to the last byte of the reply, or to now."""
+        """Seconds from arrival to the last byte of the reply, or to now."""
         return (self.ended_s or time.monotonic()) - self.arrived_s
 
     @property

@@ -1,27 +1,28 @@
 """POST /v1/completions: text or token ids in, text out."""
 
-from flask import Blueprint, Response, request
+from flask import Flask, Response, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
-from serve.api.replying import Context, check_choices, lease_model, noted, read_json, respond, start
+from serve.api.bodies import read_json
+from serve.api.context import Context, lease_model, noting_fields
+from serve.api.replying import check_choices, respond, start
 from serve.fields.requests import CompletionRequest, read_completion
 from serve.replies.openai import CompletionShape, Echo
 
 MAX_SCORED = 2**19
-"""Log-probabilities in the reply to one request that scores its prompts: some 16 MB of JSON, made in 120 MB of memory.
-Evaluators ask for one or two of each token: 128,000 tokens and more at once."""
+"""Most log-probabilities in a reply that scores its prompts: about 16 MB of JSON, made in 120 MB of memory. Evaluators
+ask for one or two for each token, so this is enough for 128,000 tokens and more."""
 
 
-def completions_blueprint(context: Context) -> Blueprint:
-    """The route of this module."""
-    blueprint = Blueprint("completions", __name__)
+def add_completions_route(app: Flask, context: Context) -> None:
+    """Add the route of this module to the application."""
 
-    @blueprint.post("/v1/completions")
+    @app.post("/v1/completions")
     def complete() -> Response:
         raw = read_json(request, is_logged=context.settings.log_prompts)
         model = lease_model(context, raw)
-        with noted(context):
+        with noting_fields(context):
             wanted = read_completion(raw)
         check_choices(context, len(wanted.prompts), wanted.n)
         most = wanted.max_prompt(model.max_len)
@@ -42,11 +43,9 @@ def completions_blueprint(context: Context) -> Blueprint:
         )
         return respond(choices, shape, wanted)
 
-    return blueprint
-
 
 def _check_scored(wanted: CompletionRequest, prompts: list[list[int]]) -> None:
-    """Bound the reply of a request that scores its prompts. Raises InvalidRequest."""
+    """Raise InvalidRequest if the reply to a request that scores its prompts would be too large."""
     if not wanted.is_scored:
         return
     per_token = (wanted.params.logprobs or 0) + 1
@@ -54,14 +53,14 @@ def _check_scored(wanted: CompletionRequest, prompts: list[list[int]]) -> None:
     if num_scored > MAX_SCORED:
         raise InvalidRequest(
             f"{sum(map(len, prompts)):,} prompt tokens times n={wanted.n} with {per_token} log-probabilities each are "
-            f"{num_scored:,}; at most {MAX_SCORED:,} fit in one reply: send fewer prompts at once",
+            f"{num_scored:,}; a reply has at most {MAX_SCORED:,}: send fewer prompts at once",
             param="logprobs",
         )
 
 
 def _echo(model: TextModel, wanted: CompletionRequest, whole: list[list[int]], prompts: list[list[int]]) -> list[Echo]:
-    """The prompt once per choice, if it is wanted; token ids, and what is left of a text that was cut, are spelled
-    out."""
+    """The prompt for each choice, if the client wants it. Token ids, and the rest of a prompt that was cut, are turned
+    into text."""
     if not wanted.is_echo:
         return []
     spelled = model.token_bytes if wanted.params.skip_special_tokens else model.shown_bytes

@@ -1,46 +1,34 @@
-"""GET /v1/models and /v1/models/<id>: what is served."""
+"""GET /v1/models and /v1/models/<id>: the models that are served."""
 
-from flask import Blueprint, Response, jsonify
+from flask import Flask, Response, jsonify
 
 from runtime.errors import Unavailable
-from serve.api.replying import Context
-from serve.model_registry import Generation
+from serve.api.context import Context
+from serve.model_registry import LoadedModel
 from serve.replies.openai import Json, model_object
 
 
-def models_blueprint(context: Context) -> Blueprint:
-    """The routes of this module."""
-    blueprint = Blueprint("models", __name__)
+def add_models_routes(app: Flask, context: Context) -> None:
+    """Add the routes of this module to the application."""
     models = context.models
 
-    @blueprint.get("/v1/models")
+    @app.get("/v1/models")
     def list_models() -> Response:
-        loaded = [served.current for served in models.served.values() if served.current is not None]
-        aliased = [
-            (alias, served.current)
-            for alias, name in models.aliases.items()
-            if (served := models.served[name]).current is not None
-        ]
-        return jsonify(
-            {
-                "object": "list",
-                "data": [_described(generation) for generation in loaded]
-                + [_described(generation, alias) for alias, generation in aliased if generation is not None],
-            }
-        )
+        names = [(name, None) for name in models.served] + [(name, alias) for alias, name in models.aliases.items()]
+        found = [(models.served[name].current, alias) for name, alias in names]
+        data = [_described(loaded, alias) for loaded, alias in found if loaded is not None]
+        return jsonify({"object": "list", "data": data})
 
-    @blueprint.get("/v1/models/<path:model_name>")
+    @app.get("/v1/models/<path:model_name>")
     def retrieve_model(model_name: str) -> Response:
         served = models.find(model_name)
         if served.current is None:
             raise Unavailable(f"the model {model_name} is still loading; try again later")
         return jsonify(_described(served.current, model_name if model_name in models.aliases else None))
 
-    return blueprint
 
-
-def _described(generation: Generation, alias: str | None = None) -> Json:
-    """OpenAI's model object, and what the artifact says of itself; under an alias, `root` is the model's own name."""
-    model = generation.model
+def _described(loaded: LoadedModel, alias: str | None = None) -> Json:
+    """OpenAI's model object with the artifact's own data. Under an alias, `root` is the model's own name."""
+    model = loaded.model
     root = {} if alias is None else {"root": model.name}
-    return {**model_object(alias or model.name, generation.created, model.max_len), **root, **model.card}
+    return {**model_object(alias or model.name, loaded.created, model.max_len), **root, **model.card}

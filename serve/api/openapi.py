@@ -1,7 +1,6 @@
 """GET /openapi.json: the server's description of itself, made from the tables that check its requests.
 
-A new row in one of the tables of fields appears here by itself; a new route needs a row in OPERATIONS, and a test
-fails until it has one.
+A new row in a table of fields appears here automatically. A new route needs a row in OPERATIONS; a test fails without.
 """
 
 from collections.abc import Sequence
@@ -9,48 +8,49 @@ from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from flask import Blueprint, Response, jsonify
+from flask import Flask, Response, jsonify
 
 from runtime.core import RANGES, SamplingParams
 from serve.access.middleware import OPEN_ROUTES
-from serve.api.replying import Context
+from serve.api.context import Context
 from serve.api.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+from serve.fields.checks import integer, number
 from serve.fields.ignored import HEADER
+from serve.fields.reading import Field, table_schema
 from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.fields.sampling import SAMPLING_NAMES
-from serve.fields.tables import Field, integer, number, table_schema
 from serve.replies.schemas import REPLIES, TEXT, Json, ref
 
 OPENAPI_VERSION = "3.2.0"
-"""The first that can say what the events of a stream are."""
+"""The first version that can describe the events of a stream."""
 JSON, EVENTS = "application/json", "text/event-stream"
 REQUEST_ERRORS = {400: "A field is wrong or not supported.", 404: "No such model.", 413: "The body is too large."}
 MODEL_ERRORS = {
     500: "The engine failed.",
-    503: "A model loads, the server drains, or no slot came free.",
-    504: "The time is up.",
+    503: "A model is loading, the server drains, or no slot came free in time.",
+    504: "The request took too long.",
 }
 OTHER_ERRORS = {
     408: "The body did not arrive in time.",
     415: "The body is not JSON.",
-    429: "The queue is full, or the key has used up its minute; Retry-After says when to come back.",
+    429: "The queue is full, or the key has reached its limit; Retry-After says when to try again.",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One route and method. `reply` names a schema, or is the media type of what is no JSON."""
+    """One route and method. `reply` is the name of a schema, or the media type of a reply that is not JSON."""
 
     summary: str
     reply: str
     table: Sequence[Field] | None = None
     request_name: str = ""
     chunk: str | None = None
-    """Schema of the events of a stream."""
+    """Name of the schema of a stream's events."""
     unwell: bool = False
-    """Whether 503 has the shape of the health checks."""
+    """Whether a 503 has the shape of the health checks."""
     missing: str | None = None
-    """Why a 404, where the path names something."""
+    """Description of the 404, if the path names something."""
 
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
@@ -84,7 +84,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/healthz"): Operation(summary="Whether the process lives", reply="Healthy", unwell=True),
     ("get", "/health"): Operation(summary="The same, as other servers name it", reply="Healthy", unwell=True),
     ("get", "/readyz"): Operation(summary="Whether it takes requests", reply="Ready", unwell=True),
-    ("get", "/status"): Operation(summary="What runs now", reply="Status"),
+    ("get", "/status"): Operation(summary="What is running now", reply="Status"),
     ("get", "/metrics"): Operation(summary="Prometheus metrics", reply="text/plain"),
     ("get", "/openapi.json"): Operation(summary="This document", reply="Document"),
     ("get", "/"): Operation(summary="A page to talk to the models", reply="text/html"),
@@ -106,8 +106,8 @@ def document(*, is_strict: bool = False) -> Json:
         "info": {
             "title": "Headrace",
             "version": _version(),
-            "description": "OpenAI's API, and what a server needs besides. A field that is not here is "
-            + ("a 400." if is_strict else f"taken without effect; the reply's {HEADER} names it."),
+            "description": "OpenAI's API, and routes to operate the server. A field that is not listed here is "
+            + ("a 400." if is_strict else f"ignored; the reply's header {HEADER} names it."),
         },
         "paths": paths,
         "components": {
@@ -117,16 +117,13 @@ def document(*, is_strict: bool = False) -> Json:
     }
 
 
-def openapi_blueprint(context: Context) -> Blueprint:
-    """The route of this module."""
-    blueprint = Blueprint("openapi", __name__)
+def add_openapi_route(app: Flask, context: Context) -> None:
+    """Add the route of this module to the application."""
     described = document(is_strict=context.settings.strict_fields)
 
-    @blueprint.get("/openapi.json")
+    @app.get("/openapi.json")
     def openapi() -> Response:
         return jsonify(described)
-
-    return blueprint
 
 
 def _version() -> str:
@@ -137,7 +134,7 @@ def _version() -> str:
 
 
 def _request_schema(table: Sequence[Field]) -> Json:
-    """The table's schema, with the ranges and help texts of SamplingParams where a field is one of its."""
+    """The table's schema. Fields of SamplingParams get its ranges and help texts."""
     schema = table_schema(table)
     helps = {item.name: item.metadata.get("help", "") for item in fields(SamplingParams)}
     for row in table:
@@ -153,7 +150,7 @@ def _request_schema(table: Sequence[Field]) -> Json:
 
 
 def _closed(schema: Any) -> Any:
-    """The same schema with every table of fields closed: those say that they are open."""
+    """The same schema, with `additionalProperties` false in every table of fields."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -163,7 +160,7 @@ def _closed(schema: Any) -> Any:
 
 
 def _at_most_64_bits(bound: float) -> float:
-    """A bound that the check of integers (serve/fields/tables.py) lets through: it leaves out -2**63."""
+    """A bound within the check of integers (serve/fields/checks.py), which excludes -2**63."""
     return max(bound, 1 - 2**63)
 
 
@@ -178,7 +175,7 @@ def _operation(path: str, operation: Operation) -> Json:
         errors[401] = "The server has API keys, and the request brings none that it knows."
     replies = {str(status): _error(text) for status, text in sorted(errors.items())}
     if operation.unwell:
-        replies["503"] = {"description": "Not now; why.", "content": {JSON: {"schema": ref("Unwell")}}}
+        replies["503"] = {"description": "Not ready, with the reason.", "content": {JSON: {"schema": ref("Unwell")}}}
     described: Json = {
         "summary": operation.summary,
         "operationId": operation.summary.lower().replace(" ", "_").replace(",", "").replace(":", "").replace("'", ""),
@@ -194,10 +191,10 @@ def _operation(path: str, operation: Operation) -> Json:
 
 
 def _answer(operation: Operation) -> Json:
-    """The reply to a good request; where there is a body, with the header that names what of it had no effect."""
+    """The reply to a valid request. If the request has a body, the reply has the header for ignored fields."""
     answer: Json = {"description": "The answer.", "content": _content(operation)}
     if operation.table is not None:
-        answer["headers"] = {HEADER: {"description": "Fields taken without effect, if any.", "schema": TEXT}}
+        answer["headers"] = {HEADER: {"description": "The ignored fields, if any.", "schema": TEXT}}
     return answer
 
 
@@ -207,10 +204,10 @@ def _content(operation: Operation) -> Json:
     content: Json = {JSON: {"schema": ref(operation.reply)}}
     if operation.chunk is not None:
         data: Json = {"type": "string", "description": f"A {operation.chunk} or an Error as JSON; at the end [DONE]."}
-        # A `schema` beside it would describe all the events, as an array (OpenAPI 3.2, sequential media types).
+        # `schema` would describe all events as an array (OpenAPI 3.2, sequential media types).
         event: Json = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         content[EVENTS] = {
-            "itemSchema": event | {"description": "A piece of the answer, if `stream` is true."},
+            "itemSchema": event | {"description": "A part of the answer, if `stream` is true."},
         }
     return content
 

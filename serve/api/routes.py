@@ -1,6 +1,6 @@
-"""Paths as clients write them: without /v1, with it twice, with a slash too many; and what a wrong path is told.
+"""Paths as clients write them: without /v1, with it twice, with an extra slash; and the replies to wrong paths.
 
-Knows the routes of the application from its own map, nothing of what they do.
+Knows the routes from the application's own map, nothing of what they do.
 """
 
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from serve.access.errors import error_response
-from serve.fields.tables import shown
+from serve.fields.checks import shown
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 PREFIX = "v1"
 API_PATHS = {"chat/completions", "completions", "models"}
-"""Behind /v1; and a model's name may follow `models`."""
+"""Below /v1. A model's name may follow `models`."""
 PLAIN_PATHS = {"tokenize", "detokenize"}
 MODELS = "models/"
 FOREIGN_PATHS = {
@@ -43,12 +43,12 @@ FOREIGN_PATHS = {
     "engines": "OpenAI's older API",
     "openai": "Azure's paths",
 }
-"""What people look for, by the first part of the path behind /v1."""
+"""Other APIs, by the first part of the path below /v1."""
 HIDDEN = ("/page/",)
 
 
 def canonical(path: str) -> str:
-    """The path of a route for the ways to write it that mean it; any other path as it is."""
+    """The path of the route that a client means; any other path unchanged."""
     parts = [part for part in path.split("/") if part]
     while parts[:1] == [PREFIX]:
         parts = parts[1:]
@@ -59,7 +59,7 @@ def canonical(path: str) -> str:
 
 
 class CanonicalPaths:
-    """WSGI middleware that puts `canonical` paths before the routing: a redirect would lose the body of a POST."""
+    """WSGI middleware that rewrites paths before routing. A redirect would lose the body of a POST."""
 
     def __init__(self, app: "WSGIApplication") -> None:
         self._app = app
@@ -70,14 +70,14 @@ class CanonicalPaths:
 
 
 def register_routes(app: Flask) -> None:
-    """Take paths in all their spellings, and tell a client that asks for another one what is there."""
+    """Accept every spelling of a path. The reply to an unknown path lists the routes."""
     app.wsgi_app = CanonicalPaths(app.wsgi_app)  # type: ignore[method-assign]  # Flask's own seam
     app.register_error_handler(NotFound, lambda error: _not_found(app, error))
     app.register_error_handler(MethodNotAllowed, _wrong_method)
 
 
 def _not_found(app: Flask, error: NotFound) -> Response:
-    if request.url_rule is None:  # else a view says what is missing
+    if request.url_rule is None:  # else a view has said what is missing
         parts = [part for part in request.path.split("/") if part not in ("", PREFIX)]
         foreign = FOREIGN_PATHS.get(parts[0]) if parts else None
         what = f" ({foreign})" if foreign else ""

@@ -1,27 +1,26 @@
-"""GET /status: what runs now, for people; the page at / draws it. Counts and times, not a word of any prompt.
+"""GET /status: what is running now, for people; the page at / draws it. Shows counts and times, no part of any prompt.
 
-With API keys each key sees its own requests and the KV cache that they take, and of the others how many there are;
-a key that may read the metrics sees the whole cache's use.
+With API keys, each key sees its own requests and the part of the KV cache they use. A key that may read the metrics
+sees the use of the whole cache.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable
 
-from flask import Blueprint, Response, jsonify
+from flask import Flask, Response, jsonify
 
 from serve.access.middleware import current_record, may_measure
 from serve.access.record import RequestRecord
-from serve.api.replying import Context
+from serve.api.context import Context
 from serve.model_registry import ServedModel
 from serve.replies.openai import Json
 
 
-def status_blueprint(context: Context) -> Blueprint:
-    """The route of this module."""
-    blueprint = Blueprint("status", __name__)
+def add_status_route(app: Flask, context: Context) -> None:
+    """Add the route of this module to the application."""
 
-    @blueprint.get("/status")
+    @app.get("/status")
     def status() -> Response:
         asking = current_record()
         own = [record for record in context.access.live.records() if record.tenant == asking.tenant]
@@ -34,11 +33,9 @@ def status_blueprint(context: Context) -> Blueprint:
             }
         )
 
-    return blueprint
-
 
 def _tokens_by_model(records: Iterable[RequestRecord]) -> Counter[str]:
-    """Tokens of prompts and answers so far."""
+    """Tokens of prompts and answers so far, by model."""
     tokens: Counter[str] = Counter()
     for record in records:
         if record.choices is not None and record.model is not None:
@@ -61,7 +58,7 @@ def _model_status(served: ServedModel, own_tokens: Counter[str] | None) -> Json:
 
 
 def _request_status(record: RequestRecord) -> Json:
-    assert record.choices is not None  # a request is live from when it has some
+    assert record.choices is not None  # a request becomes live when it has choices
     return {
         "request_id": record.request_id,
         "model": record.model,

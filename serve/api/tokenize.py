@@ -1,22 +1,24 @@
-"""POST /tokenize and /detokenize: text to token ids and back, as vLLM's server has them."""
+"""POST /tokenize and /detokenize: from text to token ids and back, as in vLLM's server."""
 
 from typing import Any
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Flask, Response, jsonify, request
 
 from runtime.errors import InvalidRequest
 from runtime.text_model import TextModel
-from serve.api.replying import Context, blaming, lease_model, noted, read_json
-from serve.fields.classes import DETOKENIZE, TOKENIZE, table
+from serve.api.bodies import read_json
+from serve.api.context import Context, errors_name, lease_model, noting_fields
+from serve.fields.checks import boolean, integer, list_of, string
+from serve.fields.foreign import DETOKENIZE, TOKENIZE, table
 from serve.fields.messages import read_messages
 from serve.fields.prompt import CHAT_TEMPLATE_FIELDS, chat_options
-from serve.fields.tables import Field, boolean, integer, list_of, read_fields, string
+from serve.fields.reading import Field, read_fields
 from serve.fields.tools import tools
 
 MAX_TOKENS = 2**20
-"""Longest list of token ids that is read at all."""
+"""Longest list of token ids that is read."""
 MIN_DETOKENIZED = 2**16
-"""Token ids that /detokenize takes where the context is shorter."""
+"""Most token ids in a request of /detokenize, if the context is shorter."""
 TOKENIZE_FIELDS = table(
     TOKENIZE,
     Field("model", string),
@@ -34,15 +36,14 @@ DETOKENIZE_FIELDS = table(
 )
 
 
-def tokenize_blueprint(context: Context) -> Blueprint:
-    """The routes of this module."""
-    blueprint = Blueprint("tokenize", __name__)
+def add_tokenize_routes(app: Flask, context: Context) -> None:
+    """Add the routes of this module to the application."""
 
-    @blueprint.post("/tokenize")
+    @app.post("/tokenize")
     def tokenize() -> Response:
         raw = read_json(request)
         model = lease_model(context, raw)
-        with noted(context):
+        with noting_fields(context):
             values = read_fields(raw, TOKENIZE_FIELDS)
         ids = _encode(model, values)
         answer = {"count": len(ids), "max_model_len": model.max_len, "tokens": ids}
@@ -50,24 +51,22 @@ def tokenize_blueprint(context: Context) -> Blueprint:
             answer["token_strs"] = [model.token_text(token_id) for token_id in ids]
         return jsonify(answer)
 
-    @blueprint.post("/detokenize")
+    @app.post("/detokenize")
     def detokenize() -> Response:
         raw = read_json(request)
         model = lease_model(context, raw)
-        with noted(context):
+        with noting_fields(context):
             ids = read_fields(raw, DETOKENIZE_FIELDS)["tokens"]
         most = max(model.max_len, MIN_DETOKENIZED)
         if len(ids) > most:
-            raise InvalidRequest(f"{len(ids):,} token ids are too many; at most {most:,} are taken", param="tokens")
+            raise InvalidRequest(f"{len(ids):,} token ids are too many; send at most {most:,}", param="tokens")
         if bad := [token_id for token_id in ids if not 0 <= token_id < model.vocab_size]:
             raise InvalidRequest(
                 f"token id {bad[0]} is not in the vocabulary, 0 to {model.vocab_size - 1}", param="tokens"
             )
-        # Special tokens add no text to an answer, but whoever asks what ids mean wants to see them.
+        # Special tokens have no text in an answer; here they are shown.
         pieces = (model.token_bytes(token_id) or model.token_text(token_id).encode() for token_id in ids)
         return jsonify({"prompt": b"".join(pieces).decode("utf-8", "replace")})
-
-    return blueprint
 
 
 def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
@@ -76,6 +75,6 @@ def _encode(model: TextModel, values: dict[str, Any]) -> list[int]:
     if "prompt" in values:
         return model.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
     if values.get("add_special_tokens", False):
-        raise InvalidRequest("add_special_tokens goes with prompt: a chat template adds its own", param="messages")
-    with blaming("messages"):
+        raise InvalidRequest("add_special_tokens needs prompt: a chat template adds its own", param="messages")
+    with errors_name("messages"):
         return model.encode_chat(values["messages"], tools=values.get("tools", ()), options=chat_options(values))

@@ -1,7 +1,7 @@
-"""The fields that ask for a form of the answer: OpenAI's `response_format`, vLLM's `structured_outputs`, and others'.
+"""The fields that constrain an answer's form: OpenAI's `response_format`, vLLM's `structured_outputs`, and others.
 
-Checks shapes only and returns a `Constraint`; whether a schema, an expression or a grammar is any good is found out by
-`runtime/grammar/grammar.py`. Knows nothing of HTTP.
+Checks only the shape of the fields and returns a `Constraint`. `runtime/grammar/grammar.py` finds out whether a schema,
+a regular expression or a grammar is valid. Knows nothing of HTTP.
 """
 
 import json
@@ -11,20 +11,20 @@ from typing import Any
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
 from runtime.grammar.schema.translation import translate_schema
-from serve.fields.classes import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
-from serve.fields.tables import (
+from serve.fields.checks import (
     Check,
-    Field,
+    Json,
     MismatchError,
     boolean,
     described,
     list_of,
     one_of,
-    read_fields,
     schema_of,
+    some_text,
     string,
-    table_schema,
 )
+from serve.fields.foreign import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED, table
+from serve.fields.reading import Field, at_path, fields_of, object_of
 
 MAX_CHOICES = 5000
 ANY_OBJECT = {"type": "object"}
@@ -32,7 +32,7 @@ ANY_OBJECT = {"type": "object"}
 
 @described(type=["object", "boolean"], description="A JSON schema.")
 def any_schema(value: Any) -> Any:
-    """A JSON schema (an object, or true), read later, where it is known whether it is strict."""
+    """A JSON schema: an object, or true. It is translated later, when `strict` is known."""
     if not isinstance(value, dict | bool):
         raise MismatchError("a JSON schema: an object")
     return value
@@ -40,7 +40,7 @@ def any_schema(value: Any) -> Any:
 
 @described(type=["object", "boolean", "string"], description="A JSON schema, or one as JSON text.")
 def _schema_or_text(value: Any) -> Any:
-    """vLLM takes the schema as JSON text, too."""
+    """vLLM accepts the schema as JSON text too."""
     if not isinstance(value, str):
         return any_schema(value)
     try:
@@ -50,24 +50,17 @@ def _schema_or_text(value: Any) -> Any:
 
 
 def schema_constraint(schema: Any, *, param: str, is_strict: bool = False) -> Constraint:
-    """What holds an answer to a JSON schema. Raises InvalidRequest if it is none, or cannot be held to as asked."""
+    """The constraint of a JSON schema. Raises InvalidRequest if it is invalid or cannot be enforced as asked."""
     found = translate_schema(schema, param=param, is_strict=is_strict)
     return Constraint(ConstraintKind.JSON_SCHEMA, found.source, param, late_checks=found.late_checks)
 
 
-@described(type="array", items={"type": "string"}, minItems=1, maxItems=MAX_CHOICES)
+_strings = list_of(string, "strings", min_len=1, max_len=MAX_CHOICES)
+
+
+@described(**schema_of(_strings))
 def _choices(value: Any) -> str:
-    choices = list_of(string, "strings", max_len=MAX_CHOICES)(value)
-    if not choices:
-        raise MismatchError("a list of at least one string")
-    return json.dumps(choices)
-
-
-@described(type="string", minLength=1)
-def _some_text(value: Any) -> str:
-    if not string(value):
-        raise MismatchError("a string that is not empty")
-    return str(value)
+    return json.dumps(_strings(value))
 
 
 JSON_SCHEMA_FIELDS = table(
@@ -75,40 +68,27 @@ JSON_SCHEMA_FIELDS = table(
     Field("name", string),
     Field("schema", any_schema),
     Field("description", string),
-    # Whether what a grammar cannot hold is refused, or left out and checked when the answer is complete.
+    # Whether a keyword that a grammar cannot enforce is refused, or checked when the answer is complete.
     Field("strict", boolean),
 )
-
-
-@described(**table_schema(JSON_SCHEMA_FIELDS))
-def _json_schema(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    return read_fields(value, JSON_SCHEMA_FIELDS, "response_format.json_schema.")
-
-
 RESPONSE_FORMAT_FIELDS = table(
     RESPONSE_FORMAT,
     Field("type", one_of("text", "json_object", "json_schema"), is_required=True),
-    Field("json_schema", _json_schema),
-    # Of llama.cpp, Together and others: the schema beside the type, without a name.
+    Field("json_schema", fields_of(JSON_SCHEMA_FIELDS)),
+    # As llama.cpp, Together and others have it: the schema beside the type, without a name.
     Field("schema", any_schema),
 )
 
 
-@described(**table_schema(RESPONSE_FORMAT_FIELDS))
-def response_format(value: Any) -> Constraint | None:
+@object_of(RESPONSE_FORMAT_FIELDS)
+def response_format(found: Json, path: str) -> Constraint | None:
     """OpenAI's field. None: any text."""
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    path = "response_format."
-    found = read_fields(value, RESPONSE_FORMAT_FIELDS, path)
     if found["type"] != "text" and "json_schema" not in found and "schema" in found:
         return schema_constraint(found["schema"], param="response_format")
     is_schema = found["type"] == "json_schema"
     if is_schema != ("json_schema" in found):
         needs = "is required" if is_schema else f"needs the type json_schema, not {found['type']}"
-        raise InvalidRequest(f"{path}json_schema {needs}", param=f"{path}json_schema")
+        raise InvalidRequest(f"{path}.json_schema {needs}", param=f"{path}.json_schema")
     if found["type"] == "text":
         return None
     wanted = found["json_schema"] if is_schema else {}
@@ -116,73 +96,66 @@ def response_format(value: Any) -> Constraint | None:
     return schema_constraint(schema, param="response_format", is_strict=wanted.get("strict", False))
 
 
-STRUCTURED_FIELDS = table(
-    STRUCTURED,
-    Field("json", _schema_or_text),
-    Field("json_object", boolean),
-    Field("regex", _some_text),
-    Field("choice", _choices),
-    Field("grammar", _some_text),
-)
-STRUCTURED_KINDS = {
-    "json": ConstraintKind.JSON_SCHEMA,
-    "json_object": ConstraintKind.JSON_SCHEMA,
-    "regex": ConstraintKind.REGEX,
-    "choice": ConstraintKind.CHOICE,
-    "grammar": ConstraintKind.GRAMMAR,
-}
-
-
-@described(**table_schema(STRUCTURED_FIELDS))
-def structured_outputs(value: Any) -> Constraint:
-    """vLLM's field: an object with exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."""
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    found = read_fields(value, STRUCTURED_FIELDS, "structured_outputs.")
-    if found.get("json_object") is False:
-        del found["json_object"]
-    if len(found) != 1:
-        raise MismatchError(f"an object with exactly one of {', '.join(STRUCTURED_KINDS)}")
-    ((name, source),) = found.items()
-    param = f"structured_outputs.{name}"
-    if STRUCTURED_KINDS[name] is ConstraintKind.JSON_SCHEMA:
-        return schema_constraint(ANY_OBJECT if name == "json_object" else source, param=param)
-    return Constraint(STRUCTURED_KINDS[name], source, param)
-
-
-def _form(name: str, kind: ConstraintKind, check: Check) -> Field:
-    """A row whose value is the form itself. Where text is taken an empty one asks for no form: that is what programs
-    send that always send all their fields."""
+def _form(name: str, kind: ConstraintKind, check: Check, *, is_optional: bool = False) -> Field:
+    """A row whose value becomes a constraint. `is_optional`: empty text means none, because some programs always send
+    all their fields."""
     schema = schema_of(check)
-    takes_text = "string" in schema["type"]
+    if is_optional:
+        schema.pop("minLength", None)
 
-    @described(**{key: value for key, value in schema.items() if key != "minLength"})
-    def read(value: Any) -> Constraint | None:
-        if takes_text and value == "":
+    @at_path(**schema)
+    def read(value: Any, path: str) -> Constraint | None:
+        if is_optional and value == "" and "string" in schema["type"]:
             return None
         found = check(value)
         is_schema = kind is ConstraintKind.JSON_SCHEMA
-        return schema_constraint(found, param=name) if is_schema else Constraint(kind, found, name)
+        return schema_constraint(found, param=path) if is_schema else Constraint(kind, found, path)
 
     return Field(name, read)
+
+
+@at_path(type="boolean")
+def _any_json(value: Any, path: str) -> Constraint | None:
+    return schema_constraint(ANY_OBJECT, param=path) if boolean(value) else None
+
+
+STRUCTURED_NAMES = ("json", "json_object", "regex", "choice", "grammar")
+STRUCTURED_FIELDS = table(
+    STRUCTURED,
+    _form("json", ConstraintKind.JSON_SCHEMA, _schema_or_text),
+    Field("json_object", _any_json),
+    _form("regex", ConstraintKind.REGEX, some_text),
+    _form("choice", ConstraintKind.CHOICE, _choices),
+    _form("grammar", ConstraintKind.GRAMMAR, some_text),
+)
+
+
+@object_of(STRUCTURED_FIELDS)
+def structured_outputs(found: Json, _: str) -> Constraint:
+    """vLLM's field: an object with exactly one of STRUCTURED_NAMES."""
+    forms = [form for form in found.values() if form is not None]
+    if len(forms) != 1:
+        raise MismatchError(f"an object with exactly one of {', '.join(STRUCTURED_NAMES)}")
+    only: Constraint = forms[0]
+    return only
 
 
 OUTPUT_FIELDS = (
     Field("response_format", response_format),
     Field("structured_outputs", structured_outputs),
     # vLLM's older names, and llama.cpp's.
-    _form("guided_json", ConstraintKind.JSON_SCHEMA, _schema_or_text),
-    _form("guided_regex", ConstraintKind.REGEX, _some_text),
-    _form("guided_choice", ConstraintKind.CHOICE, _choices),
-    _form("guided_grammar", ConstraintKind.GRAMMAR, _some_text),
-    _form("json_schema", ConstraintKind.JSON_SCHEMA, _schema_or_text),
-    _form("grammar", ConstraintKind.GRAMMAR, _some_text),
+    _form("guided_json", ConstraintKind.JSON_SCHEMA, _schema_or_text, is_optional=True),
+    _form("guided_regex", ConstraintKind.REGEX, some_text, is_optional=True),
+    _form("guided_choice", ConstraintKind.CHOICE, _choices, is_optional=True),
+    _form("guided_grammar", ConstraintKind.GRAMMAR, some_text, is_optional=True),
+    _form("json_schema", ConstraintKind.JSON_SCHEMA, _schema_or_text, is_optional=True),
+    _form("grammar", ConstraintKind.GRAMMAR, some_text, is_optional=True),
 )
 
 
 def wanted_form(values: Mapping[str, Any]) -> Constraint | None:
-    """The constraint of a request's checked fields. InvalidRequest if it has two."""
+    """The constraint of a request's checked fields. Raises InvalidRequest if it has two."""
     found = {row.name: form for row in OUTPUT_FIELDS if (form := values.get(row.name)) is not None}
     if len(found) > 1:
-        raise InvalidRequest(f"{' and '.join(found)} exclude each other: give one form", param=list(found)[-1])
+        raise InvalidRequest(f"{' and '.join(found)} exclude each other: give one of them", param=list(found)[-1])
     return next(iter(found.values()), None)

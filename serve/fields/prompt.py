@@ -1,15 +1,15 @@
-"""The fields that say how a prompt is made, beside the messages or texts it is made of, and what is expected to follow.
+"""The fields that say how the prompt is made from messages or texts, and which answer the client expects.
 
-Names and meanings are vLLM's and transformers', and OpenAI's for `reasoning_effort` and `prediction`. Knows nothing of
-HTTP or of templates.
+Names and meanings are those of vLLM and transformers; `reasoning_effort` and `prediction` are OpenAI's. Knows nothing
+of HTTP or of templates.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from runtime.text.chat.options import MAX_VARIABLES, ChatOptions
-from serve.fields.tables import (
-    Field,
+from serve.fields.checks import (
+    Json,
     MismatchError,
     any_object,
     boolean,
@@ -18,10 +18,10 @@ from serve.fields.tables import (
     integer,
     list_of,
     one_of,
-    read_fields,
     string,
-    table_schema,
+    text_up_to,
 )
+from serve.fields.reading import Field, at_path, check_value, fields_of, object_of, table_schema
 
 MAX_EFFORT_CHARS = 32
 MAX_PROMPTS = 1024
@@ -29,8 +29,8 @@ MAX_PARTS = 1024
 WHAT_FITS = -1
 
 Prompt = str | tuple[int, ...]
-TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+TOKEN_IDS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXT: Json = {"type": "string", "minLength": 1}
 
 
 @described(**TOKEN_IDS)
@@ -39,13 +39,13 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return ids
 
 
-def _many(items: dict[str, Any]) -> dict[str, Any]:
+def _many(items: Json) -> Json:
     return {"type": "array", "items": items, "minItems": 1, "maxItems": MAX_PROMPTS}
 
 
 @described(anyOf=[TEXT, _many(TEXT), TOKEN_IDS, _many(TOKEN_IDS)])
 def prompts(value: Any) -> tuple[Prompt, ...]:
-    """The four forms of OpenAI's `prompt`, as a tuple of texts or of token id tuples."""
+    """The four forms of OpenAI's `prompt`, as a tuple of texts or of tuples of token ids."""
     if isinstance(value, str):
         return (string(value),)
     if not isinstance(value, list) or not value:
@@ -58,19 +58,9 @@ def prompts(value: Any) -> tuple[Prompt, ...]:
 
 
 @described(type="object", maxProperties=MAX_VARIABLES, description="Variables of the model's chat template.")
-def _variables(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    check_utf8(value)
-    return value
-
-
-@described(type="string", minLength=1, maxLength=MAX_EFFORT_CHARS, description="Such as none, low, medium or high.")
-def _effort(value: Any) -> str:
-    """Any word: which of them mean something is the template's to say."""
-    if not 0 < len(string(value)) <= MAX_EFFORT_CHARS:
-        raise MismatchError(f"a word of at most {MAX_EFFORT_CHARS} characters")
-    return str(value)
+def _variables(value: Any) -> Json:
+    check_utf8(any_object(value))
+    return dict(value)
 
 
 CHAT_TEMPLATE_FIELDS = (
@@ -78,12 +68,13 @@ CHAT_TEMPLATE_FIELDS = (
     Field("continue_final_message", boolean),
     Field("chat_template_kwargs", _variables),
     Field("enable_thinking", boolean),
-    Field("reasoning_effort", _effort),
+    # Any word: the chat template knows which of them mean something.
+    Field("reasoning_effort", text_up_to(MAX_EFFORT_CHARS)),
 )
 
 
 def chat_options(values: Mapping[str, Any]) -> ChatOptions:
-    """What the checked fields of a chat say to its template. InvalidRequest for fields that exclude each other."""
+    """The options of the chat template, from a chat's checked fields. Raises InvalidRequest if two contradict."""
     is_continued = values.get("continue_final_message", False)
     return ChatOptions(
         add_generation_prompt=values.get("add_generation_prompt", not is_continued),
@@ -96,7 +87,7 @@ def chat_options(values: Mapping[str, Any]) -> ChatOptions:
 
 @described(
     anyOf=[{"type": "integer", "minimum": 1, "maximum": 2**31}, {"enum": [WHAT_FITS]}],
-    description="Keep so many tokens at the end of the prompt; -1: as many as fit beside the answer.",
+    description="Keep this many tokens at the end of the prompt; -1: as many as fit beside the answer.",
 )
 def kept_tokens(value: Any) -> int:
     """vLLM's `truncate_prompt_tokens`."""
@@ -107,15 +98,15 @@ def kept_tokens(value: Any) -> int:
 
 
 PART_FIELDS = (Field("type", one_of("text")), Field("text", string, is_required=True))
+_part = fields_of(PART_FIELDS)
 _parts = list_of(any_object, "parts", max_len=MAX_PARTS)
 
 
-@described(anyOf=[{"type": "string"}, {"type": "array", "items": table_schema(PART_FIELDS), "maxItems": MAX_PARTS}])
-def _predicted(value: Any) -> str:
+@at_path(anyOf=[{"type": "string"}, {"type": "array", "items": table_schema(PART_FIELDS), "maxItems": MAX_PARTS}])
+def _predicted(value: Any, path: str) -> str:
     if isinstance(value, str):
         return str(string(value))
-    parts = (read_fields(part, PART_FIELDS, f"prediction.content[{idx}].") for idx, part in enumerate(_parts(value)))
-    return "".join(part["text"] for part in parts)
+    return "".join(check_value(part, _part, f"{path}[{idx}]")["text"] for idx, part in enumerate(_parts(value)))
 
 
 PREDICTION_FIELDS = (
@@ -124,7 +115,7 @@ PREDICTION_FIELDS = (
 )
 
 
-@described(**table_schema(PREDICTION_FIELDS), description="What the answer is expected to be: a draft for --speculate.")
-def prediction(value: Any) -> str:
+@object_of(PREDICTION_FIELDS, description="The answer that the client expects: a draft for --speculate.")
+def prediction(found: Json, _: str) -> str:
     """OpenAI's predicted outputs, as text."""
-    return str(read_fields(any_object(value), PREDICTION_FIELDS, "prediction.")["content"])
+    return str(found["content"])

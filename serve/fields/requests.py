@@ -1,9 +1,8 @@
-"""What a client may ask for: the fields of OpenAI's two generation calls, as tables, and what they become.
+"""What a client may ask for: OpenAI's two generation requests, as tables of fields and as the dataclasses they become.
 
-Knows nothing of HTTP or of generation. The rows here are the honoured fields; those taken without effect and those
-refused are in serve/fields/classes.py. The reference for names and meanings is
-https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
-`stop_token_ids` are what the field's other servers call these.
+The rows here are the supported fields; the ignored and the refused ones are in serve/fields/foreign.py. Names and
+meanings follow https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and
+`stop_token_ids` have the names that other servers use. Knows nothing of HTTP or of generation.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from runtime.core import MAX_LOGPROBS, MAX_PRIORITY, RequestOptions, SamplingPar
 from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.text.chat.options import ChatOptions
 from runtime.text.tools.formats import GENERIC, ToolFormat
-from serve.fields.classes import CHAT, COMPLETION, REQUEST, STREAM_OPTIONS, table
+from serve.fields.checks import Json, any_object, between, boolean, described, number, string
+from serve.fields.foreign import CHAT, COMPLETION, REQUEST, STREAM_OPTIONS, table
 from serve.fields.messages import read_messages
 from serve.fields.output_format import OUTPUT_FIELDS, wanted_form
 from serve.fields.prompt import (
@@ -26,6 +26,7 @@ from serve.fields.prompt import (
     prediction,
     prompts,
 )
+from serve.fields.reading import Field, note_ignored, object_of, read_fields
 from serve.fields.sampling import (
     REPEAT_PENALTY,
     SAMPLING_FIELDS,
@@ -34,43 +35,27 @@ from serve.fields.sampling import (
     max_tokens,
     sampling_values,
 )
-from serve.fields.tables import (
-    Field,
-    MismatchError,
-    any_object,
-    between,
-    boolean,
-    described,
-    note_ignored,
-    number,
-    read_fields,
-    string,
-    table_schema,
-)
 from serve.fields.tools import TOOL_USE_FIELDS, ToolUse, wanted_tools
 
 MAX_N = 16
 MAX_CUT = 8
-"""Of how many contexts' length a prompt may be that is cut; it is tokenized whole before."""
+"""A prompt that will be cut may be this many times as long as the context; it is tokenized before it is cut."""
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's default for /v1/completions; a chat gets what is left of the context."""
+"""OpenAI's default for /v1/completions. A chat gets the rest of the context."""
 
 STREAM_OPTIONS_FIELDS = table(STREAM_OPTIONS, Field("include_usage", boolean), Field("continuous_usage_stats", boolean))
-"""The second is vLLM's, which load generators ask for: the usage so far in every chunk."""
+"""`continuous_usage_stats` is vLLM's, for load generators: the usage so far in every chunk."""
 
 
-@described(**table_schema(STREAM_OPTIONS_FIELDS))
-def _stream_options(value: Any) -> frozenset[str]:
-    """The options that are true."""
-    if not isinstance(value, dict):
-        raise MismatchError("an object")
-    options = read_fields(value, STREAM_OPTIONS_FIELDS, "stream_options.")
-    return frozenset(name for name, is_on in options.items() if is_on)
+@object_of(STREAM_OPTIONS_FIELDS)
+def _stream_options(found: Json, _: str) -> frozenset[str]:
+    """The names of the options that are true."""
+    return frozenset(name for name, is_on in found.items() if is_on)
 
 
 @described(anyOf=[{"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}])
 def _num_logprobs(value: Any) -> int | None:
-    """The completions' `logprobs`. A chat's is true or false, and the latter is sent here as well."""
+    """The `logprobs` of completions. In chats it is a boolean, and clients send false here too."""
     return None if value is False else int(between(0, MAX_LOGPROBS)(value))
 
 
@@ -121,32 +106,32 @@ CHAT_FIELDS = table(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What both calls share. `params.max_tokens` means nothing until `for_choice` has set it."""
+    """The fields that both requests share. `for_choice` sets `params.max_tokens`; ignore its value until then."""
 
     params: SamplingParams
     max_tokens: int | None
-    """None: what is left of the context after the prompt."""
+    """None: the rest of the context after the prompt."""
     n: int
     is_stream: bool
     include_usage: bool
     has_running_usage: bool
-    """Whether every chunk has the usage so far."""
+    """Whether every chunk contains the usage so far."""
     options: RequestOptions
     prediction: str | None
-    """What the client expects as the answer."""
+    """The answer that the client expects."""
     truncate_prompt_tokens: int | None
 
     @property
     def one_call_of(self) -> tuple[str, ...]:
-        """Functions of which one call ends the answer; none: it ends by itself."""
+        """Functions whose first call ends the answer."""
         return ()
 
     def max_prompt(self, max_len: int) -> int:
-        """Most tokens that are read of a prompt: one that is to be cut may be longer than the context."""
+        """Most tokens a prompt may have before it is cut: more than the context if it will be cut."""
         return max_len if self.truncate_prompt_tokens is None else MAX_CUT * max_len
 
     def cut_prompt(self, prompt_ids: list[int], max_len: int) -> list[int]:
-        """The end of a prompt, as long as the client wants it."""
+        """The prompt without the tokens that `truncate_prompt_tokens` removes from its beginning."""
         num_kept = self.truncate_prompt_tokens
         if num_kept is None:
             return prompt_ids
@@ -158,9 +143,9 @@ class GenerationRequest:
     def for_choice(self, choice_idx: int, prompt_len: int, max_len: int) -> SamplingParams:
         """Parameters of one choice of a prompt of `prompt_len` tokens.
 
-        Choice k is sampled with seed + k: the choices differ, and the first is what n=1 would give.
+        Choice k has the seed `seed` + k. So the choices differ, and the first is the same as with n=1.
         """
-        # If the prompt fills the context, ask for one token all the same: the engine names both lengths.
+        # If the prompt fills the context, ask for one token anyway: the engine's error names both lengths.
         max_tokens = max(1, max_len - prompt_len) if self.max_tokens is None else self.max_tokens
         seed = self.params.seed
         if seed is not None and choice_idx:
@@ -178,7 +163,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def is_scored(self) -> bool:
-        """Whether the prompt is repeated with its log-probabilities."""
+        """Whether the reply repeats the prompt with its log-probabilities."""
         return self.is_echo and self.params.logprobs is not None
 
 
@@ -190,11 +175,11 @@ class ChatRequest(GenerationRequest):
     tool_use: ToolUse | None
     chat_options: ChatOptions
     may_call_or_answer: bool
-    """Whether the answer is held to calls or to a form, whichever it begins with."""
+    """Whether a grammar allows calls or a form of the answer, and nothing else."""
 
     @property
     def one_call_of(self) -> tuple[str, ...]:
-        """Under a grammar, that sees to it."""
+        """None with a constraint, which itself ends the answer after one call."""
         use = self.tool_use
         if use is None or use.is_parallel or self.params.constraint is not None:
             return ()
@@ -235,7 +220,7 @@ def read_chat(raw: Mapping[str, Any], *, tool_format: ToolFormat = GENERIC) -> C
     if tool_use is not None:
         common["params"] = replace(common["params"], constraint=tool_use.constraint(tool_format, form))
         if tool_use.forced and form is not None:
-            note_ignored(form.param)  # calls are no answer
+            note_ignored(form.param)  # the form is for answers, and calls are none
     return ChatRequest(
         messages=values["messages"],
         tool_use=tool_use,
@@ -246,14 +231,15 @@ def read_chat(raw: Mapping[str, Any], *, tool_format: ToolFormat = GENERIC) -> C
 
 
 def _flat(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The request with the fields of `extra_body` beside its own, where the official Python client puts them."""
+    """The request with the fields of `extra_body` at the top level, where OpenAI's Python client puts them."""
     extra = raw.get("extra_body")
     if not isinstance(extra, dict):
         return raw
     return {**raw, **{name: value for name, value in extra.items() if raw.get(name) is None}}
 
 
-def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
+def _common(values: Mapping[str, Any], logprobs: int | None) -> Json:
+    """The arguments of GenerationRequest. Raises InvalidRequest."""
     num_choices = values.get("n", 1)
     best_of = values.get("best_of", num_choices)
     if best_of != num_choices:
@@ -261,7 +247,7 @@ def _common(values: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
     is_stream = values.get("stream", False)
     options = values.get("stream_options", frozenset())
     if "stream_options" in values and not is_stream:
-        note_ignored("stream_options")  # a reply in one piece has its usage anyway
+        note_ignored("stream_options")  # a reply that is not streamed always has its usage
     return {
         "params": SamplingParams(logprobs=logprobs, constraint=wanted_form(values), **sampling_values(values)),
         "max_tokens": max_tokens(values),

@@ -1,6 +1,6 @@
 """The fields that say how tokens are chosen and how many: the rows that both requests share, and their checks.
 
-Ranges are those of SamplingParams, which checks them. Knows nothing of HTTP or of generation.
+SamplingParams checks the ranges. Knows nothing of HTTP or of generation.
 """
 
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from typing import Any
 
 from runtime.core import MAX_STOP_CHARS, MAX_STOP_STRINGS, RANGES
 from runtime.errors import InvalidRequest
-from serve.fields.tables import Check, Field, MismatchError, boolean, described, integer, list_of, number, shown, string
+from serve.fields.checks import Check, MismatchError, boolean, described, integer, list_of, number, shown, string
+from serve.fields.reading import Field
 
 MAX_BIASES = 1024
-"""Bounds the work the sampler does per token for one request."""
+"""Bounds the sampler's work per token."""
 MAX_LIMIT = 2**31
 NO_LIMIT = (-1, -2)
 STOP_TEXT: dict[str, Any] = {"type": "string", "maxLength": MAX_STOP_CHARS}
@@ -19,7 +20,7 @@ STOP_TEXT: dict[str, Any] = {"type": "string", "maxLength": MAX_STOP_CHARS}
 
 @described(anyOf=[STOP_TEXT, {"type": "array", "items": STOP_TEXT, "maxItems": MAX_STOP_STRINGS}])
 def _stop(value: Any) -> tuple[str, ...]:
-    """Empty strings stop nothing: programs send them for "none"."""
+    """Empty strings are dropped: programs send them to say that there is no stop string."""
     if isinstance(value, str):
         value = [value]
     return tuple(filter(None, list_of(string, "strings", max_len=MAX_STOP_STRINGS)(value)))
@@ -35,10 +36,10 @@ def _stop(value: Any) -> tuple[str, ...]:
         },
         {"type": "array", "maxItems": 0},
     ],
-    description="Token ids, as text, and what is added to their logits.",
+    description="The numbers that are added to logits, by token id as text.",
 )
 def _logit_bias(value: Any) -> dict[int, float]:
-    """An empty list is what PHP and some forms make of an empty object."""
+    """An empty list counts as an empty object: PHP and some web forms send it so."""
     if value == []:
         return {}
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
@@ -79,7 +80,7 @@ SAMPLING_FIELDS = (
     Field("skip_special_tokens", boolean),
     Field("include_stop_str_in_output", boolean),
 )
-"""What becomes SamplingParams, under the same names."""
+"""These become fields of SamplingParams with the same names."""
 SAMPLING_NAMES = frozenset(field.name for field in SAMPLING_FIELDS)
 REPEAT_PENALTY = Field("repeat_penalty", _repeat_penalty)
 TOKEN_LIMITS = (
@@ -90,20 +91,20 @@ TOKEN_LIMITS = (
     "num_predict",
     "n_predict",
 )
-"""The smallest of those that are given counts."""
+"""Names of the limit. If several are given, the smallest counts."""
 
 
 def limit_fields(low: int) -> tuple[Field, ...]:
-    """A row for each name of the limit, which is at least `low`."""
+    """A row for each name of the limit; `low` is the smallest valid limit."""
     return tuple(Field(name, _token_limit(low)) for name in TOKEN_LIMITS)
 
 
 def _token_limit(low: int) -> Check:
-    """A number of tokens; None for llama.cpp's -1 and -2, which mean no limit but the context's."""
+    """A number of tokens. llama.cpp's -1 and -2 mean no limit but the context; they are returned as None."""
 
     @described(
         anyOf=[{"type": "integer", "minimum": low, "maximum": MAX_LIMIT}, {"enum": list(NO_LIMIT)}],
-        description="Most tokens to generate; -1: as many as fit.",
+        description="Largest number of tokens to generate; -1: as many as fit.",
     )
     def check(value: Any) -> int | None:
         found: int = integer(value)
@@ -117,12 +118,13 @@ def _token_limit(low: int) -> Check:
 
 
 def max_tokens(values: Mapping[str, Any]) -> int | None:
-    """The smallest of the limits given; None: no limit."""
+    """The smallest limit of the request; None: no limit."""
     return min((values[name] for name in TOKEN_LIMITS if values.get(name) is not None), default=None)
 
 
 def sampling_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked fields that are fields of SamplingParams. InvalidRequest if the two names of a penalty differ."""
+    """The checked fields that belong to SamplingParams. Raises InvalidRequest if both names of a penalty are given and
+    differ."""
     found = {name: value for name, value in values.items() if name in SAMPLING_NAMES}
     if "stop_token_ids" in found:
         found["stop_token_ids"] = frozenset(found["stop_token_ids"])

@@ -1,8 +1,8 @@
-"""The fields of tool calling: functions offered, which of them must be called, and the calls of earlier turns.
+"""The fields of tool calling: the functions offered, which of them must be called, and the calls of earlier turns.
 
-Shapes follow https://platform.openai.com/docs/api-reference/chat, and Anthropic's where clients mix them up. Whether a
-parameters' schema is any good is found out when a call is forced, by `runtime/grammar/grammar.py`. Knows nothing of
-HTTP or of how a model writes calls.
+Shapes follow https://platform.openai.com/docs/api-reference/chat, and Anthropic's where clients mix the two. A
+function's schema is compiled only when a call is forced, by `runtime/grammar/grammar.py`. Knows nothing of HTTP or of
+how a model writes calls.
 """
 
 import json
@@ -16,9 +16,8 @@ from runtime.errors import InvalidRequest, UnsupportedField
 from runtime.grammar.schema.translation import TranslatedSchema, translate_schema
 from runtime.text.tools.call_or_answer import calls_or
 from runtime.text.tools.formats import Tool, ToolFormat, calls_grammar
-from serve.fields.classes import CALL, CALLED, CHOICE, FUNCTION, TOOL, table
-from serve.fields.tables import (
-    Field,
+from serve.fields.checks import (
+    Json,
     MismatchError,
     any_object,
     boolean,
@@ -26,35 +25,35 @@ from serve.fields.tables import (
     described,
     list_of,
     one_of,
-    read_fields,
     schema_of,
     shown,
     string,
-    table_schema,
+    text_up_to,
 )
+from serve.fields.foreign import CALL, CALLED, CHOICE, FUNCTION, TOOL, table
+from serve.fields.reading import Field, at_path, check_value, fields_of, object_of, read_fields, table_schema
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
 MAX_CALLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_./:@$-]{1,128}")
-"""What MCP clients send: names of up to 128 characters, with the server's name before a slash, a colon or a dot."""
+"""Names as MCP clients send them: up to 128 characters, with the server's name before a slash, a colon or a dot."""
 MAX_CALLED_NAME = 256
-"""Of earlier turns, whose calls are text: models invent names, and other servers allow other ones."""
-OR_NULL = (["object", "null"], ["null", "object"])
+"""For calls of earlier turns, which are only text: models invent names, and other servers allow more."""
+OBJECT_TYPES = (None, "object", ["object"], ["object", "null"], ["null", "object"])
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """Tools that a request lets the model call. `forced`: those of which one has to be called; empty: as it likes."""
+    """The tools that the model may call. It must call one of `forced`; if that is empty, the model decides."""
 
     tools: tuple[Tool, ...]
     forced: tuple[Tool, ...]
     is_parallel: bool
 
     def constraint(self, form: ToolFormat, answer: Constraint | None) -> Constraint | None:
-        """What holds the answer to calls, if it has to be calls; to calls or to the form of an `answer`, if it has to
-        have one."""
+        """The constraint on the answer: calls if they are forced, else calls or the form `answer`. None: any text."""
         if not self.forced and answer is None:
             return None
         tools, checks = self._compilable(self.forced or self.tools)
@@ -65,10 +64,17 @@ class ToolUse:
         return replace(with_calls, late_checks=(*answer.late_checks, *checks))
 
     def _compilable(self, tools: Sequence[Tool]) -> tuple[list[Tool], tuple[LateCheck, ...]]:
-        """The tools with what of their parameters a grammar can hold, and the checks for the rest."""
+        """The tools with the part of their schemas that a grammar can enforce, and the checks for the rest."""
         translated = [_translated(self.tools.index(tool), tool) for tool in tools]
         checks = tuple(check for found in translated for check in found.late_checks)
         return [replace(tool, compiled=found.source) for tool, found in zip(tools, translated, strict=True)], checks
+
+
+def _translated(idx: int, tool: Tool) -> TranslatedSchema:
+    """The schema of a tool's arguments. They are always an object, even if the schema allows more."""
+    schema = {name: value for name, value in tool.parameters.items() if name != "nullable"} | {"type": "object"}
+    param = f"tools[{idx}].function.parameters"
+    return translate_schema(schema, param=param, is_strict=tool.is_strict, tool=tool.name)
 
 
 @described(type="string", pattern=f"^{NAME.pattern}$")
@@ -78,20 +84,23 @@ def _name(value: Any) -> str:
     return str(value)
 
 
-def _translated(idx: int, tool: Tool) -> TranslatedSchema:
-    """The schema of a tool's arguments, which are an object whatever else the schema allows."""
-    schema = {name: value for name, value in tool.parameters.items() if name != "nullable"} | {"type": "object"}
-    param = f"tools[{idx}].function.parameters"
-    return translate_schema(schema, param=param, is_strict=tool.is_strict, tool=tool.name)
-
-
 @described(type="object", description="A JSON schema.")
-def _parameters(value: Any) -> dict[str, Any]:
-    """A schema of objects: arguments are never anything else, so null beside the type `object` is left out."""
-    if not isinstance(value, dict) or value.get("type") not in (None, "object", ["object"], *OR_NULL):
+def _parameters(value: Any) -> Json:
+    """A schema of objects."""
+    if not isinstance(value, dict) or value.get("type") not in OBJECT_TYPES:
         raise MismatchError('a JSON schema of type "object"')
     check_utf8(value)
     return {"type": "object"} | value | {"type": "object"}
+
+
+@at_path(type="string")
+def _kind(value: Any, path: str) -> str:
+    """The `type` of tools, calls and choices: only functions are supported."""
+    if string(value) not in ("function", ""):
+        raise UnsupportedField(
+            f'{path} must be "function" or absent (this server has no tools of its own), got {shown(value)}', param=path
+        )
+    return str(value)
 
 
 FUNCTION_FIELDS = table(
@@ -99,38 +108,24 @@ FUNCTION_FIELDS = table(
     Field("name", _name, is_required=True),
     Field("description", string),
     Field("parameters", _parameters),
-    # Whether forced calls must follow all of the schema; those of `auto` are the model's own.
-    Field("strict", boolean),
+    Field("strict", boolean),  # whether forced calls must follow the whole schema
 )
+TOOL_FIELDS = table(TOOL, Field("type", _kind), Field("function", fields_of(FUNCTION_FIELDS), is_required=True))
+_tool = fields_of(TOOL_FIELDS)
 
 
-@described(**table_schema(FUNCTION_FIELDS))
-def _function(value: Any) -> Any:
-    """Checked later, where the index of the tool is known."""
-    return value
-
-
-TOOL_FIELDS = table(
-    TOOL,
-    Field("type", string),
-    Field("function", _function, is_required=True),
-)
-
-
-@described(type="array", items=table_schema(TOOL_FIELDS), maxItems=MAX_TOOLS)
-def tools(value: Any) -> tuple[Tool, ...]:
-    """The functions offered, none of them twice."""
+@at_path(type="array", items=table_schema(TOOL_FIELDS), maxItems=MAX_TOOLS)
+def tools(value: Any, path: str) -> tuple[Tool, ...]:
+    """The functions offered. Each name may occur once."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise MismatchError(f"a list of at most {MAX_TOOLS} tools")
     found: dict[str, Tool] = {}
     for idx, item in enumerate(value):
-        path = f"tools[{idx}]"
-        check_kind(_object(item, path), path)
-        outer = read_fields(item, TOOL_FIELDS, f"{path}.")
-        function = read_fields(_object(outer["function"], f"{path}.function"), FUNCTION_FIELDS, f"{path}.function.")
+        where = f"{path}[{idx}]"
+        function = check_value(item, _tool, where)["function"]
         name = function["name"]
         if name in found:
-            raise InvalidRequest(f"{path}.function.name: there are two functions {shown(name)}", param=path)
+            raise InvalidRequest(f"{where}.function.name: there are two functions {shown(name)}", param=where)
         found[name] = Tool(
             name=name,
             description=function.get("description", ""),
@@ -142,29 +137,13 @@ def tools(value: Any) -> tuple[Tool, ...]:
     return tuple(found.values())
 
 
-def check_kind(item: Mapping[str, Any], path: str) -> None:
-    """Tools, calls and choices are functions, by default; UnsupportedField names what else is asked for."""
-    kind = item.get("type")
-    if isinstance(kind, str) and kind not in ("function", ""):
-        raise UnsupportedField(
-            f'{path}.type must be "function" or absent (this server runs no tools of its own), got {shown(kind)}',
-            param=f"{path}.type",
-        )
-
-
-def _object(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{path} must be an object, got {shown(value)}", param=path)
-    return value
-
-
 class ToolChoice(NamedTuple):
-    """`mode`: none, auto or required. `names`: of the functions that may be called; None: all."""
+    """`mode`: none, auto or required. `names`: the functions that may be called; None: all of them."""
 
     mode: str
     names: tuple[str, ...] | None = None
     is_single: bool = False
-    """Whether a function is named, which is then called once."""
+    """Whether the choice names one function, which is then called once."""
 
 
 CHOICE_WORDS = one_of("none", "auto", "required", "any")
@@ -181,50 +160,48 @@ CHOICE_FIELDS = table(
     Field("mode", one_of("auto", "required", "any")),
     Field("tools", list_of(any_object, "tools", max_len=MAX_TOOLS)),
 )
-NAMED_FIELDS = (Field("type", string), Field("function", any_object), Field("name", _name))
 CHOSEN_FIELDS = (Field("name", _name, is_required=True),)
+NAMED_FIELDS = (Field("type", _kind), Field("function", fields_of(CHOSEN_FIELDS)), Field("name", _name))
 
 
-@described(anyOf=[schema_of(CHOICE_WORDS), table_schema(CHOICE_FIELDS)])
-def tool_choice(value: Any) -> ToolChoice:
+@at_path(anyOf=[schema_of(CHOICE_WORDS), table_schema(CHOICE_FIELDS)])
+def tool_choice(value: Any, path: str) -> ToolChoice:
     """A word, alone or as an object's `type`; a function; or `allowed_tools`, some of the functions."""
     if not isinstance(value, dict):
         try:
             return _word(CHOICE_WORDS(value))
         except MismatchError as mismatch:
             raise MismatchError(f"{mismatch}, or an object that names a function") from None
-    found = read_fields(value, CHOICE_FIELDS, "tool_choice.")
+    found = read_fields(value, CHOICE_FIELDS, f"{path}.")
     kind = found["type"]
     if kind in ("none", "auto", "required", "any"):
         return _word(kind)
     if kind == "allowed_tools":
-        path, allowed = "tool_choice", found
+        where, allowed = path, found
         if "allowed_tools" in found:
-            path = "tool_choice.allowed_tools"
-            allowed = read_fields(found["allowed_tools"], ALLOWED_FIELDS, f"{path}.")
-        names = tuple(_named(tool, f"{path}.tools[{idx}]") for idx, tool in enumerate(allowed.get("tools", ())))
+            where = f"{path}.allowed_tools"
+            allowed = read_fields(found["allowed_tools"], ALLOWED_FIELDS, f"{where}.")
+        names = tuple(_named(tool, f"{where}.tools[{idx}]") for idx, tool in enumerate(allowed.get("tools", ())))
         if not names:
-            raise InvalidRequest(f"{path}.tools must name at least one function", param="tool_choice")
+            raise InvalidRequest(f"{where}.tools must name at least one function", param=path)
         return ToolChoice(_word(allowed.get("mode", "auto")).mode, names)
     if kind == "tool":
         kind = "function"
-    return ToolChoice("required", (_named({**value, "type": kind}, "tool_choice"),), is_single=True)
+    return ToolChoice("required", (_named({**value, "type": kind}, path),), is_single=True)
 
 
 def _word(word: str) -> ToolChoice:
-    """`any` is Anthropic's and Mistral's word."""
+    """`any` is how Anthropic and Mistral say `required`."""
     return ToolChoice("required" if word == "any" else word)
 
 
 def _named(value: Mapping[str, Any], path: str) -> str:
-    """The name of a function: inside `function`, or beside `type` as OpenAI's Responses and Anthropic have it."""
-    check_kind(value, path)
-    found = read_fields({key: value[key] for key in value if key in ("function", "name")}, NAMED_FIELDS, f"{path}.")
-    if "function" not in found and "name" in found:
-        return str(found["name"])
-    if "function" not in found:
+    """The name of a function: inside `function`, or beside `type` as in OpenAI's Responses and Anthropic's API."""
+    known = {row.name for row in NAMED_FIELDS}
+    found = read_fields({key: value[key] for key in value if key in known}, NAMED_FIELDS, f"{path}.")
+    if "function" not in found and "name" not in found:
         raise InvalidRequest(f"{path}.function is required", param=f"{path}.function")
-    return str(read_fields(found["function"], CHOSEN_FIELDS, f"{path}.function.")["name"])
+    return str(found.get("function", found)["name"])
 
 
 TOOL_USE_FIELDS = (
@@ -235,7 +212,7 @@ TOOL_USE_FIELDS = (
 
 
 def wanted_tools(values: Mapping[str, Any]) -> ToolUse | None:
-    """What the checked fields of a request come to; None if no tool may be called. Raises InvalidRequest."""
+    """The tools of a request's checked fields; None if no tool may be called. Raises InvalidRequest."""
     offered: tuple[Tool, ...] = values.get("tools", ())
     choice: ToolChoice = values.get("tool_choice", ToolChoice("auto"))
     if not offered:
@@ -249,21 +226,14 @@ def wanted_tools(values: Mapping[str, Any]) -> ToolUse | None:
         names = ", ".join(tool.name for tool in offered)
         raise InvalidRequest(f"tool_choice names {shown(min(unknown))}, the tools are {names}", param="tool_choice")
     is_parallel = values.get("parallel_tool_calls", True) and not choice.is_single
-    # The model is told of all tools if one of them is named, and of the allowed ones alone if those are listed.
+    # If the choice names one function, the prompt describes all of them; with allowed_tools only the allowed ones.
     told = offered if choice.is_single else chosen
     return ToolUse(tools=told, forced=chosen if choice.mode == "required" else (), is_parallel=is_parallel)
 
 
-@described(type="string", minLength=1, maxLength=MAX_CALLED_NAME)
-def _called_name(value: Any) -> str:
-    if not 0 < len(string(value)) <= MAX_CALLED_NAME:
-        raise MismatchError(f"1 to {MAX_CALLED_NAME} characters")
-    return str(value)
-
-
-@described(type=["string", "object"], description="A JSON object, or one as text; text that is no JSON stays text.")
-def _arguments(value: Any) -> dict[str, Any] | str:
-    """Chat templates want an object; OpenAI's clients send its JSON text, and models write it with faults."""
+@described(type=["string", "object"], description="A JSON object, or one as text; text that is not JSON stays text.")
+def _arguments(value: Any) -> Json | str:
+    """Chat templates want an object. OpenAI's clients send it as JSON text, and models write that with mistakes."""
     if isinstance(value, dict):
         check_utf8(value)
         return value
@@ -281,49 +251,33 @@ def _arguments(value: Any) -> dict[str, Any] | str:
     return parsed or {}
 
 
-CALLED_FIELDS = table(CALLED, Field("name", _called_name, is_required=True), Field("arguments", _arguments))
-
-
-@described(**table_schema(CALLED_FIELDS))
-def any_call(value: Any) -> Any:
-    """Checked later, where the index of the call is known."""
-    return value
-
-
-CALL_FIELDS = table(
-    CALL,
-    Field("id", string),
-    Field("type", string),
-    Field("function", any_call, is_required=True),
+CALLED_FIELDS = table(
+    CALLED, Field("name", text_up_to(MAX_CALLED_NAME), is_required=True), Field("arguments", _arguments)
 )
 
 
-@described(type="array", items=table_schema(CALL_FIELDS), maxItems=MAX_CALLS)
-def any_calls(value: Any) -> Any:
-    """Checked later, where the index of the message is known."""
-    return value
+@object_of(CALLED_FIELDS)
+def called_function(found: Json, _: str) -> Json:
+    """The function of a call of an earlier turn."""
+    return {"name": found["name"], "arguments": found.get("arguments", {})}
 
 
-def read_calls(value: Any, path: str, new_id: str) -> list[dict[str, Any]]:
-    """An assistant message's calls, with their arguments as objects, or as text if they are no JSON.
+CALL_FIELDS = table(
+    CALL, Field("id", string), Field("type", _kind), Field("function", called_function, is_required=True)
+)
+_call = fields_of(CALL_FIELDS)
 
-    A call without an id gets one that begins with `new_id`.
-    """
+
+@at_path(type="array", items=table_schema(CALL_FIELDS), maxItems=MAX_CALLS)
+def calls(value: Any, path: str) -> list[Json]:
+    """The calls of an earlier turn, with their arguments as objects, or as text if that is not JSON."""
     if not isinstance(value, list) or len(value) > MAX_CALLS:
-        raise InvalidRequest(f"{path} must be a list of at most {MAX_CALLS} calls, got {shown(value)}", param=path)
-    calls = []
-    for idx, item in enumerate(value):
-        where = f"{path}[{idx}]"
-        check_kind(_object(item, where), where)
-        call = read_fields(item, CALL_FIELDS, f"{where}.")
-        function = read_fields(_object(call["function"], f"{where}.function"), CALLED_FIELDS, f"{where}.function.")
-        function = {"name": function["name"], "arguments": function.get("arguments", {})}
-        calls.append({"id": call.get("id") or f"{new_id}_{idx}", "type": "function", "function": function})
-    return calls
+        raise MismatchError(f"a list of at most {MAX_CALLS} calls")
+    return [check_value(item, _call, f"{path}[{idx}]") for idx, item in enumerate(value)]
 
 
-def objects_for_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with arguments that are text wrapped into objects, for templates that take nothing else."""
+def objects_for_text(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """The messages with text arguments wrapped into objects, for chat templates that accept nothing else."""
     wrapped = []
     for message in messages:
         calls = [

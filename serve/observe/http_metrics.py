@@ -1,7 +1,7 @@
-"""The HTTP side's metrics, and the exposition of everything: each model's figures get a `model` label here.
+"""The metrics of the HTTP side, and the text for Prometheus, in which each model's metrics get the label `model`.
 
-The engine's metrics (serve/observe/engine_metrics.py) are kept per model in a registry of their own, so that neither
-the engine nor its observer has to know that there are several.
+The metrics of an engine (serve/observe/engine_metrics.py) have a registry for each model, so that neither the engine
+nor its observer needs to know that there are several models.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,9 +14,9 @@ from prometheus_client.registry import Collector
 from runtime.core import EngineStats
 from runtime.grammar.schema.check import Outcome
 from serve.fields.ignored import label
-from serve.observe.engine_metrics import REQUEST_BUCKETS, ServerMetrics
+from serve.observe.engine_metrics import REQUEST_BUCKETS, EngineMetrics
 
-ModelFigures = tuple[str, ServerMetrics, EngineStats | None]
+ModelFigures = tuple[str, EngineMetrics, EngineStats | None]
 
 
 class HttpMetrics:
@@ -36,14 +36,13 @@ class HttpMetrics:
         )
         self._ignored = Counter(
             "headrace_ignored_fields",
-            "Request fields that were taken without effect, `other` for those in no table",
+            "Request fields that were ignored, `other` for names in no table",
             ["field"],
             registry=self.registry,
         )
-
         self._schema_checks = Counter(
             "headrace_schema_checks",
-            "Complete answers held against what of their JSON schema no grammar could hold",
+            "Complete answers checked against the parts of their JSON schema that a grammar cannot enforce",
             ["outcome"],
             registry=self.registry,
         )
@@ -51,26 +50,25 @@ class HttpMetrics:
             self._schema_checks.labels(outcome.value)
 
     def on_schema_check(self, outcome: Outcome) -> None:
-        """One choice was checked, or could not be."""
+        """Count the check of one choice."""
         self._schema_checks.labels(outcome.value).inc()
 
     def on_response(self, *, route: str, status: int, request_s: float, ignored: Iterable[str] = ()) -> None:
-        """A reply was sent, or given up: the route's rule, the status, seconds from the request's arrival, and the
-        fields that were taken without effect."""
+        """Count a request that has ended. `route` is the route's rule; `request_s` is the time since its arrival."""
         self._responses.labels(route, str(status)).inc()
         self._request_s.labels(route).observe(request_s)
         for name in ignored:
             self._ignored.labels(label(name)).inc()
 
     def render(self, models: Iterable[ModelFigures]) -> tuple[bytes, str]:
-        """The exposition text and its content type, with every gauge as of now."""
+        """The text for Prometheus and its content type, with current gauges."""
         everything = CollectorRegistry()
         everything.register(_Labelled(self.registry, list(models)))
         return generate_latest(everything), CONTENT_TYPE_LATEST
 
 
 class _Labelled(Collector):
-    """The HTTP families as they are, then the models' families, merged by name and labelled."""
+    """The HTTP metrics unchanged, then the models' metrics, merged by name and with a label."""
 
     def __init__(self, http: CollectorRegistry, models: list[ModelFigures]) -> None:
         self._http = http

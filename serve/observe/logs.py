@@ -1,7 +1,7 @@
-"""What the server writes: a line per request, and warnings and errors; as text or as JSON lines.
+"""The server's output: a line for each request, and warnings and errors, as text or as JSON lines.
 
-Prompts and answers are never in a line unless --log-prompts asks for them. Whatever a client sent, it begins no line of
-its own and moves no terminal's cursor: control characters are written as escapes.
+Prompts and answers are never logged unless --log-prompts is set. Control characters are escaped, so that a client
+cannot forge a log line or move the terminal's cursor.
 """
 
 import json
@@ -17,9 +17,9 @@ from serve.access.record import RequestRecord
 
 ACCESS_LOGGER = "headrace.access"
 MAX_LOGGED_BODY = 20_000
-"""Characters of a request body in a log line, so that one request cannot write megabytes."""
+"""Most characters of a request body in a log line."""
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What ends a line, moves a cursor, turns the direction of writing, or cannot be encoded: C0, C1, Unicode's own line
+"""Characters that end a line, move a cursor, change the writing direction or cannot be encoded: C0, C1, Unicode's line
 ends and direction marks, lone surrogates."""
 PLAIN_VALUE = re.compile(r"[\w.:/+=@\[\]-]+", re.ASCII)
 INDENT = "    "
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger and message, the traceback if there is one, and `fields`."""
+    """One JSON object per line: time, level, logger, message, perhaps a traceback, and `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -43,7 +43,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The message on one line, an access line's fields behind it as NAME=VALUE; a traceback indented below."""
+    """The message on one line, followed by fields as NAME=VALUE; a traceback is indented below."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
@@ -56,13 +56,13 @@ class TextFormatter(logging.Formatter):
 
 
 def _shown(value: Any) -> str:
-    """A value that is one word as it is; any other as JSON, so that it cannot pass for further fields."""
+    """A single word as it is; any other value as JSON, so that it cannot look like more fields."""
     text = str(value)
     return text if PLAIN_VALUE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:
-    """One line without control characters; inside a string of JSON the escapes are JSON's."""
+    """The text without control characters. The escapes are those of JSON."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -72,7 +72,7 @@ def make_formatter(log_format: str) -> logging.Formatter:
 
 
 def configure_logging(log_format: str) -> None:
-    """Access lines to standard output, warnings and errors to standard error, those of threads that die included."""
+    """Send access lines to standard output; warnings, errors and exceptions of threads to standard error."""
     formatter = make_formatter(log_format)
     root, access = logging.getLogger(), logging.getLogger(ACCESS_LOGGER)
     for logger, stream, level in ((root, sys.stderr, logging.WARNING), (access, sys.stdout, logging.INFO)):
@@ -91,7 +91,7 @@ def _log_dead_thread(end: threading.ExceptHookArgs) -> None:
 
 
 def write_access_line(record: RequestRecord) -> None:
-    """The line of a request that has ended."""
+    """Log a request that has ended."""
     fields: dict[str, Any] = {
         "request_id": record.request_id,
         "peer": record.peer,

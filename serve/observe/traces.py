@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: a span for every request, sent to a collector. Off unless an endpoint is configured.
+"""OpenTelemetry traces: a span for every request, sent to a collector. Off unless an endpoint is set.
 
-Names follow OpenTelemetry's conventions for HTTP servers and for generative AI. Prompts and answers are never in a
-span. Needs `pip install 'headrace[otel]'`.
+Names follow OpenTelemetry's conventions for HTTP servers and for generative AI. A span never contains a prompt or an
+answer. Needs `pip install 'headrace[otel]'`.
 """
 
 import os
@@ -15,12 +15,12 @@ SAMPLER = "OTEL_TRACES_SAMPLER"
 ENVIRONMENT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 TRACES_PATH = "/v1/traces"
 SEND_S = 2
-"""Seconds to send a batch, tries again included: a collector that is away must not hold up the server's end."""
+"""Seconds to send a batch, with retries. A missing collector must not delay the server's end."""
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 
 
 def endpoint_of(flag: str | None) -> str | None:
-    """Where to send: the flag, or OpenTelemetry's own variable. Raises InvalidSetting if traces cannot be sent."""
+    """The collector's URL: the flag, or OpenTelemetry's own variable. Raises InvalidSetting if it cannot be used."""
     endpoint = flag or os.environ.get(ENVIRONMENT)
     if not endpoint:
         return None
@@ -28,7 +28,7 @@ def endpoint_of(flag: str | None) -> str | None:
         raise InvalidSetting(f"--otlp-endpoint must be like http://127.0.0.1:4318, got {endpoint!r}")
     try:
         import opentelemetry.exporter.otlp.proto.http.trace_exporter
-        import opentelemetry.sdk.trace  # noqa: F401 - only whether it is there
+        import opentelemetry.sdk.trace  # noqa: F401 - checks that it is installed
     except ImportError:
         raise InvalidSetting(
             f"traces need `pip install 'headrace[otel]'`; or leave out --otlp-endpoint and unset {ENVIRONMENT}"
@@ -37,7 +37,7 @@ def endpoint_of(flag: str | None) -> str | None:
 
 
 class Traces:
-    """Sends spans in the background, in batches. Make it after the fork: it has a thread."""
+    """Sends spans in batches, in the background. Create it after the fork: it has a thread."""
 
     def __init__(self, endpoint: str) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -46,15 +46,15 @@ class Traces:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
-        # OpenTelemetry's own default follows the flag in a client's traceparent, so a client could hide its requests.
-        # Whoever runs the server may choose that with OTEL_TRACES_SAMPLER.
+        # OpenTelemetry's default obeys the flag in a client's traceparent, so a client could hide its requests. The
+        # operator can choose that with OTEL_TRACES_SAMPLER.
         sampler = None if SAMPLER in os.environ else ALWAYS_ON
         self._provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "headrace"}), sampler=sampler)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint + TRACES_PATH, timeout=SEND_S)))
         self._tracer = self._provider.get_tracer("headrace")
 
     def on_end(self, record: RequestRecord) -> None:
-        """Make the span of a request that has ended, under the client's own trace if it sent one."""
+        """Make the span of a request that has ended, in the client's trace if it sent one."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -73,7 +73,7 @@ class Traces:
         span.end(_nanoseconds(record.arrived_at + record.seconds))
 
     def close(self) -> None:
-        """Send what is left; gives up after SEND_S seconds."""
+        """Send the remaining spans. Gives up after SEND_S seconds."""
         self._provider.force_flush(SEND_S * 1000)
 
 

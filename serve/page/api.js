@@ -7,7 +7,7 @@ export const apiKey = {
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-// What the server refused: its message, the status, and the seconds after which it is worth trying again.
+// The server refused a request: its message, the status, and the seconds to wait before a retry.
 export class Refused extends Error {
   constructor(message, status, retryAfter) {
     super(message);
@@ -16,7 +16,7 @@ export class Refused extends Error {
   }
 }
 
-// The connection broke, or the server is not there.
+// The connection broke, or the server cannot be reached.
 export class Lost extends Error {}
 
 function headers(more = {}) {
@@ -37,7 +37,7 @@ async function open(path, options) {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // no JSON: a proxy's words, or the HTTP server's own
+    // not JSON: a reply of a proxy or of the HTTP server
   }
   throw new Refused(message, response.status, Number(response.headers.get("Retry-After")) || null);
 }
@@ -64,7 +64,7 @@ export async function* streamChat(body, signal) {
     if (chunk.error) throw new Refused(chunk.error.message, 200, null);
     yield chunk;
   }
-  if (!isWhole) throw new Lost("The connection broke before the answer was whole.");
+  if (!isWhole) throw new Lost("The connection broke before the answer was complete.");
 }
 
 // The data lines of an event stream.
@@ -81,7 +81,7 @@ async function* events(stream, signal) {
     }
   } catch (error) {
     if (signal.aborted) throw new DOMException("stopped", "AbortError");
-    throw new Lost("The connection broke before the answer was whole.");
+    throw new Lost("The connection broke before the answer was complete.");
   } finally {
     reader.cancel().catch(() => {});
   }

@@ -1,4 +1,4 @@
-// The page: one conversation, one request at a time. What is drawn where stands in the other files.
+// The page: one conversation, one request at a time. The other files draw its parts.
 
 import { apiKey, getJson, Lost, Refused, streamChat } from "/page/api.js";
 import { Figures } from "/page/figures.js";
@@ -30,7 +30,7 @@ async function send(text) {
   element("question").value = "";
   const outcome = await answer(wanted);
   if (outcome === "nothing") {
-    // Not one token came: the question goes back to where it was written.
+    // No token came: put the question back into the input.
     conversation.pop();
     asked.remove();
     element("question").value ||= text;
@@ -47,7 +47,7 @@ async function answer(wanted) {
   setRunning(new AbortController(), message);
   try {
     const reason = await stream({ model: element("model").value, messages, ...wanted }, message);
-    if (reason === "length") message.note("Cut at the most tokens of the settings.");
+    if (reason === "length") message.note("Cut: the answer reached the limit of tokens in the settings.");
     conversation.push({ role: "assistant", content: message.text });
     return "whole";
   } catch (error) {
@@ -66,7 +66,7 @@ async function answer(wanted) {
   }
 }
 
-// One request, again if the server says that it is busy. Returns why the answer ended.
+// Sends a request, again if the server is busy. Returns why the answer ended.
 async function stream(body, message) {
   for (let waits = 0; ; waits += 1) {
     try {
@@ -102,7 +102,7 @@ function setRunning(controller, message) {
   element("messages").setAttribute("aria-busy", String(controller !== null));
 }
 
-// Counts down until it is worth trying again; Stop ends it.
+// Counts down to the next try. Stop ends it.
 async function pause(seconds, why) {
   const { signal } = running;
   for (let left = seconds; left > 0; left -= 1) {
@@ -116,7 +116,7 @@ async function pause(seconds, why) {
   hideNotice();
 }
 
-// ---- what stands around it
+// ---- the controls around it
 
 function showNotice(error, kind = "error") {
   element("notice").hidden = false;
@@ -130,7 +130,7 @@ function hideNotice() {
   element("notice").hidden = true;
 }
 
-// Send the last question again; what had come of its answer is dropped.
+// Sends the last question again, without the part of an answer that had come.
 function retry() {
   if (conversation.at(-1)?.role === "assistant" && element("question").value === "") {
     conversation.pop();

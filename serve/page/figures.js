@@ -1,4 +1,4 @@
-// The figures of one answer, live while it comes and exact once the usage is known.
+// The figures of one answer: estimated while it streams, exact once the usage is known.
 
 const show = (id, text) => (document.getElementById(id).textContent = text);
 
@@ -12,7 +12,7 @@ export class Figures {
     show("counts", "\u00a0");
   }
 
-  // A piece of the answer came. A piece is a token, unless bytes of a character were held back.
+  // Counts a piece of the answer. It is one token, unless bytes of a character were held back.
   piece() {
     this.last = performance.now();
     this.first ??= this.last;

@@ -1,4 +1,4 @@
-// The live view: polls /status and draws slots, queue, cache and the requests that run. Reconnects by itself.
+// The live view: polls /status and draws slots, queue, cache and the running requests. Reconnects automatically.
 
 import { apiKey, getJson, Lost, Refused } from "/page/api.js";
 
@@ -10,7 +10,7 @@ const MAX_SLOTS = 64;
 const element = (id) => document.getElementById(id);
 
 export class Live {
-  // onStatus is called with every status that arrives, onKey when a key is missing or wrong.
+  // onStatus is called with every status, onKey if a key is missing or wrong.
   constructor(modelName, onStatus, onKey) {
     this.modelName = modelName;
     this.onStatus = onStatus;
@@ -23,7 +23,7 @@ export class Live {
     this.now();
   }
 
-  // Ask now, and from now on.
+  // Starts to poll.
   now() {
     clearTimeout(this.timer);
     this.poll();

@@ -1,4 +1,4 @@
-// The list of messages: text alone, never HTML; ``` fences become blocks of code.
+// The list of messages: only text, never HTML. ``` fences become code blocks.
 
 const list = () => document.getElementById("messages");
 const NEAR_END_PX = 80;
@@ -19,7 +19,7 @@ export class Message {
 
   add(text) {
     this.text += text;
-    // One drawing a frame, however fast the tokens come.
+    // Draws once a frame, however fast the tokens come.
     this.frame ??= requestAnimationFrame(() => this.draw());
   }
 
@@ -44,7 +44,7 @@ export class Message {
     cancelAnimationFrame(this.frame);
     this.frame = null;
     const isAtEnd = list().scrollHeight - list().scrollTop - list().clientHeight < NEAR_END_PX;
-    // Every second part is inside a fence; its first line names the language.
+    // Every second part is inside a fence. Its first line is the language.
     const parts = this.text.split(/^```/m).map((part, index) => {
       if (index % 2 === 0) return document.createTextNode(part.replace(/^\n/, ""));
       const block = document.createElement("pre");

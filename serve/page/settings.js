@@ -1,7 +1,7 @@
-// The settings form: kept in this browser, turned into the fields of a request.
+// The settings form: stored in this browser, turned into the fields of a request.
 
 const KEY = "headrace-settings";
-// What the server does when a field is absent; such values are not sent.
+// The server's defaults. Such values are not sent.
 const NEUTRAL = { top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 };
 const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed"];
 
@@ -29,7 +29,7 @@ export function setUpSettings() {
   checkSchema();
 }
 
-// The schema as an object, null without one. Throws SyntaxError, with the message shown beside the box.
+// The schema as an object, or null. Throws SyntaxError and shows the message beside the box.
 function checkSchema() {
   const text = element("schema").value.trim();
   let schema = null;
@@ -46,7 +46,7 @@ function checkSchema() {
   return problem ? undefined : schema;
 }
 
-// The fields of a request, or null if one of them is not filled in well; that one has the focus then.
+// The fields of a request, or null if one is invalid; that one then gets the focus.
 export function requestFields() {
   const schema = checkSchema();
   const invalid = fields().find((field) => !field.checkValidity());

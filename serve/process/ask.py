@@ -1,77 +1,33 @@
-"""One question to a running server over HTTP, printed as it is answered: what `make run` ends with.
+"""`--ask`: put one question to a loaded model and print the answer as it arrives. `make run` uses it."""
 
-A client like any other; knows nothing of the server but its URL and OpenAI's API.
-"""
-
-import http.client
-import json
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable
+
+from runtime.core import SamplingParams
+from runtime.errors import EngineFailed
+from runtime.text_model import TextModel
 
 MAX_TOKENS = 200
-"""Enough for a paragraph; a small model that does not find an end would fill the context."""
-TIMEOUT_S = 120.0
+"""Enough for a paragraph. A small model that never ends would fill the context."""
 
 
-class AskFailedError(Exception):
-    """The server did not answer; the message says how."""
-
-
-def ask(url: str, model_name: str, question: str, write: Callable[[str], object]) -> None:
-    """Send one chat request, write question, answer and speed. Raises AskFailedError."""
+def ask(model: TextModel, question: str, url: str, write: Callable[[str], object]) -> None:
+    """Write the question, the answer, its speed and the server's URL. Raises HeadraceError."""
     write(f"\n> {question}\n\n")
-    body = {
-        "model": model_name,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    sent_s = time.perf_counter()
-    first_s = last_s = None
-    num_tokens = 0
-    for chunk in _stream(url, body):
-        if "error" in chunk:
-            raise AskFailedError(chunk["error"]["message"])
-        for choice in chunk["choices"]:
-            if text := choice["delta"].get("content"):
-                last_s = time.perf_counter()
-                first_s = first_s or last_s
-                write(text)
-        if chunk["usage"]:
-            num_tokens = chunk["usage"]["completion_tokens"]
-    write(f"\n\n[{_speed(num_tokens, sent_s, first_s, last_s)}; {url}/v1]\n")
-
-
-def _speed(num_tokens: int, sent_s: float, first_s: float | None, last_s: float | None) -> str:
-    """Tokens, time to the first one, and the rate after it."""
-    if first_s is None or last_s is None:
-        return f"{num_tokens} tokens, no text"
-    text = f"{num_tokens} tokens, the first after {first_s - sent_s:.2f} s"
-    if num_tokens > 1 and last_s > first_s:
-        text += f", then {(num_tokens - 1) / (last_s - first_s):.0f} tokens/s"
-    return text
-
-
-def _stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chunks of a streamed reply, or the one object of an error."""
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=TIMEOUT_S)
-    try:
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != http.client.OK:
-            yield json.load(response)
-            return
-        for line in response:
-            data = line.removeprefix(b"data: ").strip()
-            if data and data != b"[DONE]":
-                yield json.loads(data)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise AskFailedError(f"no answer from {url}: {error}") from error
-    finally:
-        connection.close()
+    started_s = time.perf_counter()
+    prompt_ids = model.encode_chat([{"role": "user", "content": question}])
+    max_tokens = max(1, min(MAX_TOKENS, model.max_len - len(prompt_ids)))
+    times_s = []
+    with model.generate(prompt_ids, SamplingParams(max_tokens=max_tokens, temperature=0)) as generation:
+        for event in generation:
+            if event.error is not None:
+                raise EngineFailed(event.error)
+            if event.token_id is not None:
+                times_s.append(time.perf_counter() - started_s)
+            write(event.text)
+    speed = f"{len(times_s)} tokens"
+    if times_s:
+        speed += f", the first after {times_s[0]:.2f} s"
+    if len(times_s) > 1 and times_s[-1] > times_s[0]:
+        speed += f", then {(len(times_s) - 1) / (times_s[-1] - times_s[0]):.0f} tokens/s"
+    write(f"\n\n[{speed}; {url}/v1]\n")

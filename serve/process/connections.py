@@ -1,14 +1,15 @@
-"""Client connections that cannot hold the server up: every wait on a socket has an end.
+"""Client connections that cannot hold the server up: every wait on a socket is bounded.
 
-What each kind of connection costs, and for how long at most:
+What a connection in each state costs, and for how long at most:
 
-    idle, or not a byte sent yet      no thread; KEEPALIVE_S, less if its place is needed for a new one
-    sending a request                 a thread; --read-timeout for all of it, so that drops of bytes do not help
-    being answered                    a thread; --write-timeout without taking a byte, and SEND_BUFFER bytes
-    answered, not closed by the client  a thread; LINGER_S
+    idle, or no byte sent yet              no thread; KEEPALIVE_S, less if a new connection needs its place
+    sending a request                      a thread; --read-timeout for the whole request, however slowly bytes come
+    receiving a reply                      a thread; --write-timeout without accepting a byte, and SEND_BUFFER bytes
+    answered, not yet closed by the client a thread; LINGER_S
 
-A client that lets a time pass counts as gone, its requests are cancelled. Where the system has no thread or no file for
-one more connection, that one is closed, and the others go on. Knows gunicorn's threads, nothing of Flask or models.
+A client that exceeds a timeout counts as gone, and its requests are cancelled. If the system has no thread or no file
+descriptor for one more connection, that connection alone is closed. Uses the internals of gunicorn's threaded worker:
+its own queues have no such bounds. Knows nothing of Flask or models.
 """
 
 import contextlib
@@ -26,25 +27,25 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 from serve.process.refusals import refusal_of
 
 SEND_BUFFER = 256 * 1024
-"""Bytes the kernel may hold for a reader that is slower than its stream; the default grows to megabytes."""
+"""Bytes the kernel may hold for a slow reader. The kernel's default grows to megabytes."""
 PIECE = 128 * 1024
-"""Bytes of a reply that are written under one timeout: a large reply to a slow, but living, client is no stall."""
+"""Bytes of a reply that are written under one timeout, so that a large reply to a slow client does not count as a
+stall."""
 LINGER_S = 2.0
-"""After the last byte of a connection that closes, for the client's own close; RFC 9112 section 9.6."""
+"""How long we wait for the client to close, after our last byte; RFC 9112 section 9.6."""
 FULL_PAUSE_S = 0.05
-"""Accepting rests so long when the system has no file for a connection and none here is idle: else it would spin."""
+"""Pause after a failed accept if there is no idle connection to close. Without it the loop would spin."""
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
-"""Errors of the listening socket itself. All others are of one connection, which is gone (accept(2))."""
+"""Errors of the listening socket itself. Every other error concerns one connection, which is gone (accept(2))."""
 WARN_EVERY_S = 60.0
-"""Between two warnings of the same lack, which comes with every connection while it lasts."""
+"""Least time between two warnings: a shortage affects every connection while it lasts."""
 
 
 class BoundedSocket(socket.socket):
     """A blocking socket whose reads share a deadline and whose writes may not stall.
 
-    gunicorn calls `setblocking(True)` when a thread takes the connection over, to read a request: there the
-    deadline begins.
+    The deadline starts at `setblocking`, which gunicorn calls when a thread starts to read a request.
     """
 
     def __init__(self, accepted: socket.socket, *, read_s: float, write_s: float) -> None:
@@ -58,7 +59,7 @@ class BoundedSocket(socket.socket):
         super().setblocking(flag)
 
     def limit_reads(self, seconds: float) -> None:
-        """Set the deadline of all reads to come."""
+        """Set the deadline of all following reads."""
         self._deadline = time.monotonic() + seconds
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
@@ -78,27 +79,27 @@ class BoundedSocket(socket.socket):
                 raise _gone("the client did not read its reply") from None
 
     def _wait_at_most(self, seconds: float) -> None:
-        # Never 0, which would mean not to wait at all and raise another error.
+        # Never 0: that would make the socket non-blocking, which raises another error.
         self.settimeout(max(0.001, seconds))
 
 
 def _gone(reason: str) -> ConnectionResetError:
-    """gunicorn and werkzeug take a reset connection for what it is: no fault of ours, nothing to log."""
+    """A lost connection, as gunicorn and werkzeug expect it: they log nothing."""
     return ConnectionResetError(errno.ECONNRESET, reason)
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
-    """A connection whose closing never waits: gunicorn would linger in the one thread that accepts."""
+    """A connection that closes at once. gunicorn's lingers, in the only thread that accepts connections."""
 
     def close(self, graceful: bool = False) -> None:
         util.close(self.sock)
 
 
 class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's threaded worker with bounded connections; idle ones, new ones too, wait without a thread.
+    """gunicorn's threaded worker with bounded connections. Idle and new connections wait without a thread.
 
-    There may be a thread for every connection, started when it is needed: with a smaller pool, so many clients
-    that stall would keep all others out.
+    There may be a thread for every connection, started when needed: with a smaller pool, as many stalled clients as
+    the pool has threads would keep all other clients out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,15 +109,15 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
-        """Not gunicorn's: it warns of as many threads as connections, which is what is wanted here."""
+        """Replaces gunicorn's check, which warns if there are as many threads as connections, as here."""
 
     @property
     def num_busy(self) -> int:
-        """Connections on which a request is arriving, being answered, or has just been."""
+        """Connections on which a request is arriving, running, or has just been answered."""
         return int(self.nr_conns - len(self.pending_conns) - len(self.keepalived_conns))
 
-    def accept(self, listener: socket.socket) -> bool:
-        """Take a connection that waits; whether one did. What is wrong with one never ends the worker."""
+    def accept(self, listener: socket.socket) -> None:
+        """Accept a waiting connection. An error of one connection never ends the worker."""
         try:
             accepted, address = listener.accept()
         except OSError as error:
@@ -126,13 +127,12 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
                 self._warn("no file is free for one more connection (%s): see ulimit -n", error.strerror)
                 if not self._close_idle():
                     time.sleep(FULL_PAUSE_S)
-            return False
+            return
         try:
             self._watch(accepted, address, listener)
         except OSError as error:
             self._warn("a connection could not be taken: %s", error.strerror)
             accepted.close()
-        return True
 
     def _watch(self, accepted: socket.socket, address: Any, listener: socket.socket) -> None:
         """Wait for the first byte of a new connection, without a thread."""
@@ -141,7 +141,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         try:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             if self.nr_conns >= self.worker_connections - 1:
-                # At the limit. Accepting pauses only if none is idle.
+                # At the limit. gunicorn stops accepting if no connection can be closed.
                 self._close_idle()
             connection = Connection(self.cfg, client, address, listener.getsockname())
             connection.set_timeout()
@@ -153,7 +153,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         self.pending_conns.append(connection)
 
     def _close_idle(self) -> bool:
-        """Close the connection that has been idle longest; whether there was one."""
+        """Close the connection that has been idle longest. Returns False if none is idle."""
         waiting = [queue for queue in (self.pending_conns, self.keepalived_conns) if queue]
         if not waiting:
             return False
@@ -164,7 +164,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         return True
 
     def on_pending_socket_readable(self, conn: Connection, client: socket.socket) -> None:
-        if client.fileno() >= 0:  # closed to make room, by what was accepted in the same turn of the loop
+        if client.fileno() >= 0:  # else it was closed to make room, in the same turn of the loop
             super().on_pending_socket_readable(conn, client)
 
     def on_client_socket_readable(self, conn: Connection, client: socket.socket) -> None:
@@ -172,10 +172,10 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
             super().on_client_socket_readable(conn, client)
 
     def enqueue_req(self, conn: Connection) -> None:
-        """Have a thread handle the connection; close it if the system starts none.
+        """Let a thread handle the connection. If the system cannot start a thread, close the connection.
 
-        The pool keeps what it was given even where it then fails to start a thread, so who is first decides: a thread
-        that takes the work, or this one that cancels it.
+        The pool queues the work even if it then fails to start a thread. So the work is cancelled here, unless another
+        thread of the pool has already begun it.
         """
         done: Future[Any] = Future()
         done.add_done_callback(lambda result: self.method_queue.defer(self.finish_request, conn, result))
@@ -188,28 +188,28 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
             self.tpool.submit(work)
         except (RuntimeError, MemoryError) as error:
             if done.cancel():
-                self._warn("no thread for one more connection (%s): see pids.max, ulimit -u; it is closed", error)
+                self._warn("no thread for one more connection (%s): closing it; see pids.max, ulimit -u", error)
 
     def handle(self, conn: Connection) -> Any:
-        """gunicorn's, in the connection's own thread; nothing that is raised leaves it."""
+        """Answer requests as gunicorn does, in the connection's own thread. Never raises."""
         try:
             is_kept = super().handle(conn)
             if not is_kept:
-                # A client that is gone is not waited for.
+                # Returns at once if the client is gone.
                 conn.sock.limit_reads(LINGER_S)
                 util.close_graceful(conn.sock, timeout=LINGER_S)
-        except BaseException as error:  # SystemExit, a panic of a Rust library: gunicorn's loop would end the worker
+        except BaseException as error:  # a SystemExit or a panic in Rust code would end the worker
             self.log.error("a connection from %s failed", conn.client[0], exc_info=error)
             return False
         return is_kept
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
-        """Answer what is no request in the shape of every other error. Not gunicorn's: that is a page of HTML."""
+        """Answer a malformed request with a JSON error; gunicorn would send a page of HTML."""
         refusal = refusal_of(exc)
         if refusal.is_ours:
             self.log.error("a request from %s failed", addr[0], exc_info=exc)
         else:
-            self.log.warning("refused what came from %s: %s", addr[0], refusal.message)
+            self.log.warning("refused a request from %s: %s", addr[0], refusal.message)
         with contextlib.suppress(OSError):
             client.sendall(refusal.to_bytes())
 

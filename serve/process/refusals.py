@@ -1,4 +1,4 @@
-"""What a client gets whose bytes are no request: gunicorn's refusals in the shape that every other error has.
+"""The reply to bytes that are no valid HTTP request: gunicorn's errors in the JSON shape of all other errors.
 
 Flask never sees these connections. Knows gunicorn's errors, nothing of sockets.
 """
@@ -13,7 +13,7 @@ from gunicorn.http import errors
 MAX_REQUEST_LINE = 4094
 MAX_HEADERS = 64
 MAX_HEADER = 8190
-"""Bytes of a header; with MAX_HEADERS, what a client can make the server keep before a body is allowed or refused."""
+"""Bytes of one header. With MAX_HEADERS it bounds what a client can make the server keep before the body."""
 SHOWN_CHARS = 200
 MESSAGES: dict[type[Exception], str] = {
     errors.LimitRequestLine: f"the request line is longer than {MAX_REQUEST_LINE:,} bytes",
@@ -24,7 +24,7 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
     errors.LimitRequestHeaders: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     errors.ExpectationFailed: HTTPStatus.EXPECTATION_FAILED,
     errors.UnsupportedTransferCoding: HTTPStatus.NOT_IMPLEMENTED,
-    # What the application, not the client, got wrong.
+    # Errors of the application, not of the client.
     errors.InvalidResponseHeader: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.InvalidResponseHeaderName: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.ConfigurationProblem: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -43,7 +43,7 @@ class Refusal(NamedTuple):
         return self.status == HTTPStatus.INTERNAL_SERVER_ERROR
 
     def to_bytes(self) -> bytes:
-        """The whole reply; the connection ends behind it."""
+        """The whole reply, after which the connection closes."""
         kind = "server_error" if self.is_ours else "invalid_request_error"
         code = "internal_error" if self.is_ours else "malformed_request"
         error = {"message": self.message, "type": kind, "param": None, "code": code}
@@ -60,11 +60,11 @@ class Refusal(NamedTuple):
 
 
 def refusal_of(error: BaseException) -> Refusal:
-    """How to answer an error that was met before, or around, the application."""
+    """The reply to an error that happened before, or around, the application."""
     if not isinstance(error, errors.ParseException):
         return Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log has the traceback")
     status = STATUSES.get(type(error), HTTPStatus.BAD_REQUEST)
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         return Refusal(status, "internal error; the server's log has the traceback")
     reason = MESSAGES.get(type(error), str(error))
-    return Refusal(status, f"this is no HTTP request that the server takes: {reason}"[:SHOWN_CHARS])
+    return Refusal(status, f"not a valid HTTP request: {reason}"[:SHOWN_CHARS])

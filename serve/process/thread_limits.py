@@ -1,7 +1,8 @@
-"""How many threads this process may have for its connections: fewer than the system allows, so that none is refused.
+"""How many threads this process may use for its connections: as many as the system leaves room for.
 
-Containers limit tasks (`pids.max` of a control group: docker --pids-limit, podPidsLimit of Kubernetes), logins do
-(`ulimit -u`). A limit that is met is met by whatever starts a thread next, the model's library included.
+Containers limit tasks (`pids.max` of a control group: docker --pids-limit, podPidsLimit of Kubernetes), and so do
+logins (`ulimit -u`). Once the limit is reached, any new thread fails, also one that the model's library starts. So the
+server stays below it.
 """
 
 import logging
@@ -13,32 +14,32 @@ from pathlib import Path
 from runtime.machine.control_groups import control_group_paths, read_number
 
 LEAST_THREADS = 8
-"""Even where there is no room: then a connection may find no thread, and is closed."""
+"""Used even if there is no room; then a connection that finds no thread is closed."""
 OTHER_THREADS = 64
-"""Besides one a core for each of two models: engines, masks, grammars, traces, drains, a helper process."""
+"""For engines, token masks, grammars, traces, drains and a helper process; two models' threads per core come on top."""
 
 log = logging.getLogger(__name__)
 
 
 def threads_for(num_connections: int, root: Path = Path("/")) -> int:
-    """Threads for so many connections, as far as the system has room; a warning says so if that is fewer.
+    """The number of threads for `num_connections`; logs a warning if the system has room for fewer.
 
-    `root` is where /proc and /sys are found.
+    `root` is the directory that contains /proc and /sys.
     """
     rooms = [room for room in (*_group_rooms(root), _user_room(root)) if room is not None]
     spare = OTHER_THREADS + 2 * (os.cpu_count() or 1)
     num_threads = min(num_connections, max(LEAST_THREADS, min(rooms, default=num_connections + spare) - spare))
     if num_threads < num_connections:
         log.warning(
-            "only %d requests are answered at once, not one for each of %d connections: the system leaves %d threads "
-            "(pids.max, ulimit -u), %d of them for other work",
+            "at most %d requests are answered at once, on %d connections: the system leaves %d threads (pids.max, "
+            "ulimit -u), and %d of them are for other work",
             *(num_threads, num_connections, min(rooms), spare),
         )
     return num_threads
 
 
 def _group_rooms(root: Path) -> Iterator[int]:
-    """What each control group around this process leaves."""
+    """Threads that each control group of this process still allows."""
     for group in control_group_paths(root, "pids"):
         limit, used = read_number(group / "pids.max"), read_number(group / "pids.current")
         if limit is not None and used is not None:
@@ -46,7 +47,7 @@ def _group_rooms(root: Path) -> Iterator[int]:
 
 
 def _user_room(root: Path) -> int | None:
-    """What `ulimit -u` leaves, which counts all threads of the user; None without a limit, and for root."""
+    """Threads that `ulimit -u` still allows; it counts all threads of the user. None: no limit, or the user is root."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     user = os.getuid()
     if limit == resource.RLIM_INFINITY or user == 0:

@@ -1,11 +1,13 @@
-"""The worker process: loads the models, answers, drains and reloads when it is told to, ends when an engine failed.
+"""The worker process: answers requests, drains, reloads, and ends itself when an engine has failed.
 
-    SIGTERM, SIGINT   drain: go on answering, so that /readyz and new requests get a 503, until what runs has
-                      finished or --drain-timeout is over
-    SIGUSR1           from the master, when it gets a SIGHUP: read models and keys again
-    a failed engine   with --exit-on-failure: drain, then end with EXIT_ENGINE_FAILED
+    SIGTERM, SIGINT   drain: keep answering (new requests and /readyz get a 503) until the running requests have
+                      finished or --drain-timeout is over, then exit
+    SIGQUIT           exit at once
+    SIGUSR1           read models and keys again; the master sends it when it gets a SIGHUP
+    a failed engine   with --exit-on-failure: drain, then exit with EXIT_INTERNAL
+    a dead master     drain, then exit
 
-Knows the application object of serve/process/wsgi.py, nothing of Flask's views.
+Uses the application object of serve/process/wsgi.py. Knows nothing of Flask's views.
 """
 
 import os
@@ -18,21 +20,20 @@ from types import FrameType
 
 from serve.process.connections import BoundedWorker
 
-EXIT_ENGINE_FAILED = 70
-"""EX_SOFTWARE of sysexits.h: an internal error, which a supervisor may mend by starting the server again."""
-FLUSH_S = 5.0
-"""After an engine failed and the others have drained, for replies that say so to be written out."""
+EXIT_INTERNAL = 70
+"""EX_SOFTWARE of sysexits.h: an internal error. A supervisor may start the server again."""
+FLUSH_S = 8.0
+"""Time for the last replies to be written out after the drain. Shorter than STOP_MARGIN_S of the master."""
 POLL_S = 0.02
 
 
 class DrainingWorker(BoundedWorker):
-    """Keeps accepting while it drains, and reloads beside the requests that run."""
+    """Keeps accepting connections while it drains. Reloads while requests run."""
 
     def init_signals(self) -> None:
         super().init_signals()
         self._is_draining = False
-        # A terminal sends SIGINT and SIGHUP to the whole process group, not only to the master; what a SIGHUP
-        # means, the master says.
+        # A terminal sends SIGINT and SIGHUP to every process of the group. The master decides what a SIGHUP means.
         signal.signal(signal.SIGINT, self.handle_exit)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, self.handle_reload)
@@ -40,15 +41,13 @@ class DrainingWorker(BoundedWorker):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.booted:
             sys.exit(0)
-        if self._is_draining:
-            return
-        self._is_draining = True
-        # A request may have come so far as the kernel: then the poller has something to say.
-        if self.num_busy == 0 and not self.poller.select(0):
-            self.app.say_goodbye(0)
-            os._exit(0)  # nobody waits for a reply, and an orderly end of gigabytes takes a good part of a second
-        if not self._start("drain", self._drain):
-            super().handle_exit(signal.SIGTERM, None)
+        if not self._is_draining:
+            self._is_draining = True
+            if not self._start("drain", self._drain, 0):
+                super().handle_exit(signal.SIGTERM, None)
+
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
+        os._exit(0)
 
     def handle_reload(self, sig: int, frame: FrameType | None) -> None:
         if self.booted and not self._is_draining:
@@ -58,45 +57,43 @@ class DrainingWorker(BoundedWorker):
         """Called by gunicorn's loop at least once a second."""
         super().notify()
         if not self._is_draining and self.app.must_exit():
-            self._is_draining = self._start("failed", self._exit_failed)
+            self.log.error("an engine failed: the server ends with exit code %d", EXIT_INTERNAL)
+            self._is_draining = self._start("drain", self._drain, EXIT_INTERNAL)
 
-    def set_accept_enabled(self, enabled: bool) -> None:
-        if not enabled and self._accepting and not self.alive:
-            # The kernel has accepted these already: they are told 503 rather than cut off.
-            for listener in self.sockets:
-                while self.nr_conns < self.worker_connections and self.accept(listener):
-                    pass
-        super().set_accept_enabled(enabled)
+    def is_parent_alive(self) -> bool:
+        """Start to drain if the master is dead. True in any case: the drain ends the process, not gunicorn's loop."""
+        if not super().is_parent_alive():
+            self.handle_exit(signal.SIGTERM, None)
+        return True
 
-    def _cap_keepalive(self, deadline: float) -> None:
-        """Idle connections end by the deadline, those too that never sent a byte: gunicorn would wait for them."""
-        super()._cap_keepalive(deadline)
-        for connection in self.pending_conns:
-            connection.timeout = min(connection.timeout, deadline)
-
-    def _start(self, name: str, work: Callable[[], object]) -> bool:
-        """Start a thread; False, and a line in the log, if the system has none: the loop that calls this goes on."""
+    def _start(self, name: str, work: Callable[..., object], *args: object) -> bool:
+        """Start a thread. If the system has no thread left, log that and return False, so that the loop goes on."""
         try:
-            threading.Thread(target=work, name=name, daemon=True).start()
+            threading.Thread(target=work, args=args, name=name, daemon=True).start()
         except RuntimeError as error:
             self.log.error("no thread to %s: %s", name, error)
             return False
         return True
 
-    def _drain(self) -> None:
+    def _drain(self, code: int) -> None:
+        """Wait for the running requests and for their replies to be written out, then end the process."""
         try:
-            self.app.drain()
-        finally:
-            super().handle_exit(signal.SIGTERM, None)
-
-    def _exit_failed(self) -> None:
-        """End the process once everybody has been told. Not in order: what failed may not let itself be closed."""
-        try:
-            self.log.error("an engine failed: the server ends with exit code %d", EXIT_ENGINE_FAILED)
             self.app.drain()
             deadline_s = time.monotonic() + FLUSH_S
-            while self.num_busy > 0 and time.monotonic() < deadline_s:
+            while time.monotonic() < deadline_s:
+                self.method_queue.defer(self._exit_if_quiet, code)
                 time.sleep(POLL_S)
-            self.app.say_goodbye(EXIT_ENGINE_FAILED)
         finally:
-            os._exit(EXIT_ENGINE_FAILED)
+            self._exit(code)
+
+    def _exit_if_quiet(self, code: int) -> None:
+        """In the thread of gunicorn's loop: end the process unless a request is running, or waits in the kernel."""
+        if self.num_busy == 0 and not self.poller.select(0):
+            self._exit(code)
+
+    def _exit(self, code: int) -> None:
+        """Without Python's own cleanup: freeing gigabytes takes about 150 ms, and a failed engine may not close."""
+        try:
+            self.app.send_traces()
+        finally:
+            os._exit(code)

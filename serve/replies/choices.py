@@ -1,7 +1,7 @@
-"""The choices of one HTTP request: submitted all or none, merged, cancelled when the client goes.
+"""The choices of one HTTP request: submitted together, merged into one stream, cancelled when the client goes.
 
-Knows the model's `generate` and the client's socket, nothing of JSON. There is one way to generate: a stream
-is what `Choices` yields, and a whole reply is a fold over the same.
+Knows the model's `generate` and the client's socket, nothing of JSON. There is one way to generate: a stream is what
+`Choices` yields, and a whole reply is a fold over it.
 """
 
 import select
@@ -12,20 +12,13 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
-from runtime.errors import (
-    EngineFailed,
-    HeadraceError,
-    InvalidRequest,
-    TimedOut,
-    Unavailable,
-)
+from runtime.errors import EngineFailed, HeadraceError, InvalidRequest, TimedOut, Unavailable
 from runtime.text_model import Generation, TextModel
 
 CLIENT_CHECK_S = 0.25
-"""How often the socket is looked at: bounds how long a slot stays taken by a client that went away."""
+"""How often the socket is checked. Bounds how long a lost client keeps its slot."""
 ROTATE_S = 0.05
-"""With several choices: how long to wait for one before trying the next."""
-
+"""With several choices: how long to wait for one choice before trying the next."""
 
 FAILURES: dict[FinishReason, tuple[type[HeadraceError], str]] = {
     FinishReason.ERROR: (EngineFailed, "the engine stopped"),
@@ -33,7 +26,11 @@ FAILURES: dict[FinishReason, tuple[type[HeadraceError], str]] = {
     FinishReason.TIMEOUT: (TimedOut, "the request's time was up"),
     FinishReason.QUEUE_TIMEOUT: (Unavailable, "no slot was free in time"),
 }
-"""What the client is told of an end without an answer, where the engine gave no reason."""
+"""The error for each way to end without an answer. The message is used if the engine gave none."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the reply was complete. Nobody reads the answer to this error."""
 
 
 class ChoiceEvent(NamedTuple):
@@ -44,10 +41,10 @@ class ChoiceEvent(NamedTuple):
 
 
 class Client:
-    """The client's end of the connection, as far as gunicorn lets us see it.
+    """The client's end of the connection.
 
-    The kernel says when the client closed or at least shut down its side, also behind bytes that nobody has read; as
-    in other servers either counts as gone. Without a socket (Flask's test client) nobody ever goes.
+    A client that closed its connection, or shut down its sending side, counts as gone, as in other servers. The kernel
+    reports this even while there are unread bytes. Without a socket (Flask's test client) the client never goes.
     """
 
     def __init__(self, connection: socket.socket | None) -> None:
@@ -55,7 +52,7 @@ class Client:
         self._next_look = time.monotonic() + CLIENT_CHECK_S
 
     def check(self) -> None:
-        """Raise ClientGoneError if the client went away; looks at most every CLIENT_CHECK_S seconds."""
+        """Raise ClientGoneError if the client is gone. Checks at most every CLIENT_CHECK_S seconds."""
         if self._connection is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + CLIENT_CHECK_S
             if _is_closed(self._connection):
@@ -68,12 +65,12 @@ def _is_closed(connection: socket.socket) -> bool:
         poller.register(connection, select.POLLRDHUP)
     except ValueError:  # closed on our side
         return True
-    # POLLHUP, POLLERR and POLLNVAL come unasked. What the client may have sent besides is not looked at.
+    # poll reports POLLHUP, POLLERR and POLLNVAL in any case.
     return bool(poller.poll(0))
 
 
 class Choices:
-    """Running generations of one request. Iterate to get their events; `close` cancels what still runs."""
+    """The generations of one request. Iterate to get their events; `close` cancels those that still run."""
 
     def __init__(self, generations: Sequence[Generation], num_prompts: int, client: Client) -> None:
         self._generations = generations
@@ -82,7 +79,7 @@ class Choices:
         self.num_prompt_tokens = sum(generation.prompt_tokens for generation in generations[::per_prompt])
         self.num_generated_tokens = 0
         self.first_token_s: float | None = None
-        """When the first token came, in seconds of `time.monotonic`."""
+        """When the first token came, by `time.monotonic`."""
         self._per_prompt = per_prompt
         self._abort_reason: HeadraceError | None = None
         self._events = self._checked()
@@ -90,32 +87,32 @@ class Choices:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache; a prompt counts once, as its first choice met it."""
+        """Prompt tokens found in the prefix cache. A prompt counts once, with the figure of its first choice."""
         return sum(generation.usage.num_cached for generation in self._generations[:: self._per_prompt])
 
     @property
     def num_accepted_tokens(self) -> int:
-        """Drafted tokens that were right, over all choices."""
+        """Draft tokens that were accepted, over all choices."""
         return sum(generation.usage.num_accepted for generation in self._generations)
 
     @property
     def num_rejected_tokens(self) -> int:
-        """Drafted tokens that were wrong."""
+        """Draft tokens that were rejected, over all choices."""
         return sum(generation.usage.num_drafted for generation in self._generations) - self.num_accepted_tokens
 
     def __len__(self) -> int:
         return len(self._generations)
 
     def wait_for_first(self) -> None:
-        """Wait until there is an event. Raises what iterating raises: here it can still become an HTTP status."""
+        """Wait for the first event. Raises what iterating raises, while it can still become an HTTP status."""
         self._waited_for += islice(self._events, 1)
 
     def __iter__(self) -> Iterator[ChoiceEvent]:
-        """Events in the order they come, until every choice has ended. Once only.
+        """The events in the order they arrive, until every choice has ended. Can be iterated once.
 
-        Raises EngineFailed, InvalidRequest (a constraint turned out to be too complex), TimedOut, ClientGoneError or
-        Unavailable (the server gave up on the request as it drained, or had no slot for it in time), or what `abort`
-        was given; in each case, and when the iterator is closed early, the other choices are cancelled.
+        Raises EngineFailed, InvalidRequest (a constraint turned out to be too complex), TimedOut, ClientGoneError,
+        Unavailable (the server drains, or no slot came free in time), or the reason given to `abort`. An error, and
+        closing the iterator early, cancels the other choices.
         """
         return chain(self._waited_for, self._events)
 
@@ -138,7 +135,7 @@ class Choices:
             self.close()
 
     def abort(self, reason: HeadraceError) -> None:
-        """Cancel every choice that still runs, from any thread; who iterates gets this reason."""
+        """Cancel every choice that still runs, from any thread. Iterating then raises `reason`."""
         self._abort_reason = reason
         self.close()
 
@@ -156,10 +153,10 @@ def submit(
     options: RequestOptions = DEFAULT_OPTIONS,
     one_call_of: Collection[str] = (),
 ) -> Choices:
-    """Submit one generation per prompt and parameters, in that order; every prompt has as many choices. Each ends with
-    its first call of one of the functions `one_call_of`.
+    """Submit a generation for each prompt and each of its parameters; every prompt has equally many.
 
-    Raises what `TextModel.generate` raises; nothing of this request is left in the engine then.
+    A generation ends with its first call of a function in `one_call_of`. Raises what `TextModel.generate` raises; then
+    nothing of this request is left in the engine.
     """
     generations: list[Generation] = []
     try:
@@ -174,11 +171,10 @@ def submit(
 
 
 def _merge(generations: Sequence[Generation], client: Client) -> Iterator[ChoiceEvent]:
-    """Events of several generations without a thread for each.
+    """The events of several generations, without a thread for each.
 
-    Every running request gets a token in the same step, so it is enough to block on one that runs and then
-    to collect from the rest; one that yields nothing for ROTATE_S is probably still queued, and the next is
-    tried.
+    Every running request gets its token in the same step. So this waits for one running generation and then collects
+    from the rest. A generation without an event for ROTATE_S is probably still queued; then the next one is tried.
     """
     live = dict(enumerate(generations))
     watched = 0
@@ -198,12 +194,8 @@ def _merge(generations: Sequence[Generation], client: Client) -> Iterator[Choice
 
 
 def _ready(generation: Generation) -> Iterator[TokenEvent]:
-    """What has already arrived, without waiting."""
+    """The events that have already arrived."""
     while (event := generation.next_event(0)) is not None:
         yield event
         if event.finish_reason is not None:
             return
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before the reply was whole; nobody reads the answer to this."""

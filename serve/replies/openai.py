@@ -1,50 +1,93 @@
-"""What a reply looks like: OpenAI's objects, in pieces for a stream and folded into one.
+"""The replies: OpenAI's objects, as the chunks of a stream or folded into one object.
 
-Knows the shapes of https://platform.openai.com/docs/api-reference, nothing of HTTP or of the engine. Both
-calls have a shape class with the same four methods: `opening`, `pieces`, `usage` make the chunks of a stream,
-in this order, and `fold` makes the whole reply out of those very chunks.
+Knows the shapes of https://platform.openai.com/docs/api-reference, nothing of HTTP or of the engine.
 """
 
 import codecs
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from runtime.core import TokenEvent, TokenLogprob
 from runtime.text_model import TextModel
 from serve.replies.choices import Choices
-from serve.replies.tools import ToolDeltas, add_delta, close_message, open_message
+from serve.replies.tools import ToolDeltas
 from serve.replies.unenforced import AnswerChecks
 
 Json = dict[str, Any]
 
 LEAST_LOGPROB = -9999.0
-"""OpenAI's value for "very unlikely"; JSON has no minus infinity."""
+"""OpenAI's value for "very unlikely". JSON has no minus infinity."""
 
 
-class ReplyShape(Protocol):
-    """How one of the two calls answers."""
+class ReplyShape(ABC):
+    """How one kind of request is answered. `chunks_of` calls `opening`, `pieces` and `usage`, in this order."""
 
+    def __init__(self, model: TextModel, prefix: str, kind: str, chunk_kind: str) -> None:
+        """`prefix` begins the reply's id; `kind` and `chunk_kind` are the `object` of a whole reply and of a chunk."""
+        self._model = model
+        self._head: Json = {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model.name,
+            "system_fingerprint": None,
+        }
+        self._chunk_head = {**self._head, "object": chunk_kind}
+
+    @abstractmethod
     def opening(self, num_choices: int) -> Iterator[Json]:
-        """Chunks before the first token."""
-        ...
+        """The chunks before the first token."""
 
+    @abstractmethod
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
-        """Chunks for one event of one choice; none for a token whose text is still held back."""
-        ...
+        """The chunks for one event of one choice; none for a token whose text is held back."""
+
+    @abstractmethod
+    def _opened(self, piece: Json) -> Json:
+        """A choice of the whole reply, from its first piece. Its texts are lists, so that nothing is copied."""
+
+    @abstractmethod
+    def _grow(self, choice: Json, piece: Json) -> None:
+        """Add the text of a piece to a choice."""
+
+    @abstractmethod
+    def _close(self, choice: Json) -> None:
+        """Join the texts of a choice."""
 
     def usage(self, choices: Choices) -> Json:
         """The chunk after the last token; it has no choices."""
-        ...
+        return {**self._chunk_head, "choices": [], "usage": usage(choices)}
 
     def fold(self, chunks: Iterable[Json]) -> Json:
-        """The whole reply. Takes all chunks of a stream, the usage included."""
-        ...
+        """The whole reply, from all chunks of a stream, the usage included."""
+        whole: dict[int, Json] = {}
+        counts = None
+        for chunk in chunks:
+            counts = chunk["usage"]
+            for piece in chunk["choices"]:
+                choice = whole.get(piece["index"])
+                if choice is None:
+                    whole[piece["index"]] = self._opened(piece)
+                    continue
+                self._grow(choice, piece)
+                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
+                choice["finish_reason"] = piece["finish_reason"]
+                if "schema_check" in piece:
+                    choice["schema_check"] = piece["schema_check"]
+        for choice in whole.values():
+            self._close(choice)
+        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+
+    def _chunk(self, index: int, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+        choice = {**content, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._chunk_head, "choices": [choice], "usage": None}
 
 
 def chunks_of(choices: Choices, shape: ReplyShape, checks: AnswerChecks) -> Iterator[Json]:
-    """Every chunk of a reply. Raises what iterating `choices` raises; closing it cancels the request."""
+    """Every chunk of a reply. Raises what iterating `choices` raises. Closing the iterator cancels the request."""
     yield from shape.opening(len(choices))
     for index, event in choices:
         for chunk in shape.pieces(index, event):
@@ -61,16 +104,18 @@ class Echo(NamedTuple):
     token_ids: Sequence[int]
 
 
-class CompletionShape:
-    """Answers of POST /v1/completions. `echo` holds the prompt of each choice, if it is to be put before the answer;
-    `is_scored` says that its log-probabilities will come, and the text with them; `shows_special` that special tokens
-    are part of the text."""
+class CompletionShape(ReplyShape):
+    """Answers of POST /v1/completions.
+
+    echo: the prompt of each choice, if the reply repeats it
+    is_scored: the prompt's log-probabilities will come, and its text with them
+    shows_special: special tokens are part of the text
+    """
 
     def __init__(
         self, model: TextModel, echo: Sequence[Echo] = (), *, is_scored: bool = False, shows_special: bool = False
     ) -> None:
-        self._head = _head("cmpl", "text_completion", model.name)
-        self._model = model
+        super().__init__(model, "cmpl", "text_completion", "text_completion")
         self._echo = echo
         self._is_scored = is_scored
         self._bytes_in_text = model.shown_bytes if shows_special else model.token_bytes
@@ -80,43 +125,29 @@ class CompletionShape:
         for index, echo in enumerate(self._echo):
             if not self._is_scored:
                 self._offsets[index] = TextOffset(len(echo.text))
-                yield self._chunk(index, echo.text, None, None)
+                yield self._chunk(index, {"text": echo.text}, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
         if event.prompt_logprobs is not None:
             if self._is_scored:
-                yield self._chunk(index, self._echo[index].text, self._prompt_logprobs(index, event), None)
+                scores = self._prompt_logprobs(index, event)
+                yield self._chunk(index, {"text": self._echo[index].text}, scores, None)
             return
         logprobs = None if event.logprob is None else self._logprobs(index, event)
         if event.text or logprobs or event.finish_reason:
-            yield self._chunk(index, event.text, logprobs, event.finish_reason)
+            yield self._chunk(index, {"text": event.text}, logprobs, event.finish_reason)
 
-    def usage(self, choices: Choices) -> Json:
-        return {**self._head, "choices": [], "usage": usage(choices)}
+    def _opened(self, piece: Json) -> Json:
+        return {**piece, "text": [piece["text"]]}
 
-    def fold(self, chunks: Iterable[Json]) -> Json:
-        whole: dict[int, Json] = {}
-        texts: dict[int, list[str]] = {}  # joined once: a text that grew piece by piece would be copied for each
-        counts = None
-        for chunk in chunks:
-            counts = chunk["usage"]
-            for piece in chunk["choices"]:
-                choice = whole.setdefault(piece["index"], piece)
-                texts.setdefault(piece["index"], []).append(piece["text"])
-                if choice is piece:
-                    continue
-                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
-                _end(choice, piece)
-        for index, choice in whole.items():
-            choice["text"] = "".join(texts[index])
-        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+    def _grow(self, choice: Json, piece: Json) -> None:
+        choice["text"].append(piece["text"])
 
-    def _chunk(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._head, "choices": [choice], "usage": None}
+    def _close(self, choice: Json) -> None:
+        choice["text"] = "".join(choice["text"])
 
     def _prompt_logprobs(self, index: int, event: TokenEvent) -> Json:
-        """Every token of the prompt; the first has no probability, for nothing comes before it."""
+        """Every token of the prompt. The first has no probability, because nothing precedes it."""
         assert event.prompt_logprobs is not None
         first, *others = self._echo[index].token_ids
         joined = self._token(index, first, None, None)
@@ -130,10 +161,10 @@ class CompletionShape:
         top = self._top(TokenLogprob(event.token_id, event.logprob), event.top_logprobs)
         return self._token(index, event.token_id, event.logprob, top)
 
-    def _top(self, chosen: TokenLogprob, likeliest: Sequence[TokenLogprob]) -> dict[str, float]:
+    def _top(self, chosen: TokenLogprob, most_likely: Sequence[TokenLogprob]) -> dict[str, float]:
         top: dict[str, float] = {}
-        # Different tokens can read the same; the dictionary has one entry, and the likelier token gets it.
-        for item in (chosen, *likeliest):
+        # Different tokens can have the same text. The dictionary has one entry for them: the most likely one.
+        for item in (chosen, *most_likely):
             text = token_text(self._model, item.token_id, prefix="bytes:")
             top[text] = max(top.get(text, LEAST_LOGPROB), item.logprob)
         return top
@@ -148,14 +179,15 @@ class CompletionShape:
         }
 
 
-class ChatShape:
-    """Answers of POST /v1/chat/completions. `tool_names` are the functions whose calls are looked for; with
-    `may_call_or_answer` a grammar lets nothing else come than calls, or text of a form."""
+class ChatShape(ReplyShape):
+    """Answers of POST /v1/chat/completions.
+
+    tool_names: the functions whose calls are parsed
+    may_call_or_answer: a grammar allows nothing but calls or text of a form
+    """
 
     def __init__(self, model: TextModel, tool_names: Sequence[str] = (), *, may_call_or_answer: bool = False) -> None:
-        self._head = _head("chatcmpl", "chat.completion", model.name)
-        self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
-        self._model = model
+        super().__init__(model, "chatcmpl", "chat.completion", "chat.completion.chunk")
         self._tool_names = tool_names
         self._may_answer = may_call_or_answer
         self._tools: dict[int, ToolDeltas] = {}
@@ -169,7 +201,7 @@ class ChatShape:
                     may_answer=self._may_answer,
                     has_short_ids=self._model.has_short_call_ids,
                 )
-            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
+            yield self._chunk(index, {"delta": {"role": "assistant", "content": "", "refusal": None}}, None, None)
 
     def pieces(self, index: int, event: TokenEvent) -> Iterator[Json]:
         logprobs = None if event.logprob is None else self._logprobs(event)
@@ -180,37 +212,33 @@ class ChatShape:
         if logprobs and not deltas:
             deltas = [{"content": ""}]
         for delta in deltas:
-            yield self._chunk(index, delta, logprobs, None)
+            yield self._chunk(index, {"delta": delta}, logprobs, None)
             logprobs = None
         if event.finish_reason is not None:
             reason = event.finish_reason if tools is None else tools.finish_reason(event.finish_reason)
-            yield self._chunk(index, {}, None, reason)
+            yield self._chunk(index, {"delta": {}}, None, reason)
 
-    def usage(self, choices: Choices) -> Json:
-        return {**self._chunk_head, "choices": [], "usage": usage(choices)}
+    def _opened(self, piece: Json) -> Json:
+        message = {**piece["delta"], "content": [piece["delta"]["content"]]}
+        return {"index": piece["index"], "message": message, "logprobs": None, "finish_reason": None}
 
-    def fold(self, chunks: Iterable[Json]) -> Json:
-        whole: dict[int, Json] = {}
-        counts = None
-        for chunk in chunks:
-            counts = chunk["usage"]
-            for piece in chunk["choices"]:
-                index, delta = piece["index"], piece["delta"]
-                if index not in whole:
-                    message = open_message(delta)
-                    whole[index] = {"index": index, "message": message, "logprobs": None, "finish_reason": None}
-                    continue
-                choice = whole[index]
-                add_delta(choice["message"], delta)
-                choice["logprobs"] = _joined(choice["logprobs"], piece["logprobs"])
-                _end(choice, piece)
-        for choice in whole.values():
-            close_message(choice["message"])
-        return {**self._head, "choices": [whole[index] for index in sorted(whole)], "usage": counts}
+    def _grow(self, choice: Json, piece: Json) -> None:
+        message, delta = choice["message"], piece["delta"]
+        message["content"].append(delta.get("content", ""))
+        for part in delta.get("tool_calls", ()):
+            calls = message.setdefault("tool_calls", [])
+            if part["index"] == len(calls):
+                function = {"name": part["function"]["name"], "arguments": [part["function"]["arguments"]]}
+                calls.append({"id": part["id"], "type": part["type"], "function": function})
+            else:
+                calls[part["index"]]["function"]["arguments"].append(part["function"]["arguments"])
 
-    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._chunk_head, "choices": [choice], "usage": None}
+    def _close(self, choice: Json) -> None:
+        message = choice["message"]
+        content, calls = "".join(message["content"]), message.get("tool_calls", ())
+        for call in calls:
+            call["function"]["arguments"] = "".join(call["function"]["arguments"])
+        message["content"] = None if calls and not content else content
 
     def _logprobs(self, event: TokenEvent) -> Json:
         assert event.token_id is not None and event.logprob is not None
@@ -228,14 +256,14 @@ class ChatShape:
 
 
 class TextOffset:
-    """Where each token begins in the text, in characters."""
+    """Counts where each token begins in the text, in characters."""
 
     def __init__(self, start: int) -> None:
         self._num_chars = start
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def advance(self, token: bytes) -> int:
-        """The offset of this token; the next call's comes after it."""
+        """The offset of `token`, which is added to the text."""
         offset = self._num_chars
         self._num_chars += len(self._decoder.decode(token))
         return offset
@@ -244,7 +272,7 @@ class TextOffset:
 def token_text(model: TextModel, token_id: int, *, prefix: str = "") -> str:
     r"""A token as OpenAI writes it: text, a special token's name, or part of a character as escaped bytes.
 
-    The escape is `\xf0\x9f`, after `prefix`: completions say `bytes:\xf0\x9f`.
+    Escaped bytes look like `\xf0\x9f` and follow `prefix`: completions have `bytes:\xf0\x9f`.
     """
     spelled = model.token_bytes(token_id)
     try:
@@ -254,7 +282,7 @@ def token_text(model: TextModel, token_id: int, *, prefix: str = "") -> str:
 
 
 def usage(choices: Choices) -> Json:
-    """OpenAI's usage: a prompt counts once however many choices it has."""
+    """OpenAI's usage. A prompt counts once, even with several choices."""
     prompt, generated = choices.num_prompt_tokens, choices.num_generated_tokens
     return {
         "prompt_tokens": prompt,
@@ -271,7 +299,7 @@ def usage(choices: Choices) -> Json:
 
 
 def model_object(name: str, created: int, max_len: int) -> Json:
-    """One entry of GET /v1/models; `max_model_len` is what the field's servers add."""
+    """One entry of GET /v1/models. Other servers have `max_model_len` too."""
     return {
         "id": name,
         "object": "model",
@@ -281,25 +309,8 @@ def model_object(name: str, created: int, max_len: int) -> Json:
     }
 
 
-def _head(prefix: str, kind: str, model_name: str) -> Json:
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model_name,
-        "system_fingerprint": None,
-    }
-
-
-def _end(choice: Json, piece: Json) -> None:
-    """Take from a piece what only the last one has."""
-    choice["finish_reason"] = piece["finish_reason"]
-    if "schema_check" in piece:
-        choice["schema_check"] = piece["schema_check"]
-
-
 def _joined(left: Json | None, right: Json | None) -> Json | None:
-    """Log-probabilities of two pieces of one choice: the lists of `left` grow by those of `right`."""
+    """The log-probabilities of two pieces of one choice. Extends the lists of `left`."""
     if left is None or right is None:
         return left or right
     for name, values in left.items():

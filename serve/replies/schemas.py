@@ -1,4 +1,4 @@
-"""JSON schemas of what the server answers. tests/http/test_openapi.py holds every reply against them."""
+"""JSON schemas of the server's replies. tests/http/test_openapi.py checks every reply against them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ FINISH: Json = {"type": ["string", "null"]}
 
 
 def record(**properties: Json) -> Json:
-    """An object that has all of these properties; later releases may add some."""
+    """An object that has all of these properties. Later releases may add some."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -28,14 +28,14 @@ def ref(name: str) -> Json:
 
 
 def choice(**properties: Json) -> Json:
-    """A choice; only some have a `schema_check`."""
+    """A choice, perhaps with a `schema_check`."""
     described = record(index=COUNT, finish_reason=FINISH, **properties)
     check = record(outcome={"enum": ["passed", "failed", "not_done"]}, problems=array(TEXT))
     return described | {"properties": described["properties"] | {"schema_check": check}}
 
 
 def reply(kind: str, item: Json, *, is_chunk: bool = False) -> Json:
-    """The head that every reply has and its choices; a chunk need not have the usage."""
+    """A reply with its choices. A chunk need not have the usage."""
     usage = {} if is_chunk else {"usage": ref("Usage")}
     return record(id=TEXT, object={"const": kind}, created=COUNT, model=TEXT, choices=array(item), **usage)
 
@@ -81,7 +81,7 @@ REPLIES: dict[str, Json] = {
     "Tokens": record(count=COUNT, max_model_len=COUNT, tokens=array(COUNT)),
     "Text": record(prompt=TEXT),
     "Healthy": record(status={"enum": ["ok"]}),
-    # The names of models only for who brings a key, where the server has keys.
+    # If the server has keys, the names of models are only for requests with a key.
     "Ready": {**record(status={"enum": ["ready"]}, models=array(TEXT)), "required": ["status"]},
     "Unwell": record(status={"enum": ["failed", "unavailable"]}, reason=TEXT),
     "Status": record(

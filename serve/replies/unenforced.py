@@ -1,8 +1,8 @@
-"""What a reply says about the parts of a JSON schema that no grammar could hold.
+"""What a reply says about the parts of a JSON schema that a grammar cannot enforce.
 
-The head names them (`X-Headrace-Unenforced`); when a choice is complete, it is held against the whole schema, and the
-result stands in its last chunk as `schema_check`, and in the head of a reply that is no stream. OpenAI's clients keep
-fields that they do not know. Knows the shapes of OpenAI's chunks, nothing of Flask.
+The header `X-Headrace-Unenforced` lists them. Each complete choice is checked against the whole schema; the result is
+`schema_check` in its last chunk, and a header of a reply that is not streamed. OpenAI's clients keep unknown fields.
+Knows the shapes of OpenAI's chunks, nothing of Flask.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ Json = dict[str, Any]
 UNENFORCED_HEADER = "X-Headrace-Unenforced"
 CHECK_HEADER = "X-Headrace-Schema-Check"
 MAX_HEADER_CHARS = 2000
-"""Proxies refuse a head of more than some 8 kB."""
+"""Proxies refuse headers of more than about 8 kB in all."""
 COMPLETE = (FinishReason.STOP.value, TOOL_CALLS)
 WORST_FIRST = (Outcome.FAILED, Outcome.NOT_DONE, Outcome.PASSED)
 
 
 def unenforced(checks: Sequence[LateCheck]) -> str | None:
-    """The header's value: JSON pointers to keywords, those of a tool's parameters behind `NAME:`. None: no header.
+    """The header's value: JSON pointers to keywords, after `NAME:` for a tool's parameters. None: no header.
 
-    Whatever is not plain in them is percent-encoded, and what is too much is counted.
+    Other characters are percent-encoded. Pointers that do not fit are only counted.
     """
     places = [f"{check.tool}:{place}" if check.tool else place for check in checks for place in check.left_out]
     total = sum(check.num_left_out for check in checks)
@@ -42,22 +42,22 @@ def unenforced(checks: Sequence[LateCheck]) -> str | None:
 
 
 class AnswerChecks:
-    """The late checks of one request. Shown every chunk's choice in order, it adds what it finds to the last."""
+    """The late checks of one request. Pass every choice of every chunk to `see`; it adds the result to the last one."""
 
     def __init__(self, checks: Sequence[LateCheck]) -> None:
         self._checks = {check.tool: check for check in checks}
         self._texts: dict[int, str] = {}
         self._calls: dict[int, list[tuple[str, list[str]]]] = {}
         self.outcomes: list[Outcome] = []
-        """One for each choice that has ended and had something to check."""
+        """One for each complete choice that had something to check."""
 
     @property
     def worst(self) -> Outcome | None:
-        """The outcome that a reply as a whole is given."""
+        """The outcome of the whole reply."""
         return next((outcome for outcome in WORST_FIRST if outcome in self.outcomes), None)
 
     def see(self, choice: Json) -> None:
-        """Take what a chunk adds to its choice."""
+        """Add a chunk's part of its choice."""
         if not self._checks:
             return
         delta = choice.get("delta", choice)

@@ -18,7 +18,7 @@ from runtime.text_model import TextModel
 from serve.access.errors import kind_of
 from serve.app import create_app
 from serve.model_registry import ModelRegistry
-from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.engine_metrics import EngineMetrics
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 
@@ -37,7 +37,7 @@ def conversation(**fields: Any) -> Json:
 
 @pytest.fixture
 def served() -> Iterator[tuple[TextModel, FlaskClient]]:
-    metrics = ServerMetrics()
+    metrics = EngineMetrics()
     model = fake_text_model(observer=metrics)
     model.start()
     yield model, create_app(model, ServerSettings(max_body=100_000), metrics).test_client()
@@ -462,7 +462,7 @@ def test_every_error_class_has_a_status() -> None:
 
 
 def test_the_usage_counts_cached_tokens_and_a_salt_hides_them() -> None:
-    metrics = ServerMetrics()
+    metrics = EngineMetrics()
     model = fake_text_model(observer=metrics, prefix_cache=10**6)
     model.start()
     client = create_app(model, ServerSettings(), metrics).test_client()

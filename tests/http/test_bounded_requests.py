@@ -60,7 +60,7 @@ def test_a_text_that_cannot_fit_is_refused_by_its_length(
 def test_more_choices_than_fit_are_refused_before_a_text_is_looked_at(client: FlaskClient) -> None:
     """Each of these texts would be refused for its own length."""
     response = client.post(COMPLETIONS, json={"model": NAME, "prompt": ["a" * 3_000] * 33})
-    assert "33 choices; at most 32" in response.get_json()["error"]["message"]
+    assert "33 choices; a request may have at most 32" in response.get_json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -92,7 +92,7 @@ def test_the_scores_of_one_request_are_bounded() -> None:
     response = client.post(COMPLETIONS, json=body)
     error = response.get_json()["error"]
     assert response.status_code == 400 and error["param"] == "logprobs"
-    assert f"are {2 * n * len(prompt):,}; at most {MAX_SCORED:,} fit" in error["message"]
+    assert f"are {2 * n * len(prompt):,}; a reply has at most {MAX_SCORED:,}" in error["message"]
     model.close()
 
 
@@ -113,7 +113,7 @@ def test_tokenizing_counts_against_a_key() -> None:
 def test_detokenizing_is_bounded(client: FlaskClient) -> None:
     response = client.post("/detokenize", json={"tokens": [97] * (MIN_DETOKENIZED + 1)})
     assert response.status_code == 400
-    assert "65,537 token ids are too many; at most 65,536" in response.get_json()["error"]["message"]
+    assert "65,537 token ids are too many; send at most 65,536" in response.get_json()["error"]["message"]
     assert client.post("/detokenize", json={"tokens": [97] * 300}).status_code == 200
 
 

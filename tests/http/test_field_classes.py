@@ -12,7 +12,8 @@ from flask.testing import FlaskClient
 
 from serve.api.openapi import document
 from serve.app import create_app
-from serve.fields.classes import (
+from serve.fields.checks import string
+from serve.fields.foreign import (
     CALL,
     CALLED,
     CHAT,
@@ -20,6 +21,7 @@ from serve.fields.classes import (
     COMPLETION,
     DETOKENIZE,
     FUNCTION,
+    IGNORED,
     JSON_SCHEMA,
     MESSAGE,
     PART,
@@ -29,13 +31,12 @@ from serve.fields.classes import (
     STREAM_OPTIONS,
     STRUCTURED,
     TABLES,
-    TAKEN,
     TOKENIZE,
     TOOL,
     table,
 )
 from serve.fields.ignored import HEADER, KNOWN, MAX_HEADER_CHARS, header_text
-from serve.fields.tables import Field, FieldClass, string
+from serve.fields.reading import Field, FieldClass
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 
@@ -129,15 +130,15 @@ def neutral(row: Field) -> list[Any]:
 
 
 def test_every_place_has_a_request() -> None:
-    assert {*TABLES, REQUEST} >= {*TAKEN, *REFUSED}
+    assert {*TABLES, REQUEST} >= {*IGNORED, *REFUSED}
     for place in (*TABLES, REQUEST):
         request_with(place, {})
 
 
-@pytest.mark.parametrize("place", TAKEN)
+@pytest.mark.parametrize("place", IGNORED)
 def test_what_is_taken_passes_with_any_value_and_is_named(client: FlaskClient, place: str) -> None:
     for value in (None, True, {"any": ["thing"]}):
-        extra = {row.name: value for row in TAKEN[place]}
+        extra = {row.name: value for row in IGNORED[place]}
         names = ignored(client, *request_with(place, extra))
         assert names[:20] == [noted(place, name) for name in extra][:20]
 
@@ -231,7 +232,7 @@ def test_a_name_cannot_be_in_two_classes() -> None:
 
 def listed(heading: str) -> dict[str, set[str]]:
     """Names by place, as the README lists them below a heading."""
-    section = re.split(r"\n(?=\*\*)", README.partition(f"\n**{heading}")[2])[0]
+    section = README.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
     items = re.findall(r"^- (.*(?:\n  .*)*)", section, re.MULTILINE)
     places = (re.sub(r"\s+", " ", item).partition(": ") for item in items)
     return {place.strip("`"): set(re.findall(r"`[^`]+`(?: \([^)]*\))?", names)) for place, _, names in places}
@@ -245,13 +246,13 @@ def written(row: Field) -> str:
 
 
 def test_the_readme_lists_every_row_and_no_other() -> None:
-    honoured = {
-        place: {f"`{row.name}`" for row in found if row.kind is FieldClass.HONOURED} for place, found in TABLES.items()
+    supported = {
+        place: {f"`{row.name}`" for row in found if row.kind is FieldClass.SUPPORTED} for place, found in TABLES.items()
     }
-    both = honoured[CHAT] & honoured[COMPLETION]
-    honoured |= {"both requests": both, CHAT: honoured[CHAT] - both, COMPLETION: honoured[COMPLETION] - both}
-    assert listed("Honoured.") == honoured
-    for heading, tables in (("Taken without effect", TAKEN), ("Refused", REFUSED)):
+    both = supported[CHAT] & supported[COMPLETION]
+    supported |= {"both requests": both, CHAT: supported[CHAT] - both, COMPLETION: supported[COMPLETION] - both}
+    assert listed("Supported") == supported
+    for heading, tables in (("Ignored", IGNORED), ("Refused", REFUSED)):
         expected = {place: {written(row) for row in found} for place, found in tables.items()}
         expected["both requests"] = expected.pop(REQUEST)
         assert listed(heading) == expected
@@ -264,7 +265,7 @@ def test_the_document_tells_the_classes() -> None:
         assert schemas[name]["additionalProperties"] is True
         assert strict_schemas[name]["additionalProperties"] is False
     properties = schemas["ChatCompletionRequest"]["properties"]
-    assert "without effect" in properties["metadata"]["description"]
+    assert "Ignored" in properties["metadata"]["description"]
     assert properties["modalities"]["enum"] == [["text"], [], None]
     message = properties["messages"]["items"]
     assert message["properties"].keys() == {row.name for row in TABLES[MESSAGE]}

@@ -134,7 +134,7 @@ def test_a_key_that_was_taken_back_ends_what_runs(client: FlaskClient, access: A
     others = post(client, ALICE, is_read=False, stream=True, max_tokens=20)
     access.replace_keys(KeyRing(KEYS[:1]))
     last = [json.loads(line[6:]) for line in b"".join(chunks).split(b"\n\n") if line.startswith(b"data: {")][-1]
-    assert last["error"]["code"] == "invalid_api_key" and "bob was taken back" in last["error"]["message"]
+    assert last["error"]["code"] == "invalid_api_key" and "bob was revoked" in last["error"]["message"]
     assert post(client, BOB).status_code == 401
     assert b'"finish_reason":"length"' in others.get_data()
     access.replace_keys(KeyRing())

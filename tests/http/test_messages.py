@@ -17,7 +17,7 @@ from runtime.text.tools.formats import GENERIC, HERMES, TOOL_FORMATS, ToolFormat
 from runtime.text.tools.parser import ToolCallParser
 from serve.app import create_app
 from serve.fields.messages import read_messages
-from serve.fields.tables import Notes, reading
+from serve.fields.reading import Notes, reading
 from tests.support.fake_text_model import NAME, fake_text_model
 
 Json = dict[str, Any]
@@ -150,7 +150,7 @@ def test_calls_without_ids_and_types_and_results_by_order_and_name() -> None:
     assert [item["id"] for item in said["tool_calls"]] == ["call_1_0", "call_1_1"]
     assert (second["tool_call_id"], first["tool_call_id"]) == ("call_1_1", "call_1_0")
     assert first == {"role": "tool", "content": "", "tool_call_id": "call_1_0"}
-    with pytest.raises(InvalidRequest, match="no call before this result is open"):
+    with pytest.raises(InvalidRequest, match="no earlier call waits for a result"):
         read_messages([USER, turn, *results, {"role": "tool", "content": "3"}])
 
 

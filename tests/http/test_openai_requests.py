@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.app import create_app
+from serve.fields.reading import Field, FieldClass
 from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS, read_chat, read_completion
-from serve.fields.tables import Field, FieldClass
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 
@@ -108,7 +108,7 @@ BAD_FIELDS = [
     ("structured_outputs", {"regex": 5}, "a string"),
     ("structured_outputs", {"regex": "("}, "invalid regex"),
     ("structured_outputs", {"regex": "\ud800"}, "surrogates"),
-    ("structured_outputs", {"choice": []}, "at least one"),
+    ("structured_outputs", {"choice": []}, "1 to 5000 strings"),
     ("structured_outputs", {"choice": "a"}, "a list"),
     ("structured_outputs", {"choice": ["a", 1]}, "a string"),
     ("structured_outputs", {"json": "{"}, "JSON text"),
@@ -430,10 +430,10 @@ VALUES = st.recursive(
 
 
 def names_to_try(table: Sequence[Field]) -> list[str]:
-    """The honoured names, and one of each other class: those are many, and tests/http/test_field_classes.py has them
+    """The supported names, and one of each other class: those are many, and tests/http/test_field_classes.py has them
     all.
     """
-    return [*sorted(row.name for row in table if row.kind is FieldClass.HONOURED), "metadata", "mirostat", "other"]
+    return [*sorted(row.name for row in table if row.kind is FieldClass.SUPPORTED), "metadata", "mirostat", "other"]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from runtime.core import RANGES
 from serve.api.openapi import document
 from serve.api.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from serve.app import create_app
+from serve.fields.reading import FieldClass
 from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.fields.sampling import SAMPLING_NAMES
-from serve.fields.tables import FieldClass
 from tests.support.fake_text_model import NAME, fake_text_model
 
 Json = dict[str, Any]
@@ -160,7 +160,7 @@ def test_what_the_document_refuses_the_server_refuses(
     client: FlaskClient, path: str, name: str, table: Any, data: st.DataObject
 ) -> None:
     """And what the server takes, the document takes. The other way is not promised: some fields exclude each other."""
-    names = [*sorted(row.name for row in table if row.kind is FieldClass.HONOURED), "metadata", "mirostat", "other"]
+    names = [*sorted(row.name for row in table if row.kind is FieldClass.SUPPORTED), "metadata", "mirostat", "other"]
     changes = data.draw(st.dictionaries(st.sampled_from(names), SMALL, max_size=2))
     body = BODIES[path] | changes
     status = client.post(path, json=body).status_code
@@ -186,7 +186,7 @@ def test_tokenize_and_back(client: FlaskClient) -> None:
     [
         ("/tokenize", {}, "either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "either prompt or messages"),
-        ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "goes with prompt"),
+        ("/tokenize", {"messages": CHAT["messages"], "add_special_tokens": True}, "needs prompt"),
         ("/detokenize", {"tokens": [1, 258]}, "258"),
         ("/detokenize", {"tokens": [-1]}, "-1"),
     ],

@@ -14,7 +14,7 @@ from runtime.settings import EngineSettings, add_flags, from_namespace
 from runtime.text_model import TextModel
 from serve.cli import serve
 from serve.model_registry import ModelSource
-from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.engine_metrics import EngineMetrics
 from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 
@@ -45,7 +45,7 @@ def main() -> int:
             raise RuntimeError("the session broke, as it was told to")
 
     def source(name: str) -> ModelSource:
-        def open_model(metrics: ServerMetrics) -> TextModel:
+        def open_model(metrics: EngineMetrics) -> TextModel:
             nonlocal num_opened
             num_opened += 1
             time.sleep(args.load_s)

@@ -12,7 +12,7 @@ from calibration_data import CALIBRATION_GROUPS, calibration_records
 from export.model.families.architectures import ARCHITECTURES
 from export.schemes.registry import SCHEMES
 from headrace import VERBS
-from serve.observe.engine_metrics import ServerMetrics
+from serve.observe.engine_metrics import EngineMetrics
 
 ROOT = Path(__file__).parents[2]
 README = "".join(file.read_text() for file in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))))
@@ -38,7 +38,7 @@ def test_every_route_is_named() -> None:
 
 
 def test_every_metric_is_named() -> None:
-    names = {metric.name for metric in ServerMetrics().registry.collect()}
+    names = {metric.name for metric in EngineMetrics().registry.collect()}
     assert len(names) > 8
     assert not {name for name in names if name not in README}
 

@@ -71,7 +71,7 @@ def test_any_name_and_none_at_all_are_answered_by_the_first_model(open_minded: F
 @pytest.mark.parametrize(
     ("aliases", "words"),
     [
-        (["x=none"], "'a', 'b'; got 'x=none'"),
+        (["x=none"], "'a' or 'b'; got 'x=none'"),
         (["=a"], "NAME or NAME=MODEL"),
         ([""], "NAME or NAME=MODEL"),
         (["b"], "'b' is taken"),

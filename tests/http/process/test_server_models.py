@@ -16,7 +16,7 @@ import pytest
 from runtime.errors import HeadraceError, InvalidArtifact, InvalidSetting
 from runtime.settings import EngineSettings
 from runtime.text_model import MemoryUse
-from serve.cli import build_parser, like_before, read_paths, stamp_of
+from serve.cli import build_parser, like_before, open_artifacts, stamp_of
 from tests.support.server_process import PATIENCE_S, READY, ROOT, eventually, running_server, spawn
 
 
@@ -104,7 +104,7 @@ def test_a_reload_drops_no_request() -> None:
         assert server.metric("headrace_requests_running") == 0
         server.signal(signal.SIGTERM)
         code, _, err = server.wait()
-        assert code == 0 and err.count("reload: fake is new") >= 2
+        assert code == 0 and err.count("reload: fake was replaced") >= 2
 
 
 def test_a_reload_that_fails_leaves_the_old_model() -> None:
@@ -141,7 +141,7 @@ def test_a_model_whose_files_are_the_same_stays(tmp_path: Path) -> None:
     stamp.write_text("1")
     with running_server("--stamp", str(stamp)) as server:
         assert server.process.stderr is not None
-        for text, words in (("1", "fake is unchanged"), ("2", "fake is new"), ("2", "fake is unchanged")):
+        for text, words in (("1", "fake is unchanged"), ("2", "fake was replaced"), ("2", "fake is unchanged")):
             stamp.write_text(text)
             server.signal(signal.SIGHUP)
             assert words in server.process.stderr.readline()
@@ -157,7 +157,7 @@ def test_an_artifact_has_changed_when_it_was_written_anew_or_has_another_engine(
     (tmp_path / "manifest.json").write_text("{ }")
     stamps.append(stamp_of(tmp_path))
     assert stamps[0] == stamps[1] and stamps[1] != stamps[2] != stamps[3]
-    with pytest.raises(InvalidArtifact, match="is no artifact any more"):
+    with pytest.raises(InvalidArtifact, match="is not an artifact any more"):
         stamp_of(tmp_path / "gone")
 
 
@@ -194,13 +194,13 @@ def test_a_terminal_that_is_closed_takes_its_server_along() -> None:
         ([], "give an artifact directory"),
         (["--model", "name"], "--model must be NAME=PATH"),
         (["--model", "a=x", "--model", "a=y"], "two models are named 'a'"),
-        (["--model", "a=x", "--name", "b"], "--name names the artifact"),
+        (["--model", "a=x", "--name", "b"], "--name is for the artifact"),
         (["/no/such/artifact"], "is not a directory"),
     ],
 )
 def test_bad_models_are_said_in_one_line(argv: list[str], words: str) -> None:
     with pytest.raises(HeadraceError, match=words) as caught:
-        read_paths(build_parser().parse_args(argv))
+        open_artifacts(build_parser().parse_args(argv))
     assert "\n" not in str(caught.value)
 
 
