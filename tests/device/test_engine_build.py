@@ -277,10 +277,10 @@ def test_the_librarys_own_reason_is_told_when_a_build_fails(artifact: Path, monk
 
 
 def test_ctrl_c_stops_a_build_and_leaves_nothing(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(monitor: Any, name: str, step: int) -> None:
+    def interrupted(monitor: Any, parent: str | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("export.tensorrt.progress.Monitor._step", interrupted)
+    monkeypatch.setattr("export.tensorrt.progress.Monitor._share", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engine(open_artifact(artifact), ONE_GPU)
     assert not list((artifact / "engines").iterdir())
