@@ -53,7 +53,7 @@ class NumpyReference:
 
     name = (
         "the checkpoint in float32, computed by export/model/reference/ (numpy), which shares the reading of "
-        "config.json, the rotary tables and the tensor names with the graph"
+        "config.json, the description of the decoder and the rotary tables with the graph"
     )
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
