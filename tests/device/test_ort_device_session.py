@@ -16,7 +16,7 @@ from runtime.engine.engine import Engine
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
-from tests.engine.test_engine_on_ort import CHUNK, requests, submit
+from tests.support.engine_requests import CHUNK, requests, submit
 from tests.support.sim_cuda import SimCuda
 from tests.support.sim_session import export_tiny
 

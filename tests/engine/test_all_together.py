@@ -37,8 +37,8 @@ from runtime.text.tools.call_or_answer import calls_or
 from runtime.text.tools.formats import HERMES, Tool, calls_grammar
 from runtime.text.tools.one_call import OneCallText
 from runtime.text.tools.parser import ToolCallParser
-from tests.engine.test_engine import Recorder, check_cache, check_slots
 from tests.support.byte_tokenizer import byte_level_hf, byte_tokenizer
+from tests.support.engine_requests import Recorder, check_cache, check_slots
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 BOS_ID = 256

@@ -18,7 +18,7 @@ from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
 from runtime.errors import Unavailable
 from runtime.session.session import Batch, KvRows, TopRow
-from tests.engine.test_engine import VOCAB, Recorder, alone, greedy, make_request
+from tests.support.engine_requests import VOCAB, Recorder, alone, greedy, make_request
 from tests.support.fake_session import FakeSession
 
 LONG_WAIT_S = 30.0

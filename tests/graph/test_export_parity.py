@@ -10,11 +10,8 @@ from export.model.architectures import ARCHITECTURES
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession
-from runtime.session.session import Batch
+from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
-
-# float32 sums of a few hundred terms near 1, in another order; a wrong rotation or mask costs whole units.
-LOGIT_TOLERANCE = 1e-4
 
 
 def exported(tmp_path: Path, variant: str, precision: str = "fp32", **changes: Any) -> tuple[Path, Artifact]:
@@ -65,39 +62,3 @@ def test_fp32_equals_transformers(tmp_path: Path, variant: str) -> None:
     for cut, head, tail in zip(cuts, heads, tails, strict=True):
         assert np.abs(head - expected[cut - 1]).max() < LOGIT_TOLERANCE
         assert np.abs(tail - expected[-1]).max() < LOGIT_TOLERANCE
-
-
-def run_in_pieces(session: OrtSession, ids: np.ndarray[Any, Any], sizes: list[int]) -> np.ndarray[Any, Any]:
-    """Logits of every position, the sequence fed in pieces to slot 3."""
-    done, out = 0, []
-    for size in sizes:
-        row = ids[None, done : done + size].astype(np.int64)
-        out.append(
-            session.run(Batch(3, row, np.array([done], np.int32), np.array([size], np.int32), np.arange(size))).copy()
-        )
-        done += size
-    return np.concatenate(out)
-
-
-def run_ragged(session: OrtSession, rows: list[np.ndarray[Any, Any]], past: list[int]) -> np.ndarray[Any, Any]:
-    """Last logits of rows of different lengths in one run; padded only as far as the slots allow."""
-    chunk = max(map(len, rows))
-    if max(past) + chunk > session.info.capacity:
-        return np.concatenate([run_row(session, idx, row, past[idx]) for idx, row in enumerate(rows)])
-    ids = np.zeros((len(rows), chunk), np.int64)
-    for idx, row in enumerate(rows):
-        ids[idx, : len(row)] = row
-    lengths = np.array([len(row) for row in rows], np.int32)
-    wanted = np.arange(len(rows)) * chunk + lengths - 1
-    return session.run(Batch(0, ids, np.array(past, np.int32), lengths, wanted)).copy()
-
-
-def run_row(session: OrtSession, slot: int, row: np.ndarray[Any, Any], past: int) -> np.ndarray[Any, Any]:
-    batch = Batch(
-        slot,
-        row[None].astype(np.int64),
-        np.array([past], np.int32),
-        np.array([len(row)], np.int32),
-        np.array([len(row) - 1]),
-    )
-    return session.run(batch).copy()

@@ -22,31 +22,20 @@ from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
 from export.quantize.rounding.blocks import compensated_rows
-from export.quantize.rounding.gptq import Moments
 from export.quantize.statistics.activation_stats import Site
 from export.sources.open import open_checkpoint
 from export.storage.blocks import Blocks, QuantizedRows, dequantize_rows, quantize_rows
 from export.storage.quantized_rows import ImportedRows
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import CalibrationFailed, UnsupportedModel
-from tests.graph.test_int8 import correlated_inputs
+from tests.graph.rounding import correlated_inputs, moments_of, output_error
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 INT4 = Blocks(bits=4, block_size=32, symmetric=False)
 
 
-def moments_of(x: np.ndarray, exact: np.ndarray | None = None) -> Moments:
-    moments = Moments(x.shape[1], aims_at_exact=True)
-    moments.update(x if exact is None else exact, x, np.ones(len(x), np.float32))
-    return moments
-
-
 def nearest(weight: np.ndarray) -> QuantizedRows:
     return quantize_rows(weight, bits=4, block_size=32, symmetric=False)
-
-
-def output_error(exact: np.ndarray, weight: np.ndarray, x: np.ndarray, rows: QuantizedRows) -> float:
-    return float(np.square(x @ dequantize_rows(rows, bits=4).T - exact @ weight.T).mean())
 
 
 def test_compensated_weights_beat_the_nearest_ones_on_unseen_input() -> None:

@@ -26,12 +26,7 @@ from export.quantize.rounding.int8 import (
 from export.quantize.statistics.activation_stats import Site
 from runtime.errors import InvalidSetting
 from runtime.machine.cpu_features import int8_options
-
-
-def correlated_inputs(num: int, channels: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((channels, channels)) * rng.uniform(0.05, 1, channels)
-    return (rng.standard_normal((num, channels)) @ mixing).astype(np.float32)
+from tests.graph.rounding import correlated_inputs
 
 
 def output_error(x: np.ndarray, seen: np.ndarray, weight: np.ndarray, rows: Int8Rows) -> float:

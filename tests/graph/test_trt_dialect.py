@@ -15,7 +15,7 @@ from export.quantize.int8.model import Int8Options
 from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, open_artifact, sha256_of
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.errors import InvalidSetting
-from tests.graph.test_export_parity import LOGIT_TOLERANCE, run_in_pieces, run_ragged
+from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
 
 DIALECTS = ("ort", "trt", "trt-plain")

@@ -28,8 +28,7 @@ from export.verify.receipt import verify
 from export.verify.references import NumpyReference
 from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
-from tests.graph.test_int4 import moments_of, output_error
-from tests.graph.test_int8 import correlated_inputs
+from tests.graph.rounding import correlated_inputs, moments_of, output_error
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SMALL = QuantizationOptions(calib=CalibrationOptions(num_samples=24, length=128))

@@ -14,7 +14,7 @@ from runtime.artifact.manifest import WEIGHTS, Artifact
 from runtime.commands.bench_runs import StepTimes
 from runtime.commands.roofline import decode_cost
 from runtime.core import FinishReason, Usage
-from tests.graph.artifact.test_evaluate import byte_level_tokenizer
+from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 # The tiny model's sizes (tests/support/tiny_checkpoint.py).
@@ -27,7 +27,7 @@ NORMS = (2 * LAYERS + 1) * HIDDEN
 def exported(tmp_path: Path, variant: str, precision: str = "fp32", *, has_tokenizer: bool = True) -> Artifact:
     source = write_checkpoint(tmp_path / variant, config_of(variant))
     if has_tokenizer:
-        byte_level_tokenizer(source)
+        write_byte_tokenizer(source)
     options = ExportOptions(model=str(source), out=tmp_path / f"{variant}-{precision}", precision=precision, force=True)
     return export_model(options)
 

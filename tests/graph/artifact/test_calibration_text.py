@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy import bundle
 from headrace import main
 from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS, RECEIPT, open_artifact
-from tests.device.test_bundle import bundle
-from tests.graph.artifact.test_bad_artifacts import write_listed
-from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.byte_tokenizer import byte_level_hf, write_byte_tokenizer
+from tests.support.tiny_artifact import write_listed
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SECRET = "the combination is 3141"
@@ -25,8 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a private text, and two artifacts calibrated on it, one of which keeps it."""
     root = tmp_path_factory.mktemp("secret-place")
     model = write_checkpoint(root / "model", config_of("llama", num_hidden_layers=1))
-    (model / "tokenizer.json").write_text(byte_level_hf().to_str())
-    (model / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(model)
     lines = (json.dumps({"text": f"{SECRET}, and so on, in line {number}."}) for number in range(200))
     (root / "secret.jsonl").write_text("\n".join(lines))
     for name, flags in (("artifact", []), ("kept", ["--keep-calibration"])):

@@ -4,7 +4,6 @@ The earlier artifact is compared byte for byte; so are the names around it, but 
 keeps to go on with.
 """
 
-import json
 import resource
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from export.pipeline.calibrated import remove_workdir, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main
 from runtime.artifact.manifest import open_artifact
-from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SMALL = ["--precision", "w8a8", "--calib-samples", "8", "--calib-length", "64", "--force", "--replace"]
@@ -31,8 +30,7 @@ SMALL = ["--precision", "w8a8", "--calib-samples", "8", "--calib-length", "64", 
 def checkpoint_at(directory: Path, **changes: Any) -> Path:
     """A tiny model with a tokenizer."""
     write_checkpoint(directory, config_of("llama", **changes))
-    (directory / "tokenizer.json").write_text(byte_level_hf().to_str())
-    (directory / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(directory)
     return directory
 
 

@@ -15,7 +15,6 @@ from export.calibration.dataset import (
     BUILT_IN,
     SELF,
     CalibrationOptions,
-    CalibrationSet,
     calibration_options,
     load_calibration_set,
     sequences_digest,
@@ -28,23 +27,13 @@ from export.model.architectures import parse_config
 from export.sources.open import open_checkpoint
 from headrace import main
 from runtime.errors import InvalidCheckpoint, InvalidSetting
-from tests.support.byte_tokenizer import BOS, CONFIG, EOS, byte_level_hf
+from tests.support.byte_tokenizer import BOS, EOS, byte_level_hf
 from tests.support.calibration_input import calibration_set_for
 from tests.support.fake_session import FakeSession
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.unit.calibration.texts import TEMPLATE, decoded, texts_of
 
-TEMPLATE = "{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-
-
-def texts_of(template: str | None = TEMPLATE) -> dict[str, str]:
-    texts = {"tokenizer.json": byte_level_hf().to_str(), "tokenizer_config.json": json.dumps(CONFIG)}
-    return texts if template is None else texts | {"chat_template.jinja": template}
-
-
-def decoded(calibration: CalibrationSet) -> list[str]:
-    hf = byte_level_hf()
-    return [hf.decode(ids, skip_special_tokens=False) for ids in calibration.sequences]
 
 
 def test_the_built_in_set_fills_the_default_and_covers_every_group() -> None:

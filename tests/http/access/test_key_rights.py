@@ -15,8 +15,8 @@ from serve.access.api_keys import KeyRing, make_key, read_keys, reread_keys
 from serve.access.middleware import Access
 from serve.app import create_app
 from serve.settings import ServerSettings
-from tests.engine.test_engine import Recorder, add, greedy
-from tests.http.test_access import ALICE, BOB, CAROL, bearer, run_key
+from tests.http.access.keys import ALICE, BOB, CAROL, bearer, run_key
+from tests.support.engine_requests import Recorder, add, greedy
 from tests.support.fake_session import FakeSession
 from tests.support.fake_text_model import NAME, fake_text_model
 from tests.support.server_process import eventually

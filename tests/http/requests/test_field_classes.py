@@ -40,7 +40,7 @@ from serve.settings import ServerSettings
 from tests.support.fake_text_model import NAME, fake_text_model
 
 Json = dict[str, Any]
-README = (Path(__file__).parents[2] / "serve" / "README.md").read_text()
+README = (Path(__file__).parents[3] / "serve" / "README.md").read_text()
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
 RESULT = {"role": "tool", "content": "12", "tool_call_id": "1"}

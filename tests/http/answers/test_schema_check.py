@@ -14,7 +14,7 @@ from runtime.grammar.schema.translation import translate_schema
 from serve.app import create_app
 from serve.replies.unenforced import CHECK_HEADER, MAX_HEADER_CHARS, UNENFORCED_HEADER, unenforced
 from tests.support.fake_text_model import NAME, fake_text_model
-from tests.support.wild_schemas import closed, value
+from tests.support.schemas.wild import closed, value
 
 Json = dict[str, Any]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -21,8 +21,8 @@ from runtime.grammar.helper import Limits
 from runtime.grammar.notation import Vocabulary
 from runtime.grammar.trial import GrammarTrials, Lane
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.grammar_bombs import rules, same_property
-from tests.support.server_process import ROOT, eventually
+from tests.support.schemas.bombs import rules, same_property
+from tests.support.server_process import ROOT, children_of, eventually
 
 EOS_ID, VOCAB_SIZE = 257, 300
 PATTERN = Constraint(ConstraintKind.REGEX, "[a-z]+-[0-9]{4}", "field")
@@ -57,10 +57,6 @@ def helper_pid(opened: GrammarTrials) -> int:
     return opened._helper.process.pid
 
 
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -81,7 +77,7 @@ def test_deep_recursion_passes_and_leaves_the_process_alone(plenty: GrammarTrial
     pid = helper_pid(plenty)
     assert plenty.try_out(DEEP).grammar.endswith(DEEP.source)
     assert helper_pid(plenty) == pid
-    eventually(lambda: children(pid) == [], "nothing is left behind")
+    eventually(lambda: children_of(pid) == [], "nothing is left behind")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +137,8 @@ def test_a_process_that_was_ended_is_replaced() -> None:
 def test_the_end_of_one_trial_from_outside_is_not_the_requests_fault() -> None:
     with trials() as opened, ThreadPoolExecutor(1) as pool:
         bomb = pool.submit(opened.try_out, ENDLESS)
-        eventually(lambda: opened._is_ready and children(helper_pid(opened)) != [], "the trial runs")
-        (child,) = children(helper_pid(opened))
+        eventually(lambda: opened._is_ready and children_of(helper_pid(opened)) != [], "the trial runs")
+        (child,) = children_of(helper_pid(opened))
         os.kill(child, signal.SIGKILL)
         assert isinstance(bomb.exception(), Overloaded)
 
@@ -150,8 +146,8 @@ def test_the_end_of_one_trial_from_outside_is_not_the_requests_fault() -> None:
 def test_closing_ends_the_process_and_what_runs_in_it() -> None:
     with trials() as opened, ThreadPoolExecutor(1) as pool:
         bomb = pool.submit(opened.try_out, ENDLESS)
-        eventually(lambda: opened._is_ready and children(helper_pid(opened)) != [], "the trial runs")
-        pids = [helper_pid(opened), *children(helper_pid(opened))]
+        eventually(lambda: opened._is_ready and children_of(helper_pid(opened)) != [], "the trial runs")
+        pids = [helper_pid(opened), *children_of(helper_pid(opened))]
         opened.close()
         assert isinstance(bomb.exception(), Unavailable)
         eventually(lambda: not any(map(is_running, pids)), "all have ended")
@@ -178,12 +174,12 @@ def test_signals_of_a_terminal_leave_it_to_the_server(plenty: GrammarTrials, num
 
 OUTLIVED = """
 import sys, threading, time
-from tests.unit.grammar.test_grammar_trial import *
+from tests.process.test_grammar_trial import *
 with trials() as opened:
     threading.Thread(target=opened.try_out, args=(ENDLESS,), daemon=True).start()
-    while not (opened._is_ready and children(helper_pid(opened))):
+    while not (opened._is_ready and children_of(helper_pid(opened))):
         time.sleep(0.01)
-    print(helper_pid(opened), *children(helper_pid(opened)), flush=True)
+    print(helper_pid(opened), *children_of(helper_pid(opened)), flush=True)
     time.sleep(60)
 """
 
@@ -236,3 +232,15 @@ def test_every_refusal_is_one_of_ours() -> None:
     for ending in ({}, {"signal": 0}, {"signal": signal.SIGBUS, "cpu_s": 0.0}, {"busy": "no memory"}):
         error = grammar_trial._verdict(PATTERN, ending, PLENTY)
         assert isinstance(error, HeadraceError) and isinstance(error, Overloaded)
+
+
+def test_bombs_are_bounded_in_time_memory_and_stack() -> None:
+    """Every bomb in a process of its own limits: 60 s of processor time and 3 GB of address space for all together,
+    and threads with a stack of 1 MB to follow them on. One that got through would end the process, or the test."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.schemas.bombs"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) > 60 and all(line.rpartition(": ")[2] in ("refused", "followed") for line in lines)
+    assert sum(line.endswith(": refused") for line in lines) > 20

@@ -1,6 +1,6 @@
 """Schemas, expressions and grammars meant to take all time, memory or stack, each compiled and followed for a while.
 
-python -m tests.support.grammar_bombs      prints a line for each: refused, or followed; its limits end it otherwise
+python -m tests.support.schemas.bombs      prints a line for each: refused, or followed; its limits end it otherwise
 
 benchmarks/grammar_fire.py sends them to a real server.
 """

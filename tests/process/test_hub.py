@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from runtime.artifact.manifest import open_artifact
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
 FILES: Mapping[str, bytes] = {

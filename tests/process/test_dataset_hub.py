@@ -21,14 +21,14 @@ from pyarrow import parquet
 from export.calibration.hub_dataset import MAX_DOWNLOAD_BYTES, _chosen, _Listed, is_dataset_id
 from runtime.errors import InvalidSetting
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 REPO = "someone/chats"
 LOAD = """
 import json, sys
 from export.calibration.dataset import load_calibration_set
 from runtime.errors import InvalidSetting
-from tests.unit.calibration.test_calibration_set import decoded, texts_of
+from tests.unit.calibration.texts import decoded, texts_of
 try:
     found = load_calibration_set(sys.argv[1], texts_of(), num_samples=4, length=64)
     sys.stdout.write(json.dumps({"provenance": found.provenance, "texts": decoded(found)}))

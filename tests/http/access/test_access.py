@@ -1,8 +1,6 @@
 """Who may call and how much: keys, limits, CORS, request ids."""
 
-import contextlib
 import hashlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,21 +8,16 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from headrace import main
 from runtime.errors import InvalidSetting
 from runtime.session.session import Batch
 from serve.access.api_keys import KeyRing, make_key, new_key, read_keys
 from serve.access.middleware import OPEN_ROUTES, Access
 from serve.app import create_app
 from serve.settings import ServerSettings
+from tests.http.access.keys import ALICE, BOB, CAROL, bearer, run_key
 from tests.support.fake_text_model import NAME, fake_text_model
 
 COMPLETION = {"model": NAME, "prompt": "once", "max_tokens": 8, "ignore_eos": True}
-ALICE, BOB, CAROL = "hr-alice", "hr-bob", "hr-carol"
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {secret}"}
 
 
 @pytest.fixture
@@ -197,13 +190,6 @@ def test_cors_is_off_by_default() -> None:
 def test_origins_are_origins(origin: str) -> None:
     with pytest.raises(InvalidSetting, match="--cors-origin"):
         ServerSettings(cors_origin=(origin,))
-
-
-def run_key(*argv: str) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        code = main(["key", *argv])
-    return code, out.getvalue().strip()
 
 
 def test_a_key_is_made_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:

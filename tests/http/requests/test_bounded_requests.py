@@ -1,4 +1,4 @@
-"""Requests that would cost more than they are worth: long texts, stop strings, scores: refused before the work."""
+"""Requests that cost too much: long texts, stop strings and scores are refused before the work; time runs out."""
 
 import re
 from collections.abc import Iterator
@@ -143,4 +143,20 @@ def test_a_conversation_with_calls_goes_three_turns_where_ids_have_nine_letters(
         ids = [call["id"] for call in message["tool_calls"]]
         assert len(set(ids)) == 2 and all(re.fullmatch(r"[A-Za-z0-9]{9}", call_id) for call_id in ids)
         messages += [message, *({"role": "tool", "tool_call_id": call_id, "content": "12"} for call_id in ids)]
+    model.close()
+
+
+def test_a_time_that_is_up_is_a_504_and_no_slot_in_time_a_503() -> None:
+    model = fake_text_model(num_slots=1, step_s=0.02, max_queue_wait=0.1, request_timeout=30.0)
+    model.start()
+    client = create_app(model).test_client()
+    body = {"model": NAME, "prompt": "once", "ignore_eos": True}
+    late = client.post("/v1/completions", json={**body, "max_tokens": 200, "timeout": 0.05, "priority": 1})
+    assert late.status_code == 504
+    assert late.get_json()["error"]["code"] == "timeout"
+    with model.generate([1], SamplingParams(max_tokens=200, temperature=0)):
+        unserved = client.post("/v1/completions", json=body)
+        assert unserved.status_code == 503
+        assert "--max-queue-wait" in unserved.get_json()["error"]["message"]
+        assert unserved.headers["Retry-After"]
     model.close()
