@@ -8,6 +8,7 @@ import pytest
 
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
+from tests.support.tiny_artifact import TinyExports
 
 # Longest files first: what begins last must be short, or one worker runs it alone while the others are done.
 TIERS = ("real", "graph", "process", "device", "http", "engine", "unit")
@@ -37,3 +38,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
             )
             export_model(options)
     return open_artifact(out, check_hashes=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
+    """Tiny models, each exported once for all the tests of a pytest worker."""
+    return TinyExports(tmp_path_factory.mktemp("tiny"))

@@ -1,24 +1,13 @@
 """Exported graphs against independent references: the numpy decoder for every variant, transformers as the oracle."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
 from export.model.architectures import ARCHITECTURES
-from export.pipeline.export_model import ExportOptions, export_model
-from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
-from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
-
-
-def exported(tmp_path: Path, variant: str, precision: str = "fp32", **changes: Any) -> tuple[Path, Artifact]:
-    source = write_checkpoint(tmp_path / "checkpoint", config_of(variant, **changes))
-    options = ExportOptions(model=str(source), out=tmp_path / "artifact", precision=precision)
-    export_model(options)
-    return source, open_artifact(tmp_path / "artifact")
+from tests.support.tiny_artifact import TinyExports
+from tests.support.tiny_checkpoint import VARIANTS
 
 
 def test_every_architecture_has_a_variant() -> None:
@@ -26,8 +15,8 @@ def test_every_architecture_has_a_variant() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fp32_passes_its_gate_against_numpy(tmp_path: Path, variant: str) -> None:
-    _, artifact = exported(tmp_path, variant)
+def test_fp32_passes_its_gate_against_numpy(tiny: TinyExports, variant: str) -> None:
+    artifact = tiny.artifact(variant)
     assert artifact.passed
     assert artifact.receipt["figures"]["max_logit_error"] < LOGIT_TOLERANCE
     assert artifact.receipt["figures"]["greedy_agreement"] == 1
@@ -35,24 +24,25 @@ def test_fp32_passes_its_gate_against_numpy(tmp_path: Path, variant: str) -> Non
 
 @pytest.mark.parametrize(("precision", "top1"), [("fp16", 0.98), ("w8a16", 0.95)])
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen2", "qwen3"])
-def test_narrow_precisions_stay_close(tmp_path: Path, variant: str, precision: str, top1: float) -> None:
-    _, artifact = exported(tmp_path, variant, precision)
+def test_narrow_precisions_stay_close(tiny: TinyExports, variant: str, precision: str, top1: float) -> None:
+    artifact = tiny.artifact(variant, precision)
     assert artifact.receipt["figures"]["top1_agreement"] >= top1
     assert artifact.receipt["figures"]["max_logit_error"] > 0, "rounding must show, or nothing was rounded"
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fp32_equals_transformers(tmp_path: Path, variant: str) -> None:
+def test_fp32_equals_transformers(tiny: TinyExports, variant: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    source, artifact = exported(tmp_path, variant)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny.checkpoint(variant), dtype=torch.float32, attn_implementation="eager"
+    )
     rng = np.random.default_rng(1)
     ids = rng.integers(3, 320, 120)
     with torch.no_grad():
         expected = model.eval()(torch.tensor(ids[None])).logits[0].numpy()
-    session = OrtSession.open(artifact, num_slots=8, capacity=128)
+    session = OrtSession.open(tiny.artifact(variant), num_slots=8, capacity=128)
     for sizes in ([120], [1] * 120, [50, 1, 33, 36]):
         logits = run_in_pieces(session, ids, sizes)
         assert np.abs(logits - expected).max() < LOGIT_TOLERANCE, f"pieces of {sizes[:4]}"

@@ -19,6 +19,7 @@ from headrace import main
 from runtime.artifact.manifest import open_artifact
 from runtime.commands.inspect_artifact import num_parameters
 from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.tiny_artifact import TinyExports
 from tests.support.tiny_checkpoint import config_of, shapes_of, write_checkpoint
 
 TEXT = "Ten small boats,\nneuf à voiles, et une sans.\n" * 9
@@ -125,12 +126,9 @@ def test_what_cannot_be_compared_is_refused(
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "llama", "qwen3", "llama-mqa-wide-heads"])
-def test_parameters_are_counted_as_they_are_stored(tmp_path: Path, variant: str) -> None:
-    config = config_of(variant)
-    source = write_checkpoint(tmp_path / "checkpoint", config)
-    artifact = export_model(ExportOptions(model=str(source), out=tmp_path / "artifact"))
-    matrices = sum(math.prod(shape) for shape in shapes_of(config).values() if len(shape) > 1)
-    assert num_parameters(artifact) == matrices
+def test_parameters_are_counted_as_they_are_stored(tiny: TinyExports, variant: str) -> None:
+    matrices = sum(math.prod(shape) for shape in shapes_of(config_of(variant)).values() if len(shape) > 1)
+    assert num_parameters(tiny.artifact(variant)) == matrices
 
 
 def test_inspect_shows_every_file_and_check(
