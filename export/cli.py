@@ -23,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="hub id, local directory, .gguf file, or smollm2-135m-instruct")
     choices = (*PRECISIONS, "imported", "auto")
-    parser.add_argument("--precision", default="fp32", choices=choices, help="default: %(default)s")
+    parser.add_argument(
+        "--precision", default="fp32", choices=choices, help="form of weights and activations; default: %(default)s"
+    )
     parser.add_argument(
         "--dialect",
         default="ort",
@@ -75,7 +77,7 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="built-in, self, a .jsonl/.txt/.parquet file, or a dataset id; default: built-in",
     )
-    calibration.add_argument("--calib-samples", type=int, metavar="N", help="sequences; default: 128")
+    calibration.add_argument("--calib-samples", type=int, metavar="N", help="sequences to calibrate on; default: 128")
     calibration.add_argument("--calib-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
     calibration.add_argument(
         "--calibration", type=Path, metavar="PATH", help="use the calibration of this artifact or calibration.json"

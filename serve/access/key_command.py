@@ -17,7 +17,9 @@ def _parser() -> argparse.ArgumentParser:
         "its hash. SIGHUP makes a running server read the file again; to take a key back, delete its line.",
     )
     parser.add_argument("name", help="whose key it is: in logs, limits and the prefix cache")
-    parser.add_argument("--file", type=Path, default=Path("api_keys.txt"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--file", type=Path, default=Path("api_keys.txt"), help="file to add its hash to (default: %(default)s)"
+    )
     parser.add_argument("--requests-per-minute", type=int, help="most requests in any minute")
     parser.add_argument("--tokens-per-minute", type=int, help="most tokens of prompts and answers in a minute")
     parser.add_argument("--requests-at-once", type=int, help="most requests that are answered at the same time")

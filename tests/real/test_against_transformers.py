@@ -4,7 +4,7 @@ All of it is in one file because transformers takes long to load the model.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 import calibration_data
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.sources.default_model import default_model_file
-from export.verify.receipt import greedy
 from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.core import SamplingParams
@@ -62,14 +61,9 @@ def oracle(transformers_model: Any) -> Oracle:
 
 
 @pytest.fixture(scope="module")
-def session(smollm2: Artifact) -> OrtSession:
-    return OrtSession.open(smollm2, num_slots=20, capacity=512)
-
-
-@pytest.fixture(scope="module")
-def trt_session(smollm2: Artifact) -> OrtSession:
-    """The trt dialect, run by ONNX Runtime."""
-    return OrtSession.open(smollm2, num_slots=20, capacity=512, dialect="trt")
+def sessions(smollm2: Artifact) -> Mapping[str, OrtSession]:
+    """Both dialects, run by ONNX Runtime."""
+    return {name: OrtSession.open(smollm2, num_slots=8, capacity=512, dialect=name) for name in ("ort", "trt")}
 
 
 @pytest.fixture(scope="module")
@@ -77,53 +71,52 @@ def text_ids(smollm2: Artifact) -> NDArray[np.int64]:
     return np.array(Tokenizer.from_artifact(smollm2).encode(calibration_data.verification_text())[:256])
 
 
+@pytest.fixture(scope="module")
+def expected(oracle: Oracle, text_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits of the text, computed by transformers."""
+    return oracle(text_ids.tolist())
+
+
 @pytest.mark.parametrize("sizes", [[256], [1] * 64, [100, 1, 64, 91]], ids=["prefill", "decode", "chunked"])
+@pytest.mark.parametrize("dialect", ["ort", "trt"])
 def test_logits_equal_transformers(
-    session: OrtSession, oracle: Oracle, text_ids: NDArray[np.int64], sizes: list[int]
+    sessions: Mapping[str, OrtSession],
+    expected: NDArray[np.float32],
+    text_ids: NDArray[np.int64],
+    dialect: str,
+    sizes: list[int],
 ) -> None:
-    expected = oracle(text_ids.tolist())[: sum(sizes)]
-    assert np.abs(run_in_pieces(session, text_ids, sizes) - expected).max() <= LOGIT_TOLERANCE
+    logits = run_in_pieces(sessions[dialect], text_ids, sizes)
+    assert np.abs(logits - expected[: sum(sizes)]).max() <= LOGIT_TOLERANCE
 
 
+@pytest.mark.parametrize("dialect", ["ort", "trt"])
 def test_ragged_batch_of_eight_equals_transformers(
-    session: OrtSession, oracle: Oracle, text_ids: NDArray[np.int64]
+    sessions: Mapping[str, OrtSession], expected: NDArray[np.float32], text_ids: NDArray[np.int64], dialect: str
 ) -> None:
-    expected = oracle(text_ids.tolist())
     cuts = [1, 200, 60, 7, 33, 128, 2, 90]
-    heads = run_ragged(session, [text_ids[:cut] for cut in cuts], [0] * 8)
-    tails = run_ragged(session, [text_ids[cut : cut + 9 + cut % 5] for cut in cuts], cuts)
+    heads = run_ragged(sessions[dialect], [text_ids[:cut] for cut in cuts], [0] * 8)
+    tails = run_ragged(sessions[dialect], [text_ids[cut : cut + 9 + cut % 5] for cut in cuts], cuts)
     for cut, head, tail in zip(cuts, heads, tails, strict=True):
         assert np.abs(head - expected[cut - 1]).max() <= LOGIT_TOLERANCE
         assert np.abs(tail - expected[cut + 8 + cut % 5]).max() <= LOGIT_TOLERANCE
 
 
-def test_the_trt_dialect_equals_transformers(
-    smollm2: Artifact, session: OrtSession, trt_session: OrtSession, oracle: Oracle, text_ids: NDArray[np.int64]
-) -> None:
-    expected = oracle(text_ids.tolist())
-    for sizes in ([256], [1] * 64, [100, 1, 64, 91]):
-        logits = run_in_pieces(trt_session, text_ids, sizes)
-        assert np.abs(logits - expected[: sum(sizes)]).max() <= LOGIT_TOLERANCE, sizes[:3]
-    cuts = [1, 200, 60, 7, 33, 128, 2, 90]
-    for cut, head in zip(cuts, run_ragged(trt_session, [text_ids[:cut] for cut in cuts], [0] * 8), strict=True):
-        assert np.abs(head - expected[cut - 1]).max() <= LOGIT_TOLERANCE
-    tokenizer = Tokenizer.from_artifact(smollm2)
-    prompts = [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
-    assert greedy(trt_session, prompts, NUM_TOKENS) == greedy(session, prompts, NUM_TOKENS)
-
-
-def test_greedy_tokens_equal_transformers(smollm2: Artifact, session: OrtSession, oracle: Oracle) -> None:
-    """20 prompts, 64 tokens each, in one ragged batch.
+def test_greedy_tokens_equal_transformers(smollm2: Artifact, oracle: Oracle) -> None:
+    """20 prompts, 64 tokens each: what both dialects chose in ragged batches when the export verified them.
 
     transformers reads each finished sequence; were its own choice different anywhere, its greedy answer would be.
     """
+    recorded = smollm2.receipt["replay"]
+    prompts, tokens = recorded["prompts"], recorded["tokens"]
     tokenizer = Tokenizer.from_artifact(smollm2)
-    prompts = [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
-    assert len(prompts) == 20
-    for prompt, tokens in zip(prompts, greedy(session, prompts, NUM_TOKENS), strict=True):
+    assert prompts == [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
+    assert len(prompts) == len(tokens["ort"]) == 20
+    assert tokens["ort"] == tokens["trt"]
+    for prompt, chosen in zip(prompts, tokens["ort"], strict=True):
         start = len(prompt) - 1
-        chosen = oracle(prompt + tokens)[start : start + NUM_TOKENS].argmax(-1)
-        assert chosen.tolist() == tokens
+        assert len(chosen) == NUM_TOKENS
+        assert oracle(prompt + chosen)[start : start + NUM_TOKENS].argmax(-1).tolist() == chosen
 
 
 def test_every_tensor_equals_what_transformers_loads(transformers_model: Any) -> None:

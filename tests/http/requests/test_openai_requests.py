@@ -430,9 +430,7 @@ VALUES = st.recursive(
 
 
 def names_to_try(table: Sequence[Field]) -> list[str]:
-    """The honoured names, and one of each other class: those are many, and tests/http/test_field_classes.py has them
-    all.
-    """
+    """The honoured names, and one of each other class: those are many, and test_field_classes.py has them all."""
     return [*sorted(row.name for row in table if row.kind is FieldClass.HONOURED), "metadata", "mirostat", "other"]
 
 
