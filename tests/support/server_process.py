@@ -69,8 +69,14 @@ def _first_line(process: "subprocess.Popen[str]") -> str:
 
 @contextmanager
 def running_server(*flags: str, module: str = "tests.support.fake_server") -> Iterator[ServerProcess]:
-    """A server that is ready; killed in the end if the test has not stopped it."""
-    process = spawn("--port", "0", *flags, module=module)
+    """The fake model's server, or another module's, on a free port."""
+    with ready(spawn("--port", "0", *flags, module=module)) as server:
+        yield server
+
+
+@contextmanager
+def ready(process: "subprocess.Popen[str]") -> Iterator[ServerProcess]:
+    """A server, once it is ready; killed in the end if the test has not stopped it. It must lead its process group."""
     try:
         line = _first_line(process)
         match = READY.match(line)
