@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TIERS
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("export", "runtime", "serve", "calibration_data")
 MAY_IMPORT = {
@@ -101,6 +103,20 @@ def test_a_folder_has_few_entries(package: str) -> None:
     for folder in folders:
         entries = {entry.name for entry in folder.iterdir()} - ignored
         assert len(entries) <= MAX_ENTRIES or folder.name == "page", f"{folder.relative_to(ROOT)} has {len(entries)}"
+
+
+def test_tests_stand_in_a_tier_and_share_helpers_through_support() -> None:
+    """A test file says what it proves, and imports no other test: that would run, or hide, the other's fixtures."""
+    tests = ROOT / "tests"
+    for file in tests.glob("**/test_*.py"):
+        tree = ast.parse(file.read_text())
+        assert file.relative_to(tests).parts[0] in TIERS, file
+        assert ast.get_docstring(tree), f"{file} does not say what it proves"
+        shared = [name for name in modules_imported(tree, "tests") if name.rpartition(".")[2].startswith("test_")]
+        assert not shared, f"{file} imports {shared}"
+    for folder in [tests, *(entry for entry in tests.glob("**/*") if entry.is_dir())]:
+        names = {entry.name for entry in folder.iterdir()} - {"__pycache__", "__init__.py"}
+        assert len(names) <= MAX_ENTRIES, f"{folder.relative_to(ROOT)} has {len(names)}"
 
 
 @pytest.mark.parametrize("library", HEAVY)

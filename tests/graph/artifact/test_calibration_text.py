@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deploy import bundle
+from export.quantize.int8.saved import load_calibration
 from headrace import main
 from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS, RECEIPT, open_artifact
 from tests.support.byte_tokenizer import byte_level_hf, write_byte_tokenizer
@@ -118,3 +119,13 @@ def test_the_projects_own_text_is_found_again_by_itself(root: Path, tmp_path: Pa
     assert main([*second, "--precision", "w4a16", "--calibration", str(tmp_path / "a")]) == 0
     account = json.loads((tmp_path / "b" / CALIBRATION).read_text())["provenance"]
     assert account["source"] == "built-in" and account["num_samples"] == 6
+
+
+def test_self_samples_the_text_from_the_model_at_hand(root: Path, tmp_path: Path) -> None:
+    command = ["export", str(root / "model"), "--out", str(tmp_path / "self"), *SMALL, "--keep-calibration"]
+    assert main([*command, "--calib", "self"]) == 0
+    calibration = load_calibration(tmp_path / "self", vocab_size=320)
+    assert [len(ids) for ids in calibration.sequences] == [48] * 6
+    assert len({tuple(ids) for ids in calibration.sequences}) == 6
+    assert calibration.provenance["source"] == "self"
+    assert not (tmp_path / "self" / "sampler").exists(), "the model that was sampled from is gone"

@@ -23,14 +23,10 @@ from export.calibration.encoder import RecordEncoder
 from export.calibration.packing import interleave, pack
 from export.calibration.records import Record
 from export.calibration.self_samples import sample_continuations
-from export.model.architectures import parse_config
-from export.sources.open import open_checkpoint
 from headrace import main
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 from tests.support.byte_tokenizer import BOS, EOS, byte_level_hf
-from tests.support.calibration_input import calibration_set_for
 from tests.support.fake_session import FakeSession
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
 from tests.unit.calibration.texts import TEMPLATE, decoded, texts_of
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
@@ -199,18 +195,6 @@ def test_self_starts_conversations_and_texts_and_writes_to_the_full_length() -> 
     assert 257 in {token_id for ids in calibration.sequences for token_id in ids}, "an end of text is gone past"
     again = load_calibration_set(SELF, texts_of(), num_samples=10, length=64, seed=3, generate=generate)
     assert again == calibration
-
-
-def test_self_writes_through_the_engine_of_an_exported_model(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "model", config_of("llama-tied"))
-    for name, text in texts_of().items():
-        (directory / name).write_text(text, encoding="utf-8")
-    checkpoint = open_checkpoint(directory)
-    options = CalibrationOptions(source=SELF, num_samples=6, length=48)
-    calibration = calibration_set_for(options, checkpoint, parse_config(checkpoint.config), 256)
-    assert [len(ids) for ids in calibration.sequences] == [48] * 6
-    assert len({tuple(ids) for ids in calibration.sequences}) == 6
-    assert calibration.provenance["source"] == SELF
 
 
 def test_the_flags_are_refused_where_they_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
