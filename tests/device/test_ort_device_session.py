@@ -17,8 +17,8 @@ from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from tests.support.engine_requests import CHUNK, requests, submit
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_session import export_tiny
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.session import export_tiny
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from runtime.errors import DeviceFailed, DeviceOutOfMemory, DeviceUnavailable, I
 from runtime.session.session import Batch, TopSession
 from tests.support.engine_requests import CHUNK, requests, submit
 from tests.support.session_runs import LOGIT_TOLERANCE
-from tests.support.sim_cuda import CudaError, SimCuda
-from tests.support.sim_session import CAPACITY, engine_of, export_tiny, open_simulated, write_engine
+from tests.support.simulated.cuda import CudaError, SimCuda
+from tests.support.simulated.session import CAPACITY, engine_of, export_tiny, open_simulated, write_engine
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("environment")
     venv.create(root, with_pip=False)
     python = root / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=root)
     (site,) = root.glob("lib/python*/site-packages")
     paths = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]

@@ -1,6 +1,6 @@
 """`headrace serve` with the simulated GPU behind --device tensorrt: the real command, process and session.
 
-python -m tests.support.sim_server ARTIFACT --device tensorrt --port 0
+python -m tests.support.simulated.server ARTIFACT --device tensorrt --port 0
 """
 
 import sys
@@ -12,9 +12,9 @@ from runtime.backends.select import BACKENDS, Backend, open_on_tensorrt
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.errors import HeadraceError, InvalidSetting
 from serve.cli import main
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_session import TARGET
-from tests.support.sim_tensorrt import VERSION, SimTensorRT
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.session import TARGET
+from tests.support.simulated.tensorrt import VERSION, SimTensorRT
 
 
 def simulated_backends(sim: SimCuda) -> Mapping[str, Backend]:

@@ -12,8 +12,8 @@ from runtime.artifact.plan_files import ENGINES, EngineFile, EngineInfo, find_en
 from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.backends.tensorrt.session import TrtSession
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_tensorrt import GPUS, VERSION, SimTensorRT, profiles_for, write_plan
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.tensorrt import GPUS, VERSION, SimTensorRT, profiles_for, write_plan
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 TARGET = "tensorrt-rtx"

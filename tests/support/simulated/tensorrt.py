@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact.plan_files import EngineInfo, Profile
-from tests.support.sim_cuda import DeviceBlock, MisuseError, PinnedBlock, SimCuda, Work
+from tests.support.simulated.cuda import DeviceBlock, MisuseError, PinnedBlock, SimCuda, Work
 
 VERSION = "1.7.1.116"
 SCRATCH_BYTES = 4096
