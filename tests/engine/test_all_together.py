@@ -1,8 +1,4 @@
-"""Every feature in the same batches on a real graph: each request gets what it gets alone, on an engine with none.
-
-Greedy, sampled, schema-bound, copying, cached, scored and cancelled requests join one engine in random order at random
-steps; it has few slots, a small prefix cache, and takes every draft along, of the text's own or of a draft model.
-"""
+"""Every engine feature in the same batches on a real graph: each request gets the tokens that it gets alone."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Who goes first, who waits how long, and who is given up: priorities, prompt turns, time limits."""
+"""The order of requests: priorities, turns of long and short prompts, time limits."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What the processor decides: int8 products are exact everywhere, and no processor is slowed without need."""
+"""Features of the processor: int8 products are exact everywhere, and slower kernels are used only where needed."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ and AWQ tools: every packing comes out exactly, and what is not read is refused by name."""
+"""Checkpoints of GPTQ and AWQ tools: every packing is read exactly, and other formats are refused by name."""
 
 import json
 from pathlib import Path

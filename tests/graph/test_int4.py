@@ -1,4 +1,4 @@
-"""int4 rounded on calibration text: better than to nearest, as the kernel reads it, through the pipeline, and again."""
+"""int4 weights rounded on calibration text: smaller errors than nearest rounding, in the layout the kernel reads."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""int8 arithmetic, the choice of layers, and the graph: what ONNX Runtime computes is what numpy says it computes."""
+"""int8 arithmetic, the choice of layers, and the graph: ONNX Runtime computes what numpy computes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The TensorRT dialects on ONNX Runtime, from tiny checkpoints: the ort dialect's numbers, from the same weights."""
+"""The TensorRT dialects on ONNX Runtime, from tiny checkpoints: the ort dialect's logits from the same weights."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""int4 for TensorRT: the rounding on calibration text in symmetric blocks, and the integers as the graph has them."""
+"""int4 for TensorRT: rounding on calibration text in symmetric blocks, and the same integers in the graph."""
 
 from pathlib import Path
 from typing import Any

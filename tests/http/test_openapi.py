@@ -1,4 +1,4 @@
-"""The document at /openapi.json is valid, complete, and true: of requests, of replies, of refusals."""
+"""The document at /openapi.json is valid and complete, and describes requests, replies and refusals as they are."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Constraints are compiled on trial in a process of their own: what ends a trial, and that nothing but it is ended."""
+"""Constraints are compiled on trial in a process of their own: what ends a trial, and that it ends nothing else."""
 
 import json
 import os

@@ -5,7 +5,7 @@ All of it is in one file because transformers takes long to load the model.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,6 +28,9 @@ pytestmark = [pytest.mark.real, pytest.mark.oracle]
 # Issue 2's figure. The model has activations of several thousand in a few channels; 1e-4 is what is measured.
 LOGIT_TOLERANCE = 1e-3
 NUM_TOKENS = 64
+NUM_TEXT = 300
+"""Tokens of the text: three chunks of the engine's."""
+
 SCORE_TOLERANCE = 1e-3
 """Of a log-probability, in nats: issue 5's figure."""
 
@@ -68,7 +71,7 @@ def sessions(smollm2: Artifact) -> Mapping[str, OrtSession]:
 
 @pytest.fixture(scope="module")
 def text_ids(smollm2: Artifact) -> NDArray[np.int64]:
-    return np.array(Tokenizer.from_artifact(smollm2).encode(calibration_data.verification_text())[:256])
+    return np.array(Tokenizer.from_artifact(smollm2).encode(calibration_data.verification_text())[:NUM_TEXT])
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +105,43 @@ def test_ragged_batch_of_eight_equals_transformers(
         assert np.abs(tail - expected[cut + 8 + cut % 5]).max() <= LOGIT_TOLERANCE
 
 
-def test_greedy_tokens_equal_transformers(smollm2: Artifact, oracle: Oracle) -> None:
+class Judged(NamedTuple):
+    """What transformers makes of a text."""
+
+    likeliest: list[int]
+    """The likeliest token after each token."""
+    logprobs: NDArray[np.float64]
+    """Log-probability of each token but the first."""
+
+
+def judged(ids: list[int], logits: NDArray[np.float32]) -> Judged:
+    wide = logits.astype(np.float64)
+    logprobs = wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)
+    return Judged(logits.argmax(-1).tolist(), logprobs[np.arange(len(ids) - 1), ids[1:]])
+
+
+@pytest.fixture(scope="module")
+def continued(smollm2: Artifact, oracle: Oracle) -> list[Judged]:
+    """The prompts of the receipt, each with the tokens that the `ort` graph chose after it."""
+    replay = smollm2.receipt["replay"]
+    sequences = [prompt + tokens for prompt, tokens in zip(replay["prompts"], replay["tokens"]["ort"], strict=True)]
+    return [judged(ids, oracle(ids)) for ids in sequences]
+
+
+def test_greedy_tokens_equal_transformers(smollm2: Artifact, continued: list[Judged]) -> None:
     """20 prompts, 64 tokens each: what both dialects chose in ragged batches when the export verified them.
 
     transformers reads each finished sequence; were its own choice different anywhere, its greedy answer would be.
     """
-    recorded = smollm2.receipt["replay"]
-    prompts, tokens = recorded["prompts"], recorded["tokens"]
+    replay = smollm2.receipt["replay"]
+    prompts, tokens = replay["prompts"], replay["tokens"]
     tokenizer = Tokenizer.from_artifact(smollm2)
     assert prompts == [tokenizer.encode(text) for text in calibration_data.verification_prompts()]
     assert len(prompts) == len(tokens["ort"]) == 20
     assert tokens["ort"] == tokens["trt"]
-    for prompt, chosen in zip(prompts, tokens["ort"], strict=True):
-        start = len(prompt) - 1
+    for prompt, chosen, oracle in zip(prompts, tokens["ort"], continued, strict=True):
         assert len(chosen) == NUM_TOKENS
-        assert oracle(prompt + chosen)[start : start + NUM_TOKENS].argmax(-1).tolist() == chosen
+        assert oracle.likeliest[len(prompt) - 1 : -1] == chosen
 
 
 def test_every_tensor_equals_what_transformers_loads(transformers_model: Any) -> None:
@@ -130,22 +155,22 @@ def test_every_tensor_equals_what_transformers_loads(transformers_model: Any) ->
         assert checkpoint.config[key] == getattr(transformers_model.config, key), key
 
 
-def test_scores_equal_those_of_transformers(smollm2: Artifact, oracle: Oracle) -> None:
-    """Twenty short texts together and one of 300 tokens, which is cut into chunks."""
+def test_prompt_scores_equal_those_of_transformers(
+    smollm2: Artifact, continued: list[Judged], text_ids: NDArray[np.int64], expected: NDArray[np.float32]
+) -> None:
+    """Twenty short texts together and a long one, which is cut into chunks."""
+    prompts = [*smollm2.receipt["replay"]["prompts"], text_ids.tolist()]
     model = open_text_model(smollm2.path, EngineSettings(max_batch=8, max_len=512))
     model.start()
     try:
-        prompts = [model.encode(text) for text in calibration_data.verification_prompts()]
-        prompts.append(model.encode(calibration_data.verification_text())[:300])
         params = SamplingParams(max_tokens=0, prompt_logprobs=1)
         generations = [model.generate(prompt, params) for prompt in prompts]
         scored = [scores_of(list(generation)) for generation in generations]
     finally:
         model.close()
     assert len(prompts) == 21
-    for prompt, scores in zip(prompts, scored, strict=True):
-        logits = oracle(prompt).astype(np.float64)
-        logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        expected = logprobs[np.arange(len(prompt) - 1), prompt[1:]]
-        assert np.abs(np.array(scores) - expected).max() <= SCORE_TOLERANCE
+    oracles = [*continued, judged(text_ids.tolist(), expected)]
+    for prompt, scores, oracle in zip(prompts, scored, oracles, strict=True):
+        assert len(scores) == len(prompt) - 1
+        assert np.abs(np.array(scores) - oracle.logprobs[: len(scores)]).max() <= SCORE_TOLERANCE
         assert math.fsum(scores) < 0

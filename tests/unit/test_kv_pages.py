@@ -1,4 +1,4 @@
-"""The memory of the KV cache: zeros, committed as they are written, and gone with the last view."""
+"""Memory of the KV cache: zeros, committed when written, and returned with the last view."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Artifacts that somebody spoiled, and paths that are none: one line and exit code 2 from every verb."""
+"""Damaged artifacts, and paths that are no artifact: every verb ends with one line and exit code 2."""
 
 import json
 import shutil

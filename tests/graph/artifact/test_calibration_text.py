@@ -1,4 +1,4 @@
-"""Calibration text stays at home: neither artifact nor bundle has it unless asked; what needs it reads it again."""
+"""Calibration text is private: it is in no artifact and no bundle unless asked, and a later export reads it again."""
 
 import json
 import tarfile

@@ -1,4 +1,4 @@
-"""Where an export goes, and what it may replace there: its own model's artifact, and nothing else."""
+"""Where an export is written, and that it replaces an artifact of its own model and nothing else."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Who may call and how much: keys, limits, CORS, request ids."""
+"""Access: API keys, limits, CORS and request ids."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a key may ask for, what a refusal costs it, and that a key that was taken back opens nothing more."""
+"""Rights of an API key: priorities and limits, what a refused request costs, and that a revoked key stops working."""
 
 import json
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""Tools together with a form of the answer, and one call where one is wanted: whole and streamed, in every format.
+"""Tools combined with an output format, and a single call where one is asked for: whole, streamed, in every format.
 
-A model that says anything is held to calls or to a form; a model that says a script calls as it likes.
+With random logits only the grammar makes calls and answers valid; with a scripted model the parser finds its calls.
 """
 
 import json

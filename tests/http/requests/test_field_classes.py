@@ -1,4 +1,4 @@
-"""The three classes of fields: every row of the tables over HTTP, in the README, in the header, in the metric."""
+"""The three classes of request fields: every row of the tables over HTTP, in the README, the header and the metric."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Turns of chats as clients send them: what reaches the chat template, what is refused, and replies that come back."""
+"""Chat messages as clients send them: what reaches the chat template, what is refused, and replies as history."""
 
 import json
 from collections.abc import Iterator

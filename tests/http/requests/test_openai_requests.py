@@ -1,4 +1,4 @@
-"""Request bodies: what is refused and how it is said, and a fuzz of everything else."""
+"""Request bodies: what is refused, with which message, and that no body at all makes the server fail."""
 
 import json
 from collections.abc import Iterator, Sequence

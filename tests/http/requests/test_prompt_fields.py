@@ -1,4 +1,4 @@
-"""Over HTTP: what goes into the chat template, how much of a prompt is kept, what special tokens and ends become."""
+"""Fields of a prompt over HTTP: arguments of the chat template, truncation, special tokens and stop strings."""
 
 import json
 from collections.abc import Iterator

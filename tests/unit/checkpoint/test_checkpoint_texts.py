@@ -1,4 +1,4 @@
-"""The text files of a checkpoint fit its model: what ends a text, which tokens there are, what a server could load."""
+"""The text files of a checkpoint fit its model: end-of-text tokens, vocabulary, and what a server can load."""
 
 import json
 import os

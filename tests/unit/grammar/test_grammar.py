@@ -1,4 +1,4 @@
-"""Constraints on a byte tokenizer: what compiles, what is refused and how, and the guide's ways forward and back."""
+"""Constraints on a byte tokenizer: what compiles, what is refused, and how a guide advances and rolls back."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""What a chat template may do in one rendering: programs that would take all time or memory end with a sentence."""
+"""Limits of rendering a chat template: one that would take too much time or memory ends with an error in one line."""
 
 import pytest
 
