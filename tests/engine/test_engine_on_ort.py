@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.calibration.dataset import CalibrationOptions
-from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu_session import WHOLE_ROWS, OrtSession
@@ -18,6 +16,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator
 from runtime.session.session import Batch
 from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.tiny_artifact import FEW_IDS
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 
@@ -57,8 +56,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     precision, kv = request.param
     path = tmp_path_factory.mktemp(precision)
     source = write_checkpoint(path / "checkpoint", config_of("qwen3"))
-    text = QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64))
-    settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": text, "force": True}
+    settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": FEW_IDS, "force": True}
     export_model(ExportOptions(model=str(source), out=path / "artifact", **settings))
     return open_artifact(path / "artifact", allow_failed=True)
 

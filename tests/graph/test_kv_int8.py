@@ -191,7 +191,7 @@ def test_a_slot_takes_a_quarter_of_the_bytes(root: Path) -> None:
     assert slots == [3, 12]
 
 
-def test_every_precision_takes_it_and_one_calibration_serves_all(root: Path) -> None:
+def test_every_precision_takes_an_int8_cache_and_one_calibration_serves_all(root: Path) -> None:
     first = export_kv(root, "llama", "w8a8")
     reused = QuantizationOptions(calibration=first.path)
     for precision in ("w8a16", "w4a16"):
@@ -208,7 +208,7 @@ def test_every_precision_takes_it_and_one_calibration_serves_all(root: Path) -> 
         export_kv(root, "llama-mha", "w8a16", quantization=reused)
 
 
-def test_it_is_shown_and_older_manifests_are_read(root: Path, tmp_path: Path) -> None:
+def test_inspect_shows_the_scales_and_older_manifests_are_read(root: Path, tmp_path: Path) -> None:
     artifact = export_kv(root, "llama-tied")
     lines = "\n".join(as_lines(open_artifact(artifact.path)))
     assert "int8, scales per channel" in lines and "random ids" in lines
@@ -230,7 +230,7 @@ def test_it_is_shown_and_older_manifests_are_read(root: Path, tmp_path: Path) ->
         (["--calibration", "nowhere"], "nowhere cannot be read as a calibration"),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_flags_that_contradict_an_int8_cache_end_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -241,7 +241,7 @@ def test_what_cannot_be_is_one_line(
     assert not (tmp_path / "artifacts").exists() or not list((tmp_path / "artifacts").iterdir())
 
 
-def test_calibration_flags_mean_something_with_it() -> None:
+def test_calibration_flags_apply_to_an_int8_cache() -> None:
     assert calibration_options("w8a16", "a.txt", None, None, for_kv=32) == CalibrationOptions(
         source="a.txt", num_samples=32
     )

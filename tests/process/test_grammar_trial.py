@@ -64,7 +64,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_what_passes_comes_back_as_it_is_to_be_compiled(plenty: GrammarTrials) -> None:
+def test_a_trial_returns_the_grammar_to_compile_and_its_size(plenty: GrammarTrials) -> None:
     tried = plenty.try_out(Constraint(ConstraintKind.GRAMMAR, 'root ::= "a" b\nb ::= [0-9]+', "field"))
     assert "start: " in tried.grammar and "::=" not in tried.grammar
     assert tried.has_foresight and tried.num_bytes < 2**20
@@ -108,7 +108,7 @@ def test_a_busy_machine_and_the_trials_of_others_are_not(monkeypatch: pytest.Mon
         opened.try_out(PATTERN)
 
 
-def test_nobody_waits_behind_what_never_ends() -> None:
+def test_a_trial_that_never_ends_delays_no_other() -> None:
     """Three bombs at once fill the patient lane, which has two places; another one's trial is over long before."""
     lanes = (Lane(2, Limits(cpu_s=0.05, wall_s=20.0)), Lane(2, Limits(cpu_s=0.5, wall_s=60.0)))
     with trials(*lanes) as opened, ThreadPoolExecutor(3) as pool:
@@ -119,7 +119,7 @@ def test_nobody_waits_behind_what_never_ends() -> None:
         assert all(isinstance(bomb.exception(), InvalidRequest | Overloaded) for bomb in bombs)
 
 
-def test_what_had_no_time_to_foresee_is_tried_without_foresight() -> None:
+def test_a_trial_without_time_for_foresight_is_repeated_without_it() -> None:
     count = Constraint(ConstraintKind.REGEX, "(xyz ){1000000}", "field")
     with trials(limited(cpu_s=0.1), limited(cpu_s=20.0)) as opened:
         assert not opened.try_out(count).has_foresight

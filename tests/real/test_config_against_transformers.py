@@ -151,7 +151,7 @@ def test_a_config_of_the_model_type_alone_is_the_family(family: str, tmp_path: P
     },
     missing=set(),
 )
-def test_what_is_accepted_means_the_same(
+def test_accepted_configs_mean_the_same_to_transformers(
     family: str, chosen: dict[str, Any], missing: set[str], tmp_path: Path
 ) -> None:
     """A refusal is always safe, so refused mixtures are not compared; which are accepted, the tests above hold."""

@@ -169,7 +169,9 @@ SLOW_TOOL = {"type": "function", "function": {"name": "f", "strict": True, "para
         ({"guided_json": {}, "tools": [SLOW_TOOL]}, "tools[0].function.parameters"),
     ],
 )
-def test_what_does_not_compile_is_refused_together_too(app: FlaskClient, fields: Json, param: str) -> None:
+def test_a_grammar_that_does_not_compile_is_refused_together_with_others_too(
+    app: FlaskClient, fields: Json, param: str
+) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": "go"}], "tools": TOOLS, "max_tokens": 9, **fields}
     error = app.post(CHAT, json=body).get_json()["error"]
     assert error["param"] == param and error["message"].startswith(param)

@@ -66,7 +66,7 @@ FOUND: list[tuple[Any, list[Any], list[tuple[Any, str]]]] = [
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), FOUND)
-def test_what_is_found(schema: Any, good: list[Any], bad: list[tuple[Any, str]]) -> None:
+def test_the_check_finds_each_kind_of_problem(schema: Any, good: list[Any], bad: list[tuple[Any, str]]) -> None:
     check = late_check(schema)
     for answer in good:
         assert check_answer(check, json.dumps(answer)).outcome is Outcome.PASSED, answer
@@ -100,7 +100,7 @@ NESTED = {"$ref": "#/$defs/n", "$defs": {"n": {"items": {"$ref": "#/$defs/n"}, "
         ({"multipleOf": 0.3, "not": {}, "uniqueItems": True} | {"not": {"const": 1}}, "1e999"),
     ],
 )
-def test_what_takes_too_long_or_is_not_whole_is_not_judged(schema: Any, text: str) -> None:
+def test_a_check_that_takes_too_long_or_a_cut_answer_has_no_verdict(schema: Any, text: str) -> None:
     started_s = time.thread_time()
     assert check_answer(late_check(schema), text, limit_s=0.2).outcome is Outcome.NOT_DONE
     assert time.thread_time() - started_s < 5

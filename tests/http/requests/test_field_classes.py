@@ -135,7 +135,7 @@ def test_every_place_has_a_request() -> None:
 
 
 @pytest.mark.parametrize("place", TAKEN)
-def test_what_is_taken_passes_with_any_value_and_is_named(client: FlaskClient, place: str) -> None:
+def test_fields_without_effect_pass_with_any_value_and_are_named_in_the_header(client: FlaskClient, place: str) -> None:
     for value in (None, True, {"any": ["thing"]}):
         extra = {row.name: value for row in TAKEN[place]}
         names = ignored(client, *request_with(place, extra))
@@ -143,7 +143,7 @@ def test_what_is_taken_passes_with_any_value_and_is_named(client: FlaskClient, p
 
 
 @pytest.mark.parametrize("place", REFUSED)
-def test_what_is_refused_passes_at_its_neutral_values(client: FlaskClient, place: str) -> None:
+def test_refused_fields_pass_at_their_neutral_values(client: FlaskClient, place: str) -> None:
     for values in itertools.zip_longest(*(neutral(row) for row in REFUSED[place])):
         extra = {row.name: value for row, value in zip(REFUSED[place], values, strict=True)}
         path, body = request_with(place, extra)
@@ -153,7 +153,7 @@ def test_what_is_refused_passes_at_its_neutral_values(client: FlaskClient, place
 
 
 @pytest.mark.parametrize(("place", "row"), rows(REFUSED), ids=lambda value: getattr(value, "name", value))
-def test_what_is_refused_says_so(client: FlaskClient, place: str, row: Field) -> None:
+def test_a_refused_field_is_named_in_the_error(client: FlaskClient, place: str, row: Field) -> None:
     path, body = request_with(place, {row.name: {"some": "thing"}})
     response = client.post(path, json=body)
     error = response.get_json()["error"]

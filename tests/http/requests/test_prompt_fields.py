@@ -66,7 +66,7 @@ def chat(client: FlaskClient, **fields: Any) -> Any:
         ({"messages": THOUGHT}, "user: hi\nassistant: (hm)yo\nuser: hi\nassistant: ", None),
     ],
 )
-def test_what_reaches_the_template_and_what_it_does_not_read(
+def test_template_arguments_reach_the_template_or_are_named_as_ignored(
     client: FlaskClient, fields: Json, prompt: str, ignored: str | None
 ) -> None:
     assert rendered(client, **fields) == prompt
@@ -86,7 +86,7 @@ def test_reasoning_that_is_no_text_of_an_assistant_is_without_effect(
     assert answer.headers.get("X-Headrace-Ignored") == (None if is_read else "messages[].reasoning")
 
 
-def test_a_template_that_reads_nothing_is_said_so() -> None:
+def test_fields_that_the_template_does_not_read_are_named_in_the_header() -> None:
     model = fake_text_model()
     model.start()
     answer = chat(create_app(model).test_client(), messages=THOUGHT, enable_thinking=True, reasoning_effort="none")
@@ -133,7 +133,7 @@ def test_a_template_that_reads_nothing_is_said_so() -> None:
         ({"n_predict": 0}, "n_predict", "at least 1"),
     ],
 )
-def test_what_is_refused_names_its_field(client: FlaskClient, fields: Json, param: str, words: str) -> None:
+def test_a_refusal_names_its_field(client: FlaskClient, fields: Json, param: str, words: str) -> None:
     answer = client.post(
         CHAT,
         data=json.dumps({"model": NAME, "messages": TURNS, "max_tokens": 2, **fields}),
@@ -176,7 +176,7 @@ def test_a_prompt_that_is_cut_may_be_longer_than_the_context_but_not_without_end
             assert client.post(path, json=body | cut).status_code == status
 
 
-def test_what_is_left_of_a_prompt_is_what_is_repeated_and_scored(client: FlaskClient) -> None:
+def test_a_truncated_prompt_is_echoed_and_scored_as_truncated(client: FlaskClient) -> None:
     cut = {"truncate_prompt_tokens": 3, "echo": True, "logprobs": 0, "max_tokens": 0}
     for prompt in ("abcdef", [*range(70, 75), 256, 10]):
         choice = complete(client, prompt, **cut, skip_special_tokens=False)["choices"][0]

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from export.calibration.dataset import CalibrationOptions
-from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.tensorrt.store import list_files
 from runtime.artifact.manifest import Artifact, FileEntry, sha256_of
@@ -14,6 +12,7 @@ from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.backends.tensorrt.session import TrtSession
 from tests.support.simulated.cuda import SimCuda
 from tests.support.simulated.tensorrt import GPUS, VERSION, SimTensorRT, profiles_for, write_plan
+from tests.support.tiny_artifact import FEW_IDS
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 TARGET = "tensorrt-rtx"
@@ -35,7 +34,7 @@ def export_tiny(
         precision=precision,
         dialects=dialects,
         force=True,
-        quantization=QuantizationOptions(calib=CalibrationOptions(num_samples=8, length=64)),
+        quantization=FEW_IDS,
     )
     return export_model(options)
 

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_used_is_refused(case: str) -> None:
+def test_bad_settings_of_a_calibration_set_are_refused(case: str) -> None:
     changes, words = REFUSED[case]
     with pytest.raises(InvalidSetting, match=words):
         load_calibration_set(**{"source": BUILT_IN, "texts": texts_of(), **changes})

@@ -67,7 +67,7 @@ def follow(guide: GrammarGuide, text: str) -> bool:
         (GRAMMAR, 'start: "<" %json {"type": "boolean"} ">"', ["<true>"], ["<1>"]),
     ],
 )
-def test_what_is_allowed(
+def test_a_guide_allows_valid_texts_and_no_others(
     compiler: GrammarCompiler, kind: ConstraintKind, source: Any, good: list[str], bad: list[str]
 ) -> None:
     for text in good:
@@ -295,7 +295,7 @@ def test_looking_ahead_never_fails(compiler: GrammarCompiler) -> None:
     assert broken.forced() == [] and broken.num_allowed(ids_of("bc")) == 2
 
 
-def test_what_takes_long_to_foresee_is_followed_without_foresight(compiler: GrammarCompiler) -> None:
+def test_a_constraint_with_long_forced_text_is_followed_without_foresight(compiler: GrammarCompiler) -> None:
     """A count makes a short source long, and a constant a long one: the search for forced text went to its end."""
     text = "xyz " * 22_000
     for source in (constraint(REGEX, "(xyz ){22000}"), constraint(CHOICE, [text]), constraint(REGEX, text)):
