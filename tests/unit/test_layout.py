@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def sources() -> list[Path]:
     return [ROOT / "headrace.py", *(file for package in PACKAGES for file in sorted((ROOT / package).glob("**/*.py")))]
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """Top-level packages imported anywhere in a module, inside functions too."""
     for node in ast.walk(tree):
@@ -77,7 +83,7 @@ def modules_imported(tree: ast.AST, package: str) -> Iterator[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_from_export_and_serve_to_runtime(package: str) -> None:
     for file in (ROOT / package).glob("**/*.py"):
-        ours = {name for name in imported(ast.parse(file.read_text())) if name in PACKAGES}
+        ours = {name for name in imported(tree_of(file)) if name in PACKAGES}
         assert ours <= MAY_IMPORT[package], f"{file.name} imports {ours - MAY_IMPORT[package]}"
 
 
@@ -92,7 +98,7 @@ def test_imports_between_rooms_run_from_high_to_low(package: str) -> None:
     for file in (ROOT / package).glob("**/*.py"):
         name = ".".join(file.relative_to(ROOT / package).with_suffix("").parts)
         own = rooms.index(room_of(name, rooms))
-        for target in modules_imported(ast.parse(file.read_text()), package):
+        for target in modules_imported(tree_of(file), package):
             assert rooms.index(room_of(target, rooms)) <= own, f"{package}.{name} imports {target}, which is above it"
 
 
@@ -109,7 +115,7 @@ def test_tests_stand_in_a_tier_and_share_helpers_through_support() -> None:
     """A test file says what it proves, and imports no other test: that would run, or hide, the other's fixtures."""
     tests = ROOT / "tests"
     for file in tests.glob("**/test_*.py"):
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         assert file.relative_to(tests).parts[0] in TIERS, file
         assert ast.get_docstring(tree), f"{file} does not say what it proves"
         shared = [name for name in modules_imported(tree, "tests") if name.rpartition(".")[2].startswith("test_")]
@@ -123,7 +129,7 @@ def test_tests_stand_in_a_tier_and_share_helpers_through_support() -> None:
 def test_heavy_libraries_stay_where_they_are_needed(library: str) -> None:
     for package in PACKAGES:
         for file in (ROOT / package).glob("**/*.py"):
-            if library in set(imported(ast.parse(file.read_text()))):
+            if library in set(imported(tree_of(file))):
                 assert package in HEAVY[library], f"{package}/{file.name} imports {library}"
 
 
@@ -132,7 +138,7 @@ def test_files_and_functions_stay_short_and_say_what_they_are(file: Path) -> Non
     text = file.read_text()
     assert text.count("\n") < MAX_FILE_LINES
     assert file.stem not in {"utils", "helpers", "misc", "common"}
-    tree = ast.parse(text)
+    tree = tree_of(file)
     assert ast.get_docstring(tree), "a module opens with what it does"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
