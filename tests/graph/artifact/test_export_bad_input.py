@@ -179,10 +179,18 @@ def test_a_disk_that_fills_up(exported: Path, most_bytes: int, flags: list[str],
     assert main(["export", str(exported / "model"), "--out", str(exported / "artifact"), *SMALL, *flags]) == 0
 
 
+HEEDS_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
+import headrace
+sys.exit(headrace.main())
+"""
+
+
 def test_ctrl_c_in_the_middle(exported: Path, tmp_path: Path) -> None:
     before = contents(exported / "artifact")
     model = checkpoint_at(tmp_path / "deep", num_hidden_layers=24)
-    command = [sys.executable, "-m", "headrace", "export", str(model), "--out", str(exported / "artifact"), *SMALL]
+    command = [sys.executable, "-c", HEEDS_CTRL_C, "export", str(model), "--out", str(exported / "artifact"), *SMALL]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     state = workdir_of(exported / "artifact") / "state.json"
     deadline = time.monotonic() + 60
