@@ -29,7 +29,11 @@ GPU ?=
 EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
     $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calibration-text '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
 
-.PHONY: help run test test-gpu lint bench bench-gpu export engine bundle serve setup clean
+# Whole files go to the workers, in the order that tests/conftest.py gives them: the longest first.
+PARALLEL = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
+FAST_TIERS = tests/unit tests/engine tests/http --ignore tests/http/process
+
+.PHONY: help run test test-fast test-gpu lint bench bench-gpu export engine bundle serve setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,12 +44,15 @@ run: $(VENV)/.installed  ## set up, export the default model, serve it and ask i
 	@exec $(BIN)/headrace serve '$(OUT)' --port $(PORT) --ask 'What is the capital of Japan?'
 
 test: $(VENV)/.tested  ## set up what the tests need and run them, JOBS files at a time
-	@$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile)
+	@$(BIN)/python -m pytest $(PARALLEL)
+
+test-fast: $(VENV)/.tested  ## the tests of units, engine and HTTP alone: no graph parity, server process, GPU or real weights
+	@$(BIN)/python -m pytest $(PARALLEL) $(FAST_TIERS)
 
 test-gpu: $(VENV)/.tested  ## the tests that need a GPU; they say so and skip where there is none
 	@$(BIN)/python -m pytest -m gpu -rs
 
-lint: $(VENV)/.tested  ## ruff and mypy, as CI runs them
+lint: $(VENV)/.linted  ## ruff and mypy, as CI runs them
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --diff --quiet . || (echo 'run: $(BIN)/ruff format .'; exit 1)
 	@$(BIN)/mypy
@@ -81,6 +88,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || (echo 'no venv module: install python3-venv'; exit 2)
 	@echo 'installing into $(VENV) ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.linted: $(VENV)/.installed
+	@echo 'installing what the checkers need ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed

@@ -4,7 +4,7 @@ usage: python -m benchmarks.grammar_fire [ARTIFACT] [--seconds 30] [--at-once 4]
 
 Two parts, on a real server on loopback, stopped by its process id:
 
-    alone   each bomb of tests/support/grammar_bombs.py by itself: status, seconds, and the worker's memory afterwards
+    alone   each bomb of tests/support/schemas/bombs.py by itself: status, seconds, and the worker's memory afterwards
     beside  four bombs at once, again and again, beside two streams and a client that asks for JSON in new forms; every
             second form needs a trial compilation (it has a pattern)
 
@@ -31,7 +31,7 @@ from benchmarks.serving import Server, served, tiny_artifact
 from runtime.commands.roofline import describe_machine
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import HeadraceError
-from tests.support.grammar_bombs import bombs
+from tests.support.schemas.bombs import bombs
 
 MAX_REPLY_S = 15
 MAX_GROWTH_BYTES = 100 * 10**6

@@ -2,7 +2,7 @@
 
 usage: python -m benchmarks.structured_output ARTIFACT [--repeat 21] [--new-tokens 32] [--max-tokens 1500]
 
-1. The 200 schemas of tests/support/graded_schemas.py, eight requests at a time, sampled at temperature 0.7; each answer
+1. The 200 schemas of tests/support/schemas/graded.py, eight requests at a time, sampled at temperature 0.7; each answer
    is parsed and validated by `jsonschema`. Answers cut by --max-tokens are counted apart: they may be fine so far.
 2. The time of a decode step of eight rows, free and held to a schema, in turn: A B A B. Rows generate as many tokens
    from the same prompts; medians over the steps of a round, the ratio of neighbouring rounds. The rounds are short, two
@@ -26,7 +26,7 @@ from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParam
 from runtime.progress import progress_bar
 from runtime.settings import EngineSettings
 from runtime.text_model import TextModel, open_text_model
-from tests.support.graded_schemas import Graded, graded_schemas
+from tests.support.schemas.graded import Graded, graded_schemas
 
 BATCH = 8
 MAX_MASK_SHARE = 0.05

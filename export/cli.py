@@ -98,7 +98,9 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="built-in, self, a .jsonl/.txt/.parquet file, or a dataset id; default: built-in",
     )
-    calibration.add_argument("--calibration-samples", type=int, metavar="N", help="sequences; default: 128")
+    calibration.add_argument(
+        "--calibration-samples", type=int, metavar="N", help="sequences to calibrate on; default: 128"
+    )
     calibration.add_argument("--calibration-length", type=int, metavar="N", help="tokens of a sequence; default: 512")
     calibration.add_argument(
         "--reuse-calibration", type=Path, metavar="PATH", help="take the calibration of an artifact or calibration.json"

@@ -66,7 +66,7 @@ class EngineSettings:
         "artifact of a smaller model with the same tokens, to guess as well; implies --speculate",
         metavar="ARTIFACT",
     )
-    max_len: int | None = setting(None, "longest prompt and answer together, by default the model's limit")
+    max_len: int | None = setting(None, "most tokens of prompt and answer together, by default the model's limit")
     tool_format: str = setting(
         "auto", "how tool calls are written: auto (as the chat template says), hermes, llama3, json"
     )

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("artifact", help="directory written by `headrace export`")
     parser.add_argument("--batch", default="1,8,32", metavar="N,N", help="rows decoded together (default: %(default)s)")
-    parser.add_argument("--prompt", default="128,512", metavar="N,N", help="prompt lengths (default: %(default)s)")
+    parser.add_argument("--prompt", default="128,512", metavar="N,N", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated a row (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="rounds; medians count (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of the model, by default one per core")

@@ -17,7 +17,9 @@ def _parser() -> argparse.ArgumentParser:
         "its hash. SIGHUP makes a running server read the file again. To revoke a key, delete its line.",
     )
     parser.add_argument("name", help="the key's owner, for logs, limits and the prefix cache")
-    parser.add_argument("--file", type=Path, default=Path("api_keys.txt"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--file", type=Path, default=Path("api_keys.txt"), help="file to add its hash to (default: %(default)s)"
+    )
     parser.add_argument("--requests-per-minute", type=int, help="most requests in any minute")
     parser.add_argument("--tokens-per-minute", type=int, help="most tokens of prompts and answers in any minute")
     parser.add_argument("--requests-at-once", type=int, help="most requests that run at the same time")

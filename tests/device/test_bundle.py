@@ -14,7 +14,7 @@ from deploy.hashes import with_hashes
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.errors import InvalidSetting
 from serve.access.api_keys import read_keys
-from tests.support.sim_session import export_tiny, write_engine
+from tests.support.simulated.session import export_tiny, write_engine
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -19,9 +19,9 @@ from runtime.machine.memory import shares_of
 from runtime.settings import EngineSettings, SharedSettings
 from runtime.text_model import open_text_model
 from tests.support.byte_tokenizer import byte_level_hf
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_server import simulated_backends
-from tests.support.sim_session import CAPACITY, export_tiny, write_engine
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.server import simulated_backends
+from tests.support.simulated.session import CAPACITY, export_tiny, write_engine
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SMALL = {"max_batch": 2, "prefill_chunk": 8, "kv_memory": 10**6, "max_len": CAPACITY}

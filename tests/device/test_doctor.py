@@ -12,8 +12,8 @@ from runtime.backends.environment import Environment
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.commands.doctor import Verdict, examine, main
 from runtime.errors import InvalidSetting
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_tensorrt import SimTensorRT
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.tensorrt import SimTensorRT
 
 DRIVERS = {
     "new": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)\nGCC\n",

@@ -10,7 +10,7 @@ from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact
 from runtime.commands.fit import CONTEXTS, main, rows
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import FREE_FRACTION, plan_slots
-from tests.support.sim_session import export_tiny, write_engine
+from tests.support.simulated.session import export_tiny, write_engine
 
 MEMORY = 20_000_000
 

@@ -18,8 +18,8 @@ from runtime.engine.engine import Engine
 from runtime.errors import HeadraceError
 from runtime.session.session import Session
 from runtime.settings import EngineSettings
-from tests.engine.test_engine_on_ort import CHUNK, requests, submit
-from tests.support.sim_session import export_tiny
+from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.simulated.session import export_tiny
 
 pytestmark = pytest.mark.gpu
 SETTINGS = EngineSettings(max_batch=5, prefill_chunk=CHUNK, max_len=128)

@@ -16,9 +16,9 @@ from runtime.engine.engine import Engine
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
-from tests.engine.test_engine_on_ort import CHUNK, requests, submit
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_session import export_tiny
+from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.session import export_tiny
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from runtime.artifact.manifest import Artifact
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.fake_text_model import VOCAB_SIZE
 from tests.support.server_process import PATIENCE_S, running_server, spawn
-from tests.support.sim_session import write_engine
+from tests.support.simulated.session import write_engine
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 NUM_REQUESTS = 32
@@ -57,7 +57,7 @@ Json = dict[str, Any]
 def served(artifact: Artifact, device: str, bodies: Sequence[Json], *, first: Json | None = None) -> list[Json]:
     """The replies to requests that are all sent at once; `first` is answered before any of them."""
     flags = (str(artifact.path), "--device", device, "--prefix-cache", "16MB", *LIMITS)
-    with running_server(*flags, module="tests.support.sim_server") as server, httpx.Client(timeout=60) as client:
+    with running_server(*flags, module="tests.support.simulated.server") as server, httpx.Client(timeout=60) as client:
 
         def ask(body: Json) -> Json:
             reply = client.post(f"{server.url}/v1/completions", json={"model": "checkpoint", **body})
@@ -148,7 +148,7 @@ def test_every_kind_of_request_in_one_batch(artifact: Artifact) -> None:
 
 def test_an_engine_that_cannot_be_used_ends_the_server_with_one_line(artifact: Artifact) -> None:
     flags = (str(artifact.path), "--device", "tensorrt", "--max-len", "128", "--prefill-chunk", "64", "--port", "0")
-    process = spawn(*flags, module="tests.support.sim_server")
+    process = spawn(*flags, module="tests.support.simulated.server")
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert "--prefill-chunk 64 is beyond the 32 tokens" in err

@@ -16,10 +16,10 @@ from runtime.artifact.plan_files import PROFILES
 from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.backends.tensorrt.plan import LoadedEngine, ProfileContext
-from tests.support import sim_tensorrt
-from tests.support.sim_cuda import MisuseError, SimCuda
-from tests.support.sim_session import CAPACITY, TARGET, engine_of, export_tiny, write_engine
-from tests.support.sim_tensorrt import VERSION, SimTensorRT
+from tests.support.simulated import tensorrt as sim_tensorrt
+from tests.support.simulated.cuda import MisuseError, SimCuda
+from tests.support.simulated.session import CAPACITY, TARGET, engine_of, export_tiny, write_engine
+from tests.support.simulated.tensorrt import VERSION, SimTensorRT
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
 TRT_CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext")

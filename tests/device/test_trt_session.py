@@ -18,10 +18,10 @@ from runtime.core import SamplingParams
 from runtime.engine.engine import Engine
 from runtime.errors import DeviceFailed, DeviceOutOfMemory, DeviceUnavailable, InvalidEngine, InvalidSetting
 from runtime.session.session import Batch, TopSession
-from tests.engine.test_engine_on_ort import CHUNK, requests, submit
-from tests.graph.test_export_parity import LOGIT_TOLERANCE
-from tests.support.sim_cuda import CudaError, SimCuda
-from tests.support.sim_session import CAPACITY, engine_of, export_tiny, open_simulated, write_engine
+from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.session_runs import LOGIT_TOLERANCE
+from tests.support.simulated.cuda import CudaError, SimCuda
+from tests.support.simulated.session import CAPACITY, engine_of, export_tiny, open_simulated, write_engine
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,4 @@
-"""Every feature in the same batches on a real graph: each request gets what it gets alone, on an engine with none.
-
-Greedy, sampled, schema-bound, copying, cached, scored and cancelled requests join one engine in random order at random
-steps; it has few slots, a small prefix cache, and takes every draft along, of the text's own or of a draft model.
-"""
+"""Every engine feature in the same batches on a real graph: each request gets the tokens that it gets alone."""
 
 import json
 import re
@@ -37,8 +33,8 @@ from runtime.text.tools.call_or_answer import calls_or
 from runtime.text.tools.formats import HERMES, Tool, calls_grammar
 from runtime.text.tools.one_call import OneCallText
 from runtime.text.tools.parser import ToolCallParser
-from tests.engine.test_engine import Recorder, check_cache, check_slots
 from tests.support.byte_tokenizer import byte_level_hf, byte_tokenizer
+from tests.support.engine_requests import Recorder, check_cache, check_slots
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 BOS_ID = 256

@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.core import (
-    DEFAULT_OPTIONS,
     FinishReason,
-    Request,
-    RequestOptions,
     SamplingParams,
     TextPiece,
-    TokenEvent,
     Usage,
 )
 from runtime.engine.engine import Engine
@@ -24,101 +20,21 @@ from runtime.engine.speculation.draft_model import DraftModel
 from runtime.engine.speculation.speculator import Speculator
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session.session import Batch, TopRows
+from tests.support.engine_requests import (
+    CAPACITY,
+    VOCAB,
+    Recorder,
+    add,
+    alone,
+    check_cache,
+    check_slots,
+    greedy,
+    make_request,
+)
 from tests.support.fake_session import FakeSession
 
-CAPACITY, VOCAB = 160, 50
 HEADS = [[(7 * i + 3 * j) % VOCAB for j in range(100)] for i in range(3)]
 """Long beginnings that prompts of a trace have in common."""
-
-
-class Recorder:
-    """Collects the events of one request and checks that nothing follows the last."""
-
-    def __init__(self) -> None:
-        self.events: list[TokenEvent] = []
-
-    def __call__(self, event: TokenEvent) -> None:
-        assert not self.is_done
-        self.events.append(event)
-
-    @property
-    def is_done(self) -> bool:
-        return bool(self.events) and self.events[-1].finish_reason is not None
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [e.token_id for e in self.events if e.token_id is not None]
-
-    @property
-    def reason(self) -> FinishReason | None:
-        return self.events[-1].finish_reason if self.events else None
-
-
-def make_request(
-    request_id: str, prompt_ids: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()
-) -> tuple[Request, Recorder]:
-    recorder = Recorder()
-    request = Request(request_id=request_id, prompt_ids=prompt_ids, params=params, eos_ids=eos_ids, sink=recorder)
-    return request, recorder
-
-
-def add(
-    engine: Engine,
-    request_id: str,
-    prompt_ids: list[int],
-    params: SamplingParams,
-    *,
-    options: RequestOptions = DEFAULT_OPTIONS,
-) -> Recorder:
-    request, recorder = make_request(request_id, prompt_ids, params)
-    request.options = options
-    engine.add(engine.prepare(request))
-    return recorder
-
-
-def alone(
-    prompt_ids: list[int],
-    params: SamplingParams,
-    eos_ids: frozenset[int] = frozenset(),
-    *,
-    memory: int | None = None,
-) -> list[TokenEvent]:
-    """What a request gets with a session to itself, its prompt in one chunk, no cache and no drafts."""
-    session = FakeSession(num_slots=1, capacity=CAPACITY, vocab_size=VOCAB, memory=memory)
-    engine = Engine(session, prefill_chunk=CAPACITY)
-    request, recorder = make_request("alone", prompt_ids, params, eos_ids)
-    engine.add(engine.prepare(request))
-    while engine.has_work:
-        engine.step()
-    return recorder.events
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0)
-
-
-def check_slots(engine: Engine) -> None:
-    """free + used == total, and each running sequence holds one slot of its own."""
-    slots = engine._scheduler.slots
-    assert slots.num_free + slots.num_used == slots.num_slots
-    held = [s.slot for s in engine.live.values() if s.slot is not None]
-    assert len(set(held)) == len(held) == slots.num_used
-    free = set(range(slots.num_slots)) - set(held)
-    assert all(slots.past_len[slot] == 0 for slot in free)
-    for sequence in engine.live.values():
-        if sequence.slot is not None:
-            # The last token chosen is not in the cache before the next step.
-            most = sequence.num_prompt + max(0, sequence.num_generated - 1)
-            assert slots.past_len[sequence.slot] <= most
-
-
-def check_cache(engine: Engine, max_bytes: int) -> None:
-    """The memory bound holds, and no block is kept without those before it: nobody could find it."""
-    cache = engine._scheduler.cache
-    assert cache.num_bytes == sum(rows.nbytes for rows in cache._blocks.values()) <= max_bytes
-    for sequence in engine.live.values():
-        known = [key in cache._blocks for key in sequence.prefix_keys]
-        assert known == sorted(known, reverse=True)
 
 
 def check_batches(session: FakeSession) -> None:

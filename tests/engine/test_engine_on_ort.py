@@ -8,30 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.calibration.dataset import CalibrationOptions
-from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu_session import WHOLE_ROWS, OrtSession
-from runtime.core import FinishReason, Request, SamplingParams, TokenEvent, Usage
+from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator
 from runtime.session.session import Batch
+from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.tiny_artifact import FEW_IDS
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
-
-CHUNK = 16
-
-
-def requests() -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of one token to several chunks, greedy and sampled with every filter, short and long answers."""
-    rng = np.random.default_rng(7)
-    out = []
-    for idx, length in enumerate((1, 3, 15, 16, 17, 40, 70, 5, 33, 2, 64, 9)):
-        settings: dict[str, Any] = {"temperature": 0.0} if idx % 2 else {"temperature": 1.0, "top_p": 0.9, "seed": idx}
-        if idx % 3 == 0:
-            settings |= {"repetition_penalty": 1.2, "logprobs": 2}
-        out.append((rng.integers(3, 320, length).tolist(), SamplingParams(max_tokens=3 + 5 * (idx % 6), **settings)))
-    return out
 
 
 class Counted:
@@ -52,14 +38,6 @@ class Counted:
         self.num_drafted += usage.num_drafted
 
 
-class Collected(list[TokenEvent]):
-    """A sink that keeps what it gets."""
-
-    def tokens(self) -> list[tuple[int | None, float | None]]:
-        assert self[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        return [(event.token_id, event.logprob) for event in self]
-
-
 def alike() -> list[tuple[list[int], SamplingParams]]:
     """Prompts that share beginnings of 0 to 100 tokens, cut everywhere."""
     rng = np.random.default_rng(8)
@@ -73,23 +51,12 @@ def alike() -> list[tuple[list[int], SamplingParams]]:
     ]
 
 
-def submit(engine: Engine, name: str, prompt: list[int], params: SamplingParams) -> Collected:
-    sink = Collected()
-    engine.add(
-        engine.prepare(
-            Request(request_id=name, prompt_ids=prompt, params=params, eos_ids=frozenset({2}), sink=sink.append)
-        )
-    )
-    return sink
-
-
 @pytest.fixture(scope="module", params=[("fp32", "compute"), ("w8a16", "compute"), ("fp32", "int8")], ids="-".join)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     precision, kv = request.param
     path = tmp_path_factory.mktemp(precision)
     source = write_checkpoint(path / "checkpoint", config_of("qwen3"))
-    text = QuantizationOptions(text=CalibrationOptions(num_samples=8, length=64))
-    settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": text, "force": True}
+    settings: dict[str, Any] = {"precision": precision, "kv": kv, "quantization": FEW_IDS, "force": True}
     export_model(ExportOptions(model=str(source), out=path / "artifact", **settings))
     return open_artifact(path / "artifact", allow_failed=True)
 

@@ -1,8 +1,6 @@
 """The text model on a fake session and a byte tokenizer: threads, overload, failure, drain, cancelling."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -12,13 +10,12 @@ from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
-from runtime.text.chat.template import ChatTemplate
 from runtime.text_model import TextModel
-from tests.engine.test_engine import make_request
 from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.engine_requests import make_request
 from tests.support.fake_session import FakeSession
+from tests.support.fake_text_model import VOCAB_SIZE, greedy_to_the_end, running
 
-VOCAB = 258
 LONG_WAIT_S = 30.0
 """Far beyond what any of this takes: only a bug waits so long."""
 
@@ -38,42 +35,19 @@ class Gate:
         self._open.set()
 
 
-@contextmanager
-def running(session: FakeSession, *, max_waiting: int = 64, template: str | None = None) -> Iterator[TextModel]:
-    tokenizer = byte_tokenizer()
-    model = TextModel(
-        name="fake",
-        session=session,
-        tokenizer=tokenizer,
-        chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
-        eos_ids=frozenset({257}),
-        settings=EngineSettings(max_waiting=max_waiting),
-    )
-    model.start()
-    try:
-        yield model
-    finally:
-        model.close()
-        assert session.is_closed
-
-
-def greedy(max_tokens: int, stop: tuple[str, ...] = ()) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, stop=stop, ignore_eos=True)
-
-
 def text_of(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
 def test_many_threads_get_the_tokens_they_get_alone() -> None:
     prompts = [[i, i + 1, i + 2] for i in range(12)]
-    with running(FakeSession(vocab_size=VOCAB, num_slots=1)) as model:
-        expected = [list(model.generate(p, greedy(10))) for p in prompts]
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=1)) as model:
+        expected = [list(model.generate(p, greedy_to_the_end(10))) for p in prompts]
     results: dict[int, list[TokenEvent]] = {}
-    with running(FakeSession(vocab_size=VOCAB, num_slots=5)) as model:
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=5)) as model:
 
         def ask(i: int) -> None:
-            results[i] = list(model.generate(prompts[i], greedy(10)))
+            results[i] = list(model.generate(prompts[i], greedy_to_the_end(10)))
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
         for thread in threads:
@@ -85,33 +59,33 @@ def test_many_threads_get_the_tokens_they_get_alone() -> None:
 
 
 def test_pieces_add_up_to_the_text_and_a_stop_string_cuts_it() -> None:
-    with running(FakeSession(vocab_size=VOCAB)) as model:
-        events = list(model.generate([1, 2], greedy(40)))
+    with running(FakeSession(vocab_size=VOCAB_SIZE)) as model:
+        events = list(model.generate([1, 2], greedy_to_the_end(40)))
         whole = byte_tokenizer().decode([e.token_id for e in events if e.token_id is not None])
         assert text_of(events) == whole
         stop = whole[10:13]
-        cut = list(model.generate([1, 2], greedy(40, stop=(stop,))))
+        cut = list(model.generate([1, 2], greedy_to_the_end(40, stop=(stop,))))
         assert text_of(cut) == whole[: whole.index(stop)]
         assert cut[-1].finish_reason is FinishReason.STOP
 
 
 def test_an_eos_token_ends_the_answer_without_text() -> None:
     biased = SamplingParams(max_tokens=9, temperature=0, logit_bias={257: 100})
-    with running(FakeSession(vocab_size=VOCAB)) as model:
+    with running(FakeSession(vocab_size=VOCAB_SIZE)) as model:
         (event,) = model.generate([1], biased)
     assert event == TokenEvent(257, "", finish_reason=FinishReason.STOP)
 
 
 def test_one_request_too_many_is_refused() -> None:
     gate = Gate()
-    with running(FakeSession(vocab_size=VOCAB, num_slots=2, on_run=gate), max_waiting=1) as model:
-        accepted = [model.generate([1], greedy(2)) for _ in range(3)]
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=2, on_run=gate), max_waiting=1) as model:
+        accepted = [model.generate([1], greedy_to_the_end(2)) for _ in range(3)]
         with pytest.raises(Overloaded, match="3 requests") as caught:
-            model.generate([1], greedy(2))
+            model.generate([1], greedy_to_the_end(2))
         assert caught.value.retry_after >= 1
         gate.open()
         assert [list(g)[-1].finish_reason for g in accepted] == [FinishReason.LENGTH] * 3
-        assert list(model.generate([1], greedy(2)))
+        assert list(model.generate([1], greedy_to_the_end(2)))
 
 
 class Panic(BaseException):
@@ -126,8 +100,8 @@ def test_an_engine_failure_reaches_every_request_and_later_ones_are_refused(kind
         gate(batch)
         raise kind("out of cache")
 
-    with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=fail)) as model:
-        requests = [model.generate([1], greedy(2)) for _ in range(3)]
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, on_run=fail)) as model:
+        requests = [model.generate([1], greedy_to_the_end(2)) for _ in range(3)]
         assert model.is_ready
         gate.open()
         for request in requests:
@@ -137,7 +111,7 @@ def test_an_engine_failure_reaches_every_request_and_later_ones_are_refused(kind
         assert not model.is_ready
         assert model.failure == f"the engine failed: {kind.__name__}: out of cache"
         with pytest.raises(Unavailable, match="out of cache"):
-            model.generate([1], greedy(2))
+            model.generate([1], greedy_to_the_end(2))
         assert model.drain(LONG_WAIT_S)
 
 
@@ -148,13 +122,13 @@ def test_a_panic_in_the_thread_that_computes_masks_ends_one_request() -> None:
         raise Panic("in a mask")
 
     constraint = Constraint(ConstraintKind.REGEX, "[a-z]{30}", param="structured_outputs")
-    with running(FakeSession(vocab_size=VOCAB)) as model:
+    with running(FakeSession(vocab_size=VOCAB_SIZE)) as model:
         held = model.generate([1], SamplingParams(max_tokens=20, temperature=0, constraint=constraint))
         assert list(held)[-1].finish_reason is FinishReason.LENGTH
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("runtime.grammar.guide.mask_of", panic)
             held = model.generate([1], SamplingParams(max_tokens=20, temperature=0, constraint=constraint))
-            other = model.generate([2], greedy(20))
+            other = model.generate([2], greedy_to_the_end(20))
             last = list(held)[-1]
             assert (last.finish_reason, last.error) == (FinishReason.ERROR, "Panic: in a mask")
             assert list(other)[-1].finish_reason is FinishReason.LENGTH
@@ -168,10 +142,10 @@ def test_a_cancellation_on_its_way_does_not_save_the_engine_from_failing_cleanly
         gate(batch)
         raise MemoryError("out of cache")
 
-    with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=fail)) as model:
-        first, second = model.generate([1], greedy(2)), model.generate([2], greedy(2))
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, on_run=fail)) as model:
+        first, second = model.generate([1], greedy_to_the_end(2)), model.generate([2], greedy_to_the_end(2))
         assert gate.entered.wait(LONG_WAIT_S)
-        late = model.generate([3], greedy(2))
+        late = model.generate([3], greedy_to_the_end(2))
         first.close()
         gate.open()
         assert [list(g)[-1].finish_reason for g in (first, second, late)] == [FinishReason.ERROR] * 3
@@ -180,20 +154,20 @@ def test_a_cancellation_on_its_way_does_not_save_the_engine_from_failing_cleanly
 
 def test_drain_lets_what_runs_finish() -> None:
     gate = Gate()
-    with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=gate)) as model:
-        requests = [model.generate([1], greedy(5)) for _ in range(3)]
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, on_run=gate)) as model:
+        requests = [model.generate([1], greedy_to_the_end(5)) for _ in range(3)]
         threading.Timer(0.05, gate.open).start()
         assert model.drain(LONG_WAIT_S)
         assert [list(r)[-1].finish_reason for r in requests] == [FinishReason.LENGTH] * 3
         assert not model.is_ready
         with pytest.raises(Unavailable, match="shutting down"):
-            model.generate([1], greedy(2))
+            model.generate([1], greedy_to_the_end(2))
 
 
 def test_drain_cancels_what_does_not_finish_in_time() -> None:
     gate = Gate()
-    with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=gate)) as model:
-        requests = [model.generate([1], greedy(5)) for _ in range(3)]
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, on_run=gate)) as model:
+        requests = [model.generate([1], greedy_to_the_end(5)) for _ in range(3)]
         assert gate.entered.wait(LONG_WAIT_S)
         threading.Timer(0.2, gate.open).start()
         assert not model.drain(0.01)
@@ -202,12 +176,12 @@ def test_drain_cancels_what_does_not_finish_in_time() -> None:
 
 def test_closing_a_generation_cancels_it_and_frees_its_slot() -> None:
     gate = Gate()
-    with running(FakeSession(vocab_size=VOCAB, num_slots=1, on_run=gate)) as model:
-        with model.generate([1], greedy(50)) as closed:
+    with running(FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, on_run=gate)) as model:
+        with model.generate([1], greedy_to_the_end(50)) as closed:
             assert gate.entered.wait(LONG_WAIT_S)
             closed.close()
             closed.close()
-        after = model.generate([2], greedy(3))
+        after = model.generate([2], greedy_to_the_end(3))
         gate.open()
         assert list(closed)[-1].finish_reason is FinishReason.CANCELLED
         assert list(after)[-1].finish_reason is FinishReason.LENGTH
@@ -217,9 +191,9 @@ def test_closing_a_generation_cancels_it_and_frees_its_slot() -> None:
 
 def test_closing_the_model_ends_every_generation() -> None:
     gate = Gate()
-    session = FakeSession(vocab_size=VOCAB, num_slots=1, on_run=gate)
+    session = FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, on_run=gate)
     with running(session) as model:
-        requests = [model.generate([1], greedy(50)) for _ in range(3)]
+        requests = [model.generate([1], greedy_to_the_end(50)) for _ in range(3)]
         assert gate.entered.wait(LONG_WAIT_S)
         threading.Timer(0.05, gate.open).start()
     assert [list(r)[-1].finish_reason for r in requests] == [FinishReason.CANCELLED] * 3
@@ -227,8 +201,8 @@ def test_closing_the_model_ends_every_generation() -> None:
 
 def test_next_event_gives_none_while_there_is_nothing_and_the_last_event_for_ever() -> None:
     gate = Gate()
-    with running(FakeSession(vocab_size=VOCAB, on_run=gate)) as model:
-        generation = model.generate([1], greedy(1))
+    with running(FakeSession(vocab_size=VOCAB_SIZE, on_run=gate)) as model:
+        generation = model.generate([1], greedy_to_the_end(1))
         assert generation.prompt_tokens == 1
         assert generation.next_event(0.01) is None
         gate.open()
@@ -240,32 +214,32 @@ def test_next_event_gives_none_while_there_is_nothing_and_the_last_event_for_eve
 
 def test_a_request_id_in_use_is_refused_until_it_is_free() -> None:
     gate = Gate()
-    with running(FakeSession(vocab_size=VOCAB, on_run=gate)) as model:
-        first = model.generate([1], greedy(1), request_id="mine")
+    with running(FakeSession(vocab_size=VOCAB_SIZE, on_run=gate)) as model:
+        first = model.generate([1], greedy_to_the_end(1), request_id="mine")
         with pytest.raises(InvalidRequest, match="'mine' is in use"):
-            model.generate([1], greedy(1), request_id="mine")
+            model.generate([1], greedy_to_the_end(1), request_id="mine")
         gate.open()
         assert list(first)
-        assert list(model.generate([1], greedy(1), request_id="mine"))
+        assert list(model.generate([1], greedy_to_the_end(1), request_id="mine"))
 
 
 def test_bad_requests_are_refused_before_they_are_queued() -> None:
-    with running(FakeSession(vocab_size=VOCAB, capacity=10)) as model:
+    with running(FakeSession(vocab_size=VOCAB_SIZE, capacity=10)) as model:
         for params in (
-            SamplingParams(logit_bias={VOCAB: 1.0}, max_tokens=1),
+            SamplingParams(logit_bias={VOCAB_SIZE: 1.0}, max_tokens=1),
             SamplingParams(stop_token_ids=frozenset({-1}), max_tokens=1),
         ):
             with pytest.raises(InvalidRequest, match="not in the vocabulary"):
                 model.generate([1], params)
         with pytest.raises(InvalidRequest, match="empty"):
-            model.generate([], greedy(1))
+            model.generate([], greedy_to_the_end(1))
         with pytest.raises(PromptTooLong, match="10 tokens"):
-            model.generate([1] * 10, greedy(1))
+            model.generate([1] * 10, greedy_to_the_end(1))
         assert model.stats().num_waiting == 0
 
 
 def test_a_model_that_is_not_started_is_unavailable() -> None:
-    session = FakeSession(vocab_size=VOCAB)
+    session = FakeSession(vocab_size=VOCAB_SIZE)
     model = TextModel(
         name="fake",
         session=session,
@@ -276,7 +250,7 @@ def test_a_model_that_is_not_started_is_unavailable() -> None:
         precision="fp32",
     )
     with pytest.raises(Unavailable, match="starting"):
-        model.generate([1], greedy(1))
+        model.generate([1], greedy_to_the_end(1))
     assert model.describe() == "4 KV slots of 64 tokens, 2.0 kB at most, fp32, on fake"
     model.close()
     model.close()
@@ -285,12 +259,12 @@ def test_a_model_that_is_not_started_is_unavailable() -> None:
 def test_chat_needs_a_template_and_uses_it() -> None:
     messages = [{"role": "user", "content": "hé"}]
     with (
-        running(FakeSession(vocab_size=VOCAB)) as model,
+        running(FakeSession(vocab_size=VOCAB_SIZE)) as model,
         pytest.raises(InvalidRequest, match="no chat template"),
     ):
         model.encode_chat(messages)
     template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
-    with running(FakeSession(vocab_size=VOCAB), template=template) as model:
+    with running(FakeSession(vocab_size=VOCAB_SIZE), template=template) as model:
         ids = model.encode_chat(messages)
         assert (ids[0], ids[-1]) == (256, 257)
         assert b"".join(model.token_bytes(i) for i in ids).decode() == "hé"
@@ -312,8 +286,8 @@ def test_an_abandoned_reply_may_be_closed_in_the_middle_of_anything() -> None:
 
     thread._is_accepting = True  # without its thread: nothing empties the inbox
     for name in (Meddler("a"), Meddler("b")):
-        thread.submit(make_request(name, [1], greedy(1))[0])
+        thread.submit(make_request(name, [1], greedy_to_the_end(1))[0])
     with pytest.raises(InvalidRequest, match="request id 'b' is in use"):
-        thread.submit(make_request("b", [1], greedy(1))[0])
-    thread.submit(make_request("c", [1], greedy(1))[0])
+        thread.submit(make_request("b", [1], greedy_to_the_end(1))[0])
+    thread.submit(make_request("c", [1], greedy_to_the_end(1))[0])
     assert thread.stats().num_waiting == 3

@@ -1,8 +1,4 @@
-"""A failure in every step of the engine's loop: who hears of it, with what reason, and who goes on.
-
-What concerns one request (its logits, sampler, text) ends that one. What concerns the session, the cache or the
-scheduler ends all, with the reason, and the server is not ready any more: K and V may be askew.
-"""
+"""A failure in each step of the engine's loop: which requests fail, with which reason, and which continue."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +14,7 @@ from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
 from runtime.errors import Unavailable
 from runtime.session.session import Batch, KvRows, TopRow
-from tests.engine.test_engine import VOCAB, Recorder, alone, greedy, make_request
+from tests.support.engine_requests import VOCAB, Recorder, alone, greedy, make_request
 from tests.support.fake_session import FakeSession
 
 LONG_WAIT_S = 30.0

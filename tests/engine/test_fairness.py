@@ -1,4 +1,4 @@
-"""Who goes first, who waits how long, and who is given up: priorities, prompt turns, time limits."""
+"""The order of requests: priorities, turns of long and short prompts, time limits."""
 
 import time
 
@@ -7,11 +7,8 @@ import pytest
 from runtime.core import FinishReason, RequestOptions
 from runtime.engine.engine import Engine
 from runtime.errors import InvalidRequest
-from runtime.session.session import Batch
-from serve.app import create_app
-from tests.engine.test_engine import Recorder, add, greedy
+from tests.support.engine_requests import Recorder, add, greedy
 from tests.support.fake_session import FakeSession
-from tests.support.fake_text_model import NAME, fake_text_model
 
 CHUNK = 16
 PASSED = RequestOptions(timeout_s=1e-9)
@@ -123,22 +120,3 @@ def test_a_request_that_waits_too_long_for_a_slot_fails_and_one_that_has_a_slot_
 def test_options_out_of_range_are_refused(options: dict[str, int], match: str) -> None:
     with pytest.raises(InvalidRequest, match=match):
         RequestOptions(**options)  # type: ignore[arg-type]
-
-
-def test_over_http_a_time_that_is_up_is_a_504_and_no_slot_in_time_a_503() -> None:
-    def slow(batch: Batch) -> None:
-        time.sleep(0.02)
-
-    model = fake_text_model(num_slots=1, on_run=slow, max_queue_wait=0.1, request_timeout=30.0)
-    model.start()
-    client = create_app(model).test_client()
-    body = {"model": NAME, "prompt": "once", "ignore_eos": True}
-    late = client.post("/v1/completions", json={**body, "max_tokens": 200, "timeout": 0.05, "priority": 1})
-    assert late.status_code == 504
-    assert late.get_json()["error"]["code"] == "timeout"
-    with model.generate([1], greedy(200)):
-        unserved = client.post("/v1/completions", json=body)
-        assert unserved.status_code == 503
-        assert "--max-queue-wait" in unserved.get_json()["error"]["message"]
-        assert unserved.headers["Retry-After"]
-    model.close()

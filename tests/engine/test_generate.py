@@ -15,8 +15,8 @@ from runtime.core import SamplingParams
 from runtime.errors import EngineFailed
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings, flag_name
-from tests.engine.test_engine_thread import VOCAB, greedy, running
 from tests.support.fake_session import FakeSession
+from tests.support.fake_text_model import VOCAB_SIZE, greedy_to_the_end, running
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
@@ -26,10 +26,10 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 from runtime.commands.generate import stream
 from tests.support.fake_session import FakeSession
-from tests.engine.test_engine_thread import VOCAB, greedy, running
-session = FakeSession(vocab_size=VOCAB, num_slots=1, capacity=10**6, on_run=lambda batch: time.sleep(0.001))
+from tests.support.fake_text_model import VOCAB_SIZE, greedy_to_the_end, running
+session = FakeSession(vocab_size=VOCAB_SIZE, num_slots=1, capacity=10**6, on_run=lambda batch: time.sleep(0.001))
 with running(session) as model:
-    sys.exit(stream(model.generate([1], greedy(900_000))))
+    sys.exit(stream(model.generate([1], greedy_to_the_end(900_000))))
 """
 
 
@@ -61,9 +61,9 @@ def test_mistakes_are_told_in_one_line(argv: list[str], message: str, capsys: py
 
 
 def test_the_text_goes_to_stdout_and_the_figures_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with running(FakeSession(vocab_size=VOCAB)) as model:
-        expected = "".join(event.text for event in model.generate([1, 2], greedy(12)))
-        assert stream(model.generate([1, 2], greedy(12))) == 0
+    with running(FakeSession(vocab_size=VOCAB_SIZE)) as model:
+        expected = "".join(event.text for event in model.generate([1, 2], greedy_to_the_end(12)))
+        assert stream(model.generate([1, 2], greedy_to_the_end(12))) == 0
     out, err = capsys.readouterr()
     assert out == expected + "\n"
     assert err.startswith("2 prompt tokens, 12 tokens, TTFT ") and err.endswith(" tokens/s\n")
@@ -74,14 +74,14 @@ def test_a_failed_engine_is_an_error_with_the_reason() -> None:
         raise MemoryError("out of cache")
 
     with (
-        running(FakeSession(vocab_size=VOCAB, on_run=fail)) as model,
+        running(FakeSession(vocab_size=VOCAB_SIZE, on_run=fail)) as model,
         pytest.raises(EngineFailed, match="out of cache"),
     ):
-        stream(model.generate([1], greedy(2)))
+        stream(model.generate([1], greedy_to_the_end(2)))
 
 
 def test_a_prompt_is_a_chat_unless_it_is_raw() -> None:
-    with running(FakeSession(vocab_size=VOCAB), template=TEMPLATE) as model:
+    with running(FakeSession(vocab_size=VOCAB_SIZE), template=TEMPLATE) as model:
 
         def text(system: str | None, *, is_raw: bool) -> str:
             ids = encode_prompt(model, "hi", system=system, is_raw=is_raw)

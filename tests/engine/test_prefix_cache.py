@@ -1,4 +1,4 @@
-"""The prefix cache: who finds what, what is forgotten first, and that nobody else can tell."""
+"""The prefix cache: which prompts reuse which blocks, what is evicted first, and that salts keep clients apart."""
 
 import numpy as np
 import pytest

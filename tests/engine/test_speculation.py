@@ -18,7 +18,7 @@ from runtime.engine.speculation.prompt_lookup import NgramIndex
 from runtime.engine.speculation.run_cost import RunCost
 from runtime.engine.speculation.speculator import MAX_DRAFT, Speculator
 from runtime.errors import InvalidRequest
-from tests.engine.test_engine import VOCAB, Recorder, add, alone, greedy, make_request
+from tests.support.engine_requests import VOCAB, Recorder, add, alone, greedy, make_request
 from tests.support.fake_session import FakeSession, prefix_logits
 
 EVERY_DRAFT = 0.0

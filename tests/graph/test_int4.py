@@ -1,6 +1,7 @@
-"""int4 rounded on calibration text: better than to nearest, as the kernel reads it, through the pipeline, and again."""
+"""int4 weights rounded on calibration text: smaller errors than nearest rounding, in the layout the kernel reads."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,16 +24,16 @@ from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
 from export.quantize.rounding.blocks import compensated_rows
-from export.quantize.rounding.gptq import Moments
 from export.schemes.forms import Blocks
 from export.schemes.registry import SCHEMES
 from export.schemes.scheme import Storage
 from export.sources.open import open_checkpoint
 from export.storage.blocks import QuantizedRows, dequantize_rows, quantize_rows
 from export.storage.quantized_rows import ImportedRows
+from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import CalibrationFailed, UnsupportedModel
-from tests.graph.test_int8 import correlated_inputs
+from tests.graph.rounding import correlated_inputs, moments_of, output_error
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 INT4 = Blocks(bits=4, block_size=32, symmetric=False)
@@ -40,18 +41,8 @@ INT4 = Blocks(bits=4, block_size=32, symmetric=False)
 W4A16 = cast(Storage, SCHEMES["w4a16"].ort)
 
 
-def moments_of(x: np.ndarray, exact: np.ndarray | None = None) -> Moments:
-    moments = Moments(x.shape[1], aims_at_exact=True)
-    moments.update(x if exact is None else exact, x, np.ones(len(x), np.float32))
-    return moments
-
-
 def nearest(weight: np.ndarray) -> QuantizedRows:
     return quantize_rows(weight, bits=4, block_size=32, symmetric=False)
-
-
-def output_error(exact: np.ndarray, weight: np.ndarray, x: np.ndarray, rows: QuantizedRows) -> float:
-    return float(np.square(x @ dequantize_rows(rows, bits=4).T - exact @ weight.T).mean())
 
 
 def test_compensated_weights_beat_the_nearest_ones_on_unseen_input() -> None:
@@ -133,14 +124,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=40, length=128))
 
 
-def exported(model: Path, out: Path, precision: str = "w4a16", calibration: Path | None = None) -> Any:
+def export_rounded(model: Path, out: Path, precision: str = "w4a16", calibration: Path | None = None) -> Artifact:
     quantization = SMALL if calibration is None else QuantizationOptions(reuse=calibration)
     options = ExportOptions(model=str(model), out=out, precision=precision, quantization=quantization, force=True)
     return export_model(options)
 
 
-def test_an_export_rounds_on_text_and_does_better_for_it(tmp_path: Path, model: Path) -> None:
-    artifact = exported(model, tmp_path / "out")
+@pytest.fixture(scope="module")
+def calibrated(model: Path) -> Mapping[str, Artifact]:
+    """The model in both precisions, each calibrated by its own export."""
+    return {name: export_rounded(model, model.with_name(name), name) for name in ("w4a16", "w8a8")}
+
+
+def test_an_export_rounds_on_text_and_does_better_for_it(
+    tmp_path: Path, model: Path, calibrated: Mapping[str, Artifact]
+) -> None:
+    artifact = calibrated["w4a16"]
     checkpoint = open_checkpoint(str(model))
     nearest_kl = receipt_kl_of_nearest(model, tmp_path)
     assert artifact.receipt["figures"]["kl"] < 0.8 * nearest_kl
@@ -148,7 +147,7 @@ def test_an_export_rounds_on_text_and_does_better_for_it(tmp_path: Path, model: 
     assert len(account["layer_errors"]) == 3 * checkpoint.config["num_hidden_layers"]
     assert all(0 < error < 0.05 for error in account["layer_errors"].values())
     assert account["calibration"]["source"].startswith("random ids")
-    assert not workdir_of(tmp_path / "out").exists()
+    assert not workdir_of(artifact.path).exists()
     (shown,) = [line for line in as_lines(artifact) if "largest output errors" in line]
     worst = max(account["layer_errors"].items(), key=lambda item: item[1])
     assert f"errors: {worst[0]} {worst[1]:.2%}" in shown
@@ -174,10 +173,11 @@ def receipt_kl_of_nearest(model: Path, tmp_path: Path) -> float:
 
 
 @pytest.mark.parametrize(("first", "second"), [("w4a16", "w8a8"), ("w8a8", "w4a16"), ("w4a16", "w4a16")])
-def test_a_calibration_serves_the_other_precision(tmp_path: Path, model: Path, first: str, second: str) -> None:
-    done = exported(model, tmp_path / "first", first)
-    again = exported(model, tmp_path / "second", second, tmp_path / "first")
-    fresh = exported(model, tmp_path / "fresh", second)
+def test_a_calibration_serves_the_other_precision(
+    tmp_path: Path, model: Path, calibrated: Mapping[str, Artifact], first: str, second: str
+) -> None:
+    done, fresh = calibrated[first], calibrated[second]
+    again = export_rounded(model, tmp_path / "again", second, done.path)
     assert again.manifest.files["weights.bin"] == fresh.manifest.files["weights.bin"]
     assert again.receipt["quantization"]["calibration"] == done.receipt["quantization"]["calibration"]
 
@@ -222,7 +222,7 @@ def test_an_interrupted_rounding_goes_on_where_it_stopped(tmp_path: Path, model:
 def test_rows_that_blocks_do_not_fill_are_refused_before_any_text_is_read(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", config_of("llama", intermediate_size=100))
     with pytest.raises(UnsupportedModel, match=r"down_proj.weight has rows of 100, not a multiple .* block 32"):
-        exported(model, tmp_path / "out")
+        export_rounded(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -242,9 +242,9 @@ def test_an_input_that_is_not_finite_is_named(tmp_path: Path, model: Path) -> No
         round_layers(Broken(checkpoint), config, [list(range(40))], {Site(1, "gate_up"): INT4}, tmp_path / "work")
 
 
-def test_a_calibration_of_another_model_is_refused(tmp_path: Path, model: Path) -> None:
-    exported(model, tmp_path / "first")
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path, calibrated: Mapping[str, Artifact]) -> None:
+    first = calibrated["w4a16"].path
     other = write_checkpoint(tmp_path / "other", config_of("llama-tied", vocab_size=100))
     with pytest.raises(CalibrationFailed, match="another vocabulary"):
-        exported(other, tmp_path / "second", calibration=tmp_path / "first")
-    assert json.loads((tmp_path / "first" / "calibration.json").read_text(encoding="utf-8"))["layers"] == []
+        export_rounded(other, tmp_path / "second", calibration=first)
+    assert json.loads((first / "calibration.json").read_text(encoding="utf-8"))["layers"] == []

@@ -1,4 +1,4 @@
-"""int8 arithmetic, the choice of layers, and the graph: what ONNX Runtime computes is what numpy says it computes."""
+"""int8 arithmetic, the choice of layers, and the graph: ONNX Runtime computes what numpy computes."""
 
 from pathlib import Path
 
@@ -26,12 +26,7 @@ from export.quantize.rounding.int8 import (
 from export.quantize.rounding.layers import Int8Layer
 from runtime.errors import InvalidSetting
 from runtime.machine.cpu_features import int8_options
-
-
-def correlated_inputs(num: int, channels: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((channels, channels)) * rng.uniform(0.05, 1, channels)
-    return (rng.standard_normal((num, channels)) @ mixing).astype(np.float32)
+from tests.graph.rounding import correlated_inputs
 
 
 def output_error(x: np.ndarray, seen: np.ndarray, weight: np.ndarray, rows: Int8Rows) -> float:

@@ -1,7 +1,6 @@
-"""The TensorRT dialects on ONNX Runtime, from tiny checkpoints: the ort dialect's numbers, from the same weights."""
+"""The TensorRT dialects on ONNX Runtime, from tiny checkpoints: the ort dialect's logits from the same weights."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,20 +22,14 @@ from runtime.artifact.manifest import (
 )
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.errors import InvalidSetting
-from tests.graph.test_export_parity import LOGIT_TOLERANCE, run_in_pieces, run_ragged
+from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
+from tests.support.tiny_artifact import TinyExports
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
 
 DIALECTS = ("ort", "trt", "trt-plain")
+MAX_LEN = 128
+"""Well past every window (24) and every length that rotary scaling starts from (64); most of an export is checking."""
 WAYS = ("prefill", "decode", "chunked", "ragged")
-
-
-def exported(
-    tmp_path: Path, variant: str, precision: str = "fp32", dialects: tuple[str, ...] = DIALECTS, **changes: Any
-) -> tuple[Path, Artifact]:
-    source = write_checkpoint(tmp_path / "checkpoint", config_of(variant, **changes))
-    out = tmp_path / "artifact"
-    export_model(ExportOptions(model=str(source), out=out, precision=precision, dialects=dialects))
-    return source, open_artifact(out)
 
 
 def initializers(artifact: Artifact, dialect: str) -> dict[str, tuple[str, str]]:
@@ -47,8 +40,8 @@ def initializers(artifact: Artifact, dialect: str) -> dict[str, tuple[str, str]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fp32_gives_the_ort_dialects_numbers_in_every_way(tmp_path: Path, variant: str) -> None:
-    _, artifact = exported(tmp_path, variant)
+def test_fp32_gives_the_ort_dialects_numbers_in_every_way(tiny: TinyExports, variant: str) -> None:
+    artifact = tiny.artifact(variant, dialects=DIALECTS, max_len=MAX_LEN)
     figures = artifact.receipt["figures"]
     for dialect in ("trt", "trt-plain"):
         assert max(figures[f"{dialect}.{way}_error"] for way in WAYS) < LOGIT_TOLERANCE
@@ -59,11 +52,13 @@ def test_fp32_gives_the_ort_dialects_numbers_in_every_way(tmp_path: Path, varian
 @pytest.mark.oracle
 @pytest.mark.parametrize("dialect", ["trt", "trt-plain"])
 @pytest.mark.parametrize("variant", ["llama-biases", "mistral-sliding", "qwen2-yarn", "qwen3"])
-def test_fp32_equals_transformers(tmp_path: Path, variant: str, dialect: str) -> None:
+def test_fp32_equals_transformers(tiny: TinyExports, variant: str, dialect: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    source, artifact = exported(tmp_path, variant, dialects=(dialect,))
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    artifact = tiny.artifact(variant, dialects=DIALECTS, max_len=MAX_LEN)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny.checkpoint(variant), dtype=torch.float32, attn_implementation="eager"
+    )
     ids = np.random.default_rng(1).integers(3, 320, 120)
     with torch.no_grad():
         expected = model.eval()(torch.tensor(ids[None])).logits[0].numpy()
@@ -84,26 +79,23 @@ def test_fp32_equals_transformers(tmp_path: Path, variant: str, dialect: str) ->
     ("precision", "error"), [("fp16", 0.1), ("bf16", 0.3), ("w8a16", 0.6), ("w8a8", 1.5), ("w4a16", 6.0)]
 )
 @pytest.mark.parametrize("dialect", ["trt", "trt-plain"])
-def test_narrow_precisions_round_and_no_more(tmp_path: Path, precision: str, error: float, dialect: str) -> None:
-    source = write_checkpoint(tmp_path / "checkpoint", config_of("llama-biases", intermediate_size=128))
-    options = ExportOptions(
-        model=str(source), out=tmp_path / "artifact", precision=precision, dialects=(dialect,), force=True
-    )
-    figures = export_model(options).receipt["figures"]
+def test_narrow_precisions_round_and_no_more(tiny: TinyExports, precision: str, error: float, dialect: str) -> None:
+    artifact = tiny.artifact("llama-biases", precision, dialects=("trt", "trt-plain"), intermediate_size=128)
+    figures = artifact.receipt["figures"]
     assert 1e-4 < figures[f"{dialect}.max_logit_error"] < error
     assert figures[f"{dialect}.prefill_error"] < error
 
 
-def test_what_has_the_same_form_is_stored_once(tmp_path: Path) -> None:
-    _, artifact = exported(tmp_path, "qwen2")
+def test_what_has_the_same_form_is_stored_once(tiny: TinyExports) -> None:
+    artifact = tiny.artifact("qwen2", dialects=DIALECTS, max_len=MAX_LEN)
     assert TRT_WEIGHTS not in artifact.manifest.files
     ort, trt = initializers(artifact, "ort"), initializers(artifact, "trt")
     assert {file for file, _ in trt.values()} == {WEIGHTS}
     assert ort == trt == initializers(artifact, "trt-plain")
 
 
-def test_half_precision_shares_all_but_the_norms(tmp_path: Path) -> None:
-    _, artifact = exported(tmp_path, "llama-tied", "fp16", ("ort", "trt"))
+def test_half_precision_shares_all_but_the_norms(tiny: TinyExports) -> None:
+    artifact = tiny.artifact("llama-tied", "fp16", dialects=("ort", "trt"))
     own = {name for name, (file, _) in initializers(artifact, "trt").items() if file == TRT_WEIGHTS}
     assert own
     assert all("norm" in name for name in own)
@@ -147,15 +139,15 @@ def ort_scales(artifact: Artifact) -> set[float]:
     return {float(np.float16(onnx.numpy_helper.to_array(constants[name]))) for name in names}
 
 
-def test_the_receipt_names_the_graphs_by_hash(tmp_path: Path) -> None:
-    _, artifact = exported(tmp_path, "llama")
+def test_the_receipt_names_the_graphs_by_hash(tiny: TinyExports) -> None:
+    artifact = tiny.artifact("llama", dialects=DIALECTS, max_len=MAX_LEN)
     assert artifact.receipt["graphs"] == {
         dialect: sha256_of(artifact.model_file(dialect)) for dialect in artifact.manifest.dialects
     }
 
 
-def test_the_graph_keeps_away_from_what_tensorrt_drops_or_refuses(tmp_path: Path) -> None:
-    _, artifact = exported(tmp_path, "qwen3", "w8a16", ("trt",))
+def test_the_graph_keeps_away_from_what_tensorrt_drops_or_refuses(tiny: TinyExports) -> None:
+    artifact = tiny.artifact("qwen3", "w8a16", dialects=("trt",))
     model = onnx.load(artifact.model_file("trt"), load_external_data=False)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 24)]
     attention = [node for node in model.graph.node if node.op_type == "Attention"]
@@ -167,8 +159,8 @@ def test_the_graph_keeps_away_from_what_tensorrt_drops_or_refuses(tmp_path: Path
     assert ranks == {4}
 
 
-def test_the_plain_graph_has_only_elementary_operators(tmp_path: Path) -> None:
-    _, artifact = exported(tmp_path, "qwen3", "w8a8", ("trt-plain",))
+def test_the_plain_graph_has_only_elementary_operators(tiny: TinyExports) -> None:
+    artifact = tiny.artifact("qwen3", "w8a8", dialects=("trt-plain",))
     model = onnx.load(artifact.model_file("trt-plain"), load_external_data=False)
     assert model.opset_import[0].version == 21 and model.ir_version == 10
     kinds = {node.op_type for node in model.graph.node}
@@ -176,10 +168,10 @@ def test_the_plain_graph_has_only_elementary_operators(tmp_path: Path) -> None:
     assert not kinds & {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization"}
 
 
-def test_candidates_are_the_largest_logits_and_their_sum(tmp_path: Path) -> None:
+def test_candidates_are_the_largest_logits_and_their_sum(tiny: TinyExports) -> None:
     import onnxruntime
 
-    _, artifact = exported(tmp_path, "llama", dialects=("trt",))
+    artifact = tiny.artifact("llama", dialects=DIALECTS, max_len=MAX_LEN)
     session = onnxruntime.InferenceSession(artifact.model_file("trt"), providers=["CPUExecutionProvider"])
     cache = {entry.name: np.zeros((1, 2, 8, 16), np.float32) for entry in session.get_inputs()[4:]}
     ids = np.array([[5, 6, 7]])

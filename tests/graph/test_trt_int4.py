@@ -1,4 +1,4 @@
-"""int4 for TensorRT: the rounding on calibration text in symmetric blocks, and the integers as the graph has them."""
+"""int4 for TensorRT: rounding on calibration text in symmetric blocks, and the same integers in the graph."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -35,8 +35,7 @@ from export.verify.receipt import verify
 from export.verify.references import NumpyReference
 from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
-from tests.graph.test_int4 import moments_of, output_error
-from tests.graph.test_int8 import correlated_inputs
+from tests.graph.rounding import correlated_inputs, moments_of, output_error
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=24, length=128))

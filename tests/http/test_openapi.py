@@ -1,4 +1,4 @@
-"""The document at /openapi.json is valid, complete, and true: of requests, of replies, of refusals."""
+"""The document at /openapi.json is valid and complete, and describes requests, replies and refusals as they are."""
 
 import json
 import re
@@ -191,7 +191,7 @@ def test_tokenize_and_back(client: FlaskClient) -> None:
         ("/detokenize", {"tokens": [-1]}, "-1"),
     ],
 )
-def test_what_cannot_be_tokenized(client: FlaskClient, path: str, body: Json, words: str) -> None:
+def test_bad_bodies_of_tokenize_are_refused(client: FlaskClient, path: str, body: Json, words: str) -> None:
     answer = client.post(path, json=body)
     assert answer.status_code == 400 and words in answer.get_json()["error"]["message"]
 

@@ -1,5 +1,7 @@
 """Small real tokenizers: one token per byte, byte-level like GPT-2's or with byte fallback like Llama 2's."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, pre_tokenizers
@@ -39,6 +41,12 @@ def byte_fallback_hf() -> HfTokenizer:
 def byte_tokenizer(config: dict[str, Any] | None = None) -> Tokenizer:
     """The byte-level one, wrapped. EOS has the id 257."""
     return Tokenizer(byte_level_hf(), CONFIG if config is None else config)
+
+
+def write_byte_tokenizer(directory: Path) -> None:
+    """Give a checkpoint directory the byte-level tokenizer."""
+    (directory / "tokenizer.json").write_text(byte_level_hf().to_str())
+    (directory / "tokenizer_config.json").write_text(json.dumps(CONFIG))
 
 
 def byte_fallback_tokenizer() -> Tokenizer:

@@ -1,10 +1,11 @@
 """The real TextModel, engine and byte tokenizer over the fake session: what the server's tests run on."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from runtime.core import EngineObserver
+from runtime.core import EngineObserver, SamplingParams
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text.chat.template import ChatTemplate
@@ -66,3 +67,28 @@ def fake_text_model(
         observer=observer,
         card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
     )
+
+
+@contextmanager
+def running(session: FakeSession, *, max_waiting: int = 64, template: str | None = None) -> Iterator[TextModel]:
+    """A text model over the session, started; closed when the block ends."""
+    tokenizer = byte_tokenizer()
+    model = TextModel(
+        name=NAME,
+        session=session,
+        tokenizer=tokenizer,
+        chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
+        eos_ids=frozenset({EOS_ID}),
+        settings=EngineSettings(max_waiting=max_waiting),
+    )
+    model.start()
+    try:
+        yield model
+    finally:
+        model.close()
+        assert session.is_closed
+
+
+def greedy_to_the_end(max_tokens: int, stop: tuple[str, ...] = ()) -> SamplingParams:
+    """Greedy, and past every end of text."""
+    return SamplingParams(max_tokens=max_tokens, temperature=0, stop=stop, ignore_eos=True)

@@ -83,6 +83,45 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{back[module]}.{kind}"
 
 
+def byte_alphabet() -> list[str]:
+    """The 256 characters that byte-level BPE writes bytes with (`bytes_to_unicode` of GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [spelling[byte] for byte in range(256)]
+
+
+def byte_level_metadata(pre: str | None, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Metadata of a byte-level tokenizer: 256 bytes, "ab" and its merge, and three special tokens."""
+    tokens = [*byte_alphabet(), "ab", "<bos>", "<eos>", "<think>"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 257 + [3, 3, 4],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 257,
+        "tokenizer.ggml.eos_token_id": 258,
+    }
+    return {key: value for key, value in (metadata | dict(extra or {})).items() if value is not None}
+
+
+def sentencepiece_metadata(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A SentencePiece vocabulary: 256 bytes, then pieces with scores as training gives them, by rank."""
+    pieces = ["▁a", "an", "▁an", "na", "ban", "▁ban", "ana", "▁", "a", "n", "b"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(rank) for rank in range(len(pieces))],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    return {key: value for key, value in (metadata | dict(extra or {})).items() if value is not None}
+
+
 @dataclass
 class TinyGguf:
     """What to write; `extra` overrides or adds metadata, a value of None leaves a key out."""

@@ -1,18 +1,12 @@
-"""The memory of the KV cache: zeros, committed as they are written, and gone with the last view."""
+"""Memory of the KV cache: zeros, committed when written, and returned with the last view."""
 
 import gc
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtime.machine.kv_pages import lazy_zeros
-
-PAGE = 4096
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+from tests.support.server_process import resident_bytes
 
 
 def test_memory_is_committed_as_it_is_written_and_given_back() -> None:

@@ -1,14 +1,13 @@
-"""The shape of the code: which way imports run, who may import what is heavy, how long things are, how fast help is."""
+"""The shape of the code: which way imports run, who may import what is heavy, and how long things are."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from headrace import VERBS
+from tests.conftest import TIERS
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("export", "runtime", "serve", "calibration_data")
@@ -56,6 +55,11 @@ def sources() -> list[Path]:
     return [ROOT / "headrace.py", *(file for package in PACKAGES for file in sorted((ROOT / package).glob("**/*.py")))]
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """Top-level packages imported anywhere in a module, inside functions too."""
     for node in ast.walk(tree):
@@ -79,7 +83,7 @@ def modules_imported(tree: ast.AST, package: str) -> Iterator[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_from_export_and_serve_to_runtime(package: str) -> None:
     for file in (ROOT / package).glob("**/*.py"):
-        ours = {name for name in imported(ast.parse(file.read_text())) if name in PACKAGES}
+        ours = {name for name in imported(tree_of(file)) if name in PACKAGES}
         assert ours <= MAY_IMPORT[package], f"{file.name} imports {ours - MAY_IMPORT[package]}"
 
 
@@ -94,7 +98,7 @@ def test_imports_between_rooms_run_from_high_to_low(package: str) -> None:
     for file in (ROOT / package).glob("**/*.py"):
         name = ".".join(file.relative_to(ROOT / package).with_suffix("").parts)
         own = rooms.index(room_of(name, rooms))
-        for target in modules_imported(ast.parse(file.read_text()), package):
+        for target in modules_imported(tree_of(file), package):
             assert rooms.index(room_of(target, rooms)) <= own, f"{package}.{name} imports {target}, which is above it"
 
 
@@ -107,11 +111,25 @@ def test_a_folder_has_few_entries(package: str) -> None:
         assert len(entries) <= MAX_ENTRIES or folder.name == "page", f"{folder.relative_to(ROOT)} has {len(entries)}"
 
 
+def test_tests_stand_in_a_tier_and_share_helpers_through_support() -> None:
+    """A test file says what it proves, and imports no other test: that would run, or hide, the other's fixtures."""
+    tests = ROOT / "tests"
+    for file in tests.glob("**/test_*.py"):
+        tree = tree_of(file)
+        assert file.relative_to(tests).parts[0] in TIERS, file
+        assert ast.get_docstring(tree), f"{file} does not say what it proves"
+        shared = [name for name in modules_imported(tree, "tests") if name.rpartition(".")[2].startswith("test_")]
+        assert not shared, f"{file} imports {shared}"
+    for folder in [tests, *(entry for entry in tests.glob("**/*") if entry.is_dir())]:
+        names = {entry.name for entry in folder.iterdir()} - {"__pycache__", "__init__.py"}
+        assert len(names) <= MAX_ENTRIES, f"{folder.relative_to(ROOT)} has {len(names)}"
+
+
 @pytest.mark.parametrize("library", HEAVY)
 def test_heavy_libraries_stay_where_they_are_needed(library: str) -> None:
     for package in PACKAGES:
         for file in (ROOT / package).glob("**/*.py"):
-            if library in set(imported(ast.parse(file.read_text()))):
+            if library in set(imported(tree_of(file))):
                 assert package in HEAVY[library], f"{package}/{file.name} imports {library}"
 
 
@@ -120,35 +138,9 @@ def test_files_and_functions_stay_short_and_say_what_they_are(file: Path) -> Non
     text = file.read_text()
     assert text.count("\n") < MAX_FILE_LINES
     assert file.stem not in {"utils", "helpers", "misc", "common"}
-    tree = ast.parse(text)
+    tree = tree_of(file)
     assert ast.get_docstring(tree), "a module opens with what it does"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
-
-
-@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
-def test_help_is_instant_because_it_imports_nothing_heavy(arguments: list[str]) -> None:
-    code = f"""
-import sys, headrace
-try:
-    headrace.main({arguments!r})
-except SystemExit as end:
-    assert not end.code
-heavy = {{"numpy", "onnxruntime", "onnx", "onnx_ir", "flask", "gunicorn", "tokenizers", "jinja2", "huggingface_hub"}}
-sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "usage: headrace" in done.stdout
-
-
-@pytest.mark.parametrize("arguments", [["nonsense"], ["export"], ["serve", "--port", "many", "x"]], ids=" ".join)
-def test_a_bad_command_line_ends_with_exit_code_2(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "headrace", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr

@@ -312,7 +312,7 @@ def test_the_likeliest_tokens_alone_give_the_choices_of_the_whole_row(
         SamplingParams(temperature=0.0, logit_bias={3: 5.0}),
     ],
 )
-def test_what_depends_on_the_whole_row_asks_for_it(params: SamplingParams) -> None:
+def test_samplers_that_depend_on_the_whole_row_ask_for_it(params: SamplingParams) -> None:
     assert num_top(params) is None
 
 

@@ -48,7 +48,7 @@ def test_the_least_limit_of_all_groups_around_this_process_holds(
     assert threads_for(4096, tmp_path) == LEAST_THREADS
 
 
-def test_what_a_user_may_have_counts_all_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_a_user_counts_all_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         write(tmp_path, f"proc/7/task/{number}/stat", "")
     user = (tmp_path / "proc/7").stat().st_uid

@@ -78,15 +78,20 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         ),
         is_tied=flag(shared, "tie_word_embeddings", default=defaults.is_tied),
     )
-    _check_rotary(config)
+    _check_rotary(config, arch)
     return config
 
 
-def _check_rotary(config: ModelConfig) -> None:
+def _check_rotary(config: ModelConfig, arch: Architecture) -> None:
     """What the rotary embedding and the size of the heads must agree on."""
     rotary = config.attention.rotary
     if rotary is None:
         return
+    if arch.rope_kinds and rotary.rope.kind not in arch.rope_kinds:
+        raise UnsupportedModel(
+            f"config.json: the rope type {rotary.rope.kind!r} is not supported for model_type {config.model_type!r}; "
+            f"supported: {', '.join(arch.rope_kinds)}"
+        )
     if rotary.dim < 2 or rotary.dim % 2:
         raise UnsupportedModel(
             f"config.json: {rotary.dim} of {rotary.head_dim} channels of a head would turn; supported: even numbers"

@@ -36,6 +36,7 @@ PHI3 = Architecture(
     class_name="Phi3ForCausalLM",
     style=_style,
     defaults=_DEFAULTS,
+    rope_kinds=("default", "longrope"),
     splits=_splits,
     fields={"partial_rotary_factor": (), "original_max_position_embeddings": ()},
 )

@@ -121,6 +121,7 @@ class Architecture:
     style: from its config fields and sizes
     fields: config fields of this family beyond the shared ones, with the values that they may have; () is any
     aliases: fields that this family calls otherwise: its own name to the shared one
+    rope_kinds: rotary settings that its code reads; () is all that are known
     splits: for checkpoints that fuse or transpose matrices, how the description's tensors lie in theirs, by layer
     """
 
@@ -130,4 +131,5 @@ class Architecture:
     names: Names = field(default_factory=Names)
     fields: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    rope_kinds: tuple[str, ...] = ()
     splits: Callable[[Sizes], tuple[Split, ...]] = lambda sizes: ()

@@ -1,7 +1,7 @@
 """The little of CUDA that a session needs: device and pinned memory, one stream, captured graphs; every call checked.
 
-`cuda.bindings.runtime` is handed in, so that tests can hand in a double (tests/support/sim_cuda.py) and a test can
-compare the two, name by name. Nothing here knows about models.
+`cuda.bindings.runtime` is handed in, so that tests can hand in a double (tests/support/simulated/cuda.py), and a test
+compares the two, name by name. Nothing here knows about models.
 """
 
 import ctypes

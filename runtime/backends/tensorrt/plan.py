@@ -1,7 +1,7 @@
 """A TensorRT plan on the device: loaded, or refused with the reason; and its execution contexts, one a profile.
 
 Only what `tensorrt` and `tensorrt_rtx` have in common is called; where one has more, it is asked whether it has. The
-library is handed in, so that tests can hand in a double (tests/support/sim_tensorrt.py).
+library is handed in, so that tests can hand in a double (tests/support/simulated/tensorrt.py).
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from headrace import main
 from runtime.artifact.choice import read_choice
 from runtime.artifact.manifest import CHOICE, MANIFEST, Artifact, Manifest, open_artifact
 from runtime.errors import InvalidArtifact, InvalidSetting
-from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 
@@ -29,8 +29,7 @@ def exported(model: Path, *flags: str, fails: bool = False) -> Artifact:
 
 
 def test_the_graph_comes_and_everything_else_stays_as_it_was(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (model / "tokenizer.json").write_text(byte_level_hf().to_str())
-    (model / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(model)
     # Earlier names of the flags, which still work.
     small = ["--calib", "built-in", "--calib-samples", "4", "--calib-length", "32", "--keep", "layers.0.down"]
     flags = ["--precision", "w8a8", "--max-len", "128", "--gate", "kl=0.9", "--keep-calibration", "--force", *small]

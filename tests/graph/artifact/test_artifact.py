@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from export.verify.receipt import verify
 from runtime.artifact.manifest import MANIFEST, RECEIPT, WEIGHTS, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.errors import GateFailed, HeadraceError, InvalidArtifact, InvalidSetting
+from tests.support.tiny_artifact import TinyExports
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    source = write_checkpoint(tmp_path / "checkpoint", config_of("llama-tied"))
-    return export_model(ExportOptions(model=str(source), out=tmp_path / "artifact")).path
+def artifact(tiny: TinyExports, tmp_path: Path) -> Path:
+    """An artifact of its own for each test to spoil."""
+    return copytree(tiny.artifact("llama-tied").path, tmp_path / "artifact")
 
 
 def edit(file: Path, **changes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Artifacts that somebody spoiled, and paths that are none: one line and exit code 2 from every verb."""
+"""Damaged artifacts, and paths that are no artifact: every verb ends with one line and exit code 2."""
 
 import json
 import shutil
@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deploy import bundle
 from headrace import main
-from runtime.artifact.manifest import CALIBRATION, CHOICE, MANIFEST, RECEIPT, Artifact, open_artifact, sha256_of
+from runtime.artifact.manifest import CALIBRATION, CHOICE, MANIFEST, RECEIPT, Artifact, open_artifact
 from runtime.artifact.model_card import model_card
 from runtime.artifact.onnx_files import external_files
 from runtime.commands.inspect_artifact import as_json, as_lines
@@ -20,9 +21,9 @@ from runtime.commands.replay import replay
 from runtime.errors import HeadraceError, InvalidArtifact
 from runtime.settings import EngineSettings
 from runtime.text_model import open_text_model
-from tests.device.test_bundle import bundle
-from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.fake_session import FakeSession
+from tests.support.tiny_artifact import write_listed
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 VERBS: dict[str, list[str]] = {
@@ -43,8 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated artifact with a tokenizer and a choice: every file that is ever read."""
     root = tmp_path_factory.mktemp("whole")
     model = write_checkpoint(root / "model", config_of("llama", num_hidden_layers=1))
-    (model / "tokenizer.json").write_text(byte_level_hf().to_str())
-    (model / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(model)
     flags = ["--precision", "w8a8", "--calib-samples", "4", "--calib-length", "32", "--calib", "built-in", "--force"]
     assert main(["export", str(model), "--out", str(root / "artifact"), *flags]) == 0
     row = {"precision": "w8a8", "why_not": None, "seconds": 1.0, "prefill_tokens_per_s": 1.0}
@@ -58,14 +58,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def artifact(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "artifact")
-
-
-def write_listed(artifact: Path, name: str, content: bytes) -> None:
-    """Write a file and list it, as whoever made the artifact could have."""
-    (artifact / name).write_bytes(content)
-    manifest = json.loads((artifact / MANIFEST).read_text())
-    manifest["files"][name] = {"size": len(content), "sha256": sha256_of(artifact / name)}
-    (artifact / MANIFEST).write_text(json.dumps(manifest))
 
 
 def ends_with_one_line(command: list[str], path: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -3,33 +3,22 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main
-from runtime.artifact.manifest import WEIGHTS, Artifact
+from runtime.artifact.manifest import WEIGHTS
 from runtime.commands.bench_runs import StepTimes
 from runtime.commands.roofline import decode_cost
 from runtime.core import FinishReason, Usage
-from tests.graph.artifact.test_evaluate import byte_level_tokenizer
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny_artifact import TinyExports
 
 # The tiny model's sizes (tests/support/tiny_checkpoint.py).
 LAYERS, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 96, 320, 4, 2, 16
 LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 3 * HIDDEN * INNER
 HEAD = VOCAB * HIDDEN
 NORMS = (2 * LAYERS + 1) * HIDDEN
-
-
-def exported(tmp_path: Path, variant: str, precision: str = "fp32", *, has_tokenizer: bool = True) -> Artifact:
-    source = write_checkpoint(tmp_path / variant, config_of(variant))
-    if has_tokenizer:
-        byte_level_tokenizer(source)
-    options = ExportOptions(model=str(source), out=tmp_path / f"{variant}-{precision}", precision=precision, force=True)
-    return export_model(options)
 
 
 def numbers(value: Any) -> list[float]:
@@ -41,8 +30,8 @@ def numbers(value: Any) -> list[float]:
     return [math.nan if value is None else value] if isinstance(value, int | float | None) else []
 
 
-def test_the_json_line_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact = exported(tmp_path, "llama-tied")
+def test_the_json_line_has_every_figure(tiny: TinyExports, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = tiny.artifact("llama-tied", has_tokenizer=True)
     flags = ["--batch", "3,1,3", "--prompt", "8,20", "--new-tokens", "4", "--repeat", "2", "--threads", "1"]
     assert main(["bench", str(artifact.path), *flags]) == 0
     table, line, end = capsys.readouterr().out.rpartition('{"benchmark"')
@@ -63,9 +52,9 @@ def test_the_json_line_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(found) > 40 and all(math.isfinite(number) and number > 0 for number in found)
 
 
-def test_only_the_json_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_json_line(tiny: TinyExports, capsys: pytest.CaptureFixture[str]) -> None:
     """One token a request: there is no time between two, and no figure is made up for it."""
-    artifact = exported(tmp_path, "llama-tied")
+    artifact = tiny.artifact("llama-tied", has_tokenizer=True)
     flags = ["--batch", "1", "--prompt", "8", "--new-tokens", "1", "--repeat", "1", "--json"]
     assert main(["bench", str(artifact.path), *flags]) == 0
     out = capsys.readouterr().out
@@ -75,24 +64,24 @@ def test_only_the_json_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "llama"])
-def test_decode_cost_in_float32(tmp_path: Path, variant: str) -> None:
+def test_decode_cost_in_float32(tiny: TinyExports, variant: str) -> None:
     """Layers, norms and LM head once, of four bytes each; neither an untied embedding nor the rotary tables."""
-    cost = decode_cost(exported(tmp_path, variant), batch=5, context=10)
+    cost = decode_cost(tiny.artifact(variant, has_tokenizer=True), batch=5, context=10)
     assert cost.weight_bytes == 4 * (LAYERS * LAYER + HEAD + NORMS)
     assert cost.kv_bytes == 5 * 10 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
     assert cost.flop == 5 * (2 * (LAYERS * LAYER + HEAD) + 4 * LAYERS * HEADS * HEAD_DIM * 10)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "llama"])
-def test_decode_cost_in_int8(tmp_path: Path, variant: str) -> None:
+def test_decode_cost_in_int8(tiny: TinyExports, variant: str) -> None:
     """A byte a weight and a float32 scale for 32 of them; the norms stay float32."""
-    cost = decode_cost(exported(tmp_path, variant, "w8a16"), batch=1, context=1)
+    cost = decode_cost(tiny.artifact(variant, "w8a16", has_tokenizer=True), batch=1, context=1)
     matrices = LAYERS * LAYER + HEAD
     assert cost.weight_bytes == matrices + matrices // 32 * 4 + NORMS * 4
 
 
-def test_an_artifact_that_does_not_say_what_a_step_reads(tmp_path: Path) -> None:
-    artifact = exported(tmp_path, "llama")
+def test_an_artifact_that_does_not_say_what_a_step_reads(tiny: TinyExports) -> None:
+    artifact = tiny.artifact("llama", has_tokenizer=True)
     old = replace(artifact, manifest=replace(artifact.manifest, step_weight_bytes=None))
     assert decode_cost(old, batch=1, context=1).weight_bytes == artifact.manifest.files[WEIGHTS].size
 
@@ -127,17 +116,17 @@ def test_overhead_is_that_of_full_decode_steps() -> None:
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    tiny: TinyExports, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    artifact = exported(tmp_path, "llama")
+    artifact = tiny.artifact("llama", has_tokenizer=True)
     capsys.readouterr()  # a slow export draws progress bars
     assert main(["bench", str(artifact.path), "--prompt", "8", *flags]) == 2
     out, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and not out
 
 
-def test_an_artifact_without_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact = exported(tmp_path, "llama", has_tokenizer=False)
+def test_an_artifact_without_tokenizer_is_refused(tiny: TinyExports, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = tiny.artifact("llama")
     capsys.readouterr()
     assert main(["bench", str(artifact.path), "--prompt", "8"]) == 2
     error = capsys.readouterr().err

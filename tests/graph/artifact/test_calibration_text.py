@@ -1,4 +1,4 @@
-"""Calibration text stays at home: neither artifact nor bundle has it unless asked; what needs it reads it again."""
+"""Calibration text is private: it is in no artifact and no bundle unless asked, and a later export reads it again."""
 
 import json
 import tarfile
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy import bundle
+from export.quantize.int8.saved import load_calibration
 from headrace import main
 from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS, RECEIPT, open_artifact
-from tests.device.test_bundle import bundle
-from tests.graph.artifact.test_bad_artifacts import write_listed
-from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.byte_tokenizer import byte_level_hf, write_byte_tokenizer
+from tests.support.tiny_artifact import write_listed
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SECRET = "the combination is 3141"
@@ -25,8 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a private text, and two artifacts calibrated on it, one of which keeps it."""
     root = tmp_path_factory.mktemp("secret-place")
     model = write_checkpoint(root / "model", config_of("llama", num_hidden_layers=1))
-    (model / "tokenizer.json").write_text(byte_level_hf().to_str())
-    (model / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(model)
     lines = (json.dumps({"text": f"{SECRET}, and so on, in line {number}."}) for number in range(200))
     (root / "secret.jsonl").write_text("\n".join(lines))
     for name, flags in (("artifact", []), ("kept", ["--keep-calibration-text"])):
@@ -122,3 +122,13 @@ def test_the_projects_own_text_is_found_again_by_itself(root: Path, tmp_path: Pa
     assert main([*second, "--precision", "w4a16", "--calibration", str(tmp_path / "a")]) == 0
     account = json.loads((tmp_path / "b" / CALIBRATION).read_text())["provenance"]
     assert account["source"] == "built-in" and account["num_samples"] == 6
+
+
+def test_self_samples_the_text_from_the_model_at_hand(root: Path, tmp_path: Path) -> None:
+    command = ["export", str(root / "model"), "--out", str(tmp_path / "self"), *SMALL, "--keep-calibration"]
+    assert main([*command, "--calib", "self"]) == 0
+    calibration = load_calibration(tmp_path / "self", vocab_size=320)
+    assert [len(ids) for ids in calibration.sequences] == [48] * 6
+    assert len({tuple(ids) for ids in calibration.sequences}) == 6
+    assert calibration.provenance["source"] == "self"
+    assert not (tmp_path / "self" / "sampler").exists(), "the model that was sampled from is gone"

@@ -17,6 +17,7 @@ from runtime.artifact.choice import choice_lines, read_choice
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.commands.inspect_artifact import as_json, as_lines
 from runtime.errors import GateFailed, InvalidSetting
+from tests.support.tiny_artifact import FEW_IDS
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 from tests.support.tiny_quantized import Packing, write_quantized
 
@@ -33,19 +34,25 @@ class Stopwatch:
         return Speed(self.seconds.get(artifact.path.name, 99.0) * len(self.asked), 0.001)
 
 
-def options_of(tmp_path: Path, **changes: int) -> ExportOptions:
-    write_checkpoint(tmp_path / "model", config_of("llama-tied", **changes))
-    return ExportOptions(model=str(tmp_path / "model"), out=tmp_path / "out", precision="auto")
+def options_of(directory: Path, **changes: int) -> ExportOptions:
+    write_checkpoint(directory / "model", config_of("llama-tied", **changes))
+    out = directory / "out"
+    return ExportOptions(model=str(directory / "model"), out=out, precision="auto", quantization=FEW_IDS)
 
 
-def test_the_fastest_that_passes_becomes_the_artifact(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The fastest for one request at a time, w8a16."""
     watch = Stopwatch(fp32=1.0, w8a16=0.5, w4a16=2.0)
-    artifact = export_fastest(options_of(tmp_path), "latency", measure=watch)
-    assert artifact.manifest.precision == "w8a16"
-    assert open_artifact(tmp_path / "out").manifest == artifact.manifest
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
-    assert not (tmp_path / "out" / "candidates").exists()
-    choice = read_choice(artifact)
+    return export_fastest(options_of(tmp_path_factory.mktemp("chosen")), "latency", measure=watch)
+
+
+def test_the_fastest_that_passes_becomes_the_artifact(chosen: Artifact) -> None:
+    assert chosen.manifest.precision == "w8a16"
+    assert open_artifact(chosen.path).manifest == chosen.manifest
+    assert sorted(path.name for path in chosen.path.parent.iterdir()) == ["model", "out"]
+    assert not (chosen.path / "candidates").exists()
+    choice = read_choice(chosen)
     assert choice is not None
     assert choice["chosen"] == choice["candidates"][0]["precision"] == "w8a16"
     assert choice["candidates"][0]["seconds"] < choice["candidates"][1]["seconds"]
@@ -109,20 +116,16 @@ def test_a_quantized_checkpoint_can_stay_as_it_is(tmp_path: Path) -> None:
     assert "would round them once more" in rows["w8a16"]["why_not"]
 
 
-def test_inspect_shows_the_table(tmp_path: Path) -> None:
-    watch = Stopwatch(fp32=1.0, w8a16=0.5, w4a16=2.0)
-    export_fastest(options_of(tmp_path), "latency", measure=watch)
-    artifact = open_artifact(tmp_path / "out")
-    lines = list(as_lines(artifact))
+def test_inspect_shows_the_table(chosen: Artifact) -> None:
+    lines = list(as_lines(chosen))
     (row,) = [line for line in lines if line.endswith("chosen")]
     assert row.split()[0] == "w8a16"
     assert any(line.startswith("chosen for latency: one request at a time, 128 tokens of prompt") for line in lines)
-    assert json.loads(json.dumps(as_json(artifact)))["choice"]["chosen"] == "w8a16"
+    assert json.loads(json.dumps(as_json(chosen)))["choice"]["chosen"] == "w8a16"
 
 
-def test_measuring_a_real_session_gives_times(tmp_path: Path) -> None:
-    artifact = export_fastest(options_of(tmp_path), "throughput")
-    speed = measure_speed(artifact, Workload(rows=3, prompt_len=20, new_tokens=5))
+def test_measuring_a_real_session_gives_times(chosen: Artifact) -> None:
+    speed = measure_speed(chosen, Workload(rows=3, prompt_len=20, new_tokens=5))
     assert speed.prefill_s > 0
     assert speed.step_s > 0
     assert speed.seconds(Workload(rows=3, prompt_len=20, new_tokens=5)) == pytest.approx(
@@ -144,7 +147,8 @@ def test_flags_that_contradict_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_command_line_chooses_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_checkpoint(tmp_path / "model", config_of("llama-tied"))
-    assert main(["export", str(model), "--precision", "auto", "--out", str(tmp_path / "out")]) == 0
+    flags = ["--precision", "auto", "--calib-samples", "8", "--calib-length", "64"]
+    assert main(["export", str(model), "--out", str(tmp_path / "out"), *flags]) == 0
     printed = capsys.readouterr().out
     assert "chosen for latency: one request at a time" in printed
     assert open_artifact(tmp_path / "out").manifest.precision in printed

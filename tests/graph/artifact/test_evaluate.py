@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
 from export.model.families.architectures import parse_config
@@ -18,19 +18,11 @@ from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main
 from runtime.artifact.manifest import open_artifact
 from runtime.commands.inspect_artifact import num_parameters
+from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.tiny_artifact import TinyExports
 from tests.support.tiny_checkpoint import config_of, shapes_of, write_checkpoint
 
 TEXT = "Ten small boats,\nneuf à voiles, et une sans.\n" * 9
-
-
-def byte_level_tokenizer(directory: Path) -> None:
-    """A tokenizer of 256 single bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: idx for idx, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The same checkpoint in a precision, exported once."""
     root = tmp_path_factory.mktemp("eval")
     source = write_checkpoint(root / "checkpoint", config_of("llama-tied"))
-    byte_level_tokenizer(source)
+    write_byte_tokenizer(source)
     (root / "text.txt").write_text(TEXT)
 
     def artifact(precision: str) -> Path:
@@ -127,19 +119,16 @@ def test_what_cannot_be_compared_is_refused(
     for changes, message in (({"vocab_size": 400}, "has 400 tokens"), ({}, "no tokenizer.json")):
         source = write_checkpoint(tmp_path / str(len(changes)) / "checkpoint", config_of("llama", **changes))
         if changes:
-            byte_level_tokenizer(source)
+            write_byte_tokenizer(source)
         other = export_model(ExportOptions(model=str(source), out=tmp_path / str(len(changes)) / "artifact")).path
         assert main(["eval", str(other), "--against", str(exported("fp32")), "--text", str(text)]) == 2
         assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "llama", "qwen3", "llama-mqa-wide-heads"])
-def test_parameters_are_counted_as_they_are_stored(tmp_path: Path, variant: str) -> None:
-    config = config_of(variant)
-    source = write_checkpoint(tmp_path / "checkpoint", config)
-    artifact = export_model(ExportOptions(model=str(source), out=tmp_path / "artifact"))
-    matrices = sum(math.prod(shape) for shape in shapes_of(config).values() if len(shape) > 1)
-    assert num_parameters(artifact) == matrices
+def test_parameters_are_counted_as_they_are_stored(tiny: TinyExports, variant: str) -> None:
+    matrices = sum(math.prod(shape) for shape in shapes_of(config_of(variant)).values() if len(shape) > 1)
+    assert num_parameters(tiny.artifact(variant)) == matrices
 
 
 def test_inspect_shows_every_file_and_check(
@@ -166,7 +155,7 @@ def refuse_constant(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 def test_a_model_of_nan_is_shown_as_failed_and_stays_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama"))
-    byte_level_tokenizer(source)
+    write_byte_tokenizer(source)
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][:] = 3e38  # finite itself, unlike every sum of it
     save_file(tensors, source / "model.safetensors")

@@ -4,7 +4,6 @@ The earlier artifact is compared byte for byte; so are the names around it, but 
 keeps to go on with.
 """
 
-import json
 import resource
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from export.pipeline.calibrated import remove_workdir, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main
 from runtime.artifact.manifest import open_artifact
-from tests.support.byte_tokenizer import CONFIG, byte_level_hf
+from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 SMALL = ["--precision", "w8a8", "--calibration-samples", "8", "--calibration-length", "64", "--force", "--replace"]
@@ -31,8 +30,7 @@ SMALL = ["--precision", "w8a8", "--calibration-samples", "8", "--calibration-len
 def checkpoint_at(directory: Path, **changes: Any) -> Path:
     """A tiny model with a tokenizer."""
     write_checkpoint(directory, config_of("llama", **changes))
-    (directory / "tokenizer.json").write_text(byte_level_hf().to_str())
-    (directory / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(directory)
     return directory
 
 
@@ -181,10 +179,18 @@ def test_a_disk_that_fills_up(exported: Path, most_bytes: int, flags: list[str],
     assert main(["export", str(exported / "model"), "--out", str(exported / "artifact"), *SMALL, *flags]) == 0
 
 
+HEEDS_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
+import headrace
+sys.exit(headrace.main())
+"""
+
+
 def test_ctrl_c_in_the_middle(exported: Path, tmp_path: Path) -> None:
     before = contents(exported / "artifact")
     model = checkpoint_at(tmp_path / "deep", num_hidden_layers=24)
-    command = [sys.executable, "-m", "headrace", "export", str(model), "--out", str(exported / "artifact"), *SMALL]
+    command = [sys.executable, "-c", HEEDS_CTRL_C, "export", str(model), "--out", str(exported / "artifact"), *SMALL]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     state = workdir_of(exported / "artifact") / "state.json"
     deadline = time.monotonic() + 60

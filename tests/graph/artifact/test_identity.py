@@ -1,4 +1,4 @@
-"""Where an export goes, and what it may replace there: its own model's artifact, and nothing else."""
+"""Where an export is written, and that it replaces an artifact of its own model and nothing else."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_what_is_there_already_is_known_by_name_place_and_precision(
     assert capsys.readouterr().out == f"{exported / 'artifact'} is there already\n"
 
 
-def test_what_lacks_something_is_exported_again(
+def test_if_missing_exports_again_if_the_artifact_is_shorter_or_damaged(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copytree(exported / "artifact", tmp_path / "artifact")

@@ -14,8 +14,8 @@ from runtime.commands.replay import replay
 from runtime.commands.verify import main
 from runtime.errors import InvalidArtifact
 from runtime.session.session import Batch, Session, SessionInfo
-from tests.support.sim_cuda import SimCuda
-from tests.support.sim_session import export_tiny, open_simulated, write_engine
+from tests.support.simulated.cuda import SimCuda
+from tests.support.simulated.session import export_tiny, open_simulated, write_engine
 
 
 @pytest.fixture(scope="module")

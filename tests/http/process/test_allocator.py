@@ -9,7 +9,7 @@ import pytest
 
 from runtime.machine.freed_memory import give_back_freed
 from serve.process.allocator import SETTINGS, VARIABLE, tuned
-from tests.unit.test_kv_pages import resident_bytes
+from tests.support.server_process import resident_bytes
 
 NUM_THREADS = 8
 MAX_KEPT_BYTES = 16_000

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.support.fake_text_model import NAME
 from tests.support.server_process import ServerProcess, eventually, running_server
@@ -168,3 +169,38 @@ def test_one_of_many_choices_is_never_left_behind(slow_server: ServerProcess) ->
     with hung_up([send(slow_server, n=3, stream=True)]):
         eventually(lambda: num_live(slow_server) == 3, "three choices in the engine")
     eventually(lambda: num_live(slow_server) == 0, "all cancelled")
+
+
+class Person(BaseModel):
+    """What the client is asked to parse."""
+
+    name: str
+    is_tall: bool
+
+
+def test_an_answer_is_parsed_into_a_class(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=NAME,
+        messages=MESSAGES,
+        response_format=Person,
+        temperature=0,
+        extra_body={"logit_bias": {"1": 40}},  # byte 1 is the quotation mark: names end soon
+    )
+    assert isinstance(answer.choices[0].message.parsed, Person)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=NAME, messages=MESSAGES, extra_body={"structured_outputs": {"regex": "("}})
+    assert refused.value.param == "structured_outputs.regex"
+
+
+def test_prompt_scores_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=NAME, prompt="once", echo=True, logprobs=1, max_tokens=0)
+    stream = client.completions.create(
+        model=NAME, prompt="once", echo=True, logprobs=1, max_tokens=2, temperature=0, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert whole.choices[0].logprobs is not None and chunks[0].logprobs is not None
+    assert chunks[0].text == "once"
+    assert chunks[0].logprobs.token_logprobs == whole.choices[0].logprobs.token_logprobs
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=NAME, prompt="once", max_tokens=0)
+    assert refused.value.param == "max_tokens"

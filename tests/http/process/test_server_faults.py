@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import pytest
 
-from tests.http.process.test_server_process import Caller, children_of
 from tests.support.fake_text_model import NAME
-from tests.support.server_process import ServerProcess, eventually, running_server
+from tests.support.server_process import Caller, ServerProcess, children_of, eventually, running_server
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 3, "ignore_eos": True}).encode()

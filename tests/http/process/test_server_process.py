@@ -1,57 +1,27 @@
 """The server as a process: start, signals, exit codes, and nothing left alive."""
 
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 from tests.support.fake_text_model import NAME
-from tests.support.server_process import PATIENCE_S, ROOT, ServerProcess, eventually, running_server, spawn
-
-
-class Caller(threading.Thread):
-    """One streamed request in the background: its text, and the error event if one came."""
-
-    def __init__(self, url: str, max_tokens: int) -> None:
-        super().__init__()
-        self.num_chunks = 0
-        self.finish_reason: str | None = None
-        self.error: str | None = None
-        self._url = url
-        self._body = {
-            "model": NAME,
-            "prompt": "a",
-            "max_tokens": max_tokens,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        self.start()
-
-    def run(self) -> None:
-        # A server that is killed cuts the stream off: then neither a finish reason nor an error has come.
-        with (
-            contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError),
-            httpx.stream("POST", f"{self._url}/v1/completions", json=self._body, timeout=30) as response,
-        ):
-            for line in response.iter_lines():
-                if line and line != "data: [DONE]":
-                    self._take(json.loads(line.removeprefix("data: ")))
-
-    def _take(self, event: dict[str, Any]) -> None:
-        if "error" in event:
-            self.error = event["error"]["message"]
-        else:
-            self.num_chunks += 1
-            self.finish_reason = event["choices"][0]["finish_reason"]
+from tests.support.server_process import (
+    PATIENCE_S,
+    ROOT,
+    Caller,
+    ServerProcess,
+    children_of,
+    eventually,
+    running_server,
+    spawn,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -213,11 +183,6 @@ def test_help_is_instant() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == "set()\n"
-
-
-def children_of(pid: int) -> list[int]:
-    text = (Path("/proc") / str(pid) / "task" / str(pid) / "children").read_text(encoding="ascii")
-    return [int(word) for word in text.split()]
 
 
 def assert_nothing_left(server: ServerProcess) -> None:

@@ -96,7 +96,7 @@ def test_other_text_starts_anew(tmp_path: Path, model: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_named(value: float) -> None:
+def test_a_value_that_is_not_finite_is_named(value: float) -> None:
     x = np.ones((3, 5), np.float32)
     x[1, 4] = value
     with pytest.raises(CalibrationFailed, match=r"layers\.7\.down is not finite .*channel 4"):

@@ -15,7 +15,6 @@ from export.calibration.dataset import (
     BUILT_IN,
     SELF,
     CalibrationOptions,
-    CalibrationSet,
     calibration_options,
     load_calibration_set,
     sequences_digest,
@@ -24,30 +23,13 @@ from export.calibration.encoder import RecordEncoder
 from export.calibration.packing import interleave, pack
 from export.calibration.records import Record
 from export.calibration.self_samples import sample_continuations
-from export.model.families.architectures import parse_config
-from export.pipeline.artifact_files import sampler
-from export.pipeline.calibrated import CalibrationInput
-from export.pipeline.graph_files import ExportPlan
-from export.schemes.registry import SCHEMES
-from export.sources.open import open_checkpoint
 from headrace import main
 from runtime.errors import InvalidCheckpoint, InvalidSetting
-from tests.support.byte_tokenizer import BOS, CONFIG, EOS, byte_level_hf
+from tests.support.byte_tokenizer import BOS, EOS, byte_level_hf
 from tests.support.fake_session import FakeSession
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.unit.calibration.texts import TEMPLATE, decoded, texts_of
 
-TEMPLATE = "{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-
-
-def texts_of(template: str | None = TEMPLATE) -> dict[str, str]:
-    texts = {"tokenizer.json": byte_level_hf().to_str(), "tokenizer_config.json": json.dumps(CONFIG)}
-    return texts if template is None else texts | {"chat_template.jinja": template}
-
-
-def decoded(calibration: CalibrationSet) -> list[str]:
-    hf = byte_level_hf()
-    return [hf.decode(ids, skip_special_tokens=False) for ids in calibration.sequences]
 
 
 def test_the_built_in_set_fills_the_default_and_covers_every_group() -> None:
@@ -142,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_used_is_refused(case: str) -> None:
+def test_bad_settings_of_a_calibration_set_are_refused(case: str) -> None:
     changes, words = REFUSED[case]
     with pytest.raises(InvalidSetting, match=words):
         load_calibration_set(**{"source": BUILT_IN, "texts": texts_of(), **changes})
@@ -213,23 +195,6 @@ def test_self_starts_conversations_and_texts_and_writes_to_the_full_length() -> 
     assert 257 in {token_id for ids in calibration.sequences for token_id in ids}, "an end of text is gone past"
     again = load_calibration_set(SELF, texts_of(), num_samples=10, length=64, seed=3, generate=generate)
     assert again == calibration
-
-
-def test_self_writes_through_the_engine_of_an_exported_model(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "model", config_of("llama-tied"))
-    for name, text in texts_of().items():
-        (directory / name).write_text(text, encoding="utf-8")
-    checkpoint = open_checkpoint(directory)
-    options = CalibrationOptions(source=SELF, num_samples=6, length=48)
-    plan = ExportPlan(
-        checkpoint=checkpoint, config=parse_config(checkpoint.config), scheme=SCHEMES["w8a16"], max_len=256
-    )
-    calibration = CalibrationInput(
-        checkpoint=checkpoint, config=plan.config, max_len=256, generate=sampler(tmp_path, plan), workdir=tmp_path
-    ).read(options)
-    assert [len(ids) for ids in calibration.sequences] == [48] * 6
-    assert len({tuple(ids) for ids in calibration.sequences}) == 6
-    assert calibration.provenance["source"] == SELF
 
 
 def test_the_flags_are_refused_where_they_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation text stays out of calibration text, and the check that says so finds what is put there."""
+"""Evaluation text does not occur in calibration text, and the check finds text that was planted there."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -21,8 +21,7 @@ from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.tiny_checkpoint import LLAMA3, VARIANTS, YARN, config_of, write_checkpoint
-from tests.support.tiny_gguf import TinyGguf
-from tests.unit.checkpoint.test_gguf_tokenizer import byte_level_metadata, sentencepiece_metadata
+from tests.support.tiny_gguf import TinyGguf, byte_level_metadata, sentencepiece_metadata
 
 ROPE_FIELDS = sorted({*YARN, *LLAMA3, "type", "rope_theta", "beta_fast", "mscale", "truncate", "attention_factor"})
 

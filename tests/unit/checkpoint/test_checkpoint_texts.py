@@ -1,4 +1,4 @@
-"""The text files of a checkpoint fit its model: what ends a text, which tokens there are, what a server could load."""
+"""The text files of a checkpoint fit its model: end-of-text tokens, vocabulary, and what a server can load."""
 
 import json
 import os
@@ -47,7 +47,9 @@ def ends(path: Path) -> tuple[int, ...]:
         ({"tokenizer_config": {"eos_token": None}}, (2,)),
     ],
 )  # fmt: skip
-def test_what_ends_a_text_is_the_union(files: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
+def test_end_of_text_tokens_are_the_union_of_all_files(
+    files: dict[str, Any], expected: tuple[int, ...], tmp_path: Path
+) -> None:
     assert ends(directory(tmp_path, **files)) == expected
 
 

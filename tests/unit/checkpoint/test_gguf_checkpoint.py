@@ -14,7 +14,6 @@ from export.checkpoint.gguf.config import model_config
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.checkpoint.gguf.header import read_gguf_header
 from export.model.families.architectures import parse_config
-from export.sources.default_model import default_model_file
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.support.tiny_gguf import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyGguf, hugging_face_tensors
@@ -308,63 +307,3 @@ def test_divisors_that_do_not_fit_the_heads_are_refused(tmp_path: Path) -> None:
     divisors = np.full(HEAD_DIM, 2, np.float32)
     with pytest.raises(InvalidCheckpoint, match=r"rope_freqs\.weight of shape \[16\].* head_dim 16"):
         open_tiny(tmp_path, raw_tensors={"rope_freqs.weight": divisors})
-
-
-@pytest.mark.real
-def test_the_default_model_is_what_it_says() -> None:
-    checkpoint = open_checkpoint("smollm2-135m-instruct")
-    assert checkpoint.source == "smollm2-135m-instruct"
-    assert checkpoint.config["num_hidden_layers"] == 30
-    assert checkpoint.config["eos_token_id"] == 2
-    assert len(checkpoint.tensors) == 272
-    assert checkpoint.load("model.embed_tokens.weight").shape == (49152, 576)
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_tiny_models_are_what_transformers_loads(tmp_path: Path, arch: str) -> None:
-    """Names, values and dimensions of each architecture, head untied."""
-    pytest.importorskip("torch", reason="the oracle needs torch")
-    transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
-    biases = ("attn_q", "attn_k", "attn_v") if arch == "qwen2" else ()
-    tensors = hugging_face_tensors(arch=arch, tied=False, biases=biases)
-    extra = {f"{arch}.rope.dimension_count": HEAD_DIM}
-    checkpoint = open_tiny(tmp_path, arch=arch, tensors=tensors, extra=extra)
-    config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf")
-    if arch == "qwen3":
-        config.head_dim = HEAD_DIM  # transformers takes Qwen3's usual 128, whatever the file says
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        gguf_file="tiny.gguf",
-        config=config,
-        dtype="float32",
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    theirs = {name: value.numpy() for name, value in model.state_dict().items()}
-    assert set(theirs) == set(checkpoint.tensors)
-    for name, value in theirs.items():
-        np.testing.assert_array_equal(checkpoint.load(name), value, err_msg=name)
-    for key in ("model_type", "hidden_size", "num_key_value_heads", "rope_parameters", "tie_word_embeddings"):
-        assert checkpoint.config[key] == getattr(config, key), key
-
-
-@pytest.mark.real
-@pytest.mark.oracle
-def test_every_tensor_equals_what_transformers_loads() -> None:
-    """Bit for bit: both widen the same stored blocks with the same float32 formula."""
-    pytest.importorskip("torch", reason="the oracle needs torch")
-    transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
-    file = default_model_file()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype="float32",
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    checkpoint = GgufCheckpoint(file)
-    theirs = {name: value.numpy() for name, value in model.state_dict().items()}
-    assert set(theirs) - {"lm_head.weight"} == set(checkpoint.tensors)
-    for name in checkpoint.tensors:
-        np.testing.assert_array_equal(checkpoint.load(name), theirs[name], err_msg=name)
-    for key in ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
-        assert checkpoint.config[key] == getattr(model.config, key), key

@@ -3,99 +3,19 @@
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
-from export.checkpoint.gguf.file import GgufCheckpoint
 from export.checkpoint.gguf.tokenizer import PRE_TOKENIZERS, merges_by_score, text_files
-from export.sources.default_model import default_model_file
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-
-ROOT = Path(__file__).parents[2] / "support"
-
-# Computed with llama.cpp (build 11549, its /tokenize with parse_special, no add_special) from the same file:
-# text in many scripts, numbers, whitespace, code, special tokens, and random mixtures of all that.
-SMOLLM_IDS = [json.loads(line) for line in (ROOT / "smollm2_ids.jsonl").read_text().splitlines()]
-
-
-@cache
-def smollm() -> Tokenizer:
-    files = GgufCheckpoint(default_model_file()).text_files()
-    return Tokenizer.from_str(files["tokenizer.json"])
+from tests.support.tiny_gguf import byte_level_metadata, sentencepiece_metadata
 
 
 def ids_of(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=special).ids)
-
-
-@pytest.mark.real
-def test_default_model_gives_the_ids_of_llama_cpp() -> None:
-    tokenizer = smollm()
-    for row in SMOLLM_IDS:
-        assert ids_of(tokenizer, row["text"]) == row["ids"], row["text"]
-        assert tokenizer.decode(row["ids"], skip_special_tokens=False) == row["text"]
-
-
-@pytest.mark.real
-@pytest.mark.oracle
-def test_default_model_gives_the_ids_of_transformers() -> None:
-    """On text without numbers. transformers' conversion of this file drops the split of numbers into single
-    characters, which changes what whitespace before a number becomes; llama.cpp and we keep it.
-    """
-    pytest.importorskip("torch", reason="the oracle needs torch")
-    transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
-    file = default_model_file()
-    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    texts = [row["text"] for row in SMOLLM_IDS]
-    texts = [text for text in texts if not any(unicodedata.category(char)[0] == "N" for char in text)]
-    assert len(texts) > 10
-    for text in texts:
-        assert ids_of(smollm(), text) == theirs.encode(text, add_special_tokens=False), text
-
-
-@pytest.mark.real
-def test_default_model_text_files() -> None:
-    files = GgufCheckpoint(default_model_file()).text_files()
-    assert set(files) == {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    }
-    settings = json.loads(files["tokenizer_config.json"])
-    assert (settings["bos_token"], settings["eos_token"]) == ("<|im_start|>", "<|im_end|>")
-    assert settings["add_bos_token"] is False
-    assert json.loads(files["generation_config.json"])["eos_token_id"] == 2
-    assert "add_generation_prompt" in files["chat_template.jinja"]
-    assert smollm().decode([1, 19556, 2]) == "Hello"
-
-
-def byte_alphabet() -> list[str]:
-    """The 256 characters that byte-level BPE writes bytes with (`bytes_to_unicode` of GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return [spelling[byte] for byte in range(256)]
-
-
-def byte_level_metadata(pre: str | None, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Metadata of a byte-level tokenizer: 256 bytes, "ab" and its merge, and three special tokens."""
-    tokens = [*byte_alphabet(), "ab", "<bos>", "<eos>", "<think>"]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * 257 + [3, 3, 4],
-        "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.bos_token_id": 257,
-        "tokenizer.ggml.eos_token_id": 258,
-    }
-    return {key: value for key, value in (metadata | dict(extra or {})).items() if value is not None}
 
 
 def build(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -159,22 +79,6 @@ def test_whole_tokens_are_matched_in_text() -> None:
 )
 def test_ends_are_added_as_the_file_says(pre: str, extra: dict[str, bool], expected: list[int]) -> None:
     assert ids_of(build(byte_level_metadata(pre, extra)), "ab", special=True) == expected
-
-
-def sentencepiece_metadata(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A SentencePiece vocabulary: 256 bytes, then pieces with scores as training gives them, by rank."""
-    pieces = ["▁a", "an", "▁an", "na", "ban", "▁ban", "ana", "▁", "a", "n", "b"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(rank) for rank in range(len(pieces))],
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    return {key: value for key, value in (metadata | dict(extra or {})).items() if value is not None}
 
 
 def join_best_first(text: str, tokens: Sequence[str], scores: Sequence[float]) -> list[str]:

@@ -1,8 +1,6 @@
 """A Hugging Face directory is read exactly and lazily, and a broken one is refused with a reason."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
-ROOT = Path(__file__).parents[3]
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 STORED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -284,32 +281,3 @@ def test_a_missing_tensor_and_one_that_is_no_weight(tmp_path: Path) -> None:
         checkpoint.load("ghost")
     with pytest.raises(UnsupportedModel, match="stored as BOOL; only F32, F16, BF16"):
         checkpoint.load("mask")
-
-
-PEAK_WHILE_READING = """
-import sys
-from pathlib import Path
-from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
-
-def peak_mib():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
-checkpoint = SafetensorsCheckpoint(Path(sys.argv[1]))
-checkpoint.load("t0")
-before = peak_mib()
-for name in checkpoint.tensors:
-    assert checkpoint.load(name)[-1] == 1
-sys.stdout.write(f"{peak_mib() - before:.1f}")
-"""
-
-
-def test_reading_all_tensors_keeps_only_one(tmp_path: Path) -> None:
-    """24 tensors of 16 MiB as float32: after the first, the peak may rise by one more, not by the 192 MiB of
-    the file, as it does where the file is mapped. In a process of its own, because a peak never falls.
-    """
-    value = np.ones((4 << 20,), ml_dtypes.bfloat16)
-    write_single(tmp_path, {f"t{number}": value for number in range(24)})
-    command = [sys.executable, "-c", PEAK_WHILE_READING, str(tmp_path)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert float(printed) < 32, f"peak memory rose by {printed} MiB"

@@ -1,4 +1,4 @@
-"""What is looked at in the text of a constraint: schemas wherever they stand, and options that are not a client's."""
+"""Limits on a constraint's text: no schema in it may set the compiler's options, and costly ones need a trial."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Compiled grammars are kept by the memory they take, as long as they are as good as new."""
+"""The cache of compiled grammars: bounded by memory, least recently used first, never a grammar that failed."""
 
 import gc
 from typing import Any

@@ -97,7 +97,7 @@ def test_both_engines_match_what_javascript_does(
 
 
 @pytest.mark.parametrize(("pattern", "good", "looser", "bad"), PARTLY)
-def test_what_the_grammar_cannot_have_makes_it_wider_only(
+def test_parts_that_a_grammar_cannot_express_only_make_it_wider(
     compiler: GrammarCompiler, pattern: str, good: list[str], looser: list[str], bad: list[str]
 ) -> None:
     found = translate_pattern(pattern)
@@ -132,7 +132,7 @@ def test_what_the_grammar_cannot_have_makes_it_wider_only(
         ("(" * 100, "groups within groups"),
     ],
 )
-def test_what_cannot_be_read(pattern: str, words: str | None) -> None:
+def test_unsupported_patterns_are_refused(pattern: str, words: str | None) -> None:
     with pytest.raises(PatternError, match=words):
         translate_pattern(pattern)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from runtime.core import Constraint, ConstraintKind
 from runtime.errors import InvalidRequest
@@ -14,8 +15,8 @@ from runtime.grammar.grammar import GrammarCompiler
 from runtime.grammar.schema.check import Outcome, check_answer
 from runtime.grammar.schema.translation import TranslatedSchema, translate_schema
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.graded_schemas import graded_schemas
-from tests.support.wild_schemas import WILD, Wild, closed, value
+from tests.support.schemas.graded import graded_schemas
+from tests.support.schemas.wild import WILD, Wild, closed, value
 
 EOS_ID = 257
 TOKENIZER = byte_tokenizer()
@@ -231,3 +232,11 @@ def test_too_many_schemas_are_refused() -> None:
         translated(wide)
     with pytest.raises(InvalidRequest, match="100,000 characters"):
         translated({"items": {"pattern": "a" * 60_000}, "allOf": [{"pattern": "b" * 60_000}]})
+
+
+def test_there_are_200_schemas_and_they_are_the_same_every_time() -> None:
+    graded = graded_schemas()
+    assert len(graded) == 200 and graded == graded_schemas()
+    assert len({json.dumps(item.schema) for item in graded}) > 180
+    for item in graded:
+        Draft202012Validator.check_schema(item.schema)

@@ -122,7 +122,7 @@ def test_a_text_waits_for_those_before_it_and_is_refused_if_they_take_too_long()
     assert len(encoder.encode("a" * 200_000, add_special_tokens=False)) == 200_000
 
 
-def test_what_is_held_comes_back_and_wakes_who_waits() -> None:
+def test_released_bytes_wake_a_waiting_thread() -> None:
     budget = ByteBudget(50_000, wait_s=60.0)
     done = threading.Event()
 

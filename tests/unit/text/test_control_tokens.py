@@ -1,4 +1,4 @@
-"""Control tokens come from the chat template alone: in messages, tools and arguments their text is text."""
+"""Control tokens come from the chat template alone: in messages, tools and arguments they are plain text."""
 
 from typing import Any
 

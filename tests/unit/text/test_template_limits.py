@@ -1,4 +1,4 @@
-"""What a chat template may do in one rendering: programs that would take all time or memory end with a sentence."""
+"""Limits of rendering a chat template: one that would take too much time or memory ends with an error in one line."""
 
 import pytest
 
@@ -108,7 +108,7 @@ def test_a_few_lists_that_stand_for_any_length_are_not_written(source: str, monk
         "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = ns.x + [i] %}{% endfor %}",
     ],
 )
-def test_what_takes_long_is_counted(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_renderings_are_stopped_by_count(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "MAX_STEPS", FEW_STEPS)
     with pytest.raises(InvalidRequest, match=f"more than ({FEW_STEPS:,} steps|128,000,000 characters)"):
         ChatTemplate(bomb(source), {}).render(MESSAGES)

@@ -1,4 +1,4 @@
-"""Tool calls out of text: every format, whole and in any pieces; what is no call stays text; the forcing grammar."""
+"""Tool calls in generated text: every format, whole and in pieces; what stays text; the grammar that forces calls."""
 
 import json
 from typing import Any

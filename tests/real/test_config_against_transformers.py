@@ -1,0 +1,215 @@
+"""config.json means here what it means to transformers: every default, and every mixture of fields that is accepted."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from export.model.description import Activation, Block, Mlp, ModelConfig
+from export.model.families.architectures import ARCHITECTURES, parse_config
+from export.model.rope import attention_factor, inverse_frequencies
+from runtime.errors import InvalidCheckpoint
+from tests.support.tiny_checkpoint import LLAMA3, YARN
+
+pytestmark = pytest.mark.oracle
+
+NULL = "null"
+"""In the tables below: the field is there and null."""
+
+WHOLE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 3,
+    "eos_token_id": [4, 5],
+}
+
+LINEAR = {"type": "linear", "factor": 2.0}
+VALUES: dict[str, list[Any]] = {
+    "head_dim": [8, 16, NULL],
+    "num_key_value_heads": [1, 8, 32, NULL],
+    "rms_norm_eps": [1e-5, 1e-6],
+    "rope_theta": [10000.0, 1000000],
+    "rope_scaling": [NULL, LINEAR, LLAMA3, YARN, YARN | {"beta_fast": 16, "truncate": False}, {"rope_type": "default"}],
+    "rope_parameters": [
+        NULL,
+        {"rope_type": "default", "rope_theta": 1e6},
+        {**YARN, "rope_theta": 10000, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {**LLAMA3, "rope_theta": 1e6},
+        {"rope_type": "linear", "factor": 4},
+    ],
+    "tie_word_embeddings": [True, False],
+    "sliding_window": [NULL, 16, 4096],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 1, 28],
+    "layer_types": [["full_attention"] * 3, ["sliding_attention", "full_attention", "sliding_attention"]],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "eos_token_id": [4, [4, 5], NULL],
+    "bos_token_id": [0, NULL],
+    "max_position_embeddings": [256, 8192],
+}
+
+
+def theirs_of(raw: dict[str, Any], directory: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    (directory / "config.json").write_text(json.dumps(raw))
+    return transformers.AutoConfig.from_pretrained(directory)
+
+
+def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
+    """Everything that a graph is built from."""
+    assert ours.hidden_size == theirs.hidden_size
+    assert ours.intermediate_size == (getattr(theirs, "intermediate_size", None) or 4 * theirs.hidden_size)
+    assert ours.num_layers == theirs.num_hidden_layers
+    assert ours.num_heads == theirs.num_attention_heads
+    assert ours.num_kv_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == head_dim
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert {norm.epsilon for norm in ours.norms} == {epsilon_of(theirs)}
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert {mlp.activation for block in ours.blocks for mlp in mlps_of(block)} == {ACTIVATIONS[activation_of(theirs)]}
+    assert tuple(block.attention.window for block in ours.blocks) == windows_of(theirs)
+    for name, found in (
+        ("eos_token_id", ours.eos_ids),
+        ("bos_token_id", () if ours.bos_id is None else (ours.bos_id,)),
+    ):
+        ids = getattr(theirs, name)
+        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        # A family's default need not be in a small vocabulary.
+        assert list(found) == [token for token in listed if name in raw or token < ours.vocab_size], name
+    if raw["model_type"] in ("llama", "qwen3"):
+        assert ours.attention.qkv.has_bias == ours.attention.o.has_bias == theirs.attention_bias
+    if raw["model_type"] == "llama":
+        assert {mlp.up.has_bias for block in ours.blocks for mlp in mlps_of(block)} == {theirs.mlp_bias}
+    rotary = ours.attention.rotary
+    assert (rotary is None) == (raw["model_type"] == "gpt2")
+    if rotary is not None:
+        frequencies, factor = rope_of(theirs, rotary.dim)
+        # Theirs are computed in float32.
+        np.testing.assert_allclose(inverse_frequencies(rotary.rope, rotary.dim), frequencies, rtol=1e-5)
+        assert attention_factor(rotary.rope) == pytest.approx(factor)
+
+
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+}
+
+
+def activation_of(theirs: Any) -> str:
+    """gemma2 computes by hidden_activation, GPT-2 by activation_function."""
+    names = ("hidden_activation", "activation_function", "hidden_act")
+    return str(next(getattr(theirs, name) for name in names if hasattr(theirs, name)))
+
+
+def epsilon_of(theirs: Any) -> float:
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    return float(next(getattr(theirs, name) for name in names if hasattr(theirs, name)))
+
+
+def mlps_of(block: Block) -> Sequence[Mlp]:
+    return [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.experts
+
+
+def windows_of(theirs: Any) -> tuple[int | None, ...]:
+    """As the model code of each family reads them: some have none, some one for all, the others by layer_types."""
+    num_layers, window = int(theirs.num_hidden_layers), getattr(theirs, "sliding_window", None)
+    if theirs.model_type in ("llama", "gpt2", "cohere"):
+        return (None,) * num_layers
+    if theirs.model_type in ("mistral", "mixtral", "phi3"):
+        return tuple(window for _ in range(num_layers))
+    return tuple(window if kind == "sliding_attention" else None for kind in theirs.layer_types)
+
+
+def rope_of(theirs: Any, head_dim: int) -> tuple[Any, float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = theirs.rope_parameters["rope_type"]
+    if kind == "default":
+        theta = theirs.rope_parameters["rope_theta"]
+        return 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim), 1.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs)
+    return frequencies.numpy(), float(factor)
+
+
+SHARED_NAMES = sorted(name for name, row in ARCHITECTURES.items() if not row.aliases)
+"""Families that call no field otherwise than WHOLE does."""
+
+
+@pytest.mark.parametrize("family", SHARED_NAMES)
+def test_every_missing_field_has_the_default_of_the_family(family: str, tmp_path: Path) -> None:
+    for missing in (None, *WHOLE):
+        raw = {"model_type": family, **{name: value for name, value in WHOLE.items() if name != missing}}
+        if missing in ("num_attention_heads", "num_key_value_heads"):
+            raw["hidden_size"] = raw["intermediate_size"]  # a multiple of every family's default, 32
+        assert_same(parse_config(raw), theirs_of(raw, tmp_path), raw)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_config_of_the_model_type_alone_is_the_family(family: str, tmp_path: Path) -> None:
+    raw = {"model_type": family}
+    assert_same(parse_config(raw), theirs_of(raw, tmp_path), raw)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns of much that it then reads all the same
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    family=st.sampled_from(SHARED_NAMES),
+    chosen=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}),
+    missing=st.sets(st.sampled_from(sorted(WHOLE)), max_size=2),
+)
+@example(
+    family="qwen2",
+    chosen={
+        "head_dim": NULL,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
+    missing=set(),
+)
+def test_accepted_configs_mean_the_same_to_transformers(
+    family: str, chosen: dict[str, Any], missing: set[str], tmp_path: Path
+) -> None:
+    """A refusal is always safe, so refused mixtures are not compared; which are accepted, the tests above hold."""
+    values = {**{name: value for name, value in WHOLE.items() if name not in missing}, **chosen}
+    raw = {"model_type": family, **{name: None if value == NULL else value for name, value in values.items()}}
+    try:
+        ours = parse_config(raw)
+    except InvalidCheckpoint:
+        return
+    try:
+        theirs = theirs_of(raw, tmp_path)
+    except Exception:  # stricter than transformers 4, which wrote configs with null where a number belongs
+        assert None in raw.values(), raw
+        return
+    try:
+        assert_same(ours, theirs, raw)
+    except TypeError:  # transformers 5 reads a head_dim of null, and then multiplies it when it computes yarn
+        assert raw.get("head_dim", 0) is None, raw
+
+
+def test_both_names_of_the_rotary_settings_are_read(tmp_path: Path) -> None:
+    """transformers 4 wrote rope_theta, rope_scaling and torch_dtype, transformers 5 rope_parameters and dtype."""
+    older = {**WHOLE, "model_type": "llama", "rope_scaling": LLAMA3, "torch_dtype": "bfloat16"}
+    newer = {**WHOLE, "model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}, "dtype": "bfloat16"}
+    del newer["rope_theta"]
+    assert parse_config(older) == parse_config(newer)
+    for raw in (older, newer):
+        assert_same(parse_config(raw), theirs_of(raw, tmp_path), raw)
