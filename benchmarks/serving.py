@@ -17,7 +17,7 @@ from typing import NamedTuple
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.errors import HeadraceError
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 START_S = 300
 """Longest wait for the server. Hashing and loading a large artifact from a slow disk takes minutes."""

@@ -8,7 +8,7 @@ import pytest
 
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
-from tests.support.tiny_artifact import TinyExports
+from tests.support.tiny.artifact import TinyExports
 
 # Longest files first: what begins last must be short, or one worker runs it alone while the others are done.
 TIERS = ("real", "graph", "process", "device", "http", "engine", "unit")

@@ -22,7 +22,7 @@ from tests.support.byte_tokenizer import byte_level_hf
 from tests.support.simulated.cuda import SimCuda
 from tests.support.simulated.server import simulated_backends
 from tests.support.simulated.session import CAPACITY, export_tiny, write_engine
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 SMALL = {"max_batch": 2, "prefill_chunk": 8, "kv_memory": 10**6, "max_len": CAPACITY}
 

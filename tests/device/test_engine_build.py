@@ -24,7 +24,7 @@ from runtime.artifact.manifest import MANIFEST, RECEIPT, Artifact, open_artifact
 from runtime.artifact.plan_files import engine_files, find_engine
 from runtime.backends.tensorrt.library import TrtLibrary, open_library
 from runtime.errors import EngineBuildFailed, InvalidArtifact, InvalidSetting
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 ALL_GPUS = ("sm80", "sm86", "sm89", "sm120")
 LIMITS = EngineLimits(max_batch=4, prefill_chunk=16, max_len=64)

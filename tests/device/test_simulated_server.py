@@ -16,7 +16,7 @@ from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.fake_text_model import VOCAB_SIZE
 from tests.support.server_process import PATIENCE_S, running_server, spawn
 from tests.support.simulated.session import write_engine
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 NUM_REQUESTS = 32
 LIMITS = ("--max-batch", "8", "--prefill-chunk", "32", "--max-len", "128")

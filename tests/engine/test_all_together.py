@@ -35,7 +35,7 @@ from runtime.text.tools.one_call import OneCallText
 from runtime.text.tools.parser import ToolCallParser
 from tests.support.byte_tokenizer import byte_level_hf, byte_tokenizer
 from tests.support.engine_requests import Recorder, check_cache, check_slots
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 BOS_ID = 256
 EOS_ID, CAPACITY, NUM_SLOTS, CHUNK, CACHE_BYTES = 257, 320, 6, 48, 300_000

@@ -16,8 +16,8 @@ from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator
 from runtime.session.session import Batch
 from tests.support.engine_requests import CHUNK, requests, submit
-from tests.support.tiny_artifact import FEW_IDS
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.artifact import FEW_IDS
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 
 class Counted:

@@ -5,10 +5,10 @@ import pytest
 
 from export.model.families.architectures import ARCHITECTURES
 from runtime.backends.ort.cpu_session import OrtSession
-from tests.support.architectures import BEYOND_LLAMA
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
-from tests.support.tiny_artifact import TinyExports
-from tests.support.tiny_checkpoint import VARIANTS
+from tests.support.tiny.architectures import BEYOND_LLAMA
+from tests.support.tiny.artifact import TinyExports
+from tests.support.tiny.checkpoint import VARIANTS
 
 
 def test_every_architecture_has_a_variant() -> None:

@@ -20,8 +20,8 @@ from export.sources.open import open_checkpoint
 from export.storage.blocks import QuantizedRows, dequantize_rows
 from export.storage.quantized_rows import Codes, stacked, to_blocks
 from runtime.errors import InvalidCheckpoint, InvalidSetting, UnsupportedModel
-from tests.support.tiny_checkpoint import config_of
-from tests.support.tiny_quantized import Packing, write_quantized
+from tests.support.tiny.checkpoint import config_of
+from tests.support.tiny.quantized import Packing, write_quantized
 
 PACKINGS = {
     "gptq": Packing(),

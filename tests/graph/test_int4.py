@@ -34,7 +34,7 @@ from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import CalibrationFailed, UnsupportedModel
 from tests.graph.rounding import correlated_inputs, moments_of, output_error
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 INT4 = Blocks(bits=4, block_size=32, symmetric=False)
 

@@ -34,8 +34,8 @@ from runtime.backends.ort.cpu_session import WHOLE_ROWS, OrtSession
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import plan_slots
-from tests.support.tiny_artifact import FEW_IDS
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.artifact import FEW_IDS
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 CAPACITY = 96
 

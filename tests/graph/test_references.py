@@ -15,7 +15,7 @@ from export.verify.references import TransformersReference, check_reference
 from headrace import main
 from runtime.artifact.manifest import open_artifact
 from runtime.errors import InvalidCheckpoint, InvalidSetting
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 
 @pytest.fixture(scope="module")

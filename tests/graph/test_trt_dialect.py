@@ -23,8 +23,8 @@ from runtime.artifact.manifest import (
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.errors import InvalidSetting
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
-from tests.support.tiny_artifact import TinyExports
-from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
+from tests.support.tiny.artifact import TinyExports
+from tests.support.tiny.checkpoint import VARIANTS, config_of, write_checkpoint
 
 DIALECTS = ("ort", "trt", "trt-plain")
 MAX_LEN = 128

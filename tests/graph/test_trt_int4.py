@@ -36,7 +36,7 @@ from export.verify.references import NumpyReference
 from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
 from tests.graph.rounding import correlated_inputs, moments_of, output_error
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=24, length=128))
 

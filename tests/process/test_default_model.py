@@ -17,7 +17,7 @@ import pytest
 from export.sources.default_model import PinnedFile, cache_dir, default_model_file
 from export.sources.open import DEFAULT_MODEL, open_checkpoint
 from runtime.errors import InvalidCheckpoint, InvalidSetting
-from tests.support.tiny_gguf import TinyGguf
+from tests.support.tiny.gguf import TinyGguf
 
 CONTENT = b"GGUF and then some" * 1000
 PINNED = PinnedFile(

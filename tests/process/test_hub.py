@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from runtime.artifact.manifest import open_artifact
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from export.model.families.architectures import parse_config
 from export.pipeline.memory_plan import phases
 from export.schemes.registry import SCHEMES
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

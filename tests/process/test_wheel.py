@@ -13,7 +13,7 @@ import httpx2 as httpx
 import pytest
 
 from tests.support.server_process import ROOT, ready
-from tests.support.tiny_artifact import TinyExports
+from tests.support.tiny.artifact import TinyExports
 
 PACKAGES = ("export", "runtime", "serve", "calibration_data")
 WHERE = "import export.cli, runtime.core, serve.app, calibration_data as c, headrace as h; " + (

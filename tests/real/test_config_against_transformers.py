@@ -14,7 +14,7 @@ from export.model.description import Activation, Block, Mlp, ModelConfig
 from export.model.families.architectures import ARCHITECTURES, parse_config
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint
-from tests.support.tiny_checkpoint import LLAMA3, YARN
+from tests.support.tiny.checkpoint import LLAMA3, YARN
 
 pytestmark = pytest.mark.oracle
 

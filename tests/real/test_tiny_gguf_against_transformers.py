@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from export.checkpoint.gguf.file import GgufCheckpoint
-from tests.support.tiny_gguf import HEAD_DIM, TinyGguf, hugging_face_tensors
+from tests.support.tiny.gguf import HEAD_DIM, TinyGguf, hugging_face_tensors
 
 pytestmark = pytest.mark.oracle
 

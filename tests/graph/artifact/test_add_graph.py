@@ -14,7 +14,7 @@ from runtime.artifact.choice import read_choice
 from runtime.artifact.manifest import CHOICE, MANIFEST, Artifact, Manifest, open_artifact
 from runtime.errors import InvalidArtifact, InvalidSetting
 from tests.support.byte_tokenizer import write_byte_tokenizer
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 
 @pytest.fixture

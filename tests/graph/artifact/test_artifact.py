@@ -21,8 +21,8 @@ from export.verify.receipt import verify
 from runtime.artifact.manifest import MANIFEST, RECEIPT, WEIGHTS, open_artifact
 from runtime.backends.ort.cpu_session import OrtSession
 from runtime.errors import GateFailed, HeadraceError, InvalidArtifact, InvalidSetting
-from tests.support.tiny_artifact import TinyExports
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.artifact import TinyExports
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from runtime.settings import EngineSettings
 from runtime.text_model import open_text_model
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.fake_session import FakeSession
-from tests.support.tiny_artifact import write_listed
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.artifact import write_listed
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 VERBS: dict[str, list[str]] = {
     "serve": ["serve", "ARTIFACT", "--port", "0"],

@@ -12,9 +12,9 @@ from runtime.artifact.manifest import WEIGHTS
 from runtime.commands.bench_runs import StepTimes
 from runtime.commands.roofline import decode_cost
 from runtime.core import FinishReason, Usage
-from tests.support.tiny_artifact import TinyExports
+from tests.support.tiny.artifact import TinyExports
 
-# The tiny model's sizes (tests/support/tiny_checkpoint.py).
+# The tiny model's sizes (tests/support/tiny/checkpoint.py).
 LAYERS, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 96, 320, 4, 2, 16
 LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 3 * HIDDEN * INNER
 HEAD = VOCAB * HIDDEN

@@ -14,8 +14,8 @@ from export.quantize.int8.saved import load_calibration
 from headrace import main
 from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS, RECEIPT, open_artifact
 from tests.support.byte_tokenizer import byte_level_hf, write_byte_tokenizer
-from tests.support.tiny_artifact import write_listed
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.artifact import write_listed
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 SECRET = "the combination is 3141"
 SMALL = ["--precision", "w8a8", "--calibration-samples", "6", "--calibration-length", "48", "--force"]

@@ -17,9 +17,9 @@ from runtime.artifact.choice import choice_lines, read_choice
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.commands.inspect_artifact import as_json, as_lines
 from runtime.errors import GateFailed, InvalidSetting
-from tests.support.tiny_artifact import FEW_IDS
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
-from tests.support.tiny_quantized import Packing, write_quantized
+from tests.support.tiny.artifact import FEW_IDS
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
+from tests.support.tiny.quantized import Packing, write_quantized
 
 
 class Stopwatch:

@@ -19,8 +19,8 @@ from headrace import main
 from runtime.artifact.manifest import open_artifact
 from runtime.commands.inspect_artifact import num_parameters
 from tests.support.byte_tokenizer import write_byte_tokenizer
-from tests.support.tiny_artifact import TinyExports
-from tests.support.tiny_checkpoint import config_of, shapes_of, write_checkpoint
+from tests.support.tiny.artifact import TinyExports
+from tests.support.tiny.checkpoint import config_of, shapes_of, write_checkpoint
 
 TEXT = "Ten small boats,\nneuf à voiles, et une sans.\n" * 9
 

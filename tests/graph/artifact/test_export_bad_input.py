@@ -22,7 +22,7 @@ from export.pipeline.export_model import ExportOptions, export_model
 from headrace import main
 from runtime.artifact.manifest import open_artifact
 from tests.support.byte_tokenizer import write_byte_tokenizer
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 SMALL = ["--precision", "w8a8", "--calibration-samples", "8", "--calibration-length", "64", "--force", "--replace"]
 

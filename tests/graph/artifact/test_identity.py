@@ -20,7 +20,7 @@ from export.artifact.writer import staged
 from headrace import main
 from runtime.artifact.manifest import CHOICE, MANIFEST, open_artifact
 from runtime.errors import InvalidSetting
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 ROOT = Path(__file__).parents[3]
 

@@ -12,8 +12,8 @@ from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.backends.tensorrt.session import TrtSession
 from tests.support.simulated.cuda import SimCuda
 from tests.support.simulated.tensorrt import GPUS, VERSION, SimTensorRT, profiles_for, write_plan
-from tests.support.tiny_artifact import FEW_IDS
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.artifact import FEW_IDS
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 TARGET = "tensorrt-rtx"
 CAPACITY = 128

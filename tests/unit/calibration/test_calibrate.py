@@ -19,7 +19,7 @@ from export.quantize.statistics.collect import chunks_of, collect_statistics
 from export.quantize.statistics.store import load_statistics, save_statistics
 from export.sources.open import open_checkpoint
 from runtime.errors import CalibrationFailed
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 RAW = config_of("llama")
 CONFIG = parse_config(RAW)

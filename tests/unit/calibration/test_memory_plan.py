@@ -6,7 +6,7 @@ from export.model.families.architectures import parse_config
 from export.pipeline.memory_plan import phases
 from export.schemes.registry import SCHEMES
 from export.schemes.scheme import Scheme
-from tests.support.tiny_checkpoint import config_of
+from tests.support.tiny.checkpoint import config_of
 
 WIDE = {
     "hidden_size": 2048,

@@ -6,8 +6,8 @@ import pytest
 from export.model.families.architectures import parse_config
 from export.model.reference.forward import run_reference
 from export.quantize.int8.rotation import RotatedCheckpoint, Rotation, rotated_config, stream_obstacle
-from tests.support.architectures import BEYOND_LLAMA, RandomCheckpoint
-from tests.support.tiny_checkpoint import config_of
+from tests.support.tiny.architectures import BEYOND_LLAMA, RandomCheckpoint
+from tests.support.tiny.checkpoint import config_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 48, 64, 96, 128, 576, 4096])

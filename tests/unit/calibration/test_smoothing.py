@@ -7,8 +7,8 @@ from export.model.description import LM_HEAD, ModelConfig, Site
 from export.model.families.architectures import parse_config
 from export.model.reference.forward import run_reference
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config, smoothing_vector
-from tests.support.architectures import BEYOND_LLAMA, RandomCheckpoint
-from tests.support.tiny_checkpoint import VARIANTS, config_of
+from tests.support.tiny.architectures import BEYOND_LLAMA, RandomCheckpoint
+from tests.support.tiny.checkpoint import VARIANTS, config_of
 
 # float32 sums of a hundred terms near 1, scaled up and down by factors of up to ten.
 TOLERANCE = 2e-4

@@ -8,8 +8,8 @@ import pytest
 from export.model.families.architectures import ARCHITECTURES, parse_config
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3
-from tests.support.tiny_checkpoint import LLAMA3, VARIANTS, YARN, config_of
+from tests.support.tiny.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3
+from tests.support.tiny.checkpoint import LLAMA3, VARIANTS, YARN, config_of
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

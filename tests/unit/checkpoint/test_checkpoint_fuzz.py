@@ -20,8 +20,8 @@ from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
-from tests.support.tiny_checkpoint import LLAMA3, VARIANTS, YARN, config_of, write_checkpoint
-from tests.support.tiny_gguf import TinyGguf, byte_level_metadata, sentencepiece_metadata
+from tests.support.tiny.checkpoint import LLAMA3, VARIANTS, YARN, config_of, write_checkpoint
+from tests.support.tiny.gguf import TinyGguf, byte_level_metadata, sentencepiece_metadata
 
 ROPE_FIELDS = sorted({*YARN, *LLAMA3, "type", "rope_theta", "beta_fast", "mscale", "truncate", "attention_factor"})
 

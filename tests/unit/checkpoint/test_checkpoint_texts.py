@@ -13,7 +13,7 @@ from export.model.checks.model_reading import read_model
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import byte_level_hf
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 WORD_PIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
 PLAIN = {"bos_token": "<|begin|>"}

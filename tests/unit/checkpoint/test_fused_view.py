@@ -18,7 +18,7 @@ from export.schemes.forms import Blocks
 from export.storage.blocks import quantize_rows
 from export.storage.quantized_rows import ImportedRows
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 QKV = Split("self_attn.qkv_proj", (("self_attn.q_proj", 8), ("self_attn.k_proj", 4), ("self_attn.v_proj", 4)))
 GATE_UP = Split("mlp.gate_up_proj", (("mlp.gate_proj", None), ("mlp.up_proj", None)))

@@ -16,7 +16,7 @@ from export.checkpoint.gguf.header import read_gguf_header
 from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.tiny_gguf import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyGguf, hugging_face_tensors
+from tests.support.tiny.gguf import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyGguf, hugging_face_tensors
 
 Kind = gguf.GGMLQuantizationType
 

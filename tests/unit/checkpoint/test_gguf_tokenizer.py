@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from export.checkpoint.gguf.tokenizer import PRE_TOKENIZERS, merges_by_score, text_files
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.tiny_gguf import byte_level_metadata, sentencepiece_metadata
+from tests.support.tiny.gguf import byte_level_metadata, sentencepiece_metadata
 
 
 def ids_of(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:

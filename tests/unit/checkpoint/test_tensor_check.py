@@ -16,9 +16,9 @@ from export.model.checks.tensors import expected_tensors
 from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.tiny_checkpoint import VARIANTS, config_of, shapes_of, write_checkpoint
-from tests.support.tiny_gguf import TinyGguf, hugging_face_tensors
-from tests.support.tiny_quantized import Packing, write_quantized
+from tests.support.tiny.checkpoint import VARIANTS, config_of, shapes_of, write_checkpoint
+from tests.support.tiny.gguf import TinyGguf, hugging_face_tensors
+from tests.support.tiny.quantized import Packing, write_quantized
 
 Tensors = dict[str, NDArray[Any]]
 LAYER = "model.layers.1"

@@ -10,7 +10,7 @@ from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import MANIFEST, Artifact, sha256_of
 from tests.support.byte_tokenizer import write_byte_tokenizer
-from tests.support.tiny_checkpoint import config_of, write_checkpoint
+from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 FEW_IDS = QuantizationOptions(text=CalibrationOptions(num_samples=8, length=64))
 """Calibration that takes a blink, for tests that look at something else."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from tests.support.tiny_checkpoint import write_checkpoint
+from tests.support.tiny.checkpoint import write_checkpoint
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
