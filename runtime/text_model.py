@@ -145,7 +145,7 @@ class TextModel:
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
             max_queue_wait_s=settings.max_queue_wait,
-            speculator=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
+            drafter=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
             observer=observer,
         )
         self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)

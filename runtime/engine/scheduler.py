@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.engine.drafter import Drafter
 from runtime.engine.kv_slots import KvSlots
 from runtime.engine.prefix_cache import BLOCK_LEN, PrefixCache
-from runtime.engine.sequence import Sequence
-from runtime.engine.speculation.speculator import Speculator
+from runtime.engine.sequence import LiveSequence
 from runtime.session.session import Batch, Session
 
 MAX_PLACES = 2
@@ -41,12 +41,12 @@ class Run(NamedTuple):
     prompts in `scored`, so many to each; further rows are ignored."""
 
     batch: Batch
-    sequences: list[Sequence]
+    sequences: list[LiveSequence]
     num_decode: int = 0
     num_prefill_tokens: int = 0
-    prefilled: tuple[Sequence, ...] = ()
+    prefilled: tuple[LiveSequence, ...] = ()
     """Whose prompts it runs, finished with it or not."""
-    scored: tuple[tuple[Sequence, int], ...] = ()
+    scored: tuple[tuple[LiveSequence, int], ...] = ()
     drafts: tuple[list[int], ...] = ()
     """Speculation: what follows each sequence's next token; it has one more row of logits for each."""
 
@@ -55,13 +55,13 @@ class Scheduler:
     """Owns the slots and the queues. Of the session it uses only what moves K and V about."""
 
     def __init__(
-        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, speculator: Speculator | None = None
+        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, drafter: Drafter | None = None
     ) -> None:
         info = session.info
-        self._speculator = speculator
+        self._drafter = drafter
         self.cache = cache
         self.slots = KvSlots(info.num_slots, info.capacity)
-        self.waiting: list[Sequence] = []  # by priority, then first in, first out
+        self.waiting: list[LiveSequence] = []  # by priority, then first in, first out
         self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
         self._is_oldest_turn = False
@@ -69,8 +69,8 @@ class Scheduler:
         self._restore_multiple = 1 if info.is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._is_ragged = info.is_ragged
         self._max_scored = info.capacity if info.max_scored is None else info.max_scored
-        self._prefilling: list[Sequence] = []  # in order of admission
-        self._decoding: list[Sequence | None] = [None] * info.num_slots
+        self._prefilling: list[LiveSequence] = []  # in order of admission
+        self._decoding: list[LiveSequence | None] = [None] * info.num_slots
         # What the next decode run reads, by slot; the batches below are views of these.
         self._next_ids = np.zeros((info.num_slots, 1), np.int64)
         self._is_decoding = np.zeros(info.num_slots, np.int32)
@@ -84,7 +84,7 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting) or self.slots.num_used > 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: LiveSequence) -> None:
         """Queue a sequence behind those of its priority."""
         insort(self.waiting, sequence, key=_priority)
 
@@ -121,15 +121,15 @@ class Scheduler:
             self._is_decoding[sequence.slot] = 1
             self._decode_run = None
 
-    def accept(self, sequence: Sequence) -> None:
+    def accept(self, sequence: LiveSequence) -> None:
         """Its draft's next token was right, and is in the cache."""
         self.slots.past_len[sequence.slot] += 1
 
-    def set_next(self, sequence: Sequence, token_id: int) -> None:
+    def set_next(self, sequence: LiveSequence, token_id: int) -> None:
         """The token that a sequence runs through the model next."""
         self._next_ids[sequence.slot, 0] = token_id
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: LiveSequence) -> None:
         """Drop a sequence, wherever it is; its slot is free at once."""
         slot = sequence.slot
         if slot is None:
@@ -150,7 +150,7 @@ class Scheduler:
             self._next_ids[sequence.slot, 0] = 0
             self._prefilling.append(sequence)
 
-    def _next_waiting(self) -> Sequence:
+    def _next_waiting(self) -> LiveSequence:
         """Of the most urgent, the first one of the tenant that has the fewest slots: nobody keeps others out by asking
         for all of them."""
         first = self.waiting[0]
@@ -199,10 +199,10 @@ class Scheduler:
             batch = Batch(0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64))
             sequences = [s for s in self._decoding[:span] if s is not None]
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
-        if self._decode_run is not None and self._speculator is not None:
+        if self._decode_run is not None and self._drafter is not None:
             room = self.slots.capacity - int(self.slots.past_len[:span].max())
             width = min(room, MAX_PLACES * self._prefill_chunk // span)
-            drafts = self._speculator.draft(self._decode_run.sequences, max(0, width - 1))
+            drafts = self._drafter.draft(self._decode_run.sequences, max(0, width - 1))
             if drafts is not None:
                 return self._plan_verify(self._decode_run, drafts)
         return self._decode_run
@@ -222,7 +222,7 @@ class Scheduler:
         batch = Batch(0, token_ids, plain.batch.past_len, query_len, np.array(wanted, np.int64))
         return plain._replace(batch=batch, drafts=tuple(drafts))
 
-    def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
+    def _share_run(self, pending: list[LiveSequence], budget: int) -> list[LiveSequence]:
         """The first pending sequence, and neighbours that fit in its run, by slot."""
         rows = [pending[0]]
         if not self._is_ragged:
@@ -236,7 +236,7 @@ class Scheduler:
                 slot += direction
         return sorted(rows, key=lambda s: s.slot or 0)
 
-    def _fits(self, rows: list[Sequence], budget: int) -> bool:
+    def _fits(self, rows: list[LiveSequence], budget: int) -> bool:
         """Whether the next pieces of these prompts may go in one run."""
         lens = [self._piece(s) for s in rows]
         width = max(lens)
@@ -248,11 +248,11 @@ class Scheduler:
         num_places = len(rows) * width
         return sum(lens) <= budget and num_places <= MAX_PLACES * budget and bool(max(ends) <= self.slots.capacity)
 
-    def _left(self, sequence: Sequence) -> int:
+    def _left(self, sequence: LiveSequence) -> int:
         """Prompt tokens not yet in the cache."""
         return sequence.num_prompt - int(self.slots.past_len[sequence.slot])
 
-    def _piece(self, sequence: Sequence) -> int:
+    def _piece(self, sequence: LiveSequence) -> int:
         """Tokens of its next chunk: never a single one of a longer prompt. A run of one token takes another attention
         kernel than longer ones, among which a token's sums do not depend on where the cuts are; so a request gets the
         same tokens alone and in a batch, with its beginning computed or out of the cache."""
@@ -262,7 +262,7 @@ class Scheduler:
             return chunk - 1
         return min(left, chunk)
 
-    def _prefill_order(self) -> list[Sequence]:
+    def _prefill_order(self) -> list[LiveSequence]:
         """Whose prompts come next: by priority, then in turn the oldest and the one with the least left. So a short
         prompt waits for one chunk of a long one, and a long one makes a chunk every other step, whatever arrives."""
         self._is_oldest_turn = not self._is_oldest_turn
@@ -270,7 +270,7 @@ class Scheduler:
             return sorted(self._prefilling, key=_priority)
         return sorted(self._prefilling, key=lambda s: (_priority(s), self._left(s)))
 
-    def _reuse(self) -> list[Sequence]:
+    def _reuse(self) -> list[LiveSequence]:
         """Fill slots from the prefix cache; return who has more to copy in the next step.
 
         Asked again after every chunk: of two prompts that arrive together, the second reuses what the first has
@@ -293,7 +293,7 @@ class Scheduler:
                 unfinished.append(sequence)
         return unfinished
 
-    def _keep(self, sequence: Sequence) -> None:
+    def _keep(self, sequence: LiveSequence) -> None:
         """Store the blocks of its prompt that are whole now."""
         if sequence.prefix_keys:
             assert sequence.slot is not None
@@ -301,7 +301,7 @@ class Scheduler:
             self.cache.keep(sequence.prefix_keys, sequence.slot, sequence.num_kept, stop)
             sequence.num_kept = stop
 
-    def _plan_prefill(self, rows: list[Sequence]) -> Run:
+    def _plan_prefill(self, rows: list[LiveSequence]) -> Run:
         lens = [self._piece(s) for s in rows]
         width = max(lens)
         first_slot = rows[0].slot
@@ -326,9 +326,9 @@ class Scheduler:
         return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows), scored=tuple(scored))
 
 
-def _priority(sequence: Sequence) -> int:
+def _priority(sequence: LiveSequence) -> int:
     return sequence.request.options.priority
 
 
-def _tenant(sequence: Sequence) -> str:
+def _tenant(sequence: LiveSequence) -> str:
     return sequence.request.options.tenant

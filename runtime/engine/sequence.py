@@ -5,21 +5,28 @@ Knows sampling, constraints and when a request ends; nothing about slots, batche
 
 import math
 import time
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
+from typing import Protocol
 
 from runtime.core import FinishReason, PromptLogprob, Request, TokenEvent
 from runtime.engine.sampler import Row, make_sampler, num_top, with_logprobs
-from runtime.engine.speculation.prompt_lookup import NgramIndex
 from runtime.session.session import TopRow
 
 
-class Sequence:
+class DraftState(Protocol):
+    """What a drafter keeps for one sequence. Only the drafter looks inside."""
+
+    def push(self, token_id: int) -> None:
+        """The text goes on with this token."""
+        ...
+
+
+class LiveSequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
     `slot` is None while it waits. The `num_top` likeliest tokens of a row are enough for it; None: it needs them all.
     `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that need
-    not be stored again. `ngrams` guesses its next tokens, if it may speculate, and `model_odds` are those of a draft
-    model's guess. Times are seconds of `time.perf_counter`.
+    not be stored again. `draft_state` is None where nothing is drafted. Times are seconds of `time.perf_counter`.
     """
 
     __slots__ = (
@@ -28,9 +35,8 @@ class Sequence:
         "_sampler",
         "_stop_ids",
         "deadline_s",
+        "draft_state",
         "first_token_s",
-        "model_odds",
-        "ngrams",
         "num_generated",
         "num_kept",
         "num_prompt",
@@ -49,8 +55,7 @@ class Sequence:
         self.num_generated = 0
         self.prefix_keys: list[bytes] = []
         self.num_kept = 0
-        self.ngrams: NgramIndex | None = None
-        self.model_odds = 0.0
+        self.draft_state: DraftState | None = None
         self.submitted_s = time.perf_counter()
         timeout_s = request.options.timeout_s
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
@@ -61,7 +66,7 @@ class Sequence:
         self.num_top = None if self._min_tokens else num_top(params)
         self._sampler = make_sampler(params, request.prompt_ids, self._stop_ids)
 
-    def prepare(self, draft: Rows[int] = ()) -> None:
+    def prepare(self, draft: Sequence[int] = ()) -> None:
         """Called before the model runs for this sequence: what can be done meanwhile is begun."""
         if self.request.guide is not None:
             self.request.guide.prepare(draft)
@@ -105,8 +110,8 @@ class Sequence:
         self.num_generated += 1
         if self.num_generated == self._min_tokens:
             self.num_top = num_top(self.request.params)
-        if self.ngrams is not None:
-            self.ngrams.push(choice.token_id)
+        if self.draft_state is not None:
+            self.draft_state.push(choice.token_id)
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter()
         text, reason = self._text_of(choice.token_id)

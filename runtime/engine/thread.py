@@ -13,7 +13,7 @@ from math import ceil
 
 from runtime.core import EngineStats, Request
 from runtime.engine.engine import Engine
-from runtime.engine.sequence import Sequence
+from runtime.engine.sequence import LiveSequence
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class EngineThread:
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
         self._engine = engine
         self._max_live = engine.info.num_slots + max_waiting
-        self._inbox: deque[Sequence | str] = deque()  # a sequence to add, or the id of one to cancel
+        self._inbox: deque[LiveSequence | str] = deque()  # a sequence to add, or the id of one to cancel
         self._num_inbox = 0
         self._changed = threading.Condition()
         self._is_accepting = False
@@ -160,10 +160,10 @@ class EngineThread:
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._engine.live or any(s.request.request_id == request_id for s in self._arrived())
 
-    def _arrived(self) -> list[Sequence]:
+    def _arrived(self) -> list[LiveSequence]:
         """The sequences in the inbox. Of a copy: the lock does not hold off its own thread, on which the garbage
         collector may close an abandoned reply at any moment, and that puts a cancellation into the inbox."""
-        return [item for item in tuple(self._inbox) if isinstance(item, Sequence)]
+        return [item for item in tuple(self._inbox) if isinstance(item, LiveSequence)]
 
     def _check_accepting(self) -> None:
         if self._failure is not None:

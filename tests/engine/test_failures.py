@@ -88,10 +88,10 @@ class BrokenSpeculator(Speculator):
 def test_what_breaks_the_engine_ends_every_request_with_the_reason_and_readiness(
     session: FailingSession, speculator: Speculator
 ) -> None:
-    engine = Engine(session, prefill_chunk=32, prefix_cache=10**6, speculator=speculator)
+    engine = Engine(session, prefill_chunk=32, prefix_cache=10**6, drafter=speculator)
     thread = EngineThread(engine, max_waiting=10)
     if isinstance(speculator, BrokenSpeculator):
-        engine._scheduler._speculator = None
+        engine._scheduler._drafter = None
     pairs = [make_request("short", [5], greedy(2)), make_request("long", HEAD, greedy(60))]
     pairs += [make_request("other", [*HEAD[:40], 1], greedy(60)), make_request("waiting", HEAD, greedy(60))]
     # All are in the inbox when the thread starts; what fails is armed when the first token comes.
@@ -100,7 +100,7 @@ def test_what_breaks_the_engine_ends_every_request_with_the_reason_and_readiness
     def arm(event: Any) -> None:
         session.is_armed = True
         if isinstance(speculator, BrokenSpeculator):
-            engine._scheduler._speculator = speculator
+            engine._scheduler._drafter = speculator
         first_sink(event)
 
     pairs[0][0].sink = arm
@@ -170,7 +170,7 @@ def test_what_breaks_one_request_ends_that_one_within_a_draft_too(what: str, fai
     prompt = [13, 2, 13, 2]
     session = SpoiledSession(num_slots=3, capacity=160, vocab_size=VOCAB, memory=1)
     session.after = len(prompt) + fails_at - 2 if what == "logits" else 1000
-    engine = Engine(session, speculator=Speculator(min_gain=0), prefix_cache=10**6)
+    engine = Engine(session, drafter=Speculator(min_gain=0), prefix_cache=10**6)
     bad, recorder = make_request("bad", prompt, greedy(30))
     if what == "text":
         bad.text = BrokenText(fails_at)

@@ -1,7 +1,6 @@
 """Speculation: the same tokens with drafts and without, the same distribution, and no drafts where they do not pay."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ EVERY_DRAFT = 0.0
 
 
 def engine_for(session: FakeSession, *, min_gain: float = EVERY_DRAFT) -> Engine:
-    return Engine(session, prefill_chunk=64, speculator=Speculator(min_gain=min_gain))
+    return Engine(session, prefill_chunk=64, drafter=Speculator(min_gain=min_gain))
 
 
 def finish(engine: Engine) -> None:
@@ -221,7 +220,7 @@ class Dictation:
     def is_stopped(self) -> bool:
         return not self._left
 
-    def prepare(self, draft_ids: Rows[int] = ()) -> None:
+    def prepare(self, draft_ids: Sequence[int] = ()) -> None:
         assert list(draft_ids) == self._left[: len(draft_ids)], "only what may come is drafted"
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -234,7 +233,7 @@ class Dictation:
     def forced(self) -> list[int]:
         return self._left[:8] if self._says_so else []
 
-    def num_allowed(self, token_ids: Rows[int]) -> int:
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
         wanted = [*self._left, *[-1] * len(token_ids)]
         return next((idx for idx, one in enumerate(token_ids) if one != wanted[idx]), len(token_ids))
 
@@ -312,14 +311,14 @@ def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:
 def test_drafts_are_taken_along_where_they_pay(seconds_of: Callable[[int], float], has_drafts: bool) -> None:
     session = FakeSession(num_slots=4, capacity=160, vocab_size=VOCAB, memory=1)
     speculator = Speculator()
-    engine = Engine(session, prefill_chunk=64, speculator=speculator)
+    engine = Engine(session, prefill_chunk=64, drafter=speculator)
     sequences_with_guesses(engine, 4)
-    hear = speculator.cost.hear
+    observe = speculator.observe_run
 
-    def hear_made_up(num_rows: int, num_guesses: int, seconds: float) -> None:
-        hear(num_rows, num_guesses, seconds_of(num_rows + num_guesses))
+    def observe_made_up(*, num_rows: int, num_drafted: int, seconds: float) -> None:
+        observe(num_rows=num_rows, num_drafted=num_drafted, seconds=seconds_of(num_rows + num_drafted))
 
-    speculator.cost.hear = hear_made_up  # type: ignore[method-assign]
+    speculator.observe_run = observe_made_up  # type: ignore[method-assign]
     finish(engine)
     # 40 tokens each; the text must come round once before there is anything to guess.
     num_runs = sum(batch.past_len.all() for batch in session.batches)
@@ -417,7 +416,7 @@ def _chi2_limit(freedom: int) -> float:
 
 def test_greedy_sampled_drafted_cached_and_cancelled_requests_share_batches_and_get_what_they_get_alone() -> None:
     session = FakeSession(num_slots=6, capacity=160, vocab_size=VOCAB, memory=1)
-    engine = Engine(session, prefill_chunk=24, prefix_cache=10**6, speculator=Speculator(min_gain=EVERY_DRAFT))
+    engine = Engine(session, prefill_chunk=24, prefix_cache=10**6, drafter=Speculator(min_gain=EVERY_DRAFT))
     head = [(5 * i) % VOCAB for i in range(90)]
     add(engine, "warm", [*head, 1], greedy(1))
     finish(engine)
@@ -455,7 +454,7 @@ def drafting_engine(session: FakeSession, *, memory: int, min_gain: float = EVER
     info = session.info
     draft = FakeSession(num_slots=info.num_slots, capacity=info.capacity, vocab_size=VOCAB, memory=memory)
     speculator = Speculator(DraftModel(draft, prefill_chunk=20), min_gain=min_gain)
-    return Engine(session, prefill_chunk=64, speculator=speculator), draft
+    return Engine(session, prefill_chunk=64, drafter=speculator), draft
 
 
 @pytest.mark.parametrize("draft_memory", [1, 2], ids=["always right", "mostly wrong"])

@@ -6,12 +6,13 @@ one a step, so that it holds nobody up. A wrong guess costs time and nothing els
 """
 
 import time
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 
 import numpy as np
 
 from runtime.engine.kv_slots import KvSlots
-from runtime.engine.sequence import Sequence
+from runtime.engine.sequence import LiveSequence
+from runtime.engine.speculation.prompt_lookup import state_of
 from runtime.session.session import Batch, Session
 
 MAX_LAG = 16
@@ -26,7 +27,7 @@ class DraftModel:
         self._session = session
         self._prefill_chunk = prefill_chunk
         self._slots = KvSlots(session.info.num_slots, session.info.capacity)
-        self._owners: dict[int, Sequence] = {}
+        self._owners: dict[int, LiveSequence] = {}
         self._texts: list[list[int]] = [[] for _ in range(session.info.num_slots)]  # what the cache holds, by slot
         self._step_s: float | None = None
 
@@ -34,7 +35,7 @@ class DraftModel:
         """How long it takes to guess so many tokens; None before it was tried."""
         return None if self._step_s is None else self._step_s * num_draft
 
-    def guess(self, sequences: Rows[Sequence], limits: Rows[int]) -> list[list[int]]:
+    def guess(self, sequences: Sequence[LiveSequence], limits: Sequence[int]) -> list[list[int]]:
         """At most `limits` tokens for each sequence; none for one whose text it has not caught up with yet."""
         slots = self._slots_of(sequences)
         guesses: list[list[int]] = [[] for _ in sequences]
@@ -63,7 +64,7 @@ class DraftModel:
         """Release the model. Idempotent."""
         self._session.close()
 
-    def _slots_of(self, sequences: Rows[Sequence]) -> list[int]:
+    def _slots_of(self, sequences: Sequence[LiveSequence]) -> list[int]:
         """The slot of each sequence; those of requests that ended are free again."""
         for slot, owner in list(self._owners.items()):
             if owner.slot is None:
@@ -112,6 +113,5 @@ class DraftModel:
         return dict(zip(feeds, logits.argmax(-1).tolist(), strict=True))
 
 
-def _text(sequence: Sequence) -> list[int]:
-    assert sequence.ngrams is not None
-    return sequence.ngrams.text_ids
+def _text(sequence: LiveSequence) -> list[int]:
+    return state_of(sequence).text_ids

@@ -18,11 +18,15 @@ would come to 1.3 times the speed on extracting and 2.4 on the log, since a toke
 from collections.abc import Sequence
 from itertools import pairwise
 
+from runtime.engine.sequence import LiveSequence
+
 PRIOR_ODDS = (0.15, 0.3, 0.5, 0.75, 0.9)
 """Chance that a guess is right, to begin with: after one, two or three equal tokens, after STREAKS right guesses."""
 STREAKS = (2, 6)
 PREDICTED_STREAK = STREAKS[0]
 """What a prediction's first token is taken for: better than a place that was found by three tokens."""
+MODEL_ODDS = 0.7
+"""Chance that a draft model's guess is right, to begin with."""
 ODDS_GAIN = 0.1
 """Weight of a new observation: the odds follow the last ten or so."""
 
@@ -34,7 +38,7 @@ class NgramIndex:
     `ids`, None if there is none.
     """
 
-    __slots__ = ("_num_predicted", "_odds", "_pairs", "_singles", "_streak", "_triples", "ids", "source")
+    __slots__ = ("_num_predicted", "_odds", "_pairs", "_singles", "_streak", "_triples", "ids", "model_odds", "source")
 
     def __init__(self, prompt_ids: Sequence[int], predicted_ids: Sequence[int] = ()) -> None:
         self.ids = [*predicted_ids, *prompt_ids]
@@ -42,6 +46,7 @@ class NgramIndex:
         self._num_predicted = len(predicted_ids)
         self._streak = 0  # right guesses since the source was found; before the first, minus 1 to 3: see `_look_up`
         self._odds = list(PRIOR_ODDS)
+        self.model_odds = MODEL_ODDS
         # Keys to the place behind them; of equal keys the last place stays, but the prediction's before the prompt's.
         self._singles: dict[int, int] = {}
         self._pairs: dict[tuple[int, int], int] = {}
@@ -140,3 +145,9 @@ class NgramIndex:
         if self._streak < 0:
             return self._streak + 3
         return 2 + (self._streak >= STREAKS[0]) + (self._streak >= STREAKS[1])
+
+
+def state_of(sequence: LiveSequence) -> NgramIndex:
+    """What `Speculator.attach` gave the sequence."""
+    assert isinstance(sequence.draft_state, NgramIndex)
+    return sequence.draft_state

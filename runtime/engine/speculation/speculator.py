@@ -10,14 +10,14 @@ Knows tokens and seconds; nothing of slots or text.
 """
 
 import logging
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from runtime.core import TokenGuide
-from runtime.engine.sequence import Sequence
+from runtime.engine.sequence import LiveSequence
 from runtime.engine.speculation.draft_model import DraftModel
-from runtime.engine.speculation.prompt_lookup import ODDS_GAIN, NgramIndex
+from runtime.engine.speculation.prompt_lookup import MODEL_ODDS, ODDS_GAIN, NgramIndex, state_of
 from runtime.engine.speculation.run_cost import RunCost
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,9 @@ FORCED_ODDS = 0.95
 
 MAX_MODELLED = 7
 """Tokens that the draft model guesses at most: each costs a run of it, and the chance that all are right falls."""
-MODEL_ODDS = 0.7
-"""Chance that its guess is right, to begin with. Where it does not pay the odds go back there by ODDS_RECOVERY a step,
-so that it is tried again now and then: unlike a copied guess, its cannot be judged for free."""
 ODDS_RECOVERY = 0.01
+"""Where it does not pay its odds go back to MODEL_ODDS by so much a step, so that it is tried again now and then: unlike a
+copied guess, its cannot be judged for free."""
 MODEL_COST = 0.3
 """Its time for a token, as a share of the model's, before it was measured."""
 
@@ -47,7 +46,7 @@ class Prospect(NamedTuple):
 
     limit: int = 0
     odds: float = 0.0
-    token_ids: Rows[int] = ()
+    token_ids: Sequence[int] = ()
     """The guess, `limit` tokens; empty if the draft model is yet to make it."""
     num_forced: int = 0
     is_modelled: bool = False
@@ -68,9 +67,13 @@ class Speculator:
         self.cost = RunCost()
         self._draft_model = draft_model
         self._min_gain = min_gain
-        self._modelled: list[Sequence] = []  # whose draft in this step is the model's
+        self._modelled: list[LiveSequence] = []  # whose draft in this step is the model's
 
-    def draft(self, sequences: Rows[Sequence], max_len: int) -> list[list[int]] | None:
+    def attach(self, sequence: LiveSequence) -> None:
+        request = sequence.request
+        sequence.draft_state = NgramIndex(request.prompt_ids, request.options.prediction_ids)
+
+    def draft(self, sequences: Sequence[LiveSequence], max_len: int) -> list[list[int]] | None:
         """One draft for each sequence, some of them empty; None if no draft pays.
 
         max_len: tokens of a draft that the slots have room for
@@ -79,7 +82,8 @@ class Speculator:
         lengths = self._best_lengths(known) if any(prospect.limit for prospect in known) else None
         if lengths is None:
             for sequence in sequences:
-                sequence.model_odds += ODDS_RECOVERY * (MODEL_ODDS - sequence.model_odds)
+                state = state_of(sequence)
+                state.model_odds += ODDS_RECOVERY * (MODEL_ODDS - state.model_odds)
             return None
         # Where the draft model is to guess and has not caught up yet, nothing is drafted.
         drafts = [list(prospect.token_ids[:length]) for length, prospect in zip(lengths, known, strict=True)]
@@ -92,7 +96,9 @@ class Speculator:
                 drafts = [guess or draft for guess, draft in zip(guesses, drafts, strict=True)]
         return drafts if any(drafts) else None
 
-    def _guesses(self, draft_model: DraftModel, sequences: Rows[Sequence], limits: Rows[int]) -> list[list[int]]:
+    def _guesses(
+        self, draft_model: DraftModel, sequences: Sequence[LiveSequence], limits: Sequence[int]
+    ) -> list[list[int]]:
         try:
             return draft_model.guess(sequences, limits)
         except Exception:  # nobody needs it
@@ -100,22 +106,27 @@ class Speculator:
             self._draft_model = None
             return [[] for _ in sequences]
 
-    def hear(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
+    def observe_run(self, *, num_rows: int, num_drafted: int, seconds: float) -> None:
+        self.cost.hear(num_rows, num_drafted, seconds)
+
+    def observe_draft(self, sequence: LiveSequence, *, num_drafted: int, num_accepted: int) -> None:
         """So much of a draft was right. Copied drafts are judged by the index itself, token by token."""
         if num_drafted and any(sequence is one for one in self._modelled):
             for is_right in [True] * num_accepted + [False] * (num_accepted < num_drafted):
-                sequence.model_odds += ODDS_GAIN * (is_right - sequence.model_odds)
+                state = state_of(sequence)
+                state.model_odds += ODDS_GAIN * (is_right - state.model_odds)
 
-    def _prospect(self, sequence: Sequence, max_len: int) -> Prospect:
+    def _prospect(self, sequence: LiveSequence, max_len: int) -> Prospect:
         left = min(max_len, sequence.request.params.max_tokens - sequence.num_generated - 1)
-        if sequence.ngrams is None or left <= 0:
+        if left <= 0:
             return Prospect()
-        copied = _copied(sequence.ngrams, sequence.request.guide, min(left, MAX_DRAFT))
-        if self._draft_model is None or copied.num_forced or (copied.limit and copied.odds > sequence.model_odds):
+        state = state_of(sequence)
+        copied = _copied(state, sequence.request.guide, min(left, MAX_DRAFT))
+        if self._draft_model is None or copied.num_forced or (copied.limit and copied.odds > state.model_odds):
             return copied
-        return Prospect(min(left, MAX_MODELLED), sequence.model_odds, is_modelled=True)
+        return Prospect(min(left, MAX_MODELLED), state.model_odds, is_modelled=True)
 
-    def _best_lengths(self, known: Rows[Prospect]) -> list[int] | None:
+    def _best_lengths(self, known: Sequence[Prospect]) -> list[int] | None:
         """The lengths with the most expected tokens a second, None if that is no draft at all.
 
         A guess counts if it and all before it are right. The likeliest guesses of all rows join one after the other,
