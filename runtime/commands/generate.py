@@ -13,7 +13,8 @@ from runtime.errors import EngineFailed, InvalidRequest
 from runtime.settings import EngineSettings, add_flags, from_namespace
 
 if TYPE_CHECKING:
-    from runtime.text_model import Generation, TextModel
+    from runtime.engine.generation import Generation
+    from runtime.text_model import TextModel
 
 DEFAULT_MAX_TOKENS = 512
 """Long enough for an answer, short enough to bound one that never ends. Cut to what the context leaves."""

@@ -15,7 +15,7 @@ import numpy as np
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.engine.drafter import Drafter
 from runtime.engine.prefix_cache import PrefixCache, block_keys
-from runtime.engine.sampler import Row
+from runtime.engine.sampling.logits import Row
 from runtime.engine.scheduler import Run, Scheduler
 from runtime.engine.sequence import LiveSequence
 from runtime.errors import InvalidRequest, PromptTooLong
@@ -28,7 +28,7 @@ class Engine:
     """Runs requests on a session in steps; they join and leave between two steps.
 
     prefill_chunk: most prompt tokens run between two decode steps
-    max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
+    max_queue_wait_s: a request without a slot this many seconds after its submission ends with QUEUE_TIMEOUT
     prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
     drafter: proposes draft tokens; unused (one token a row and step) with a session that is not ragged and cut-exact
     """
@@ -120,16 +120,16 @@ class Engine:
         for sequence in ended:
             sequence.request.sink(event)
         self._scheduler = self._new_scheduler()
-        # Last: if it is the observer that broke, everybody has heard.
+        # Last: if the observer is what broke, every request has its reason by now.
         for sequence in ended:
-            self._tell_end(sequence, FinishReason.ERROR)
+            self._notify_end(sequence, FinishReason.ERROR)
 
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
     def stats(self) -> EngineStats:
-        """Counts as they are now; from another thread, as they are at some moment of a step."""
+        """Counts at this moment; any thread may call this."""
         slots = self._scheduler.slots
         return EngineStats(
             num_waiting=len(self._scheduler.waiting),
@@ -167,7 +167,8 @@ class Engine:
             )
 
     def _run(self, run: Run) -> Iterable[Row | TopRow]:
-        """Whole rows of logits, or their likeliest tokens where those do for every sequence of the run."""
+        """Run the model: whole rows of logits, or their most likely tokens where those are enough for every
+        sequence."""
         for sequence, draft in zip(run.sequences, run.drafts or repeat(()), strict=False):
             sequence.prepare(draft)
         started_s = time.perf_counter()
@@ -185,7 +186,7 @@ class Engine:
         return rows
 
     def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
-        """Give prompts that are scored the logits of their positions; the last go out before the first token."""
+        """Give scored prompts the logits of their positions. The last of them goes out before the first token."""
         start = len(run.sequences)
         for sequence, num_rows in run.scored:
             assert isinstance(rows, np.ndarray)
@@ -195,7 +196,7 @@ class Engine:
                 sequence.request.sink(event)
 
     def _emit_drafted(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
-        """Each sequence goes on for as long as it chooses what its draft had."""
+        """Send each sequence's events, up to the first token that differs from its draft."""
         following = iter(rows)
         for sequence, draft in zip(run.sequences, run.drafts, strict=True):
             usage = sequence.request.usage
@@ -232,9 +233,11 @@ class Engine:
         return event.token_id
 
     def _end(self, sequence: LiveSequence, event: TokenEvent) -> None:
-        """Count it and free what it holds, then send its last event: who has the answer finds all that done."""
+        """Count the request and free its slot, then send its last event: all is done when the client sees it."""
         assert event.finish_reason is not None
-        self._tell_end(sequence, event.finish_reason)  # while it lives: if the observer breaks, it hears of that
+        self._notify_end(
+            sequence, event.finish_reason
+        )  # while it is in `live`: if the observer raises, `fail` reaches it too
         self._scheduler.remove(sequence)
         del self.live[sequence.request.request_id]
         sequence.request.sink(event)
@@ -250,12 +253,12 @@ class Engine:
         self._next_expiry_s = min(map(self._expiry_s, self.live.values()), default=math.inf)
 
     def _expiry_s(self, sequence: LiveSequence) -> float:
-        """When its time is up as things stand: a request in a slot no longer waits."""
+        """When its time is up. A request in a slot no longer waits for one."""
         if sequence.slot is not None:
             return sequence.deadline_s
         return min(sequence.deadline_s, sequence.submitted_s + self._max_queue_wait_s)
 
-    def _tell_end(self, sequence: LiveSequence, reason: FinishReason) -> None:
+    def _notify_end(self, sequence: LiveSequence, reason: FinishReason) -> None:
         if self._observer is not None:
             self._observer.on_finish(
                 reason=reason,
@@ -271,7 +274,7 @@ class Engine:
 
 
 def _suffices(num_top: int, sequences: Iterable[LiveSequence]) -> bool:
-    """Whether so many of the likeliest tokens are enough for every one of them."""
+    """Whether this many of the most likely tokens are enough for every one of them."""
     return all(sequence.num_top is not None and sequence.num_top <= num_top for sequence in sequences)
 
 

@@ -8,8 +8,7 @@ Two queues: waiting and, by slot, those that prefill or decode. A step is
     reuse      prompts skip the blocks that the prefix cache has
     prefill    runs of at most `prefill_chunk` tokens in all
 
-so a long prompt never holds up the streams that run, and they never hold up the prompt. Knows nothing about
-sampling, text or threads.
+so a long prompt never holds up running streams, nor they the prompt. Knows nothing about sampling, text or threads.
 """
 
 from bisect import insort
@@ -28,8 +27,8 @@ from runtime.engine.sequence import LiveSequence
 from runtime.session.session import Batch, Session
 
 MAX_PLACES = 2
-"""Places of a run, padding included, for each token of a chunk. Padding takes no time, but room: attention's scores may
-take rows * width * heads * capacity floats."""
+"""Most places of a run, padding included, for each token of a chunk. Padding costs memory and no time: attention scores
+may take rows * width * heads * capacity floats."""
 
 RESTORE_SPEED = 16
 """Tokens that a step may copy out of the prefix cache for each one it may prefill: copying is more than 16 times as
@@ -37,22 +36,22 @@ fast, so running streams wait no longer for a prompt that is reused than for one
 
 
 class Run(NamedTuple):
-    """One call of the session: row i of its logits belongs to `sequences[i]`. The rows behind those belong to the
-    prompts in `scored`, so many to each; further rows are ignored."""
+    """One call of the session. Row i of its logits belongs to `sequences[i]`. The rows after those belong to the
+    prompts in `scored`, as many to each as stands there; further rows are ignored."""
 
     batch: Batch
     sequences: list[LiveSequence]
     num_decode: int = 0
     num_prefill_tokens: int = 0
     prefilled: tuple[LiveSequence, ...] = ()
-    """Whose prompts it runs, finished with it or not."""
+    """The sequences whose prompts it runs, to their end or not."""
     scored: tuple[tuple[LiveSequence, int], ...] = ()
     drafts: tuple[list[int], ...] = ()
-    """Speculation: what follows each sequence's next token; it has one more row of logits for each."""
+    """Draft tokens of each sequence. Each has one more row of logits."""
 
 
 class Scheduler:
-    """Owns the slots and the queues. Of the session it uses only what moves K and V about."""
+    """Owns the slots and the queues. Uses the session only to copy K and V between slots."""
 
     def __init__(
         self, session: Session, cache: PrefixCache, *, prefill_chunk: int, drafter: Drafter | None = None
@@ -65,7 +64,7 @@ class Scheduler:
         self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
         self._is_oldest_turn = False
-        # Where cuts matter, a prompt out of the cache is cut where one that was computed is: at multiples of the chunk.
+        # Unless runs are chunk-invariant, a cached prompt is cut where a computed one is: at multiples of the chunk.
         self._restore_multiple = 1 if info.is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._is_ragged = info.is_ragged
         self._max_scored = info.capacity if info.max_scored is None else info.max_scored
@@ -89,7 +88,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_priority)
 
     def plan(self) -> Iterator[Run]:
-        """The runs of one step, each made when the one before has been advanced."""
+        """The runs of one step. `advance` each before taking the next."""
         self._admit()
         self._compact()
         if (run := self._plan_decode()) is not None:
@@ -122,7 +121,7 @@ class Scheduler:
             self._decode_run = None
 
     def accept(self, sequence: LiveSequence) -> None:
-        """Its draft's next token was right, and is in the cache."""
+        """The next token of its draft was right; its K and V are in the cache."""
         self.slots.past_len[sequence.slot] += 1
 
     def set_next(self, sequence: LiveSequence, token_id: int) -> None:
@@ -151,8 +150,8 @@ class Scheduler:
             self._prefilling.append(sequence)
 
     def _next_waiting(self) -> LiveSequence:
-        """Of the most urgent, the first one of the tenant that has the fewest slots: nobody keeps others out by asking
-        for all of them."""
+        """Among the most urgent, the first one of the tenant with the fewest slots: no tenant keeps others out by
+        asking for every slot."""
         first = self.waiting[0]
         urgent = list(takewhile(lambda s: _priority(s) == _priority(first), self.waiting))
         if all(_tenant(s) == _tenant(first) for s in urgent):
@@ -161,7 +160,7 @@ class Scheduler:
         return min(urgent, key=lambda s: running[_tenant(s)])
 
     def _compact(self) -> None:
-        """Move the highest decoding rows into free slots below; after admission, nobody else wants them."""
+        """Move the highest decoding rows into free slots below; what waits has been admitted by now."""
         while (target := self.slots.lowest_free) is not None:
             source = self._span() - 1
             if source < target:
@@ -208,7 +207,7 @@ class Scheduler:
         return self._decode_run
 
     def _plan_verify(self, plain: Run, drafts: list[list[int]]) -> Run:
-        """A decode run in which every row takes its draft along, and gives logits for each token of it."""
+        """A decode run whose rows contain their drafts, with logits for each draft token."""
         width = 1 + max(map(len, drafts))
         token_ids = np.zeros((len(plain.batch.past_len), width), np.int64)
         token_ids[:, 0] = plain.batch.token_ids[:, 0]
@@ -253,9 +252,9 @@ class Scheduler:
         return sequence.num_prompt - int(self.slots.past_len[sequence.slot])
 
     def _piece(self, sequence: LiveSequence) -> int:
-        """Tokens of its next chunk: never a single one of a longer prompt. A run of one token takes another attention
-        kernel than longer ones, among which a token's sums do not depend on where the cuts are; so a request gets the
-        same tokens alone and in a batch, with its beginning computed or out of the cache."""
+        """Tokens of its next chunk; never a single one of a longer prompt. A run of one token takes another attention
+        kernel than longer runs, whose sums do not depend on where the prompt is cut. So a request gets the same tokens
+        alone and in a batch, with its beginning computed or cached."""
         left = self._left(sequence)
         chunk = min(self._prefill_chunk, self._max_scored) if sequence.wants_prompt_logits else self._prefill_chunk
         if left == chunk + 1 > 2:
@@ -263,18 +262,17 @@ class Scheduler:
         return min(left, chunk)
 
     def _prefill_order(self) -> list[LiveSequence]:
-        """Whose prompts come next: by priority, then in turn the oldest and the one with the least left. So a short
-        prompt waits for one chunk of a long one, and a long one makes a chunk every other step, whatever arrives."""
+        """Prompts in the order in which they run: by priority, then by turns the oldest or the shortest rest first. So
+        a short prompt waits for one chunk of a long one, and a long one gets a chunk every other step."""
         self._is_oldest_turn = not self._is_oldest_turn
         if self._is_oldest_turn:
             return sorted(self._prefilling, key=_priority)
         return sorted(self._prefilling, key=lambda s: (_priority(s), self._left(s)))
 
     def _reuse(self) -> list[LiveSequence]:
-        """Fill slots from the prefix cache; return who has more to copy in the next step.
+        """Fill slots from the prefix cache; return the sequences with more to copy in the next step.
 
-        Asked again after every chunk: of two prompts that arrive together, the second reuses what the first has
-        computed meanwhile.
+        Called in every step: of two prompts that arrive together, the second reuses what the first has computed.
         """
         left = max(self._prefill_chunk * RESTORE_SPEED // BLOCK_LEN, self._restore_multiple)
         unfinished = []
@@ -294,7 +292,7 @@ class Scheduler:
         return unfinished
 
     def _keep(self, sequence: LiveSequence) -> None:
-        """Store the blocks of its prompt that are whole now."""
+        """Store the blocks of its prompt that are complete now."""
         if sequence.prefix_keys:
             assert sequence.slot is not None
             stop = min(int(self.slots.past_len[sequence.slot]) // BLOCK_LEN, len(sequence.prefix_keys))
@@ -315,7 +313,7 @@ class Scheduler:
         scored = []
         for i, sequence in enumerate(rows):
             if sequence.wants_prompt_logits:
-                num = lens[i] - is_last[i]  # what comes after the last token is not in the prompt
+                num = lens[i] - is_last[i]  # the token after the last one is not in the prompt
                 scored.append((sequence, num))
                 wanted.extend(range(i * width, i * width + num))
         # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and

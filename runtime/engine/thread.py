@@ -1,8 +1,8 @@
 """The one thread that owns the engine, and what other threads may ask of it.
 
 Requests and cancellations go in through one queue and take effect between two steps; events come out through
-each request's sink. An exception of the engine is caught once, here, of whatever class (a panic of a Rust library is
-no `Exception`): every request ends with the reason, and no more are accepted. Nobody waits forever.
+each request's sink. An exception of the engine is caught once, here, of any class (a panic of a Rust library is no
+`Exception`). Then every request ends with the reason, and no more are accepted. Nobody waits forever.
 """
 
 import logging
@@ -77,7 +77,7 @@ class EngineThread:
             self._changed.notify_all()
 
     def stats(self) -> EngineStats:
-        """Counts at this moment; those not yet taken in count as waiting."""
+        """Counts at this moment; requests still in the inbox count as waiting."""
         stats = self._engine.stats()
         return stats._replace(num_waiting=stats.num_waiting + self._num_inbox)
 
@@ -107,7 +107,7 @@ class EngineThread:
         try:
             while self._take_inbox():
                 self._engine.step()
-        except BaseException as error:  # the only place: whatever broke, every request hears of it
+        except BaseException as error:  # the only place: every request ends with the reason
             try:
                 self._fail(f"the engine failed: {type(error).__name__}: {error}")
             finally:  # last: with memory short, this may fail too
@@ -161,8 +161,8 @@ class EngineThread:
         return request_id in self._engine.live or any(s.request.request_id == request_id for s in self._arrived())
 
     def _arrived(self) -> list[LiveSequence]:
-        """The sequences in the inbox. Of a copy: the lock does not hold off its own thread, on which the garbage
-        collector may close an abandoned reply at any moment, and that puts a cancellation into the inbox."""
+        """The sequences in the inbox. Reads a copy: on this very thread, which the lock does not stop, the garbage
+        collector may close an abandoned reply and so append a cancellation."""
         return [item for item in tuple(self._inbox) if isinstance(item, LiveSequence)]
 
     def _check_accepting(self) -> None:

@@ -12,6 +12,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
+from runtime.engine.generation import Generation
 from runtime.errors import (
     EngineFailed,
     HeadraceError,
@@ -19,7 +20,7 @@ from runtime.errors import (
     TimedOut,
     Unavailable,
 )
-from runtime.text_model import Generation, TextModel
+from runtime.text_model import TextModel
 
 CLIENT_CHECK_S = 0.25
 """How often the socket is looked at: bounds how long a slot stays taken by a client that went away."""

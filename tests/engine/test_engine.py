@@ -485,7 +485,7 @@ def test_who_has_the_answer_finds_it_counted() -> None:
 
 
 class TopFakeSession(FakeSession):
-    """A session that picks the likeliest tokens itself, as TensorRT's does."""
+    """A session that picks the most likely tokens itself, as TensorRT's does."""
 
     num_top = 4
 

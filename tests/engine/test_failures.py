@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.core import FinishReason, Request, SamplingParams, TextPiece
 from runtime.engine.engine import Engine
-from runtime.engine.sampler import Choice
+from runtime.engine.sampling.sampler import SampledToken
 from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
 from runtime.errors import Unavailable
@@ -154,14 +154,14 @@ class BrokenSampler:
     def __init__(self, fails_at: int) -> None:
         self._left = fails_at
 
-    def sample(self, row: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> Choice:
+    def sample(self, row: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> SampledToken:
         self._left -= 1
         if not self._left:
             raise ZeroDivisionError("nothing left to choose from")
-        return Choice(int(row.argmax()))
+        return SampledToken(int(row.argmax()))
 
-    def sample_top(self, top: TopRow) -> Choice:
-        raise AssertionError("no session here picks the likeliest tokens")
+    def sample_top(self, top: TopRow) -> SampledToken:
+        raise AssertionError("no session here picks the most likely tokens")
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 7, 20])

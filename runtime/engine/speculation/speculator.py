@@ -29,7 +29,7 @@ MIN_GAIN = 1.05
 """Tokens a second that a draft must be expected to win: estimates are not better than that."""
 
 
-class Candidate(NamedTuple):
+class DraftCandidate(NamedTuple):
     """A draft that a row may take along, whole or its beginning."""
 
     rates: Sequence[float] = ()
@@ -93,18 +93,18 @@ class Speculator:
             self._draft_model = None
             return [[] for _ in sequences]
 
-    def _candidate(self, sequence: LiveSequence, max_len: int) -> Candidate:
+    def _candidate(self, sequence: LiveSequence, max_len: int) -> DraftCandidate:
         max_len = min(max_len, MAX_DRAFT, sequence.request.params.max_tokens - sequence.num_generated - 1)
         if max_len <= 0:
-            return Candidate()
+            return DraftCandidate()
         state, guide = state_of(sequence), sequence.request.guide
         forced = list(guide.forced()[:max_len]) if guide is not None else []
         copied = _copied(state.lookup, guide, forced, max_len)
         if self._draft_model is None or forced or (copied.rates and copied.rates[0] > state.model_rate):
             return copied
-        return Candidate([state.model_rate] * max_len)
+        return DraftCandidate([state.model_rate] * max_len)
 
-    def _best_lengths(self, candidates: Sequence[Candidate]) -> Sequence[int]:
+    def _best_lengths(self, candidates: Sequence[DraftCandidate]) -> Sequence[int]:
         """The lengths of drafts with the most expected tokens a second; all 0 if none is fast enough."""
         if not self._min_gain:
             return [len(candidate.rates) for candidate in candidates]
@@ -133,11 +133,11 @@ class Speculator:
         return [lengths[row] for row in range(num_rows)]
 
 
-def _copied(lookup: PromptLookup, guide: TokenGuide | None, forced: Sequence[int], max_len: int) -> Candidate:
+def _copied(lookup: PromptLookup, guide: TokenGuide | None, forced: Sequence[int], max_len: int) -> DraftCandidate:
     """What is forced, and behind it what the text has had there before, as far as the grammar allows it."""
     copy, match_len = lookup.draft_behind(forced, max_len - len(forced))
     draft = [*forced, *copy]
     if guide is not None and copy:
         draft = draft[: max(len(forced), guide.num_allowed(draft))]
     rates = [1.0] * len(forced) + [lookup.rate(match_len + idx) for idx in range(len(draft) - len(forced))]
-    return Candidate(rates, draft)
+    return DraftCandidate(rates, draft)
