@@ -100,7 +100,8 @@ def evaluate(
                 stack.callback(sessions[-1].close)
         bar = stack.enter_context(progress_bar("eval", total=num_tokens, unit="token"))
         if against is None:
-            return _likelihood_figures(_likelihood(sessions[0], windows, bar))
+            likelihood = _likelihood(sessions[0], windows, bar)
+            return {"tokens": likelihood.num_tokens, "perplexity": _finite(likelihood.perplexity)}
         return _distance_figures(_distance(sessions[0], sessions[1], windows, bar), against)
 
 
@@ -126,10 +127,6 @@ def _distance(
             distance.add(theirs.logits, ours.logits, ours.next_ids)
             bar.update(len(ours.next_ids))
     return distance
-
-
-def _likelihood_figures(likelihood: "Likelihood") -> dict[str, Any]:
-    return {"tokens": likelihood.num_tokens, "perplexity": _finite(likelihood.perplexity)}
 
 
 def _distance_figures(distance: "Distance", against: "Artifact") -> dict[str, Any]:

@@ -76,10 +76,6 @@ class Scheduler:
         self._decode_run: Run | None = None  # kept until a row joins, leaves or moves
 
     @property
-    def num_running(self) -> int:
-        return self.slots.num_used
-
-    @property
     def has_work(self) -> bool:
         return bool(self.waiting) or self.slots.num_used > 0
 

@@ -56,6 +56,28 @@ JSON_SPACE = re.compile(r"[ \t\r\n]*")
 Schema = dict[str, Any]
 
 
+class Multiples:
+    """The values of `multipleOf` in one constraint, which share the limit MAX_MULTIPLE."""
+
+    def __init__(self) -> None:
+        self._places = 0
+        self._total = 0
+        self._lcm = 1
+
+    def fits(self, multiple: int | float) -> bool:
+        """Whether one more is within the limit; if so, it is counted."""
+        value = abs(Decimal(str(multiple)))
+        places = max(self._places, -int(value.as_tuple().exponent))
+        if value > MAX_MULTIPLE:
+            return False
+        more, scaled = 10 ** (places - self._places), int(value.scaleb(places))
+        total, lcm = self._total * more + scaled, math.lcm(self._lcm * more if self._total else 1, scaled)
+        if total > MAX_MULTIPLE or lcm > MAX_MULTIPLE:
+            return False
+        self._places, self._total, self._lcm = places, total, lcm
+        return True
+
+
 def refused(constraint: Constraint, problem: str) -> InvalidRequest:
     """The error that names the field, what it holds and what is wrong with it."""
     return InvalidRequest(f"{constraint.param}: the {constraint.kind} {problem}", param=constraint.param)
@@ -67,13 +89,14 @@ def checked(constraint: Constraint) -> Constraint:
     num_chars = len(constraint.source)
     if num_chars > MAX_SOURCE_CHARS:
         raise refused(constraint, f"has {num_chars:,} characters; at most {MAX_SOURCE_CHARS:,} are taken")
-    multiples: list[Decimal] = []
+    multiples = Multiples()
 
     def check(schema: Any) -> Any:
         for part in subschemas(schema):
             part.pop(OPTIONS, None)
-            if (multiple := _multiple_of(part)) is not None:
-                multiples.append(multiple)
+            multiple = part.get("multipleOf")
+            if isinstance(multiple, int | float) and math.isfinite(multiple) and not multiples.fits(multiple):
+                raise refused(constraint, f"has a multipleOf that is too large; the limit is {MAX_MULTIPLE:,} steps")
             if ("allOf" in part or "$ref" in part) and _num_patterns(part, schema) > MAX_PATTERNS:
                 raise refused(constraint, f"has more than {MAX_PATTERNS} patterns and formats for the same string")
         return schema
@@ -83,7 +106,6 @@ def checked(constraint: Constraint) -> Constraint:
         source = json.dumps(check(_parsed(constraint)), separators=(",", ":"))
     elif constraint.kind is ConstraintKind.GRAMMAR and not is_gbnf(source):
         source = _with_schemas(constraint, check)
-    _check_multiples(constraint, multiples)
     return replace(constraint, source=source)
 
 
@@ -151,20 +173,6 @@ def _end_of_space(text: str, place: int) -> int:
     space = JSON_SPACE.match(text, place)
     assert space is not None
     return space.end()
-
-
-def _multiple_of(schema: Schema) -> Decimal | None:
-    value = schema.get("multipleOf")
-    return Decimal(str(value)) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _check_multiples(constraint: Constraint, multiples: list[Decimal]) -> None:
-    if not multiples:
-        return
-    places = max(-int(value.as_tuple().exponent) for value in multiples)
-    scaled = [int(abs(value).scaleb(max(0, places))) for value in multiples]
-    if sum(scaled) > MAX_MULTIPLE or math.lcm(*scaled) > MAX_MULTIPLE:
-        raise refused(constraint, f"has a multipleOf that is too large; the limit is {MAX_MULTIPLE:,} steps")
 
 
 def _num_patterns(schema: Schema, root: Any) -> int:

@@ -136,10 +136,10 @@ def _longest_token(tokenizer: "HfTokenizer") -> int | None:
     added = parts.get("added_tokens") or []
     if any(token.get("lstrip") or token.get("rstrip") for token in added):  # they take any amount of space
         return None
-    if parts["model"].get("unk_token") is not None and not parts["model"].get("byte_fallback"):
+    model = parts["model"]
+    has_unknown = model.get("unk_token") is not None or model.get("unk_id") is not None
+    if has_unknown and not model.get("byte_fallback"):
         return None  # one token may stand for a run of characters that are not in the vocabulary
-    if parts["model"].get("unk_id") is not None and not parts["model"].get("byte_fallback"):
-        return None
     shrinks = _shrinking(parts.get("normalizer"))
     if shrinks is None:
         return None

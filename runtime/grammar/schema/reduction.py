@@ -6,13 +6,12 @@ answer is complete. The limits are llguidance's (https://github.com/guidance-ai/
 Schemas are those of `runtime/grammar/schema/repair.py`.
 """
 
-import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from runtime.errors import InvalidRequest
-from runtime.grammar.limits import MAX_MULTIPLE
+from runtime.grammar.limits import Multiples
 from runtime.grammar.schema.disjoint import Disjointness, type_of
 from runtime.grammar.schema.formats import GRAMMAR_FORMATS, PATTERNS
 from runtime.grammar.schema.pattern_parser import PatternError
@@ -90,7 +89,7 @@ class _Reduction:
         self._left_out: dict[Place, None] = {}
         self._is_exact = True
         self._num_pattern_chars = 0
-        self._steps = _Steps()
+        self._multiples = Multiples()
         self._handlers = self._table()
 
     def run(self) -> Reduced:
@@ -262,7 +261,8 @@ class _Reduction:
             self._is_exact = False
 
     def _multiple(self, at: _Keyword) -> None:
-        if self._steps.fits(at.value):
+        num_decimals = -int(Decimal(str(at.value)).as_tuple().exponent)
+        if num_decimals <= MAX_DECIMALS and self._multiples.fits(at.value):
             at.out["multipleOf"] = at.value
         else:
             self._leave_out(at.schema, at.name)
@@ -303,30 +303,6 @@ class _Reduction:
                 self._leave_out(schema, keyword)
         if least > 1:
             self._is_exact = False  # a name that is not declared may come twice, and counts once
-
-
-class _Steps:
-    """The multiples that the grammar divides by, within the limits that the compiler's check has for all of them."""
-
-    def __init__(self) -> None:
-        self._places = 0
-        self._total = 0
-        self._lcm = 1
-
-    def fits(self, multiple: int | float) -> bool:
-        """Whether one more is within the limits; if so, it is counted."""
-        value = Decimal(str(multiple))
-        exponent = value.as_tuple().exponent
-        places = max(self._places, -exponent if isinstance(exponent, int) else 0)
-        if places > MAX_DECIMALS or value > MAX_MULTIPLE:
-            return False
-        more, scaled = 10 ** (places - self._places), int(value.scaleb(places))
-        total = self._total * more + scaled
-        lcm = math.lcm(self._lcm * more, scaled) if self._total else scaled
-        if total > MAX_MULTIPLE or lcm > MAX_MULTIPLE:
-            return False
-        self._places, self._total, self._lcm = places, total, lcm
-        return True
 
 
 def _is_written_exactly(value: Any) -> bool:

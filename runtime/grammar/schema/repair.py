@@ -16,14 +16,15 @@ with the rest is `runtime/grammar/schema/reduction.py`'s.
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from runtime.errors import InvalidRequest
 from runtime.grammar.schema.formats import FORMATS
 from runtime.grammar.schema.refs import ROOT, Place, References, Target, base_of
 
 Schema = bool | dict[str, Any]
+Json = TypeVar("Json", list[Any], dict[str, Any], str, bool)
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 MAX_DEPTH = 64
 """Levels of schemas within schemas. The compiler's JSON reader takes 128 levels, and a property has two."""
@@ -37,6 +38,7 @@ DRAFT = re.compile(r"/draft-0([3-7])/")
 """In a `$schema` with one of these a `$ref` replaces what stands beside it."""
 SINCE_DRAFT = {"contains": 6, "propertyNames": 6, "if": 7, "then": 7, "else": 7}
 """Keywords that say nothing in an earlier one."""
+KINDS = {list: "a list", dict: "an object", str: "a string", bool: "true or false"}
 IN_PLACE = frozenset(("$ref", "allOf", "anyOf", "oneOf", "not", "if", "const"))
 
 
@@ -104,12 +106,12 @@ class _Repair:
             **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._number),
             "multipleOf": self._positive,
             "type": self._type,
-            "enum": lambda value, place, *_: [_whole(item) for item in self._list(value, place)],
+            "enum": lambda value, place, *_: [_whole(item) for item in self._of(list, value, place)],
             "const": lambda value, *_: _whole(value),
             "required": lambda value, place, *_: self._names_in(value, place),
-            "uniqueItems": lambda value, place, *_: self._flag(value, place) or None,
-            "pattern": lambda value, place, *_: self._text(value, place),
-            "format": lambda value, place, *_: found if (found := self._text(value, place)) in FORMATS else None,
+            "uniqueItems": lambda value, place, *_: self._of(bool, value, place) or None,
+            "pattern": lambda value, place, *_: self._of(str, value, place),
+            "format": lambda value, place, *_: found if (found := self._of(str, value, place)) in FORMATS else None,
         }
         return table
 
@@ -160,7 +162,7 @@ class _Repair:
         if keyword is None:
             return None
         place = place.inside(keyword)
-        reference = self._text(schema[keyword], place)
+        reference = self._of(str, schema[keyword], place)
         target = self._references.resolve(reference, base)
         if target is None:
             raise self._refuse(f"refers to {reference[:100]!r}, which is not in it and is not fetched", place)
@@ -178,14 +180,14 @@ class _Repair:
         return f"#/$defs/{name}"
 
     def _schemas(self, value: Any, place: Place, base: str, depth: int) -> list[Schema] | None:
-        items = self._list(value, place)
+        items = self._of(list, value, place)
         return [self._schema(item, place.inside(idx), base, depth) for idx, item in enumerate(items)] or None
 
     def _schema_map(
         self, value: Any, place: Place, base: str, depth: int, *, may_be_names: bool = False
     ) -> dict[str, Any]:
         read: dict[str, Any] = {}
-        for name, item in self._map(value, place).items():
+        for name, item in self._of(dict, value, place).items():
             inner = place.inside(name)
             if may_be_names and isinstance(item, list | str):
                 read[name] = self._names_in([item] if isinstance(item, str) else item, inner)
@@ -194,38 +196,22 @@ class _Repair:
         return read
 
     def _name_lists(self, value: Any, place: Place, base: str, depth: int) -> dict[str, list[str]]:
-        return {name: self._names_in(item, place.inside(name)) for name, item in self._map(value, place).items()}
+        return {name: self._names_in(item, place.inside(name)) for name, item in self._of(dict, value, place).items()}
 
     def _names_in(self, value: Any, place: Place) -> list[str]:
         if isinstance(value, bool):  # draft 3's, of a property: see _finished
             return []
-        names = self._list(value, place)
+        names = self._of(list, value, place)
         if not all(isinstance(name, str) for name in names):
             raise self._refuse("must have a list of names", place)
         return list(dict.fromkeys(names))
 
-    def _list(self, value: Any, place: Place) -> Sequence[Any]:
-        if value == {}:
-            return []
-        if not isinstance(value, list):
-            raise self._refuse("must have a list", place)
-        return value
-
-    def _map(self, value: Any, place: Place) -> dict[str, Any]:
-        if value == []:
-            return {}
-        if not isinstance(value, dict):
-            raise self._refuse("must have an object", place)
-        return value
-
-    def _text(self, value: Any, place: Place) -> str:
-        if not isinstance(value, str):
-            raise self._refuse("must have a string", place)
-        return value
-
-    def _flag(self, value: Any, place: Place) -> bool:
-        if not isinstance(value, bool):
-            raise self._refuse("must have true or false", place)
+    def _of(self, kind: type[Json], value: Any, place: Place) -> Json:
+        """The value, which must be of this JSON type. An empty list and an empty object stand for each other."""
+        if kind in (list, dict) and value in ([], {}):
+            return kind()
+        if not isinstance(value, kind):
+            raise self._refuse(f"must have {KINDS[kind]}", place)
         return value
 
     def _count(self, value: Any, place: Place, *_: Any) -> int | None:
@@ -248,7 +234,7 @@ class _Repair:
         return number
 
     def _type(self, value: Any, place: Place, *_: Any) -> str | list[str] | None:
-        names = [self._text(name, place).lower() for name in (value if isinstance(value, list) else [value])]
+        names = [self._of(str, name, place).lower() for name in (value if isinstance(value, list) else [value])]
         if "any" in names:
             return None
         for name in names:

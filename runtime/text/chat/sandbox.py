@@ -205,7 +205,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         old, new = str(old), str(new)
         self.charge(chars=max(0, text.count(old) * (len(new) - len(old))))
 
-    def _joinable(self, separator: str, values: Any, attribute: Any = None) -> list[Any]:
+    def _joinable(self, separator: str, values: Any) -> list[Any]:
         items = list(values)
         self.charge(chars=len(separator) * len(items) + weight(items))
         return items
