@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from runtime.engine.speculation.running_mean import updated
 
-UNMEASURED_MISS = 0.8
+UNMEASURED_MISS = 0.85
 """Before acceptance is measured: each token of a match multiplies the probability of a wrong next token by this."""
 PREDICTED_MATCH = 4
 """Match length at the beginning of a prediction: more than any that is looked up."""
