@@ -19,8 +19,8 @@ from runtime.engine.speculation.running_mean import updated
 
 UNMEASURED_MISS = 0.85
 """Before acceptance is measured: each token of a match multiplies the probability of a wrong next token by this."""
-PREDICTED_MATCH = 4
-"""Match length at the beginning of a prediction: more than any that is looked up."""
+PREDICTED_MATCH = 8
+"""Match length at the beginning of a prediction: the client expects that it is right."""
 NUM_RATES = 5
 """Acceptance rates are kept for matches of 1, 2 to 3, 4 to 7 and 8 or more tokens (by the bits of the length)."""
 
