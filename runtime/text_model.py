@@ -1,6 +1,6 @@
-"""A model that turns text into text: tokenizer, chat template, engine and its thread, put together.
+"""A text model: tokenizer, chat template, grammars, engine and its thread in one object, for `serve` and `generate`.
 
-What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
+Knows nothing about HTTP or terminals.
 """
 
 import itertools
@@ -44,7 +44,7 @@ from runtime.text.tools.parser import ToolCallParser
 
 
 class MemoryUse(NamedTuple):
-    """Most bytes that a model's caches may take: K and V of all slots, and the prompt beginnings kept for reuse."""
+    """Most bytes of a model's caches: K and V of all slots, and the prompt beginnings kept for reuse."""
 
     kv_bytes: int
     prefix_cache_bytes: int
@@ -69,7 +69,7 @@ class TextModel:
     ) -> None:
         self.name = name
         self.card = card or {}
-        """What the artifact says of itself, for people and clients; see runtime/artifact/model_card.py."""
+        """The artifact's description for people and clients; see runtime/artifact/model_card.py."""
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
@@ -129,11 +129,11 @@ class TextModel:
 
     @property
     def has_short_call_ids(self) -> bool:
-        """Whether the ids of calls have to be nine letters and digits, as Mistral's chat templates want them."""
+        """Whether ids of calls must be nine letters and digits, as in Mistral's chat templates."""
         return self._chat_template is not None and self._chat_template.with_tools.has_short_ids
 
     def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
-        """The fields of a chat that are without effect, since this model's chat template does not read them."""
+        """The fields of a chat that have no effect because this model's chat template does not read them."""
         if self._chat_template is None:
             return []
         fields = options.unread(self._chat_template.reads | self._chat_template.with_tools.reads)
@@ -143,15 +143,15 @@ class TextModel:
         return fields
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text: possibly a part of a character; empty for a special token."""
+        """The bytes that a token adds to the text, perhaps part of a character; empty for a special token."""
         return self._tokenizer.token_bytes(token_id)
 
     def shown_bytes(self, token_id: int) -> bytes:
-        """The same, with special tokens by their names."""
+        """As `token_bytes`, but a special token gives its name."""
         return self._tokenizer.shown_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """A token for people: a special token by its name, a part of a character as U+FFFD."""
+        """A token for display: a special token by its name, a part of a character as U+FFFD."""
         return self._tokenizer.token_text(token_id)
 
     def generate(
@@ -196,8 +196,8 @@ class TextModel:
         return generation
 
     def _named_stops(self, params: SamplingParams) -> dict[int, str]:
-        """The stop strings that are names of special tokens, by the ids of those: they end at the token, for it may add
-        no text."""
+        """The stop strings that name special tokens, by token id. They stop at the token itself, which may add no
+        text."""
         ids = self._tokenizer.special_id_of
         return {ids[stop]: stop for stop in params.stop if stop in ids}
 
@@ -218,8 +218,9 @@ class TextModel:
         return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
 
     def encode_prediction(self, text: str) -> list[int]:
-        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. Empty if nothing is speculated here,
-        or if the text is longer than any answer can be: as drafts they would have no effect, or little."""
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. Empty without speculation, and for a
+        text
+        longer than any answer: as drafts these would have little or no effect."""
         if not self._engine.is_speculating:
             return []
         try:
@@ -247,13 +248,13 @@ class TextModel:
         return self._thread.failure
 
     def memory_use(self) -> MemoryUse:
-        """What its caches may take, filled or not."""
+        """Memory that its caches may take, filled or not."""
         infos = [session.info for session in (self._session, self._draft_session) if session is not None]
         kv_bytes = sum(info.num_slots * info.capacity * info.kv_bytes_per_token for info in infos)
         return MemoryUse(kv_bytes, self._prefix_cache_bytes)
 
     def describe(self) -> str:
-        """One line for the start: slots, their length, memory, precision and device."""
+        """One line for the log: slots, their length, memory, precision and device."""
         info = self._session.info
         size = format_bytes(self.memory_use().kv_bytes)
         slots = "slot" if info.num_slots == 1 else "slots"
@@ -261,7 +262,7 @@ class TextModel:
         return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))
 
     def prepare_constraints(self) -> None:
-        """Get ready for requests with constraints, which would otherwise hold up everybody once."""
+        """Prepare for requests with constraints; otherwise the first one holds up all others."""
         self._grammars.prepare()
         if self._chats is not None:
             self._chats.prepare()
@@ -271,7 +272,7 @@ class TextModel:
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting, wait for what runs, cancel the rest in the end. True if all finished in time."""
+        """Stop accepting, wait for running requests, then cancel the rest. True if all finished in time."""
         return self._thread.drain(timeout_s)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a client holds of a request: its events, in the order in which they come."""
+"""The client's side of a request: its events in the order in which they come."""
 
 import queue
 from collections.abc import Iterator

@@ -31,24 +31,6 @@ class LiveSequence:
     need not be stored again. `draft_state` is None where nothing is drafted. Times are seconds of `time.perf_counter`.
     """
 
-    __slots__ = (
-        "_min_tokens",
-        "_prompt_logprobs",
-        "_sampler",
-        "_stop_ids",
-        "deadline_s",
-        "draft_state",
-        "first_token_s",
-        "num_generated",
-        "num_kept",
-        "num_prompt",
-        "num_top",
-        "prefix_keys",
-        "request",
-        "slot",
-        "submitted_s",
-    )
-
     def __init__(self, request: Request) -> None:
         params = request.params
         self.request = request

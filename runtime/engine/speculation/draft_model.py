@@ -1,8 +1,8 @@
 """A second, smaller model that drafts the next tokens of requests: the most likely ones, a run for each.
 
-It has slots of its own, given to requests as they first need a draft. Its cache follows a request's text with a lag:
-new tokens and those of a rejected draft are run when the next draft is due; a whole prompt is caught up with in chunks,
-one a step, so that it holds nobody up. A wrong token costs time and nothing else, so nothing here need be exact.
+It has slots of its own, which requests get with their first draft. Its cache lags behind a request's text: new tokens
+are run when the next draft is due. A whole prompt is run in chunks, one a step, so that it holds up no other request. A
+wrong token costs only time, so nothing here need be exact.
 """
 
 import time
@@ -17,7 +17,7 @@ from runtime.engine.speculation.running_mean import updated
 from runtime.session.session import Batch, Session
 
 MAX_LAG = MAX_DRAFT + 1
-"""Most tokens of a text that are run together with the drafting; what lags further behind is caught up with before."""
+"""Most tokens of a text that are run together with a draft; a greater lag is reduced first."""
 
 
 class DraftModel:
@@ -37,7 +37,8 @@ class DraftModel:
         return self._step_s * num_draft
 
     def draft(self, sequences: Sequence[LiveSequence], limits: Sequence[int]) -> list[list[int]]:
-        """At most `limits` tokens for each sequence; none for one whose text it has not caught up with yet."""
+        """At most `limits` tokens for each sequence; none for one whose text is more than MAX_LAG ahead of the
+        cache."""
         slots = self._slots_of(sequences)
         drafts: list[list[int]] = [[] for _ in sequences]
         ready = [
@@ -66,7 +67,7 @@ class DraftModel:
         self._session.close()
 
     def _slots_of(self, sequences: Sequence[LiveSequence]) -> list[int]:
-        """The slot of each sequence; those of requests that ended are free again."""
+        """The slot of each sequence. Releases the slots of requests that have ended."""
         for slot, owner in list(self._owners.items()):
             if owner.slot is None:
                 del self._owners[slot]
@@ -80,9 +81,10 @@ class DraftModel:
         return [known[id(sequence)] for sequence in sequences]
 
     def _lag(self, slot: int, text: list[int]) -> int:
-        """Forget what the cache holds beyond the text, and say how much of the text is missing: at least one token."""
+        """Drop cached tokens that differ from the text; return how many tokens of the text are missing, at least
+        one."""
         held = self._texts[slot]
-        # Only the end can differ, by the last draft; the last token is run again for its logits if need be.
+        # Only the last draft can differ. The last token is run again if its logits are needed.
         num_same = min(len(held), len(text) - 1)
         while num_same and held[num_same - 1] != text[num_same - 1]:
             num_same -= 1
@@ -96,14 +98,14 @@ class DraftModel:
         self._run({slot: text[start : min(start + self._prefill_chunk, len(text) - 1)]}, first=slot)
 
     def _run(self, feeds: dict[int, list[int]], *, first: int = 0) -> dict[int, int]:
-        """Put tokens behind those in their slots; return the best next token of each."""
+        """Append tokens to their slots; return the most likely next token of each."""
         num_rows, width = max(feeds) + 1 - first, max(map(len, feeds.values()))
         token_ids, query_len = np.zeros((num_rows, width), np.int64), np.zeros(num_rows, np.int32)
         for slot, ids in feeds.items():
             token_ids[slot - first, : len(ids)] = ids
             query_len[slot - first] = len(ids)
         if num_rows > 1 and int(self._slots.past_len[first : first + num_rows].max()) + width > self._slots.capacity:
-            # A short row as wide as its neighbours would leave its slot.
+            # Padded to its neighbours' width, a row would exceed its slot.
             return {slot: self._run({slot: ids}, first=slot)[slot] for slot, ids in feeds.items()}
         past_len = self._slots.past_len[first : first + num_rows]
         wanted = [(slot - first) * width + len(ids) - 1 for slot, ids in feeds.items()]

@@ -1,4 +1,4 @@
-"""What speculation keeps for one sequence: its text for prompt lookup, and how often draft tokens were right."""
+"""Speculation's state of one sequence: its text for prompt lookup, and acceptance rates."""
 
 from dataclasses import dataclass
 

@@ -1,9 +1,9 @@
-"""Speculative decoding: how many draft tokens each row of a decode run takes along, so that it pays.
+"""Speculative decoding: chooses how many draft tokens each row of a decode run takes, so that it pays.
 
-A row runs its next token and a draft of what may follow it; the request's own sampler then chooses from the logits of
-each position in turn, and goes on for as long as it chooses what the draft had. So every token is sampled from the
-model's own distribution with the request's own random numbers, as without a draft: greedy or not, with penalties,
-masks or log-probabilities. That is rejection sampling (arXiv:2211.17192) with a draft that proposes one token with
+A row runs its next token and a draft of the tokens that may follow. The request's own sampler then chooses from the
+logits of each position in turn, until its choice differs from the draft. So every token is sampled from the model's own
+distribution with the request's own random numbers, as without a draft: greedy or not, with penalties, masks or
+log-probabilities. That is rejection sampling (arXiv:2211.17192) with a draft that proposes one token with
 certainty: accept it with probability p(token), else draw from the rest. One draw does both.
 
 Knows tokens and seconds; nothing of slots or text.
@@ -26,11 +26,11 @@ from runtime.engine.speculation.run_cost import RunCost
 log = logging.getLogger(__name__)
 
 MIN_GAIN = 1.05
-"""Tokens a second that a draft must be expected to win: estimates are not better than that."""
+"""Least expected speed-up for which drafts are run: estimates are not more precise than this."""
 
 
 class DraftCandidate(NamedTuple):
-    """A draft that a row may take along, whole or its beginning."""
+    """A draft of which a row may take all or the beginning."""
 
     rates: Sequence[float] = ()
     """Acceptance rate of each token, if those before it are right."""
@@ -43,10 +43,10 @@ class DraftCandidate(NamedTuple):
 
 
 class Speculator:
-    """Chooses the drafts of a step: what a grammar forces, what can be copied from the text where it repeats
-    itself, else what the draft model proposes.
+    """Chooses the drafts of a step: tokens that a grammar forces, a copy from the text where it repeats itself, or else
+    tokens of the draft model.
 
-    `min_gain` 0 takes every draft along, whatever it costs: for tests.
+    `min_gain` 0 runs every draft, whatever it costs: for tests.
     """
 
     def __init__(self, draft_model: DraftModel | None = None, *, min_gain: float = MIN_GAIN) -> None:
@@ -62,8 +62,9 @@ class Speculator:
         candidates = [self._candidate(sequence, max_len) for sequence in sequences]
         lengths = self._best_lengths(candidates)
         if not any(lengths):
-            for sequence in sequences:
-                state_of(sequence).forget_model()
+            if self._draft_model is not None:
+                for sequence in sequences:
+                    state_of(sequence).forget_model()
             return None
         drafts = [list(candidate.token_ids[:length]) for length, candidate in zip(lengths, candidates, strict=True)]
         limits = [length if candidate.is_modelled else 0 for length, candidate in zip(lengths, candidates, strict=True)]
@@ -79,7 +80,7 @@ class Speculator:
         self._cost.observe(num_rows, num_drafted, seconds)
 
     def observe_draft(self, sequence: LiveSequence, *, num_drafted: int, num_accepted: int) -> None:
-        """Only of the draft model: copied tokens are judged by the lookup itself."""
+        """Note the draft model's acceptance; `PromptLookup` observes copied tokens itself."""
         state = state_of(sequence)
         if state.is_modelled:
             state.observe_model(num_drafted, num_accepted)
@@ -88,7 +89,7 @@ class Speculator:
         assert self._draft_model is not None
         try:
             return self._draft_model.draft(sequences, limits)
-        except Exception:  # nobody needs it
+        except Exception:  # requests go on without it
             log.exception("the draft model failed and is not used any more")
             self._draft_model = None
             return [[] for _ in sequences]
@@ -119,14 +120,16 @@ class Speculator:
             reverse=True,
         )
         num_best, best_rate = 0, self._min_gain * num_rows / alone_s
-        expected, modelled = float(num_rows), Counter[int]()
+        expected, num_of_row, num_modelled = float(num_rows), Counter[int](), 0
         for num_drafted, (chance, row) in enumerate(chances, 1):
             expected += chance
-            modelled[row] += candidates[row].is_modelled
+            num_of_row[row] += 1
+            if candidates[row].is_modelled:
+                num_modelled = max(num_modelled, num_of_row[row])
             seconds = self._cost.estimate(num_rows, num_drafted)
             assert seconds is not None
             if self._draft_model is not None:
-                seconds += self._draft_model.seconds(max(modelled.values()))
+                seconds += self._draft_model.seconds(num_modelled)
             if expected / seconds > best_rate:
                 num_best, best_rate = num_drafted, expected / seconds
         lengths = Counter(row for _, row in chances[:num_best])
@@ -134,7 +137,7 @@ class Speculator:
 
 
 def _copied(lookup: PromptLookup, guide: TokenGuide | None, forced: Sequence[int], max_len: int) -> DraftCandidate:
-    """What is forced, and behind it what the text has had there before, as far as the grammar allows it."""
+    """The forced tokens, then a copy of what followed them in the text, as far as the grammar allows it."""
     copy, match_len = lookup.draft_behind(forced, max_len - len(forced))
     draft = [*forced, *copy]
     if guide is not None and copy:
