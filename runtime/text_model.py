@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime.artifact.manifest import open_artifact
@@ -50,34 +51,38 @@ class MemoryUse(NamedTuple):
     prefix_cache_bytes: int
 
 
+class ModelFacts(NamedTuple):
+    """What an artifact says of its model. `card` is its description for clients (runtime/artifact/model_card.py)."""
+
+    name: str
+    eos_ids: frozenset[int]
+    precision: str = ""
+    card: Mapping[str, Any] = MappingProxyType({})
+
+
 class TextModel:
     """A loaded model and its engine. `start` it, `generate` from any thread, `close` it."""
 
     def __init__(
         self,
+        facts: ModelFacts,
         *,
-        name: str,
         session: Session,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate | None,
-        eos_ids: frozenset[int],
         settings: EngineSettings,
         observer: EngineObserver | None = None,
-        precision: str = "",
         draft_session: Session | None = None,
-        card: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = name
-        self.card = card or {}
-        """The artifact's description for people and clients; see runtime/artifact/model_card.py."""
+        self.name = facts.name
+        self.card = facts.card
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
         self._draft_session = draft_session
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._eos_ids = eos_ids
-        self._precision = precision
+        self._facts = facts
         template = None if chat_template is None else chat_template.with_tools.source
         self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
         self._chats = None
@@ -96,7 +101,7 @@ class TextModel:
         self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
         self._prefix_cache_bytes = settings.prefix_cache or 0
-        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
+        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=facts.eos_ids)
         self._request_numbers = itertools.count()
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
@@ -185,7 +190,7 @@ class TextModel:
             request_id=request_id,
             prompt_ids=list(prompt_ids),
             params=params,
-            eos_ids=self._eos_ids,
+            eos_ids=self._facts.eos_ids,
             sink=generation.put,
             text=self._text_stream(prompt_ids, params, named, one_call_of),
             options=self._bounded(options),
@@ -259,7 +264,7 @@ class TextModel:
         size = format_bytes(self.memory_use().kv_bytes)
         slots = "slot" if info.num_slots == 1 else "slots"
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
-        return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))
+        return ", ".join(filter(None, (text, self._facts.precision, f"on {info.device}")))
 
     def prepare_constraints(self) -> None:
         """Prepare for requests with constraints; otherwise the first one holds up all others."""
@@ -320,15 +325,13 @@ def open_text_model(
     except InvalidSetting:
         session.close()
         raise
+    precision = manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate")
     return TextModel(
-        name=name or manifest.name,
+        ModelFacts(name or manifest.name, frozenset(manifest.eos_ids), precision, model_card(artifact)),
         session=session,
         tokenizer=tokenizer,
         chat_template=template,
-        eos_ids=frozenset(manifest.eos_ids),
         settings=settings,
         observer=observer,
-        precision=manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate"),
         draft_session=None if draft is None else open_draft_session(draft, session.info, settings),
-        card=model_card(artifact),
     )

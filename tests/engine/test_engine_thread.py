@@ -13,7 +13,7 @@ from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailabl
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text.chat.template import ChatTemplate
-from runtime.text_model import TextModel
+from runtime.text_model import ModelFacts, TextModel
 from tests.engine.test_engine import make_request
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.fake_session import FakeSession
@@ -42,11 +42,10 @@ class Gate:
 def running(session: FakeSession, *, max_waiting: int = 64, template: str | None = None) -> Iterator[TextModel]:
     tokenizer = byte_tokenizer()
     model = TextModel(
-        name="fake",
+        ModelFacts("fake", frozenset({257})),
         session=session,
         tokenizer=tokenizer,
         chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
-        eos_ids=frozenset({257}),
         settings=EngineSettings(max_waiting=max_waiting),
     )
     model.start()
@@ -267,13 +266,11 @@ def test_bad_requests_are_refused_before_they_are_queued() -> None:
 def test_a_model_that_is_not_started_is_unavailable() -> None:
     session = FakeSession(vocab_size=VOCAB)
     model = TextModel(
-        name="fake",
+        ModelFacts("fake", frozenset(), "fp32"),
         session=session,
         tokenizer=byte_tokenizer(),
         chat_template=None,
-        eos_ids=frozenset(),
         settings=EngineSettings(),
-        precision="fp32",
     )
     with pytest.raises(Unavailable, match="starting"):
         model.generate([1], greedy(1))
