@@ -84,7 +84,7 @@ class Comparison:
         self, session: OrtSession, compiler: GrammarCompiler, eos_ids: frozenset[int], args: argparse.Namespace
     ) -> None:
         self._plain = Engine(session, prefix_cache=PREFIX_CACHE_BYTES)
-        self._drafting = Engine(session, prefix_cache=PREFIX_CACHE_BYTES, speculator=Speculator())
+        self._drafting = Engine(session, prefix_cache=PREFIX_CACHE_BYTES, drafter=Speculator())
         self._compiler, self._eos_ids = compiler, eos_ids
         self._args = args
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1_000
-"""Longest stop string. A stop string marks where an answer ends; a longer text is no mark, but costs memory."""
+"""Longest stop string: longer ones only cost memory."""
 MAX_PRIORITY = 100
 
 
@@ -48,11 +48,11 @@ RANGES: Mapping[str, Range] = {
     "logprobs": Range(0, MAX_LOGPROBS),
     "prompt_logprobs": Range(0, MAX_LOGPROBS),
 }
-"""What SamplingParams takes, by field; the server's description of itself is made of the same."""
+"""Valid values of SamplingParams, by field. The server's OpenAPI description is made from them."""
 NO_ANSWER = Range(0, None)
-"""Of `max_tokens`, where the prompt is scored."""
+"""Bounds of `max_tokens` where the prompt is scored."""
 UNSET: Mapping[str, tuple[int, int | None]] = {"seed": (-1, None), "top_k": (-1, 0)}
-"""The values by which programs say that they do not set a field, and what those become."""
+"""By field: the value that means "not set" in other programs, and the value that replaces it."""
 
 
 class FinishReason(StrEnum):
@@ -80,11 +80,11 @@ class ConstraintKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LateCheck:
-    """What a grammar could not hold of a JSON schema, to be looked at when the answer is complete.
+    """The part of a JSON schema that its grammar cannot enforce. It is checked when the answer is complete.
 
     schema: the whole schema, as JSON in draft 2020-12
-    left_out: the first of the places (JSON pointers) whose keywords are not in the grammar; num_left_out: how many
-    tool: the function whose arguments it is for; None: the answer itself
+    left_out: JSON pointers of keywords that are not in the grammar, the first few; num_left_out: how many there are
+    tool: the function whose arguments are checked; None: the answer itself
     """
 
     schema: str
@@ -100,7 +100,7 @@ class Constraint:
     source: a JSON schema as JSON; a regular expression that the whole answer matches; a grammar in Lark's or
         llama.cpp's (GBNF) notation; a JSON list of strings, one of which is the answer
     param: the request field it came from, for error messages
-    late_checks: what the grammar is too wide for
+    late_checks: what the grammar does not enforce
     """
 
     kind: ConstraintKind
@@ -124,26 +124,26 @@ class SamplingParams:
     min_tokens: int = setting(0, "tokens before an end-of-text token, a stop token or a stop string may end the answer")
     """An answer held to a grammar ends where the grammar leaves nothing but the end, however short it is."""
     temperature: float = setting(1.0, "0 is greedy, 2 the wildest")
-    top_k: int = setting(0, "choose among this many likeliest tokens; 0 or -1: all")
-    top_p: float = setting(1.0, "choose among the likeliest tokens that reach this probability; 1: all; 0: one token")
-    min_p: float = setting(0.0, "leave out tokens less likely than this times the likeliest")
+    top_k: int = setting(0, "choose among this many most likely tokens; 0 or -1: all")
+    top_p: float = setting(1.0, "choose among the most likely tokens that reach this probability; 1: all; 0: one token")
+    min_p: float = setting(0.0, "leave out tokens less likely than this times the most likely one")
     typical_p: float = setting(1.0, "choose among the most typical tokens that reach this probability; 1: all")
     """Locally typical sampling (arXiv:2202.00666): typical is a token whose -log(probability) is near the entropy."""
-    repetition_penalty: float = setting(1.0, "above 1: against repeating prompt and answer")
+    repetition_penalty: float = setting(1.0, "above 1: fewer repetitions of prompt and answer")
     presence_penalty: float = setting(0.0, "subtracted from the logits of tokens already generated")
     frequency_penalty: float = setting(0.0, "the same, once for each time a token was generated")
     logit_bias: Mapping[int, float] = field(
         default_factory=dict,
         metadata={"help": "add VALUE to the logit of token ID; may be repeated", "metavar": "ID=VALUE"},
     )
-    seed: int | None = setting(None, "makes the choice of tokens repeatable; -1: another one each time")
+    seed: int | None = setting(None, "makes the choice of tokens repeatable; -1: no seed")
     stop: tuple[str, ...] = setting((), "end before this text; may be repeated", metavar="TEXT")
     stop_token_ids: frozenset[int] = setting(frozenset(), "end at this token; may be repeated", metavar="ID")
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = setting(False, "keep the stop string or token that ended the answer in the text")
-    logprobs: int | None = setting(None, "log-probabilities of the chosen and so many likeliest tokens")
-    """None: no log-probabilities; 0: of the chosen token; n: also the n likeliest."""
+    logprobs: int | None = setting(None, "log-probabilities of the chosen token and of this many most likely ones")
+    """None: no log-probabilities; 0: of the chosen token; n: also of the n most likely ones."""
     constraint: Constraint | None = field(default=None, metadata={"help": "the form that the answer must have"})
     prompt_logprobs: int | None = setting(None, "the same as logprobs, for the tokens of the prompt")
     """With it, `max_tokens` may be 0: the prompt is scored, and nothing generated."""
@@ -188,8 +188,8 @@ class TokenLogprob(NamedTuple):
     logprob: float
 
 
-class PromptLogprob(NamedTuple):
-    """The log-probability of one token of a prompt after those before it, and the likeliest tokens there."""
+class Logprobs(NamedTuple):
+    """The log-probability of a token after those before it, and the most likely tokens in its place, best first."""
 
     logprob: float
     top_logprobs: tuple[TokenLogprob, ...]
@@ -198,12 +198,11 @@ class PromptLogprob(NamedTuple):
 class TokenEvent(NamedTuple):
     """One generated token, or the end of a request without one (`token_id` None).
 
-    If they were asked for, an event before the first token, without a token itself, brings `prompt_logprobs`: of the
-    second token of the prompt and all after it, for nothing comes before the first.
+    `prompt_logprobs`, if asked for, come in an event of their own before the first token. They begin with the second
+    token of the prompt: nothing comes before the first.
 
-    `text` is what became final with this token: it can be empty (half a character, or the possible
-    beginning of a stop string) and never contains a stop string. With an `error`, `error_param` names the field
-    of the request that is to blame, if one is.
+    `text` is what became final with this token. It can be empty (half a character, or the possible beginning of a stop
+    string) and never contains a stop string. `error_param` names the request field that caused an `error`, if one did.
     """
 
     token_id: int | None
@@ -213,7 +212,7 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     error_param: str | None = None
-    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
 
 
 class TextPiece(NamedTuple):
@@ -251,7 +250,7 @@ class TokenGuide(Protocol):
     def prepare(self, draft_ids: Sequence[int] = ()) -> None:
         """Begin to compute what `allowed` will return, here and after each token of a draft, on another thread.
 
-        Not needed, but it takes the time off the engine's thread: call it before the model runs. The draft may
+        Optional: it takes that time off the engine's thread. Call it before the model runs. The draft may
         hold tokens that are not allowed; what follows those is not computed.
         """
         ...
@@ -265,12 +264,13 @@ class TokenGuide(Protocol):
         ...
 
     def forced(self) -> Sequence[int]:
-        """Tokens that probably come next since nothing but their text may; empty where there is a choice, or where
-        finding out takes too long. The text is certain, its division into tokens is the tokenizer's. Never raises."""
+        """Tokens whose text is the only one allowed next; empty where there is a choice, or where finding out takes too
+        long. The text is certain; the model may divide it into other tokens. Never raises."""
         ...
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens may follow one another, all where finding out takes too long. Never raises."""
+        """How many of these tokens are allowed one after the other; all where finding out takes too long. Never
+        raises."""
         ...
 
 
@@ -280,31 +280,31 @@ EventSink = Callable[[TokenEvent], None]
 
 @dataclass(slots=True, kw_only=True)
 class Usage:
-    """What a request had of the engine's shortcuts. The engine counts; complete when the last event comes."""
+    """Counts of prefix cache and speculation for one request. Complete when the last event comes."""
 
     num_cached: int = 0
     """Prompt tokens whose K and V came from the prefix cache."""
     num_drafted: int = 0
-    """Guessed tokens that were run to see whether they are right."""
+    """Draft tokens that were run."""
     num_accepted: int = 0
-    """Those of them that were."""
+    """Draft tokens that were accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """How the engine treats a request, beside choosing its tokens. Checked once, here."""
+    """How the engine treats a request, apart from choosing its tokens. Checked once, here."""
 
     cache_salt: str = ""
-    """Prompts share the prefix cache only with prompts of the same salt: without it one client could find out by the
-    time to the first token what another has sent."""
+    """Prompts share the prefix cache only with prompts of the same salt. Without it a client could find out what
+    another one has sent, by its time to the first token."""
     tenant: str = ""
     """Whose request it is: a free slot goes to the tenant that has the fewest, among equal priorities."""
     priority: int = 0
-    """Lower is served earlier; among equals of a tenant, who came first."""
+    """Lower is served earlier; equal ones of a tenant in order of arrival."""
     timeout_s: float | None = None
-    """Seconds after its submission at which it ends, finished or not."""
+    """The request ends this many seconds after its submission, finished or not."""
     prediction_ids: Sequence[int] = ()
-    """What the client expects as the answer: a draft for speculation, without effect on the tokens."""
+    """The answer that the client expects: a draft for speculation. It changes no token."""
 
     def __post_init__(self) -> None:
         _check("priority", self.priority, Range(-MAX_PRIORITY, MAX_PRIORITY))
@@ -342,9 +342,7 @@ class EngineStats(NamedTuple):
 
 
 class EngineObserver(Protocol):
-    """Hears what the engine did; called on the engine's thread, must be quick. serve/observe/engine_metrics.py is
-    one.
-    """
+    """Is told what the engine did, on the engine's thread; must be quick. serve/observe/engine_metrics.py is one."""
 
     def on_step(self, *, num_decode: int, num_prefill_tokens: int, step_s: float, model_s: float) -> None:
         """A step ran: rows decoded, prompt tokens prefilled, seconds in all and inside the session."""

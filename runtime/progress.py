@@ -1,4 +1,4 @@
-"""Progress bars on standard error, for whatever takes longer than a second."""
+"""Progress bars on standard error, for work that takes longer than a second."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class Progress(Protocol):
 
 @contextmanager
 def progress_bar(what: str, *, total: int | None, unit: str = "it") -> Iterator[Progress]:
-    """A bar that appears after one second and leaves no line behind if it never did."""
+    """A bar that appears after one second. Shorter work leaves no line."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", delay=1, leave=None) as bar:

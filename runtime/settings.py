@@ -60,10 +60,10 @@ class EngineSettings:
         parse=parse_bytes,
         metavar="SIZE",
     )
-    speculate: bool = setting(False, "guess next tokens from the text so far and verify them together, where it pays")
+    speculate: bool = setting(False, "draft next tokens from the text so far and verify them together, where it pays")
     draft: str | None = setting(
         None,
-        "artifact of a smaller model with the same tokens, to guess as well; implies --speculate",
+        "artifact of a smaller draft model with the same tokens; implies --speculate",
         metavar="ARTIFACT",
     )
     max_len: int | None = setting(None, "most tokens of prompt and answer together, by default the model's limit")
@@ -95,7 +95,7 @@ class EngineSettings:
             )
 
     def _check_device(self) -> None:
-        """A flag that the named device would not heed is refused; what `auto` chose is looked at once it is open."""
+        """Refuse a flag that the named device ignores. What `auto` chooses is checked when it is open."""
         if self.device in ("auto", "cpu"):
             return
         given = {
@@ -112,7 +112,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedSettings(EngineSettings):
-    """Settings of one of several models in a process, with what it may take of the memory they share; no flag."""
+    """Settings of one of several models in a process, with its share of their memory; no flag."""
 
     share: MemoryShare
 

@@ -1,14 +1,13 @@
-"""A model that turns text into text: tokenizer, chat template, engine and its thread, put together.
+"""A text model: tokenizer, chat template, grammars, engine and its thread in one object, for `serve` and `generate`.
 
-What `serve` and `headrace generate` use. Knows nothing about HTTP or terminals.
+Knows nothing about HTTP or terminals.
 """
 
 import itertools
-import queue
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime.artifact.manifest import open_artifact
@@ -23,10 +22,9 @@ from runtime.core import (
     RequestOptions,
     SamplingParams,
     TextStream,
-    TokenEvent,
-    Usage,
 )
 from runtime.engine.engine import Engine
+from runtime.engine.generation import Generation
 from runtime.engine.speculation.draft_model import DraftModel
 from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
@@ -46,63 +44,20 @@ from runtime.text.tools.one_call import OneCallText
 from runtime.text.tools.parser import ToolCallParser
 
 
-class Generation(Iterator[TokenEvent]):
-    """The events of one request, as they come. Iterating blocks; it ends after the event with a
-    `finish_reason`, and `usage` is complete then.
-
-    One consumer; `close` may be called from any thread.
-    """
-
-    def __init__(self, thread: EngineThread, request_id: str, num_prompt: int) -> None:
-        self.request_id = request_id
-        self.usage = Usage()
-        self.prompt_tokens = num_prompt
-        self._thread = thread
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-        self._last: TokenEvent | None = None
-
-    def put(self, event: TokenEvent) -> None:
-        """The request's sink: called by the engine."""
-        self._events.put(event)
-
-    def next_event(self, timeout_s: float | None = None) -> TokenEvent | None:
-        """The next event, None if none comes within `timeout_s` seconds. After the last, that one again."""
-        if self._last is not None:
-            return self._last
-        try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if event.finish_reason is not None:
-            self._last = event
-        return event
-
-    def __next__(self) -> TokenEvent:
-        if self._last is not None:
-            raise StopIteration
-        event = self.next_event()
-        assert event is not None
-        return event
-
-    def close(self) -> None:
-        """Cancel the request if it still runs; its slot is free at the next step boundary. Idempotent."""
-        if self._last is None:
-            self._thread.cancel(self.request_id)
-
-    def __enter__(self) -> "Generation":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 class MemoryUse(NamedTuple):
-    """Most bytes that a model's caches may take: K and V of all slots, and the prompt beginnings kept for reuse."""
+    """Most bytes of a model's caches: K and V of all slots, and the prompt beginnings kept for reuse."""
 
     kv_bytes: int
     prefix_cache_bytes: int
+
+
+class ModelFacts(NamedTuple):
+    """What an artifact says of its model. `card` is its description for clients (runtime/artifact/model_card.py)."""
+
+    name: str
+    eos_ids: frozenset[int]
+    precision: str = ""
+    card: Mapping[str, Any] = MappingProxyType({})
 
 
 class TextModel:
@@ -110,29 +65,24 @@ class TextModel:
 
     def __init__(
         self,
+        facts: ModelFacts,
         *,
-        name: str,
         session: Session,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate | None,
-        eos_ids: frozenset[int],
         settings: EngineSettings,
         observer: EngineObserver | None = None,
-        precision: str = "",
         draft_session: Session | None = None,
-        card: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = name
-        self.card = card or {}
-        """What the artifact says of itself, for people and clients; see runtime/artifact/model_card.py."""
+        self.name = facts.name
+        self.card = facts.card
         self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
         self._draft_session = draft_session
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._eos_ids = eos_ids
-        self._precision = precision
+        self._facts = facts
         template = None if chat_template is None else chat_template.with_tools.source
         self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
         self._chats = None
@@ -145,13 +95,13 @@ class TextModel:
             prefill_chunk=settings.prefill_chunk,
             prefix_cache=settings.prefix_cache or 0,
             max_queue_wait_s=settings.max_queue_wait,
-            speculator=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
+            drafter=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
             observer=observer,
         )
         self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
         self._prefix_cache_bytes = settings.prefix_cache or 0
-        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=eos_ids)
+        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=facts.eos_ids)
         self._request_numbers = itertools.count()
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
@@ -184,11 +134,11 @@ class TextModel:
 
     @property
     def has_short_call_ids(self) -> bool:
-        """Whether the ids of calls have to be nine letters and digits, as Mistral's chat templates want them."""
+        """Whether ids of calls must be nine letters and digits, as in Mistral's chat templates."""
         return self._chat_template is not None and self._chat_template.with_tools.has_short_ids
 
     def unread_fields(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[str]:
-        """The fields of a chat that are without effect, since this model's chat template does not read them."""
+        """The fields of a chat that have no effect because this model's chat template does not read them."""
         if self._chat_template is None:
             return []
         fields = options.unread(self._chat_template.reads | self._chat_template.with_tools.reads)
@@ -198,15 +148,15 @@ class TextModel:
         return fields
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text: possibly a part of a character; empty for a special token."""
+        """The bytes that a token adds to the text, perhaps part of a character; empty for a special token."""
         return self._tokenizer.token_bytes(token_id)
 
     def shown_bytes(self, token_id: int) -> bytes:
-        """The same, with special tokens by their names."""
+        """As `token_bytes`, but a special token gives its name."""
         return self._tokenizer.shown_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """A token for people: a special token by its name, a part of a character as U+FFFD."""
+        """A token for display: a special token by its name, a part of a character as U+FFFD."""
         return self._tokenizer.token_text(token_id)
 
     def generate(
@@ -240,7 +190,7 @@ class TextModel:
             request_id=request_id,
             prompt_ids=list(prompt_ids),
             params=params,
-            eos_ids=self._eos_ids,
+            eos_ids=self._facts.eos_ids,
             sink=generation.put,
             text=self._text_stream(prompt_ids, params, named, one_call_of),
             options=self._bounded(options),
@@ -251,8 +201,8 @@ class TextModel:
         return generation
 
     def _named_stops(self, params: SamplingParams) -> dict[int, str]:
-        """The stop strings that are names of special tokens, by the ids of those: they end at the token, for it may add
-        no text."""
+        """The stop strings that name special tokens, by token id. They stop at the token itself, which may add no
+        text."""
         ids = self._tokenizer.special_id_of
         return {ids[stop]: stop for stop in params.stop if stop in ids}
 
@@ -273,8 +223,9 @@ class TextModel:
         return OneCallText(text, ToolCallParser(self.tool_format, one_call_of)) if one_call_of else text
 
     def encode_prediction(self, text: str) -> list[int]:
-        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. Empty if nothing is speculated here,
-        or if the text is longer than any answer can be: as drafts they would have no effect, or little."""
+        """Token ids of an expected answer, for `RequestOptions.prediction_ids`. Empty without speculation, and for a
+        text
+        longer than any answer: as drafts these would have little or no effect."""
         if not self._engine.is_speculating:
             return []
         try:
@@ -302,21 +253,21 @@ class TextModel:
         return self._thread.failure
 
     def memory_use(self) -> MemoryUse:
-        """What its caches may take, filled or not."""
+        """Memory that its caches may take, filled or not."""
         infos = [session.info for session in (self._session, self._draft_session) if session is not None]
         kv_bytes = sum(info.num_slots * info.capacity * info.kv_bytes_per_token for info in infos)
         return MemoryUse(kv_bytes, self._prefix_cache_bytes)
 
     def describe(self) -> str:
-        """One line for the start: slots, their length, memory, precision and device."""
+        """One line for the log: slots, their length, memory, precision and device."""
         info = self._session.info
         size = format_bytes(self.memory_use().kv_bytes)
         slots = "slot" if info.num_slots == 1 else "slots"
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
-        return ", ".join(filter(None, (text, self._precision, f"on {info.device}")))
+        return ", ".join(filter(None, (text, self._facts.precision, f"on {info.device}")))
 
     def prepare_constraints(self) -> None:
-        """Get ready for requests with constraints, which would otherwise hold up everybody once."""
+        """Prepare for requests with constraints; otherwise the first one holds up all others."""
         self._grammars.prepare()
         if self._chats is not None:
             self._chats.prepare()
@@ -326,7 +277,7 @@ class TextModel:
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop accepting, wait for what runs, cancel the rest in the end. True if all finished in time."""
+        """Stop accepting, wait for running requests, then cancel the rest. True if all finished in time."""
         return self._thread.drain(timeout_s)
 
     def close(self) -> None:
@@ -374,15 +325,13 @@ def open_text_model(
     except InvalidSetting:
         session.close()
         raise
+    precision = manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate")
     return TextModel(
-        name=name or manifest.name,
+        ModelFacts(name or manifest.name, frozenset(manifest.eos_ids), precision, model_card(artifact)),
         session=session,
         tokenizer=tokenizer,
         chat_template=template,
-        eos_ids=frozenset(manifest.eos_ids),
         settings=settings,
         observer=observer,
-        precision=manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate"),
         draft_session=None if draft is None else open_draft_session(draft, session.info, settings),
-        card=model_card(artifact),
     )

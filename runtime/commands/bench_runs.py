@@ -23,7 +23,7 @@ from runtime.machine.sizes import format_bytes
 from runtime.session.session import Batch, Session
 from runtime.settings import EngineSettings
 from runtime.text.tokenizer import Tokenizer
-from runtime.text_model import TextModel
+from runtime.text_model import ModelFacts, TextModel
 
 PEAK_FIELD = "VmHWM:"
 
@@ -129,11 +129,10 @@ def opened(
     tokenizer, times = Tokenizer.from_artifact(artifact), StepTimes()
     session = OrtSession.open(artifact, num_slots=batch, capacity=capacity, threads=threads)
     model = TextModel(
-        name=artifact.manifest.name,
+        ModelFacts(artifact.manifest.name, frozenset(artifact.manifest.eos_ids)),
         session=session,
         tokenizer=tokenizer,
         chat_template=None,
-        eos_ids=frozenset(artifact.manifest.eos_ids),
         settings=EngineSettings(max_batch=batch, max_waiting=batch, max_len=capacity, threads=threads),
         observer=times,
     )

@@ -1,9 +1,9 @@
 """`headrace eval`: perplexity of an artifact on any text, and its distance from another artifact.
 
 Text is cut into non-overlapping windows, each read from an empty cache, so every token but a window's first is
-predicted from what precedes it in the window. No special tokens are added. The text is read in pieces and logits are
-compared a chunk at a time: memory does not grow with the text. It is read twice, first to count its tokens, so that a
-bad byte at its end is told before hours of scoring, not after.
+predicted from the tokens before it in the window. No special tokens are added. The text is read in pieces and logits
+are compared in chunks, so memory does not grow with the text. It is read twice, first to count its tokens: a bad byte
+at its end is reported before hours of scoring.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def evaluate(
     """Figures of one artifact on windows of token ids, of two if `against` is the reference; a JSON-able dict.
 
     Perplexity is exp of the mean negative log-likelihood in nats per predicted token; KL(against || artifact) is in
-    nats per token. `window` is the longest of the windows; `num_tokens`, what will be predicted, is for the progress
+    nats per token. `window` is the longest of the windows. `num_tokens`, the number of predictions, is for the progress
     bar alone.
     """
     from runtime.backends.ort.cpu_session import OrtSession
@@ -100,7 +100,8 @@ def evaluate(
                 stack.callback(sessions[-1].close)
         bar = stack.enter_context(progress_bar("eval", total=num_tokens, unit="token"))
         if against is None:
-            return _likelihood_figures(_likelihood(sessions[0], windows, bar))
+            likelihood = _likelihood(sessions[0], windows, bar)
+            return {"tokens": likelihood.num_tokens, "perplexity": _finite(likelihood.perplexity)}
         return _distance_figures(_distance(sessions[0], sessions[1], windows, bar), against)
 
 
@@ -128,10 +129,6 @@ def _distance(
     return distance
 
 
-def _likelihood_figures(likelihood: "Likelihood") -> dict[str, Any]:
-    return {"tokens": likelihood.num_tokens, "perplexity": _finite(likelihood.perplexity)}
-
-
 def _distance_figures(distance: "Distance", against: "Artifact") -> dict[str, Any]:
     return {
         "tokens": distance.num_rows,
@@ -146,7 +143,7 @@ def _distance_figures(distance: "Distance", against: "Artifact") -> dict[str, An
 
 
 def _finite(value: float) -> float | str:
-    """JSON knows no infinity and no NaN."""
+    """The value, or its name where JSON has no number for it (infinity, NaN)."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -215,7 +212,7 @@ def windows_of_file(text: Path, tokenizer: "Tokenizer", *, window: int, limit: i
 
 
 def _table(result: dict[str, Any]) -> str:
-    """The result for people: percentages, units and which way a distance runs."""
+    """The result for people, with percentages, units and the direction of each distance."""
     rows = {
         "artifact": result["artifact"],
         "text": f"{result['text']}, {result['tokens']:,} tokens predicted in windows of {result['window']:,}",

@@ -13,17 +13,18 @@ from runtime.errors import EngineFailed, InvalidRequest
 from runtime.settings import EngineSettings, add_flags, from_namespace
 
 if TYPE_CHECKING:
-    from runtime.text_model import Generation, TextModel
+    from runtime.engine.generation import Generation
+    from runtime.text_model import TextModel
 
 DEFAULT_MAX_TOKENS = 512
-"""Long enough for an answer, short enough to bound one that never ends. Cut to what the context leaves."""
+"""Long enough for an answer, and a bound on one that never ends. Cut to the rest of the context."""
 NO_LIMIT = -1
-"""As many tokens as the context leaves."""
+"""All tokens that the context leaves."""
 
 # One request: nothing to batch, no queue, no tools.
 _ENGINE_SKIPPED = ("max_batch", "max_waiting", "max_queue_wait", "request_timeout", "prefix_cache", "tool_format")
-# Greedy unless asked: the same command prints the same text. There is no place to print log-probabilities,
-# and a grammar is no thing for a flag.
+# Greedy by default: the same command prints the same text. No output shows log-probabilities, and no flag can hold a
+# grammar.
 _SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": None}
 _SAMPLING_SKIPPED = ("logprobs", "prompt_logprobs", "constraint")
 
@@ -43,13 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb. 0 when the answer is complete or nobody reads it any more, 130 on Ctrl-C."""
+    """Run the verb. 0 when the answer is complete or its reader has gone, 130 on Ctrl-C."""
     args = make_parser().parse_args(argv)
     if args.raw and args.system is not None:
         raise InvalidRequest("--system is part of a chat and --raw leaves the chat template out; give one of them")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     settings = from_namespace(EngineSettings, args, max_batch=1, prefix_cache=0)
-    # A bad sampling flag is told before the model is loaded; the real limit needs the prompt's length.
+    # Check the sampling flags before loading the model; the real limit needs the prompt's length.
     from_namespace(SamplingParams, args, max_tokens=1 if args.max_tokens in (None, NO_LIMIT) else args.max_tokens)
 
     from runtime.text_model import open_text_model
@@ -90,7 +91,7 @@ def stream(generation: "Generation") -> int:
                 if event.finish_reason is FinishReason.ERROR:
                     raise EngineFailed(str(event.error))
     except BrokenPipeError:
-        # `| head` has what it wanted. Python flushes stdout once more at exit, which must not fail again.
+        # `| head` has ended. Python flushes stdout once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -102,7 +103,7 @@ def stream(generation: "Generation") -> int:
 
 
 def _max_tokens(asked: int | None, room: int) -> int:
-    """What was asked for, else the default cut to the room; at least 1, so that a full context is refused."""
+    """The limit asked for, or the default cut to `room`. At least 1, so that a full context is refused."""
     if asked == NO_LIMIT:
         return max(1, room)
     return asked if asked is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
@@ -118,7 +119,7 @@ def _figures(num_prompt: int, num_tokens: int, started_s: float, first_s: float 
 
 
 class _PrefillBar:
-    """An `EngineObserver` that shows how far a long prompt is; hidden for the first two seconds."""
+    """An `EngineObserver` that shows the progress of a long prompt after two seconds."""
 
     def __init__(self) -> None:
         self._bar: Any = None

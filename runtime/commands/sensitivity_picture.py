@@ -1,9 +1,9 @@
-"""A picture for the terminal: what each linear layer costs in int8, one column a decoder layer, one row a kind.
+"""Draws the cost of int8 for each linear layer in the terminal: a column for each decoder layer, a row for each kind.
 
     down      ▅▄▃▂▂▁▁▂▂▃▃█▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▂▆▆
               22         22           22      2: two int8 passes
 
-Bars are logarithmic: one step is a factor of two. Reads calibration.json's content; loads no model.
+Bars are logarithmic: one step is a factor of two. Reads the content of calibration.json; loads no model.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Continuous batching: schedule, run, sample, emit. One thread calls everything here; `engine_thread.py` is
+"""Continuous batching: schedule, run, sample, emit. One thread calls everything here; runtime/engine/thread.py is
 that thread.
 
 The engine knows nothing about text except that a request may carry a `TextStream`, and nothing about HTTP.
@@ -7,19 +7,17 @@ The engine knows nothing about text except that a request may carry a `TextStrea
 import logging
 import math
 import time
-from collections.abc import Iterable
-from collections.abc import Sequence as Rows
+from collections.abc import Iterable, Sequence
 from itertools import islice, repeat
 
 import numpy as np
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
+from runtime.engine.drafter import Drafter
 from runtime.engine.prefix_cache import PrefixCache, block_keys
-from runtime.engine.sampler import Row
+from runtime.engine.sampling.logits import Row
 from runtime.engine.scheduler import Run, Scheduler
-from runtime.engine.sequence import Sequence
-from runtime.engine.speculation.prompt_lookup import NgramIndex
-from runtime.engine.speculation.speculator import MODEL_ODDS, Speculator
+from runtime.engine.sequence import LiveSequence
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session.session import Session, TopRow, TopSession
 
@@ -30,9 +28,9 @@ class Engine:
     """Runs requests on a session in steps; they join and leave between two steps.
 
     prefill_chunk: most prompt tokens run between two decode steps
-    max_queue_wait_s: a request that has no slot so many seconds after its submission ends with QUEUE_TIMEOUT
+    max_queue_wait_s: a request without a slot this many seconds after its submission ends with QUEUE_TIMEOUT
     prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
-    speculator: chooses drafts; None, or a session that is not ragged or where cuts matter: one token a row and step
+    drafter: proposes draft tokens; unused (one token a row and step) with a session that is not ragged and cut-exact
     """
 
     def __init__(
@@ -42,11 +40,11 @@ class Engine:
         prefill_chunk: int = 128,
         prefix_cache: int = 0,
         max_queue_wait_s: float | None = None,
-        speculator: Speculator | None = None,
+        drafter: Drafter | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
         self.info = session.info
-        self.live: dict[str, Sequence] = {}
+        self.live: dict[str, LiveSequence] = {}
         self._session = session
         self._top_session = session if isinstance(session, TopSession) else None
         self._observer = observer
@@ -54,11 +52,11 @@ class Engine:
         self._prefix_cache = prefix_cache
         self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
         self._next_expiry_s = math.inf
-        self._speculator = speculator if session.info.is_ragged and session.info.is_cut_exact else None
+        self._drafter = drafter if session.info.is_ragged and session.info.is_cut_exact else None
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
-    def prepare(self, request: Request) -> Sequence:
+    def prepare(self, request: Request) -> LiveSequence:
         """Check a request against the session and make its state. Any thread may call this.
 
         Raises InvalidRequest for an empty prompt, a token id outside the vocabulary or `min_tokens` above
@@ -81,16 +79,15 @@ class Engine:
                 "Shorten the prompt or lower max_tokens.",
                 param="prompt",
             )
-        sequence = Sequence(request)
+        sequence = LiveSequence(request)
         if self._prefix_cache and not sequence.wants_prompt_logits:
             sequence.prefix_keys = block_keys(ids, request.options.cache_salt)
-        if self.is_speculating:
+        if self._drafter is not None:
             self._check_ids(request.options.prediction_ids, "prediction")
-            sequence.ngrams = NgramIndex(ids, request.options.prediction_ids)
-            sequence.model_odds = MODEL_ODDS
+            self._drafter.attach(sequence)
         return sequence
 
-    def _check_ids(self, ids: Rows[int], param: str) -> None:
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
         if ids and (min(ids) < 0 or max(ids) >= self.info.vocab_size):
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise InvalidRequest(
@@ -100,9 +97,9 @@ class Engine:
     @property
     def is_speculating(self) -> bool:
         """Whether requests may take drafts along."""
-        return self._speculator is not None
+        return self._drafter is not None
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: LiveSequence) -> None:
         """Queue a prepared sequence; it joins when a slot is free."""
         self.live[sequence.request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -113,7 +110,7 @@ class Engine:
         if (sequence := self.live.get(request_id)) is not None:
             self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
 
-    def fail(self, reason: str, arrived: Iterable[Sequence] = ()) -> None:
+    def fail(self, reason: str, arrived: Iterable[LiveSequence] = ()) -> None:
         """End every request with ERROR, those that have `arrived` and were not added too.
 
         Trusts only `live`: the step that broke may have left the rest inconsistent.
@@ -123,16 +120,16 @@ class Engine:
         for sequence in ended:
             sequence.request.sink(event)
         self._scheduler = self._new_scheduler()
-        # Last: if it is the observer that broke, everybody has heard.
+        # Last: if the observer is what broke, every request has its reason by now.
         for sequence in ended:
-            self._tell_end(sequence, FinishReason.ERROR)
+            self._notify_end(sequence, FinishReason.ERROR)
 
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
     def stats(self) -> EngineStats:
-        """Counts as they are now; from another thread, as they are at some moment of a step."""
+        """Counts at this moment; any thread may call this."""
         slots = self._scheduler.slots
         return EngineStats(
             num_waiting=len(self._scheduler.waiting),
@@ -170,7 +167,8 @@ class Engine:
             )
 
     def _run(self, run: Run) -> Iterable[Row | TopRow]:
-        """Whole rows of logits, or their likeliest tokens where those do for every sequence of the run."""
+        """Run the model: whole rows of logits, or their most likely tokens where those are enough for every
+        sequence."""
         for sequence, draft in zip(run.sequences, run.drafts or repeat(()), strict=False):
             sequence.prepare(draft)
         started_s = time.perf_counter()
@@ -182,12 +180,13 @@ class Engine:
             rows = self._session.run(run.batch)
         model_s = time.perf_counter() - started_s
         self._model_s += model_s
-        if self._speculator is not None and run.num_decode:
-            self._speculator.cost.hear(run.num_decode, sum(map(len, run.drafts)), model_s)
+        if self._drafter is not None and run.num_decode:
+            num_drafted = sum(map(len, run.drafts))
+            self._drafter.observe_run(num_rows=run.num_decode, num_drafted=num_drafted, seconds=model_s)
         return rows
 
     def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
-        """Give prompts that are scored the logits of their positions; the last go out before the first token."""
+        """Give scored prompts the logits of their positions. The last of them goes out before the first token."""
         start = len(run.sequences)
         for sequence, num_rows in run.scored:
             assert isinstance(rows, np.ndarray)
@@ -197,7 +196,7 @@ class Engine:
                 sequence.request.sink(event)
 
     def _emit_drafted(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
-        """Each sequence goes on for as long as it chooses what its draft had."""
+        """Send each sequence's events, up to the first token that differs from its draft."""
         following = iter(rows)
         for sequence, draft in zip(run.sequences, run.drafts, strict=True):
             usage = sequence.request.usage
@@ -209,10 +208,11 @@ class Engine:
                     break
                 self._scheduler.accept(sequence)
                 usage.num_accepted += 1
-            assert self._speculator is not None
-            self._speculator.hear(sequence, len(draft), usage.num_accepted - num_before)
+            assert self._drafter is not None
+            num_accepted = usage.num_accepted - num_before
+            self._drafter.observe_draft(sequence, num_drafted=len(draft), num_accepted=num_accepted)
 
-    def _emit(self, sequence: Sequence, row: Row | TopRow) -> int | None:
+    def _emit(self, sequence: LiveSequence, row: Row | TopRow) -> int | None:
         """Send a sequence's next event; return its token, None if it ended."""
         is_first = sequence.num_generated == 0
         try:
@@ -232,10 +232,12 @@ class Engine:
         sequence.request.sink(event)
         return event.token_id
 
-    def _end(self, sequence: Sequence, event: TokenEvent) -> None:
-        """Count it and free what it holds, then send its last event: who has the answer finds all that done."""
+    def _end(self, sequence: LiveSequence, event: TokenEvent) -> None:
+        """Count the request and free its slot, then send its last event: all is done when the client sees it."""
         assert event.finish_reason is not None
-        self._tell_end(sequence, event.finish_reason)  # while it lives: if the observer breaks, it hears of that
+        self._notify_end(
+            sequence, event.finish_reason
+        )  # while it is in `live`: if the observer raises, `fail` reaches it too
         self._scheduler.remove(sequence)
         del self.live[sequence.request.request_id]
         sequence.request.sink(event)
@@ -250,13 +252,13 @@ class Engine:
                 self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.QUEUE_TIMEOUT, error=reason))
         self._next_expiry_s = min(map(self._expiry_s, self.live.values()), default=math.inf)
 
-    def _expiry_s(self, sequence: Sequence) -> float:
-        """When its time is up as things stand: a request in a slot no longer waits."""
+    def _expiry_s(self, sequence: LiveSequence) -> float:
+        """When its time is up. A request in a slot no longer waits for one."""
         if sequence.slot is not None:
             return sequence.deadline_s
         return min(sequence.deadline_s, sequence.submitted_s + self._max_queue_wait_s)
 
-    def _tell_end(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _notify_end(self, sequence: LiveSequence, reason: FinishReason) -> None:
         if self._observer is not None:
             self._observer.on_finish(
                 reason=reason,
@@ -268,15 +270,15 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         cache = PrefixCache(self._session, self._prefix_cache)
-        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, speculator=self._speculator)
+        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, drafter=self._drafter)
 
 
-def _suffices(num_top: int, sequences: Iterable[Sequence]) -> bool:
-    """Whether so many of the likeliest tokens are enough for every one of them."""
+def _suffices(num_top: int, sequences: Iterable[LiveSequence]) -> bool:
+    """Whether this many of the most likely tokens are enough for every one of them."""
     return all(sequence.num_top is not None and sequence.num_top <= num_top for sequence in sequences)
 
 
-def _timed_out(sequence: Sequence, now_s: float) -> TokenEvent:
+def _timed_out(sequence: LiveSequence, now_s: float) -> TokenEvent:
     passed_s = now_s - sequence.submitted_s
     reason = f"its time was up after {passed_s:.1f} s, with {sequence.num_generated} tokens generated; ask for fewer"
     return TokenEvent(None, "", finish_reason=FinishReason.TIMEOUT, error=reason)

@@ -4,8 +4,8 @@
     key       H(salt, 0) H(key 0, 1) H(key 1, 2)          a key stands for everything up to its block's end
 
 A prompt reuses the blocks of its longest known beginning; what follows is computed. Only rows that a prefill computed
-are kept: those of a decode step differ in their last bits, and a request gets the same tokens with and without the
-cache. Memory is bounded; the block that was not used for longest goes first, and never before those that continue it.
+are kept: those of a decode step differ in their last bits, and a request must get the same tokens with and without the
+cache. Memory is bounded; the least recently used block goes first, but never before the blocks that continue it.
 Knows neither requests nor models: K/V rows are whatever the session's `read_slot` returns.
 """
 
@@ -74,13 +74,13 @@ class PrefixCache:
         for idx in range(first, stop):
             if keys[idx] in self._blocks:
                 continue
-            # Without the block before it this one cannot be found; that one was evicted, or did not fit.
+            # Without the block before it, which was evicted or did not fit, this one cannot be found.
             if idx and keys[idx - 1] not in self._blocks:
                 return
             try:
                 rows = self._session.read_slot(slot, idx * BLOCK_LEN, (idx + 1) * BLOCK_LEN)
             except MemoryError:
-                # Reuse is a convenience: it must not cost a request its life.
+                # Reuse is an optimization: no request may fail for it.
                 log.warning("no memory for the prefix cache beyond %d bytes; it grows no further", self.num_bytes)
                 self._max_bytes = self.num_bytes
                 return

@@ -8,8 +8,7 @@ Two queues: waiting and, by slot, those that prefill or decode. A step is
     reuse      prompts skip the blocks that the prefix cache has
     prefill    runs of at most `prefill_chunk` tokens in all
 
-so a long prompt never holds up the streams that run, and they never hold up the prompt. Knows nothing about
-sampling, text or threads.
+so a long prompt never holds up running streams, nor they the prompt. Knows nothing about sampling, text or threads.
 """
 
 from bisect import insort
@@ -21,15 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.engine.drafter import Drafter
 from runtime.engine.kv_slots import KvSlots
 from runtime.engine.prefix_cache import BLOCK_LEN, PrefixCache
-from runtime.engine.sequence import Sequence
-from runtime.engine.speculation.speculator import Speculator
+from runtime.engine.sequence import LiveSequence
 from runtime.session.session import Batch, Session
 
 MAX_PLACES = 2
-"""Places of a run, padding included, for each token of a chunk. Padding takes no time, but room: attention's scores may
-take rows * width * heads * capacity floats."""
+"""Most places of a run, padding included, for each token of a chunk. Padding costs memory and no time: attention scores
+may take rows * width * heads * capacity floats."""
 
 RESTORE_SPEED = 16
 """Tokens that a step may copy out of the prefix cache for each one it may prefill: copying is more than 16 times as
@@ -37,59 +36,55 @@ fast, so running streams wait no longer for a prompt that is reused than for one
 
 
 class Run(NamedTuple):
-    """One call of the session: row i of its logits belongs to `sequences[i]`. The rows behind those belong to the
-    prompts in `scored`, so many to each; further rows are ignored."""
+    """One call of the session. Row i of its logits belongs to `sequences[i]`. The rows after those belong to the
+    prompts in `scored`, as many to each as stands there; further rows are ignored."""
 
     batch: Batch
-    sequences: list[Sequence]
+    sequences: list[LiveSequence]
     num_decode: int = 0
     num_prefill_tokens: int = 0
-    prefilled: tuple[Sequence, ...] = ()
-    """Whose prompts it runs, finished with it or not."""
-    scored: tuple[tuple[Sequence, int], ...] = ()
+    prefilled: tuple[LiveSequence, ...] = ()
+    """The sequences whose prompts it runs, to their end or not."""
+    scored: tuple[tuple[LiveSequence, int], ...] = ()
     drafts: tuple[list[int], ...] = ()
-    """Speculation: what follows each sequence's next token; it has one more row of logits for each."""
+    """Draft tokens of each sequence. Each has one more row of logits."""
 
 
 class Scheduler:
-    """Owns the slots and the queues. Of the session it uses only what moves K and V about."""
+    """Owns the slots and the queues. Uses the session only to copy K and V between slots."""
 
     def __init__(
-        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, speculator: Speculator | None = None
+        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, drafter: Drafter | None = None
     ) -> None:
         info = session.info
-        self._speculator = speculator
+        self._drafter = drafter
         self.cache = cache
         self.slots = KvSlots(info.num_slots, info.capacity)
-        self.waiting: list[Sequence] = []  # by priority, then first in, first out
+        self.waiting: list[LiveSequence] = []  # by priority, then first in, first out
         self._copy_slot = session.copy_slot
         self._prefill_chunk = prefill_chunk
         self._is_oldest_turn = False
-        # Where cuts matter, a prompt out of the cache is cut where one that was computed is: at multiples of the chunk.
+        # Unless runs are chunk-invariant, a cached prompt is cut where a computed one is: at multiples of the chunk.
         self._restore_multiple = 1 if info.is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._is_ragged = info.is_ragged
         self._max_scored = info.capacity if info.max_scored is None else info.max_scored
-        self._prefilling: list[Sequence] = []  # in order of admission
-        self._decoding: list[Sequence | None] = [None] * info.num_slots
+        self._prefilling: list[LiveSequence] = []  # in order of admission
+        self._decoding: list[LiveSequence | None] = [None] * info.num_slots
         # What the next decode run reads, by slot; the batches below are views of these.
         self._next_ids = np.zeros((info.num_slots, 1), np.int64)
         self._is_decoding = np.zeros(info.num_slots, np.int32)
         self._decode_run: Run | None = None  # kept until a row joins, leaves or moves
 
     @property
-    def num_running(self) -> int:
-        return self.slots.num_used
-
-    @property
     def has_work(self) -> bool:
         return bool(self.waiting) or self.slots.num_used > 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: LiveSequence) -> None:
         """Queue a sequence behind those of its priority."""
         insort(self.waiting, sequence, key=_priority)
 
     def plan(self) -> Iterator[Run]:
-        """The runs of one step, each made when the one before has been advanced."""
+        """The runs of one step. `advance` each before taking the next."""
         self._admit()
         self._compact()
         if (run := self._plan_decode()) is not None:
@@ -121,15 +116,15 @@ class Scheduler:
             self._is_decoding[sequence.slot] = 1
             self._decode_run = None
 
-    def accept(self, sequence: Sequence) -> None:
-        """Its draft's next token was right, and is in the cache."""
+    def accept(self, sequence: LiveSequence) -> None:
+        """The next token of its draft was right; its K and V are in the cache."""
         self.slots.past_len[sequence.slot] += 1
 
-    def set_next(self, sequence: Sequence, token_id: int) -> None:
+    def set_next(self, sequence: LiveSequence, token_id: int) -> None:
         """The token that a sequence runs through the model next."""
         self._next_ids[sequence.slot, 0] = token_id
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: LiveSequence) -> None:
         """Drop a sequence, wherever it is; its slot is free at once."""
         slot = sequence.slot
         if slot is None:
@@ -150,9 +145,9 @@ class Scheduler:
             self._next_ids[sequence.slot, 0] = 0
             self._prefilling.append(sequence)
 
-    def _next_waiting(self) -> Sequence:
-        """Of the most urgent, the first one of the tenant that has the fewest slots: nobody keeps others out by asking
-        for all of them."""
+    def _next_waiting(self) -> LiveSequence:
+        """Among the most urgent, the first one of the tenant with the fewest slots: no tenant keeps others out by
+        asking for every slot."""
         first = self.waiting[0]
         urgent = list(takewhile(lambda s: _priority(s) == _priority(first), self.waiting))
         if all(_tenant(s) == _tenant(first) for s in urgent):
@@ -161,7 +156,7 @@ class Scheduler:
         return min(urgent, key=lambda s: running[_tenant(s)])
 
     def _compact(self) -> None:
-        """Move the highest decoding rows into free slots below; after admission, nobody else wants them."""
+        """Move the highest decoding rows into free slots below; what waits has been admitted by now."""
         while (target := self.slots.lowest_free) is not None:
             source = self._span() - 1
             if source < target:
@@ -199,16 +194,16 @@ class Scheduler:
             batch = Batch(0, self._next_ids[:span], self.slots.past_len[:span], query_len, rows.astype(np.int64))
             sequences = [s for s in self._decoding[:span] if s is not None]
             self._decode_run = Run(batch, sequences, num_decode=len(sequences))
-        if self._decode_run is not None and self._speculator is not None:
+        if self._decode_run is not None and self._drafter is not None:
             room = self.slots.capacity - int(self.slots.past_len[:span].max())
             width = min(room, MAX_PLACES * self._prefill_chunk // span)
-            drafts = self._speculator.draft(self._decode_run.sequences, max(0, width - 1))
+            drafts = self._drafter.draft(self._decode_run.sequences, max(0, width - 1))
             if drafts is not None:
                 return self._plan_verify(self._decode_run, drafts)
         return self._decode_run
 
     def _plan_verify(self, plain: Run, drafts: list[list[int]]) -> Run:
-        """A decode run in which every row takes its draft along, and gives logits for each token of it."""
+        """A decode run whose rows contain their drafts, with logits for each draft token."""
         width = 1 + max(map(len, drafts))
         token_ids = np.zeros((len(plain.batch.past_len), width), np.int64)
         token_ids[:, 0] = plain.batch.token_ids[:, 0]
@@ -222,7 +217,7 @@ class Scheduler:
         batch = Batch(0, token_ids, plain.batch.past_len, query_len, np.array(wanted, np.int64))
         return plain._replace(batch=batch, drafts=tuple(drafts))
 
-    def _share_run(self, pending: list[Sequence], budget: int) -> list[Sequence]:
+    def _share_run(self, pending: list[LiveSequence], budget: int) -> list[LiveSequence]:
         """The first pending sequence, and neighbours that fit in its run, by slot."""
         rows = [pending[0]]
         if not self._is_ragged:
@@ -236,7 +231,7 @@ class Scheduler:
                 slot += direction
         return sorted(rows, key=lambda s: s.slot or 0)
 
-    def _fits(self, rows: list[Sequence], budget: int) -> bool:
+    def _fits(self, rows: list[LiveSequence], budget: int) -> bool:
         """Whether the next pieces of these prompts may go in one run."""
         lens = [self._piece(s) for s in rows]
         width = max(lens)
@@ -248,33 +243,32 @@ class Scheduler:
         num_places = len(rows) * width
         return sum(lens) <= budget and num_places <= MAX_PLACES * budget and bool(max(ends) <= self.slots.capacity)
 
-    def _left(self, sequence: Sequence) -> int:
+    def _left(self, sequence: LiveSequence) -> int:
         """Prompt tokens not yet in the cache."""
         return sequence.num_prompt - int(self.slots.past_len[sequence.slot])
 
-    def _piece(self, sequence: Sequence) -> int:
-        """Tokens of its next chunk: never a single one of a longer prompt. A run of one token takes another attention
-        kernel than longer ones, among which a token's sums do not depend on where the cuts are; so a request gets the
-        same tokens alone and in a batch, with its beginning computed or out of the cache."""
+    def _piece(self, sequence: LiveSequence) -> int:
+        """Tokens of its next chunk; never a single one of a longer prompt. A run of one token takes another attention
+        kernel than longer runs, whose sums do not depend on where the prompt is cut. So a request gets the same tokens
+        alone and in a batch, with its beginning computed or cached."""
         left = self._left(sequence)
         chunk = min(self._prefill_chunk, self._max_scored) if sequence.wants_prompt_logits else self._prefill_chunk
         if left == chunk + 1 > 2:
             return chunk - 1
         return min(left, chunk)
 
-    def _prefill_order(self) -> list[Sequence]:
-        """Whose prompts come next: by priority, then in turn the oldest and the one with the least left. So a short
-        prompt waits for one chunk of a long one, and a long one makes a chunk every other step, whatever arrives."""
+    def _prefill_order(self) -> list[LiveSequence]:
+        """Prompts in the order in which they run: by priority, then by turns the oldest or the shortest rest first. So
+        a short prompt waits for one chunk of a long one, and a long one gets a chunk every other step."""
         self._is_oldest_turn = not self._is_oldest_turn
         if self._is_oldest_turn:
             return sorted(self._prefilling, key=_priority)
         return sorted(self._prefilling, key=lambda s: (_priority(s), self._left(s)))
 
-    def _reuse(self) -> list[Sequence]:
-        """Fill slots from the prefix cache; return who has more to copy in the next step.
+    def _reuse(self) -> list[LiveSequence]:
+        """Fill slots from the prefix cache; return the sequences with more to copy in the next step.
 
-        Asked again after every chunk: of two prompts that arrive together, the second reuses what the first has
-        computed meanwhile.
+        Called in every step: of two prompts that arrive together, the second reuses what the first has computed.
         """
         left = max(self._prefill_chunk * RESTORE_SPEED // BLOCK_LEN, self._restore_multiple)
         unfinished = []
@@ -293,15 +287,15 @@ class Scheduler:
                 unfinished.append(sequence)
         return unfinished
 
-    def _keep(self, sequence: Sequence) -> None:
-        """Store the blocks of its prompt that are whole now."""
+    def _keep(self, sequence: LiveSequence) -> None:
+        """Store the blocks of its prompt that are complete now."""
         if sequence.prefix_keys:
             assert sequence.slot is not None
             stop = min(int(self.slots.past_len[sequence.slot]) // BLOCK_LEN, len(sequence.prefix_keys))
             self.cache.keep(sequence.prefix_keys, sequence.slot, sequence.num_kept, stop)
             sequence.num_kept = stop
 
-    def _plan_prefill(self, rows: list[Sequence]) -> Run:
+    def _plan_prefill(self, rows: list[LiveSequence]) -> Run:
         lens = [self._piece(s) for s in rows]
         width = max(lens)
         first_slot = rows[0].slot
@@ -315,7 +309,7 @@ class Scheduler:
         scored = []
         for i, sequence in enumerate(rows):
             if sequence.wants_prompt_logits:
-                num = lens[i] - is_last[i]  # what comes after the last token is not in the prompt
+                num = lens[i] - is_last[i]  # the token after the last one is not in the prompt
                 scored.append((sequence, num))
                 wanted.extend(range(i * width, i * width + num))
         # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and
@@ -326,9 +320,9 @@ class Scheduler:
         return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows), scored=tuple(scored))
 
 
-def _priority(sequence: Sequence) -> int:
+def _priority(sequence: LiveSequence) -> int:
     return sequence.request.options.priority
 
 
-def _tenant(sequence: Sequence) -> str:
+def _tenant(sequence: LiveSequence) -> str:
     return sequence.request.options.tenant

@@ -5,41 +5,31 @@ Knows sampling, constraints and when a request ends; nothing about slots, batche
 
 import math
 import time
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
+from typing import Protocol
 
-from runtime.core import FinishReason, PromptLogprob, Request, TokenEvent
-from runtime.engine.sampler import Row, make_sampler, num_top, with_logprobs
-from runtime.engine.speculation.prompt_lookup import NgramIndex
+from runtime.core import FinishReason, Logprobs, Request, TokenEvent
+from runtime.engine.sampling.logits import Row
+from runtime.engine.sampling.logprobs import logprobs_of
+from runtime.engine.sampling.sampler import make_sampler, num_top
 from runtime.session.session import TopRow
 
 
-class Sequence:
+class TokenListener(Protocol):
+    """What a drafter keeps for one sequence. Only the drafter knows what is in it."""
+
+    def push(self, token_id: int) -> None:
+        """The text goes on with this token."""
+        ...
+
+
+class LiveSequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
-    `slot` is None while it waits. The `num_top` likeliest tokens of a row are enough for it; None: it needs them all.
-    `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that need
-    not be stored again. `ngrams` guesses its next tokens, if it may speculate, and `model_odds` are those of a draft
-    model's guess. Times are seconds of `time.perf_counter`.
+    `slot` is None while it waits. The `num_top` most likely tokens of a row are enough for it; None: it needs the whole
+    row. `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that
+    need not be stored again. `draft_state` is None where nothing is drafted. Times are seconds of `time.perf_counter`.
     """
-
-    __slots__ = (
-        "_min_tokens",
-        "_prompt_logprobs",
-        "_sampler",
-        "_stop_ids",
-        "deadline_s",
-        "first_token_s",
-        "model_odds",
-        "ngrams",
-        "num_generated",
-        "num_kept",
-        "num_prompt",
-        "num_top",
-        "prefix_keys",
-        "request",
-        "slot",
-        "submitted_s",
-    )
 
     def __init__(self, request: Request) -> None:
         params = request.params
@@ -49,20 +39,19 @@ class Sequence:
         self.num_generated = 0
         self.prefix_keys: list[bytes] = []
         self.num_kept = 0
-        self.ngrams: NgramIndex | None = None
-        self.model_odds = 0.0
+        self.draft_state: TokenListener | None = None
         self.submitted_s = time.perf_counter()
         timeout_s = request.options.timeout_s
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
         self.first_token_s: float | None = None
-        self._prompt_logprobs: list[PromptLogprob] = []
+        self._prompt_logprobs: list[Logprobs] = []
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
         self._min_tokens = params.min_tokens if self._stop_ids else 0
         self.num_top = None if self._min_tokens else num_top(params)
         self._sampler = make_sampler(params, request.prompt_ids, self._stop_ids)
 
-    def prepare(self, draft: Rows[int] = ()) -> None:
-        """Called before the model runs for this sequence: what can be done meanwhile is begun."""
+    def prepare(self, draft: Sequence[int] = ()) -> None:
+        """Begin what can be done while the model runs for this sequence."""
         if self.request.guide is not None:
             self.request.guide.prepare(draft)
 
@@ -72,24 +61,22 @@ class Sequence:
         return self.request.params.prompt_logprobs is not None
 
     def score_prompt(self, rows: Row) -> TokenEvent | None:
-        """Take the logits float32 [R, vocab_size] of the next positions of the prompt, each of which predicts the token
-        after it. The event with all the log-probabilities when there are no more."""
+        """Take logits float32 [R, vocab_size] of the prompt's next positions, each of which predicts the token after
+        it. Returns the event with all log-probabilities after the last of them."""
         num_top = self.request.params.prompt_logprobs
         assert num_top is not None
         if not len(rows) and self.num_prompt > 1:
-            return None  # the last token came in a run of its own, and the event was before
+            return None  # the last token had a run of its own; the event came before it
         for row in rows:
             token_id = self.request.prompt_ids[len(self._prompt_logprobs) + 1]
-            _, logprob, top = with_logprobs(row, token_id, num_top)
-            assert logprob is not None
-            self._prompt_logprobs.append(PromptLogprob(logprob, top))
+            self._prompt_logprobs.append(logprobs_of(row, token_id, num_top))
         if len(self._prompt_logprobs) < self.num_prompt - 1:
             return None
         return TokenEvent(None, "", prompt_logprobs=tuple(self._prompt_logprobs))
 
     def next_event(self, row: Row | TopRow) -> TokenEvent:
-        """Choose a token from logits float32 [vocab_size], or from its `num_top` likeliest, and say what it adds. If
-        none is wanted, that is the end.
+        """Choose a token from logits float32 [vocab_size], or from its `num_top` most likely tokens; return its event.
+        For `max_tokens` 0, return the end.
 
         Raises what the sampler or the text stream raises; the request cannot go on after that.
         """
@@ -105,8 +92,8 @@ class Sequence:
         self.num_generated += 1
         if self.num_generated == self._min_tokens:
             self.num_top = num_top(self.request.params)
-        if self.ngrams is not None:
-            self.ngrams.push(choice.token_id)
+        if self.draft_state is not None:
+            self.draft_state.push(choice.token_id)
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter()
         text, reason = self._text_of(choice.token_id)
@@ -114,7 +101,7 @@ class Sequence:
 
     def _text_of(self, token_id: int) -> tuple[str, FinishReason | None]:
         stream = self.request.text
-        # A grammar can leave nothing but a stop token; before `min_tokens` it is one token of the answer as any other.
+        # A grammar may allow only a stop token; before `min_tokens` that is an ordinary token of the answer.
         if token_id in self._stop_ids and (self.num_generated > self._min_tokens or token_id in self.request.eos_ids):
             return ("" if stream is None else stream.finish(token_id)), FinishReason.STOP
         text = ""

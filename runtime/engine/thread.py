@@ -1,8 +1,8 @@
 """The one thread that owns the engine, and what other threads may ask of it.
 
 Requests and cancellations go in through one queue and take effect between two steps; events come out through
-each request's sink. An exception of the engine is caught once, here, of whatever class (a panic of a Rust library is
-no `Exception`): every request ends with the reason, and no more are accepted. Nobody waits forever.
+each request's sink. An exception of the engine is caught once, here, of any class (a panic of a Rust library is no
+`Exception`). Then every request ends with the reason, and no more are accepted. Nobody waits forever.
 """
 
 import logging
@@ -13,7 +13,7 @@ from math import ceil
 
 from runtime.core import EngineStats, Request
 from runtime.engine.engine import Engine
-from runtime.engine.sequence import Sequence
+from runtime.engine.sequence import LiveSequence
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class EngineThread:
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
         self._engine = engine
         self._max_live = engine.info.num_slots + max_waiting
-        self._inbox: deque[Sequence | str] = deque()  # a sequence to add, or the id of one to cancel
+        self._inbox: deque[LiveSequence | str] = deque()  # a sequence to add, or the id of one to cancel
         self._num_inbox = 0
         self._changed = threading.Condition()
         self._is_accepting = False
@@ -77,7 +77,7 @@ class EngineThread:
             self._changed.notify_all()
 
     def stats(self) -> EngineStats:
-        """Counts at this moment; those not yet taken in count as waiting."""
+        """Counts at this moment; requests still in the inbox count as waiting."""
         stats = self._engine.stats()
         return stats._replace(num_waiting=stats.num_waiting + self._num_inbox)
 
@@ -107,7 +107,7 @@ class EngineThread:
         try:
             while self._take_inbox():
                 self._engine.step()
-        except BaseException as error:  # the only place: whatever broke, every request hears of it
+        except BaseException as error:  # the only place: every request ends with the reason
             try:
                 self._fail(f"the engine failed: {type(error).__name__}: {error}")
             finally:  # last: with memory short, this may fail too
@@ -160,10 +160,10 @@ class EngineThread:
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._engine.live or any(s.request.request_id == request_id for s in self._arrived())
 
-    def _arrived(self) -> list[Sequence]:
-        """The sequences in the inbox. Of a copy: the lock does not hold off its own thread, on which the garbage
-        collector may close an abandoned reply at any moment, and that puts a cancellation into the inbox."""
-        return [item for item in tuple(self._inbox) if isinstance(item, Sequence)]
+    def _arrived(self) -> list[LiveSequence]:
+        """The sequences in the inbox. Reads a copy: on this very thread, which the lock does not stop, the garbage
+        collector may close an abandoned reply and so append a cancellation."""
+        return [item for item in tuple(self._inbox) if isinstance(item, LiveSequence)]
 
     def _check_accepting(self) -> None:
         if self._failure is not None:

@@ -1,7 +1,7 @@
-"""A thread with room for deep recursion. llguidance descends into a schema's references and a grammar's rules by
-recursion in Rust, and a stack that is too small for it ends the process.
+"""Runs a function on a thread with a deep stack. llguidance follows a schema's references and a grammar's rules by
+recursion in Rust, where a stack overflow ends the process.
 
-Each level takes some 3 to 12 KB, and the longest source that is taken has up to 14,000 of them.
+Each level takes 3 to 12 KB, and the longest source that is accepted has up to 14,000 levels.
 """
 
 import threading
@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 STACK_BYTES = 256 * 2**20
-"""Of addresses: memory is taken only as far as the recursion goes."""
+"""Address space: memory is used only as far as the recursion goes."""
 
 Result = TypeVar("Result")
 
@@ -18,7 +18,7 @@ _size_lock = threading.Lock()
 
 
 class NoThreadError(RuntimeError):
-    """There is no thread to be had, or no room for its stack."""
+    """The system has no thread, or no room for its stack."""
 
 
 def on_deep_stack(work: Callable[[], Result], *, name: str, stack_bytes: int = STACK_BYTES) -> "Future[Result]":
@@ -33,11 +33,11 @@ def on_deep_stack(work: Callable[[], Result], *, name: str, stack_bytes: int = S
             done.set_result(work())
         except Exception as error:
             done.set_exception(error)
-        except BaseException as error:  # a panic of Rust code: nobody who waits should have to expect one
+        except BaseException as error:  # a panic of Rust code, as an exception that callers expect
             done.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
     thread = threading.Thread(target=run, name=name, daemon=True)
-    # The size is the process's: for a moment other threads may be started with it, which does them no harm.
+    # The size is a setting of the process: another thread may start with it at this moment, without harm.
     with _size_lock:
         before = threading.stack_size(stack_bytes)
         try:

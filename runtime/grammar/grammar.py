@@ -1,16 +1,15 @@
-"""Constraints to grammars: checked, tried out, compiled, kept for the next request.
+"""Compiles constraints to grammars: check, trial, compilation, cache.
 
 llguidance does the work: it needs neither torch nor transformers, compiles a schema in milliseconds and computes masks
 lazily, so that nothing is precomputed over the vocabulary (xgrammar's package requires torch, transformers and triton).
-Its limits hold for ordinary grammars. Anybody may send others, so:
+Its own limits do for ordinary grammars. Clients may send others, so each constraint passes four stages:
 
-    checked          the text: its length, and what is known to take all time or memory   grammar_limits.py
-    tried out        compiled and followed a little in a process that may be ended        grammar_trial.py
-    compiled here    what passed; on a stack that its recursion fits in                   deep_stack.py
-    kept             by the memory it takes                                               kept_grammars.py
+    checked          its length, and forms known to take all time or memory    runtime/grammar/limits.py
+    tried out        compiled and followed a little in a disposable process    runtime/grammar/trial.py
+    compiled here    on a stack deep enough for its recursion                  runtime/grammar/deep_stack.py
+    kept             within a limit on memory                                  runtime/grammar/kept.py
 
-Knows nothing of HTTP or of the engine. `guide` runs on the thread of the request, so that a bad constraint is told at
-once.
+Knows nothing of HTTP or of the engine. `guide` runs on the request's thread, so a bad constraint is refused at once.
 """
 
 import logging
@@ -38,14 +37,14 @@ if TYPE_CHECKING:
 SIMPLE_BYTES_PER_CHAR = 512
 """Memory that a simple constraint takes for each of its characters, measured for objects of optional properties."""
 PATIENCE_S = 10.0
-"""Longest wait for the compilation of what was tried out already; only a machine that is very busy takes so long."""
+"""Longest wait for a compilation that passed its trial; only a very busy machine takes so long."""
 NUM_MASK_THREADS = 2
 
 log = logging.getLogger(__name__)
 
 
 class GrammarCompiler:
-    """Makes the guides of one model. Every method may be called from any thread."""
+    """Makes the guides of one model's requests. Every method may be called from any thread."""
 
     def __init__(
         self,
@@ -84,8 +83,7 @@ class GrammarCompiler:
 
     def prepare(self) -> None:
         """Make llguidance's view of the vocabulary now, and start the process for trials. The view takes 0.4 s for
-        49,152 tokens and 2 s for 150,000, in which no other Python thread runs: better before requests come than with
-        the first that has a constraint."""
+        49,152 tokens and 2 s for 150,000, and no other Python thread runs meanwhile: better now than in a request."""
         if not self._eos_ids:
             return
         try:

@@ -1,4 +1,4 @@
-"""One request's way through its grammar: which tokens may follow, computed while the model runs.
+"""Follows one request through its grammar: computes the allowed next tokens while the model runs.
 
 A `GrammarGuide` wraps a matcher of llguidance (MIT), which computes a mask over a vocabulary of 49,152 in some 50 us
 without the GIL. Knows nothing of how the grammar was written; `runtime/grammar/grammar.py` makes the guides.
@@ -24,15 +24,15 @@ Mask = NDArray[np.bool_]
 Seen = TypeVar("Seen")
 
 MAX_WAIT_S = 0.5
-"""Longest that one mask may hold up the batch; then its request ends. Ordinary masks take 20 to 200 us."""
+"""Longest that the batch waits for one mask; then its request ends. Ordinary masks take 20 to 200 us."""
 FREE_S = 0.5
 FREE_PER_TOKEN_S = 0.002
-"""Processor time that the masks of one request may take: so much, and so much more for each token. Ambiguous grammars
-need 100 ms a token, and every request in the batch would wait for them. Time of the processor, not of the clock: a
-busy machine must not end anybody's request."""
+"""Processor time that the masks of one request may take, at first and for each token. Ambiguous grammars need 100 ms a
+token, and every request in the batch would wait for them. Processor time, not wall time: a busy machine must not end
+requests."""
 MAX_FORESIGHT_S = 0.005
-"""A look ahead that takes longer is the last: what is forced is searched to its end, which may be 12,000 tokens away.
-An ordinary one takes 10 us."""
+"""After a look ahead that takes longer there is no other: forced text is searched to its end, which may be 12,000
+tokens away. An ordinary look ahead takes 10 us."""
 WORD_BITS = 32
 
 
@@ -40,8 +40,8 @@ class GrammarGuide:
     """Implements `runtime.core.TokenGuide`. Used by one thread at a time; masks come from `pool`'s threads."""
 
     def __init__(self, matcher: "LLMatcher", first: Mask, pool: Executor, *, param: str, lexer: SharedLexer) -> None:
-        """`matcher` stands at its beginning, where `first` bool [vocab_size] is the mask. `lexer` is what it shares
-        with others."""
+        """`matcher` stands at its beginning, where `first` bool [vocab_size] is the mask. `lexer` is shared with the
+        other requests of the grammar."""
         self._matcher = matcher
         self._masks = [first]  # here, and after each token of the draft
         self._draft: list[int] = []
@@ -91,7 +91,7 @@ class GrammarGuide:
         return self._look_ahead(lambda: self._matcher.validate_tokens(ids), len(ids))
 
     def _look_ahead(self, look: Callable[[], Seen], unknown: Seen) -> Seen:
-        """What is seen, or `unknown`. Errors stay in the matcher, and the next mask or token meets them."""
+        """The result of `look`, or `unknown`. Errors stay in the matcher, and the next mask or token raises them."""
         if not self._has_foresight or self._job is not None or self._matcher.is_error():
             return unknown
         started_s = time.thread_time()
@@ -105,11 +105,11 @@ class GrammarGuide:
         return unknown if self._matcher.is_error() else seen
 
     def _settle(self) -> None:
-        """Have the thread that computes out of the way."""
+        """Wait for the masks that are being computed."""
         job, self._job = self._job, None
         if job is None:
             return
-        if job.cancel():  # not begun: the masks of others are before it, and they may be slow
+        if job.cancel():  # not begun: other masks are queued before it, and they may be slow
             self._compute(self._job_draft)
             return
         try:
@@ -122,7 +122,7 @@ class GrammarGuide:
         started_s = time.thread_time()
         self._masks, self._draft = [self._mask()], draft
         for token_id in draft:
-            # Behind the end nothing is computed: a token taken there counts for no rollback.
+            # After the end nothing is computed: a token taken there cannot be rolled back.
             if self._matcher.is_stopped() or not self._masks[-1][token_id] or not self._matcher.consume_token(token_id):
                 break
             self._masks.append(self._mask())

@@ -1,13 +1,11 @@
-"""The process in which constraints are compiled on trial. It may be ended at any moment: no model and no request lives
-in it.
+"""The process in which constraints are compiled on trial. It holds no model and no request, so it may end at any time.
 
     server  --- vocabulary, once; a socket for each trial --->  this process: reads the vocabulary, answers "ready"
     server  <--- the answer; how the child ended ------------   a child for each trial: limits itself, compiles, follows
 
-A child is forked with the vocabulary in place, so that it begins in milliseconds, leaves nothing behind, and may run
-out of time, memory or stack without harm. The kernel ends it by timers that the child set up itself: nobody has to
-watch it. This process ends when the server does, by the end of its socket.
-Imports neither ONNX Runtime nor numpy, and nothing of the project that does.
+A child is forked with the vocabulary in place: it starts in milliseconds, leaves nothing behind, and may run out of
+time, memory or stack without harm. The kernel ends it by timers that the child sets for itself. This process ends with
+the server, when its socket closes. It imports neither ONNX Runtime nor numpy.
 """
 
 import contextlib
@@ -34,29 +32,28 @@ if TYPE_CHECKING:
 READY = b"\x01"
 HEADER_BYTES = 8
 TRIAL_STACK_BYTES = STACK_BYTES * 3 // 4
-"""Less than the server has: what is deep enough to pass here is no danger there."""
+"""Less than the server has: a grammar that passes here cannot overflow the stack there."""
 FOLLOW_STACK_BYTES = 2**20
 """Grammars are followed on ordinary threads, which have 2 MB at least."""
 HEAP_BYTES = 192 * 2**20
-"""Memory that a compilation may take. The largest ordinary ones take 60 MB."""
+"""Memory for one compilation. The largest ordinary ones take 60 MB."""
 ARENA_BYTES = 128 * 2**20
-"""Of addresses: what glibc's allocator sets aside for a second thread."""
+"""Address space that glibc's allocator reserves for a second thread."""
 MAX_GRAMMAR_BYTES = 64 * 2**20
 """Largest compiled grammar. 1,900 properties take 25 MB."""
 MAX_FORESEEN_CHARS = 10_000
-"""Longest source whose forced text is searched for, by whoever computes a mask: see `UNFORCED`."""
+"""Longest source whose forced text is searched for: see `UNFORCED`."""
 MAX_SEARCH_S = 0.01
 """Longest search for forced text at the beginning. Ordinary ones take 10 us; a count such as `(abc){100000}` makes a
 short source long."""
 NUM_STEPS = 16
 MAX_STEP_S = 0.02
-"""Longest that a token may take on average over the first NUM_STEPS; the batch waits for it. Ordinary ones take 20 to
-200 us."""
+"""Longest mean time of the first NUM_STEPS tokens; the batch waits for it. Ordinary tokens take 20 to 200 us."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a child is given. Processor time counts for the verdict; the clock only bounds how long a place is held on a
+    """Limits of one trial. The verdict depends on processor time; wall time only bounds how long a place is held on a
     busy machine. Without `may_force` nothing searches for forced text."""
 
     cpu_s: float
@@ -76,7 +73,7 @@ class Job:
     limits: Limits
 
     def packed(self) -> bytes:
-        """For the child."""
+        """Bytes for the child."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
@@ -93,8 +90,8 @@ class RefusedError(Exception):
 def main() -> int:
     """Serve trials on the socket that is standard input, until it ends."""
     control = socket.socket(fileno=sys.stdin.fileno())
-    # A terminal's ^C and its end reach every process of the server, and the second may mean a reload. SIGTERM, where it
-    # is sent to all of them, means the end: a server that drains takes no new constraints.
+    # A terminal sends ^C and its own end to every process of the server, and the second may mean a reload. SIGTERM to
+    # all of them means the end: a server that drains takes no new constraints.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -120,12 +117,12 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
 
 
 def _warm_up(view: "LLTokenizer") -> None:
-    """What the first grammar sets up for all is to be there before a child measures its own."""
+    """Do the set-up of the first grammar now, so that no child measures it."""
     new_matcher(view, 'start: %json {"type": "object"}').compute_bitmask()
 
 
 class _Trials:
-    """Forks a child for each socket that arrives, and tells the server how each ended."""
+    """Forks a child for each socket that arrives, and reports to the server how it ended."""
 
     def __init__(self, control: socket.socket, view: "LLTokenizer") -> None:
         self._control = control
@@ -173,7 +170,7 @@ class _Trials:
         return bool(data)
 
     def _be_child(self, connection: socket.socket) -> NoReturn:
-        """Nothing of the parent's may be held open here: the server waits for the end of its children's sockets."""
+        """Run one trial and exit. Closes the parent's sockets: the server waits for their end."""
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -201,14 +198,14 @@ def _write(connection: socket.socket, answer: dict[str, Any]) -> None:
 
 
 def _tell(connection: socket.socket, news: dict[str, Any]) -> None:
-    """Write without waiting: where an answer fills the socket, nobody needs to know how the child ended."""
+    """Write without waiting: if an answer fills the socket, how the child ended does not matter."""
     with contextlib.suppress(OSError):
         connection.send(json.dumps(news).encode() + b"\n", socket.MSG_DONTWAIT)
 
 
 def tried(view: "LLTokenizer", job: Job) -> dict[str, Any]:
-    """Compile and follow within the job's limits. In the answer either `refused` says why not, or `grammar` is what the
-    server is to compile, `num_bytes` the memory it takes, and `has_foresight` whether forced text is searched for."""
+    """Compile and follow a grammar within the job's limits. The answer has either `refused`, the reason, or `grammar`
+    to compile in the server, `num_bytes` of memory, and `has_foresight`: whether forced text is searched for."""
     try:
         _limit(job.limits)
         before = _resident_bytes()
@@ -234,12 +231,12 @@ def tried(view: "LLTokenizer", job: Job) -> dict[str, Any]:
 
 
 def too_large(heap_bytes: int) -> str:
-    """Why a grammar is refused that ran out of memory."""
+    """The reason for refusing a grammar that ran out of memory."""
     return f"needs more than {heap_bytes / 1e6:.0f} MB to be compiled; make it simpler"
 
 
 def _limit(limits: Limits) -> None:
-    with contextlib.suppress(OSError):  # where memory runs out all the same, this is what the kernel ends first
+    with contextlib.suppress(OSError):  # if memory runs out, the kernel ends this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     os.nice(limits.niceness)
     address_bytes = _pages(0) * resource.getpagesize() + limits.stack_bytes + ARENA_BYTES + limits.heap_bytes
@@ -255,7 +252,7 @@ def _pages(column: int) -> int:
 
 
 def _resident_bytes() -> int:
-    """Memory that is this process's own: resident, and of no file."""
+    """Resident memory of this process that belongs to no file."""
     return (_pages(1) - _pages(2)) * resource.getpagesize()
 
 
@@ -286,8 +283,7 @@ def _sound(matcher: "LLMatcher") -> "LLMatcher":
 
 
 def _follow(matcher: "LLMatcher") -> None:
-    """Go some way at random, forward and back. Where that fails it is left to the request's own limits; what counts
-    here is what it takes."""
+    """Take random allowed tokens, forward and back, and measure the time. Failures are left to the request's limits."""
     way = matcher.deep_copy()
     rng = random.Random(0)  # noqa: S311 - no secret
     started_s = time.thread_time()

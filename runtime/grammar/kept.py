@@ -1,7 +1,7 @@
-"""Compiled grammars: what one of them takes, and those that are kept for the next request.
+"""Keeps compiled grammars for later requests, within a limit on memory.
 
-All who follow a grammar share its lexer, which grows as they go. How much it has grown cannot be asked; the processor
-time that was spent on new states tells.
+All requests with the same grammar share its lexer, which grows as they follow it. llguidance does not tell its size, so
+we estimate growth from the processor time spent on new states.
 """
 
 import threading
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 GrammarKey = tuple[ConstraintKind, str]
 
 KEPT_BYTES = 64 * 2**20
-"""Memory for grammars that nobody uses at the moment. Ordinary ones take 10 to 300 KB."""
+"""Memory for grammars that no request uses now. Ordinary ones take 10 to 300 KB."""
 USED_BYTES = 512 * 2**20
-"""Memory for grammars that are kept or in use. Beyond it a request waits."""
+"""Memory for grammars that are kept or in use. Beyond it a request is refused for the moment."""
 MIN_BYTES = 256 * 2**10
-"""What a grammar counts at least: measured up to 140 KB, and 5,000 characters of a key."""
+"""Least size that is counted for a grammar: up to 140 KB were measured, and its key has up to 5,000 characters."""
 GROWTH_BYTES_PER_S = 300 * 2**20
 """Memory that a lexer takes for each second of building states: 220 to 330 MB for expressions made to grow."""
 CHEAP_S_PER_TOKEN = 2e-9
-"""Processor time of a mask whose states are there already, for each token of the vocabulary: 50 us for 49,152."""
+"""Processor time of a mask that needs no new state, for each token of the vocabulary: 50 us for 49,152."""
 MAX_GROWTH_BYTES = 32 * 2**20
-"""A grammar that may have grown by so much is compiled anew for the next request, so that no form of an answer is
-used up for good: llguidance ends a lexer at 20,000 states."""
+"""A grammar that may have grown by more is compiled again for the next request: a lexer fails for good at 20,000
+states."""
 MAX_FREED_BYTES = 32 * 2**20
-"""Memory of grammars that were let go, before what is free of it is given back to the operating system."""
+"""After dropping grammars of this size, freed memory is given back to the operating system."""
 
 
 class SharedLexer:
-    """What one compiled grammar takes, told by those who follow it. May be used from any thread."""
+    """Size and state of one compiled grammar, as its guides report it. May be used from any thread."""
 
     def __init__(self, num_bytes: int, *, has_foresight: bool) -> None:
         self.has_foresight = has_foresight
-        """Whether the text that the grammar forces is quickly found."""
+        """Whether forced text is found quickly."""
         self._compiled_bytes = max(num_bytes, MIN_BYTES)
         self._built_s = 0.0
         self._has_failed = False
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it may take by now."""
+        """Memory that it may take now."""
         return self._compiled_bytes + self._grown_bytes
 
     @property
@@ -62,16 +62,16 @@ class SharedLexer:
         return int(self._built_s * GROWTH_BYTES_PER_S)
 
     def note(self, taken_s: float, *, num_masks: int, vocab_size: int) -> None:
-        """Processor time that somebody took for so many masks."""
+        """Note the processor time that some masks took."""
         self._built_s += max(0.0, taken_s - num_masks * vocab_size * CHEAP_S_PER_TOKEN)
 
     def note_failure(self) -> None:
-        """It met one of its limits. From then on it fails for everybody."""
+        """Note that it reached one of its limits. From then on it fails for every request."""
         self._has_failed = True
 
 
 class Compiled(NamedTuple):
-    """A matcher at the beginning of a grammar, to be copied for each request, its first mask, and what it takes."""
+    """A matcher at the beginning of a grammar, copied for each request; its first mask; its size and state."""
 
     matcher: "LLMatcher"
     first: "Mask"
@@ -79,7 +79,7 @@ class Compiled(NamedTuple):
 
 
 class KeptGrammars:
-    """The grammars used last, as many as fit into KEPT_BYTES. Methods may be called from any thread."""
+    """The most recently used grammars, up to KEPT_BYTES. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class KeptGrammars:
         self._freed_bytes = 0
 
     def find(self, key: GrammarKey) -> Compiled | None:
-        """One that was kept and is as good as new."""
+        """A kept grammar that is not worn, or None."""
         with self._lock:
             compiled = self._kept.get(key)
             if compiled is None:
@@ -100,7 +100,7 @@ class KeptGrammars:
             return compiled
 
     def keep(self, key: GrammarKey, compiled: Compiled) -> None:
-        """Keep one; those that were not used for longest go."""
+        """Keep a grammar; drop the least recently used ones."""
         with self._lock:
             self._alive.add(compiled.lexer)
             self._kept[key] = compiled
@@ -111,7 +111,7 @@ class KeptGrammars:
             give_back_freed()
 
     def make_room(self, num_bytes: int) -> None:
-        """Let grammars go until there is room for so much more. Raises Overloaded if those in use leave none."""
+        """Drop grammars until there is room for this one. Raises Overloaded if those in use leave none."""
         with self._lock:
             self._shrink(KEPT_BYTES - num_bytes)
             used_bytes = sum(lexer.num_bytes for lexer in self._alive)
@@ -122,7 +122,7 @@ class KeptGrammars:
             )
 
     def num_bytes(self) -> int:
-        """Memory that the kept ones may take."""
+        """Memory that the kept grammars may take."""
         with self._lock:
             return self._kept_bytes()
 

@@ -1,8 +1,7 @@
-"""What is looked at before a constraint is compiled: sizes, the bombs that can be told by their text, and options that
-are not a client's to set.
+"""Checks a constraint before it is compiled: its size, known bombs, and options that clients may not set.
 
-None of it has to be complete: whatever passes here and is not simple is compiled on trial first, in a process that may
-be ended (`runtime/grammar/trial.py`). What is found here costs nothing, and is refused in words that help.
+The checks need not be complete: a constraint that passes and is not simple is compiled on trial first, in a process
+that may be ended (`runtime/grammar/trial.py`). But a problem found here costs nothing and gets a helpful message.
 """
 
 import json
@@ -20,19 +19,19 @@ from runtime.grammar.notation import with_options
 MAX_SOURCE_CHARS = 100_000
 """Longest schema, expression or grammar. 2,000 optional properties fill it, and compile in a second."""
 MAX_SIMPLE_CHARS = 4_000
-"""Longest constraint that is compiled without a trial, if there is nothing in it but what is always cheap."""
+"""Longest constraint that is compiled without a trial, if all its keywords are always cheap."""
 MAX_MULTIPLE = 20_000
 """Bounds the states of an automaton that divides: `multipleOf: 9973` compiles in 60 ms, 100 million in an hour. Holds
 for the sum and for the least common multiple of all of a schema's, counted in units of their last decimal place."""
 MAX_PATTERNS = 8
-"""Most patterns and formats that one string has to follow at once. Each may double the time that it takes to find out
-whether any text does: 14 take 0.1 s, 18 take 5 s."""
+"""Most patterns and formats that one string has to match at once. Each may double the time to find out whether any text
+matches them all: 14 take 0.1 s, 18 take 5 s."""
 MAX_FOLLOWED = 100
-"""Schemas that are looked at for the patterns of one place; long chains of references are left to the trial."""
+"""Schemas that are searched for the patterns of one string; longer chains of references are left to the trial."""
 
 OPTIONS = "x-guidance"
-"""Where llguidance looks for options in a schema. With them a client could switch off the check for keywords that are
-not implemented, and would get answers that its schema forbids."""
+"""The key of llguidance's options in a schema. With them a client could switch off the check for unimplemented
+keywords, and get answers that its schema forbids."""
 
 SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 VALUES = frozenset({"const", "enum", "default", "example", "examples", "required", "title", "description"})
@@ -56,24 +55,47 @@ JSON_SPACE = re.compile(r"[ \t\r\n]*")
 Schema = dict[str, Any]
 
 
+class Multiples:
+    """The values of `multipleOf` in one constraint, which share the limit MAX_MULTIPLE."""
+
+    def __init__(self) -> None:
+        self._places = 0
+        self._total = 0
+        self._lcm = 1
+
+    def fits(self, multiple: int | float) -> bool:
+        """Whether one more is within the limit; if so, it is counted."""
+        value = abs(Decimal(str(multiple)))
+        places = max(self._places, -int(value.as_tuple().exponent))
+        if value > MAX_MULTIPLE:
+            return False
+        more, scaled = 10 ** (places - self._places), int(value.scaleb(places))
+        total, lcm = self._total * more + scaled, math.lcm(self._lcm * more if self._total else 1, scaled)
+        if total > MAX_MULTIPLE or lcm > MAX_MULTIPLE:
+            return False
+        self._places, self._total, self._lcm = places, total, lcm
+        return True
+
+
 def refused(constraint: Constraint, problem: str) -> InvalidRequest:
-    """The error that names the field, what it holds and what is wrong with it."""
+    """The error for a constraint, naming its field, its kind and the problem."""
     return InvalidRequest(f"{constraint.param}: the {constraint.kind} {problem}", param=constraint.param)
 
 
 def checked(constraint: Constraint) -> Constraint:
-    """The constraint as it may be compiled: with no options for llguidance but ours. Raises InvalidRequest for one that
-    is too long, and for the schemas that are known to take all time or memory."""
+    """The constraint without a client's options for llguidance. Raises InvalidRequest for one that is too long, and for
+    schemas that are known to take all time or memory."""
     num_chars = len(constraint.source)
     if num_chars > MAX_SOURCE_CHARS:
         raise refused(constraint, f"has {num_chars:,} characters; at most {MAX_SOURCE_CHARS:,} are taken")
-    multiples: list[Decimal] = []
+    multiples = Multiples()
 
     def check(schema: Any) -> Any:
         for part in subschemas(schema):
             part.pop(OPTIONS, None)
-            if (multiple := _multiple_of(part)) is not None:
-                multiples.append(multiple)
+            multiple = part.get("multipleOf")
+            if isinstance(multiple, int | float) and math.isfinite(multiple) and not multiples.fits(multiple):
+                raise refused(constraint, f"has a multipleOf that is too large; the limit is {MAX_MULTIPLE:,} steps")
             if ("allOf" in part or "$ref" in part) and _num_patterns(part, schema) > MAX_PATTERNS:
                 raise refused(constraint, f"has more than {MAX_PATTERNS} patterns and formats for the same string")
         return schema
@@ -83,7 +105,6 @@ def checked(constraint: Constraint) -> Constraint:
         source = json.dumps(check(_parsed(constraint)), separators=(",", ":"))
     elif constraint.kind is ConstraintKind.GRAMMAR and not is_gbnf(source):
         source = _with_schemas(constraint, check)
-    _check_multiples(constraint, multiples)
     return replace(constraint, source=source)
 
 
@@ -104,8 +125,8 @@ def is_gbnf(grammar: str) -> bool:
 
 
 def subschemas(schema: Any) -> Iterator[Schema]:
-    """Every object that stands where a schema stands, the outermost first. Values and names are left out: a property
-    may be called like a keyword."""
+    """Every object that is a schema, the outermost first. Values and names are left out: a property may have the name
+    of a keyword."""
     pending = [schema]
     while pending:
         item = pending.pop()
@@ -153,23 +174,9 @@ def _end_of_space(text: str, place: int) -> int:
     return space.end()
 
 
-def _multiple_of(schema: Schema) -> Decimal | None:
-    value = schema.get("multipleOf")
-    return Decimal(str(value)) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _check_multiples(constraint: Constraint, multiples: list[Decimal]) -> None:
-    if not multiples:
-        return
-    places = max(-int(value.as_tuple().exponent) for value in multiples)
-    scaled = [int(abs(value).scaleb(max(0, places))) for value in multiples]
-    if sum(scaled) > MAX_MULTIPLE or math.lcm(*scaled) > MAX_MULTIPLE:
-        raise refused(constraint, f"has a multipleOf that is too large; the limit is {MAX_MULTIPLE:,} steps")
-
-
 def _num_patterns(schema: Schema, root: Any) -> int:
-    """Patterns and formats that a schema puts on the same string: its own and those of what it refers to and combines.
-    What stands behind more than MAX_FOLLOWED schemas is not seen."""
+    """Number of patterns and formats that apply to the same string: a schema's own and those of its `$ref` and `allOf`,
+    in at most MAX_FOLLOWED schemas."""
     pending: list[Any] = [schema]
     seen: set[int] = set()
     count = 0
@@ -186,7 +193,7 @@ def _num_patterns(schema: Schema, root: Any) -> int:
 
 
 def _target(root: Any, ref: Any) -> Any:
-    """What a reference within a document points at, None for other references."""
+    """The target of a reference within the document, None for other references."""
     if not isinstance(ref, str) or not ref.startswith("#"):
         return None
     found = root

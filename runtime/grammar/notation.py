@@ -1,7 +1,6 @@
-"""How llguidance is spoken to: every constraint in Lark's notation, the vocabulary, and limits.
+"""The interface to llguidance: constraints in Lark's notation, the vocabulary, and limits.
 
-Used on both sides of the trial: by the server and by the process that compiles first. It must stay light, since that
-process imports nothing else.
+Used by the server and by the process for trials, which imports nothing else: it must stay light.
 """
 
 import json
@@ -14,15 +13,15 @@ if TYPE_CHECKING:
     from runtime.text.tokenizer import Tokenizer
 
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
-"""JSON allows any amount between tokens, and a small model that has begun to indent may never stop."""
+"""JSON allows any amount between tokens, and a small model that begins to indent may never stop."""
 UNFORCED = '%llguidance {"no_forcing": true}\n'
-"""Before a grammar: do not search for the text that nothing but may follow. The search goes to that text's end, which
-takes 40 ms a token in a constant of 90,000 characters, and 40 us without."""
+"""Put before a grammar: do not search for forced text. The search runs to the end of that text, which takes 40 ms a
+token in a constant of 90,000 characters, and 40 us without the search."""
 
 
 class Vocabulary:
-    """What llguidance wants to know about a tokenizer; the names are its own. Padding has no bytes and is never
-    allowed."""
+    """A tokenizer's vocabulary in the form that llguidance reads; the attribute names are llguidance's. Padding has no
+    bytes and is never allowed."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -37,7 +36,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer", *, vocab_size: int, eos_ids: frozenset[int]) -> "Vocabulary":
-        """That of a model whose vocabulary of `vocab_size` may be padded beyond the tokenizer's."""
+        """The vocabulary of a model, whose `vocab_size` may be padded beyond the tokenizer's."""
         known = min(tokenizer.vocab_size, vocab_size)
         # What ends the text is never text, even where its token is an ordinary one.
         special_ids = [i for i in range(known) if tokenizer.is_special(i) or i in eos_ids]
@@ -54,7 +53,7 @@ class Vocabulary:
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Vocabulary":
-        """What `packed` gave. It divides forced text into the longest tokens, which need not be the tokenizer's."""
+        """Read what `packed` gave. Divides forced text into the longest tokens, which need not be the tokenizer's."""
         found = json.loads(data)
         tokens = [token.encode("latin-1") for token in found["tokens"]]
         return cls(tokens, found["special_ids"], found["eos_ids"])
@@ -66,8 +65,8 @@ class Vocabulary:
         return self._view.greedy_tokenize(text)
 
     def view(self) -> "LLTokenizer":
-        """llguidance's own view of it. It takes 0.2 to 0.4 s for 49,152 tokens and 2 s for 150,000, in which no other
-        Python thread runs."""
+        """llguidance's own form of it. Takes 0.2 to 0.4 s for 49,152 tokens and 2 s for 150,000, and no other Python
+        thread runs meanwhile."""
         from llguidance import LLTokenizer
 
         wrapper: Any = self
@@ -78,8 +77,7 @@ class Vocabulary:
 
 
 def to_lark(kind: str, source: str) -> str:
-    """A checked constraint of a `ConstraintKind` in Lark's notation. Anything may be raised by a grammar in GBNF that
-    cannot be read."""
+    """A checked constraint of a `ConstraintKind` in Lark's notation. May raise any exception for unreadable GBNF."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -104,14 +102,14 @@ def with_options(schema: Any) -> Any:
 
 
 def new_matcher(view: "LLTokenizer", lark: str) -> "LLMatcher":
-    """A matcher at the beginning of a grammar. What is wrong with the grammar stays in it, as its error."""
+    """A matcher at the beginning of a grammar. It holds the error of a faulty grammar."""
     from llguidance import LLMatcher
 
     return LLMatcher(view, LLMatcher.grammar_from_lark(lark), log_level=0, limits=_limits())
 
 
 def _limits() -> "LLParserLimits":
-    """Below llguidance's defaults where those allow a step of more than about 100 ms, or hundreds of megabytes."""
+    """Limits below llguidance's defaults, which allow steps of more than 100 ms and hundreds of megabytes."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -124,7 +122,7 @@ def _limits() -> "LLParserLimits":
 
 
 def problem_of(matcher: "LLMatcher") -> str:
-    """What is wrong with the grammar of a matcher that has failed, in the words of a refusal."""
+    """The problem of a matcher that has failed, in words for a refusal."""
     message = brief(matcher.get_error())
     if message.startswith("NoExtension"):
         message = "no text satisfies it"
@@ -132,7 +130,7 @@ def problem_of(matcher: "LLMatcher") -> str:
 
 
 def brief(message: str) -> str:
-    """What llguidance says, without quotations, state and backtrace, in one line of at most 400 characters."""
+    """A message of llguidance without quotations, state and backtrace: one line of at most 400 characters."""
     lines = message.strip().splitlines() or [""]
     reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
     return " ".join([lines[0][:200], *reasons])[:400]

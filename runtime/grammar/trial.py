@@ -1,7 +1,7 @@
-"""Constraints compiled on trial, in a process that may be ended: the server's side of `runtime/grammar/helper.py`.
+"""Compiles constraints on trial in a disposable process: the server's side of `runtime/grammar/helper.py`.
 
-Two lanes, so that nobody waits long behind what never ends. Every trial gets a short time first, and most need a
-hundredth of it; one that runs out of it begins again in the patient lane, where bombs wait for one another:
+Two lanes, so that ordinary trials do not wait for endless ones. Every trial gets a short time first, of which most need
+a hundredth. One that runs out of time starts again in the patient lane, where bombs wait only for each other:
 
     quick      2 at once    0.3 s of processor time
     patient    2 at once    2 s, at a lower priority than the streams that run meanwhile
@@ -32,9 +32,9 @@ from runtime.grammar.notation import Vocabulary
 MAX_WAIT_S = 5.0
 """Longest wait for a place in a lane."""
 START_TIMEOUT_S = 60.0
-"""Longest that the process may take to read the vocabulary: 0.4 s for 49,152 tokens on an idle machine."""
+"""Longest time to read the vocabulary: 0.4 s for 49,152 tokens on an idle machine."""
 SILENCE_S = 10.0
-"""A process that says nothing for so long after a trial's time was up is broken, and replaced."""
+"""A process that is silent for so long after a trial's time was up is replaced."""
 RETRY_AFTER_S = 5
 BEGIN = "import sys; sys.path[:] = sys.argv[1:]; from runtime.grammar.helper import main; sys.exit(main())"
 OUT_OF_TIME = (signal.SIGALRM, signal.SIGPROF)
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 
 class Tried(NamedTuple):
-    """What passed: the grammar in Lark's notation, the memory it takes when it is compiled, and whether the text that
-    it forces is quickly found."""
+    """A passed trial: the grammar in Lark's notation, the memory it takes when compiled, and whether forced text is
+    found quickly."""
 
     grammar: str
     num_bytes: int
@@ -60,7 +60,7 @@ class Lane:
 
 
 def standard_lanes() -> tuple[Lane, ...]:
-    """Those of one model, see above."""
+    """The two lanes of one model."""
     return (
         Lane(2, Limits(cpu_s=0.3, wall_s=1.0)),
         Lane(2, Limits(cpu_s=2.0, wall_s=4.0, niceness=5)),
@@ -115,12 +115,12 @@ class GrammarTrials:
                 raise refused(constraint, answer["refused"])
             if answer.get("signal") not in OUT_OF_TIME:
                 break
-            # The time may have gone into the search for forced text, without which all works as well.
+            # The search for forced text may have taken the time; everything works without it.
             may_force = answer["signal"] != signal.SIGPROF
         raise _verdict(constraint, answer, lane.limits)
 
     def _run(self, constraint: Constraint, limits: Limits) -> dict[str, Any]:
-        """The answer of one trial; or which signal ended it, after how much processor time; or nothing."""
+        """The answer of one trial, or the signal that ended it and its processor time, or nothing."""
         job = Job(str(constraint.kind), constraint.source, limits)
         for _ in range(2):
             helper = self._running()
@@ -129,7 +129,7 @@ class GrammarTrials:
                 socket.send_fds(helper.control, [b"\x00"], [theirs.fileno()])
                 theirs.close()
                 ours.settimeout(limits.wall_s + SILENCE_S)
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # then it says why
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # then its answer says why
                     ours.sendall(job.packed())
                     ours.shutdown(socket.SHUT_WR)
                 if line := _first_line(ours):
@@ -145,7 +145,7 @@ class GrammarTrials:
             return helper
 
     def _replace(self, helper: _Helper) -> None:
-        """Have a process that failed out of the way, unless another thread was first."""
+        """Drop a process that failed, unless another thread has done so."""
         with self._lock:
             if self._helper is helper:
                 log.warning("the process that compiles grammars ended or hung; another one is started")
@@ -169,10 +169,10 @@ class GrammarTrials:
                 ours.close()
                 raise _no_process(error) from error
             self._helper, self._is_ready = _Helper(process, ours), False
-            # Ended with the interpreter as well, where nobody calls `close`.
+            # Ends with the interpreter too, if `close` is not called.
             self._finalizer = weakref.finalize(self, _end, self._helper)
             data = self._vocabulary.packed()
-            with contextlib.suppress(OSError):  # met again by who waits until it is ready
+            with contextlib.suppress(OSError):  # `_wait_until_ready` meets it again
                 ours.settimeout(START_TIMEOUT_S)
                 ours.sendall(len(data).to_bytes(HEADER_BYTES, "big") + data)
         return self._helper
@@ -205,7 +205,7 @@ def _end(helper: _Helper) -> None:
 
 
 def _first_line(connection: socket.socket) -> bytes:
-    """Up to the first line end, or what came before the end."""
+    """Bytes up to the first line end, or all of them if there is none."""
     data = bytearray()
     while (piece := connection.recv(2**16)) and b"\n" not in piece:
         data += piece

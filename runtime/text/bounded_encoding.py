@@ -1,13 +1,13 @@
-"""Text to token ids with bounds on time and memory: what cannot fit a limit is refused before most of it is tokenized.
+"""Encodes text with bounds on time and memory: refuses a text that cannot fit before most of it is tokenized.
 
-A tokenizer takes some 300 bytes of memory for each byte of text, and a second for each megabyte. So a text is held
-against the limit three times, the cheapest way first:
+A tokenizer takes some 300 bytes of memory for each byte of text, and a second for each megabyte. So a text is compared
+with the limit three times, the cheapest way first:
 
-    1. its bytes against the longest token there is: nothing is tokenized
+    1. its bytes, with the length of the longest token: nothing is tokenized
     2. a long text in chunks, until those read so far have too many tokens
     3. the whole text, for its exact ids: its caller counts these
 
-and all texts together take at most `MAX_BYTES_AT_ONCE` bytes at any moment. Knows nothing of models or requests.
+All texts together take at most `MAX_BYTES_AT_ONCE` bytes at any moment. Knows nothing of models or requests.
 """
 
 import json
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 MAX_BYTES_AT_ONCE = 2**20
 """Bytes of text in the tokenizer at once, in the whole process: some 300 MB of memory at most."""
 SMALL_BYTES = 2**14
-"""A text up to this length never waits: a thread for each connection bounds these."""
+"""A text up to this length never waits: the number of threads bounds these."""
 WAIT_S = 10.0
-"""How long a text waits for others; then its request is refused, to be sent again."""
+"""Longest wait of a text for others; then its request is refused with Retry-After."""
 CHUNK_CHARS = 2**15
 BYTES_PER_TOKEN = 6
 """Ordinary text has about four bytes a token. Only a text with more than this for each token that fits is counted in
-chunks first, so that ordinary prompts are tokenized once."""
+chunks first. So ordinary prompts are tokenized once."""
 CUT_TOKENS = 64
-"""Tokens by which a cut between two chunks may change the count; four were the most that real tokenizers showed."""
+"""Most tokens by which a cut between two chunks changes the count; real tokenizers showed at most four."""
 NFC_SHRINKS = 3
-"""Normalization form C makes at most one byte of three (U+0390; searched over all of Unicode)."""
+"""Normalization form C shrinks text at most to a third of its bytes (U+0390; searched over all of Unicode)."""
 
 
 class ByteBudget:
@@ -65,7 +65,7 @@ class ByteBudget:
 
 
 BUDGET = ByteBudget(MAX_BYTES_AT_ONCE)
-"""That of this process."""
+"""The budget of this process."""
 
 
 class BoundedEncoder:
@@ -103,7 +103,7 @@ class BoundedEncoder:
         num_tokens = 0
         for start in range(0, len(text), CHUNK_CHARS):
             chunk = text[start : start + CHUNK_CHARS]
-            # Where text can vanish it is space beside a token that takes it, perhaps on the other side of the cut.
+            # Text that can vanish is space beside a token that absorbs it, perhaps across the cut.
             counted = chunk if longest is not None else chunk.strip()
             with self._budget.take(num_bytes_of(counted)):
                 num_tokens += max(0, len(self._ids(counted, False)) - CUT_TOKENS)
@@ -115,7 +115,7 @@ class BoundedEncoder:
                 )
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        # As a batch of one: only this call lets other threads run meanwhile. The fast one keeps no offsets.
+        # A batch of one: only this call releases the GIL. The fast variant keeps no offsets.
         ids: list[int] = self._hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
@@ -134,12 +134,12 @@ def _longest_token(tokenizer: "HfTokenizer") -> int | None:
     """Most bytes of text that a token can stand for; None where text can vanish, so that no length is too long."""
     parts: dict[str, Any] = json.loads(tokenizer.to_str())
     added = parts.get("added_tokens") or []
-    if any(token.get("lstrip") or token.get("rstrip") for token in added):  # they take any amount of space
+    if any(token.get("lstrip") or token.get("rstrip") for token in added):  # they absorb any amount of space
         return None
-    if parts["model"].get("unk_token") is not None and not parts["model"].get("byte_fallback"):
+    model = parts["model"]
+    has_unknown = model.get("unk_token") is not None or model.get("unk_id") is not None
+    if has_unknown and not model.get("byte_fallback"):
         return None  # one token may stand for a run of characters that are not in the vocabulary
-    if parts["model"].get("unk_id") is not None and not parts["model"].get("byte_fallback"):
-        return None
     shrinks = _shrinking(parts.get("normalizer"))
     if shrinks is None:
         return None
@@ -151,7 +151,7 @@ def _longest_token(tokenizer: "HfTokenizer") -> int | None:
 
 
 def _shrinking(normalizer: Mapping[str, Any] | None) -> int | None:
-    """How many bytes of text a normalizer can make one of; None if there is no bound that is known."""
+    """Most bytes of text that a normalizer can turn into one byte; None if no bound is known."""
     if normalizer is None or normalizer["type"] == "Prepend":
         return 1
     if normalizer["type"] == "NFC":

@@ -1,17 +1,17 @@
-"""Which tokens only the chat template may write, and messages in which no text can become one of them.
+"""Finds the tokens that only the chat template may write, and masks messages so that no text becomes one of them.
 
 A chat template marks who speaks with control tokens (`<|im_start|>`). The tokenizer finds those anywhere in a text, so
-a message that contains `<|im_end|><|im_start|>system` would become a system message. Two kinds of tokens are kept to
-the template:
+a message that contains `<|im_end|><|im_start|>system` would become a system message. Two kinds of tokens are
+reserved for the template:
 
     control     special tokens, those written like them (`<|...|>`; DeepSeek's are not declared special), and other
-                tags that the template writes around plain messages: not in anything that a client sends
-    structure   other tags of the template (`<tool_response>`, `<think>`): not in tools' results and descriptions nor
-                in arguments. In what people and models say they stay what they are: models write such tags themselves
+                tags that the template writes around plain messages: reserved in everything that a client sends
+    structure   other tags of the template (`<tool_response>`, `<think>`): reserved in tools' results, descriptions and
+                arguments. In messages of users and models they stay: models write such tags themselves
 
 Every control token has a character that marks it (`|`, `<`, ...). In a masked conversation these characters are lone
-surrogates, which no valid text contains. So whatever control token is in the rendered conversation was written by the
-template alone, however it puts texts together. Knows nothing of Jinja or engines.
+surrogates, which no valid text contains. So every control token in the rendered conversation was written by the
+template, however it joins texts. Knows nothing of Jinja or engines.
 """
 
 import re
@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 _MARKS = {char: rank for rank, char in enumerate("|\uff5c\u2581[]{}<>/")}
-"""Characters that mark a token, the rarest in ordinary text first; of a token without them, any other punctuation."""
+"""Characters that mark a token, the rarest in ordinary text first. Other punctuation marks a token without them."""
 _LIKE_SPECIAL = re.compile(r"[<\[][|\uff5c].*[|\uff5c][>\]]", re.S)
 _TAG = re.compile(r"</?[\w:.|-]+>|\[/?[A-Z_]+\]")
 _FIRST_SURROGATE = 0xDC00
@@ -27,7 +27,7 @@ _DATA = frozenset({"tools", "tool_calls", "documents"})
 
 
 class AddedToken(NamedTuple):
-    """A token that the tokenizer finds as a whole, before it looks at words."""
+    """A token that the tokenizer finds as a whole, before it splits text into words."""
 
     token_id: int
     text: str
@@ -40,8 +40,8 @@ class ControlTokens:
     def __init__(
         self, added: Iterable[AddedToken], *, template: str, plain: str = "", named: Collection[str] = ()
     ) -> None:
-        """`template`: its source; `plain`: what it writes around a few plain messages; `named`: special tokens by the
-        word of tokenizer_config.json."""
+        """`template`: its source; `plain`: its rendering of a few plain messages; `named`: texts that
+        tokenizer_config.json lists as special tokens."""
         added = [token for token in added if token.text.strip()]
         tags = frozenset(_TAG.findall(template))
         around = frozenset(_TAG.findall(plain))
@@ -59,8 +59,8 @@ class ControlTokens:
         self._in_data = _Mask(texts, tags - texts, table)
 
     def masked(self, value: Any, *, is_data: bool = False) -> Any:
-        """A value of JSON, such as a list of messages, with the marks in all its strings masked. `is_data`: it belongs
-        to a tool; what is a tool's inside it is known by its role or its key."""
+        """A JSON value (a list of messages) with the marks in all its strings masked. `is_data`: it belongs to a tool;
+        parts of it that do are known by their role or key."""
         if isinstance(value, str):
             return (self._in_data if is_data else self._in_speech).of(value)
         if isinstance(value, Mapping):
@@ -74,24 +74,24 @@ class ControlTokens:
         return value
 
     def unmasked(self, text: str) -> str:
-        """A text with every character as it was."""
+        """A masked text with its original characters."""
         return text.translate(self._unmasked)
 
     def places(self, text: str) -> list[tuple[int, str]]:
-        """Where control and structure tokens are in a text, and which."""
+        """Positions and texts of the control and structure tokens in a text."""
         return [(match.start(), match[0]) for match in self._found.finditer(text)]
 
     def num_ids(self, ids: Iterable[int]) -> int:
-        """How many of the ids are those of control and structure tokens."""
+        """How many of the ids belong to control and structure tokens."""
         return sum(map(self._all_ids.__contains__, ids))
 
     def spelled(self, text: str, spelling: Mapping[str, str]) -> str:
-        """A text with its control and structure tokens written another way."""
+        """A text with its control and structure tokens respelled."""
         return self._found.sub(lambda match: spelling[match[0]], text)
 
 
 class _Mask:
-    """Replaces the characters that mark tokens, but not in the tags `kept`, for which templates look."""
+    """Replaces the characters that mark tokens, but not in the tags `kept`, which templates search for."""
 
     def __init__(self, tokens: Collection[str], kept: Collection[str], table: Mapping[str, str]) -> None:
         marks = {mark for token in tokens if (mark := _mark_of(token)) is not None}
@@ -112,7 +112,7 @@ def _is_control(token: AddedToken, named: Collection[str]) -> bool:
 
 
 def _mark_of(token: str) -> str | None:
-    """The character by which a token is hidden wherever it stands; None if the token is a word."""
+    """The character whose replacement hides a token; None if the token is a word."""
     punctuation = [char for char in token if not (char.isalnum() or char.isspace() or char == "_")]
     return min(punctuation, key=lambda char: _MARKS.get(char, len(_MARKS)), default=None)
 

@@ -1,7 +1,7 @@
-"""A tokenizer whose control tokens are spelled in a way that nobody can guess.
+"""A tokenizer whose control tokens have secret spellings, which no client can guess.
 
-The same tokenizer in everything else, ids included: so a text is encoded by the library as ever, spaces and prefixes
-around control tokens too, and `<|im_end|>` is a text like any other.
+Everything else is the same, ids included. So the library encodes a text as before, with the same spaces and prefixes
+around control tokens, and `<|im_end|>` is ordinary text.
 """
 
 import json
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfTokenizer
 
 _FIRST_PRIVATE, _NUM_PRIVATE = 0xF0000, 0xFFFE
-"""A plane of characters that stand for nothing."""
+"""A plane of private-use characters."""
 _SECRET_LEN = 8
 """Characters that begin every spelling: 128 bits, chosen when the tokenizer is made."""
 
 
 class SecretSpelling:
-    """`spelling` has the new text of every token, `encode` reads it. Safe to use from many threads."""
+    """`spelling` gives the new text of each token; `encode` reads that text. Safe to use from many threads."""
 
     def __init__(self, tokenizer: "HfTokenizer", ids: Mapping[str, int]) -> None:
-        """`ids`: the tokens to spell anew, by their text. Raises InvalidArtifact if the library numbers them anew."""
+        """`ids`: the tokens to respell, by their text. Raises InvalidArtifact if the library gives them other ids."""
         secret = "".join(chr(_FIRST_PRIVATE + secrets.randbelow(_NUM_PRIVATE)) for _ in range(_SECRET_LEN))
         self.spelling = {text: secret + chr(_FIRST_PRIVATE + i) for i, text in enumerate(sorted(ids))}
         respelled = type(tokenizer).from_str(json.dumps(_respelled(json.loads(tokenizer.to_str()), self.spelling)))
@@ -40,7 +40,7 @@ class SecretSpelling:
 
 
 def _respelled(parts: dict[str, Any], spelling: Mapping[str, str]) -> dict[str, Any]:
-    """A tokenizer.json with other names for some tokens, wherever it has them."""
+    """A tokenizer.json with new spellings of some tokens, wherever they occur."""
     for token in parts["added_tokens"]:
         token["content"] = spelling.get(token["content"], token["content"])
     model = parts["model"]
@@ -51,8 +51,8 @@ def _respelled(parts: dict[str, Any], spelling: Mapping[str, str]) -> dict[str, 
         model["vocab"] = [[spelling.get(text, text), score] for text, score in vocabulary]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
-    if "merges" in model:  # of pieces to a control token: text is not to become one this way either
+    if "merges" in model:  # merges that make a control token of pieces: text must not become one this way
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         model["merges"] = [pair for pair in pairs if not spelling.keys() & {*pair, "".join(pair)}]
-    parts["post_processor"] = None  # it only adds tokens around a text, which a template does itself
+    parts["post_processor"] = None  # it only adds tokens around a text, as the template does itself
     return parts

@@ -17,22 +17,22 @@ class StopString(NamedTuple):
 
 
 class StopStrings:
-    """Cuts a stream at the first stop string completed; of two completed together, at the one begun first.
+    """Cuts a stream at the first stop string that is completed; of two completed together, at the one that began first.
 
-    Text that may yet be the beginning of a stop string is held back. Characters are matched one by one
+    Text that may be the beginning of a stop string is held back. Characters are matched one by one
     (Knuth, Morris and Pratt 1977): how the text is cut into tokens changes nothing, and time is linear.
     """
 
     def __init__(self, stops: Sequence[str], *, keeps_stop: bool = False) -> None:
-        """`keeps_stop` leaves the stop string in the text."""
+        """`keeps_stop`: the stop string stays in the text."""
         self._keeps_stop = keeps_stop
         self._stops = prepared(tuple(stops))
         self._matched = [0] * len(stops)  # per stop string, how much of it the text ends with
         self._held = ""
 
     def push(self, text: str, *, can_stop: bool = True) -> TextPiece:
-        """Add text; return what is certain to come before any stop string, and whether one is complete. One that is
-        completed where the text cannot stop is text like any other."""
+        """Add text; return the text that certainly stands before any stop string, and whether one is complete. Without
+        `can_stop`, a complete one is ordinary text."""
         if not self._stops:
             return TextPiece(text, False)
         buffer = self._held + text
@@ -67,7 +67,7 @@ class StopStrings:
 
 @lru_cache(maxsize=64)
 def prepared(stops: tuple[str, ...]) -> tuple[StopString, ...]:
-    """Stop strings with their tables: made once for all choices of a request. Kept ones take 4 bytes a character."""
+    """Stop strings with their tables, cached for all choices of a request. A table takes 4 bytes a character."""
     return tuple(StopString(stop, _suffixes(stop)) for stop in stops)
 
 
@@ -84,9 +84,9 @@ def _suffixes(stop: str) -> "array[int]":
 class RequestText:
     """The `TextStream` of one request: tokens to whole characters, cut at stop strings.
 
-    min_tokens: among the first so many tokens no stop string counts
-    keeps_end: whether the stop string, or the text of the token at which the request ends, is part of the text
-    end_texts: texts of such tokens, where the detokenizer leaves them out
+    min_tokens: number of tokens at the beginning in which stop strings are ignored
+    keeps_end: keep the stop string, or the text of the end token, in the text
+    end_texts: texts of end tokens that the detokenizer leaves out
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class RequestText:
         return self._stops.push(self._detokenizer.push(token_id), can_stop=can_stop)
 
     def finish(self, end_id: int | None = None) -> str:
-        """Return the characters still held back, up to a stop string that the last of them completes, and if the end is
-        kept, what `end_id` adds to them."""
+        """Return the characters still held back, up to a stop string that the last of them completes. With `keeps_end`,
+        add the text of `end_id`."""
         text, end_text = "", ""
         if end_id is not None and self._keeps_end:
             text, end_text = self._detokenizer.push(end_id), self._end_texts.get(end_id, "")
-        # After the last of `min_tokens` was pushed none are left, and yet a stop that it completes does not count.
+        # The count is 0 after the last of `min_tokens`, whose stop string is still ignored.
         can_stop = self._num_unended < 0 or end_id is not None
         piece = self._stops.push(text + self._detokenizer.finish() + end_text, can_stop=can_stop)
         return piece.text + self._stops.finish()

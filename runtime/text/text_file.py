@@ -1,4 +1,4 @@
-"""A UTF-8 text file in pieces of bounded size, cut where a tokenizer would cut as well. Knows no tokenizer.
+"""Reads a UTF-8 text file in pieces of bounded size, cut where a tokenizer cuts too. Knows no tokenizer.
 
 A piece ends after a lone line end between two non-spaces, else before a space that follows a non-space. (After an
 empty line will not do: GPT-2 splits two line ends before a word, and joins them at the end of a text.) The
@@ -54,7 +54,7 @@ def pieces_of(file: Path, *, piece_bytes: int = PIECE_BYTES, flag: str = "--text
 
 
 def _cut_of(text: str) -> int:
-    """Where the last possible cut is; the whole text if there is none."""
+    """The position of the last possible cut; the end of the text if there is none."""
     for pattern in _CUTS:
         if found := pattern.match(text):
             return found.end()

@@ -1,7 +1,7 @@
-"""Text to token ids and back, on top of the `tokenizers` library. Knows nothing about requests or models.
+"""Encodes text to token ids and back with the `tokenizers` library. Knows nothing about requests or models.
 
-Encoding is the library's. Decoding one token at a time is ours, over bytes: `tokenizers` decodes whole lists,
-and its text of a part of a character is U+FFFD. Two kinds of decoder cover the causal LMs of today:
+The library encodes. It decodes only whole lists, and writes U+FFFD for a part of a character, so we decode single
+tokens ourselves, as bytes. Two kinds of decoder cover the causal LMs of today:
 
     byte-level BPE (GPT-2, Llama 3, Qwen)     every character of a token stands for one byte
     SentencePiece  (Llama 2, Mistral, Gemma)  U+2581 stands for a space, <0xE2> for a byte that has no token
@@ -78,8 +78,8 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, file: Path, *config_files: Path | None) -> "Tokenizer":
-        """Load a tokenizer.json and the files of special_tokens_map.json and tokenizer_config.json that there are: what
-        several say, the last says, as in transformers. Raises InvalidArtifact."""
+        """Load a tokenizer.json and the given files of special_tokens_map.json and tokenizer_config.json; the last one
+        wins, as in transformers. Raises InvalidArtifact."""
         from tokenizers import Tokenizer as HfTokenizer
 
         try:
@@ -99,8 +99,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text.
 
-        `add_special_tokens` adds what tokenizer.json's post-processor adds, and the beginning-of-text token
-        where tokenizer_config.json says `add_bos_token`. A rendered chat template brings its own: pass False.
+        `add_special_tokens` adds the tokens of tokenizer.json's post-processor, and the beginning-of-text token where
+        tokenizer_config.json says `add_bos_token`. Pass False for a rendered chat template, which has its own.
         `max_tokens` bounds the work, as runtime/text/bounded_encoding.py says. Raises PromptTooLong if the text
         certainly has more tokens, InvalidRequest if it is not valid Unicode, Overloaded if too much text is being
         tokenized.
@@ -113,7 +113,7 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> list[AddedToken]:
-        """The tokens that are found anywhere in a text as a whole, before its words are."""
+        """The tokens that are found anywhere in a text, before it is split into words."""
         decoder = self._hf.get_added_tokens_decoder()
         return [
             AddedToken(token_id, token.content, token.special)
@@ -131,7 +131,7 @@ class Tokenizer:
         return frozenset({*self.special_tokens.values(), *filter(None, map(_token_text, listed))})
 
     def spelled_secretly(self, ids: Mapping[str, int]) -> SecretSpelling:
-        """A second tokenizer, in which the tokens `ids`, by their text, are spelled in a way that nobody can guess."""
+        """A second tokenizer with secret spellings for the tokens `ids` (by their text)."""
         return SecretSpelling(self._hf, ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -140,11 +140,11 @@ class Tokenizer:
         return text
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token is a control token, which is no part of the text."""
+        """Whether a token is a control token, which adds no text."""
         return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, perhaps half a character; empty for a special or unknown token."""
+        """The bytes that a token adds to the text, perhaps half a character; empty for a special or unknown token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._compute_bytes(token_id)
@@ -157,7 +157,7 @@ class Tokenizer:
         return self.token_bytes(token_id).decode(errors="replace")
 
     def shown_bytes(self, token_id: int) -> bytes:
-        """The same as `token_bytes`, with special tokens by their names."""
+        """As `token_bytes`, but a special token gives its name."""
         return self.token_bytes(token_id) or self.token_text(token_id).encode()
 
     def detokenizer(self, prompt_ids: Sequence[int] = (), *, skips_special: bool = True) -> "Detokenizer":
@@ -201,7 +201,7 @@ class Tokenizer:
         return str(token).encode()
 
     def _bos_to_add(self) -> int | None:
-        """The beginning-of-text token, where the configuration asks for it in so many words."""
+        """The beginning-of-text token, if the configuration says `add_bos_token: true`."""
         bos_token = self.special_tokens.get("bos_token")
         if self.config.get("add_bos_token") is not True or bos_token is None:
             return None
@@ -217,7 +217,7 @@ class Detokenizer:
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], *, strip_first: bool = False) -> None:
-        """`token_bytes` says what a token adds to the text."""
+        """`token_bytes` gives the bytes that a token adds to the text."""
         self._token_bytes = token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._strip_first = strip_first
@@ -227,7 +227,7 @@ class Detokenizer:
         return self._stripped(self._decode(self._token_bytes(token_id)))
 
     def finish(self) -> str:
-        """What is left of an unfinished character: U+FFFD or nothing."""
+        """The rest of an unfinished character: U+FFFD or nothing."""
         return self._stripped(self._decode(b"", True))
 
     def _stripped(self, text: str) -> str:
@@ -246,7 +246,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and its like as text; written as a string or as an object with `content`."""
+    """The special tokens as text. Each is written as a string or as an object with `content`."""
     found = {}
     for name in SPECIAL_TOKEN_NAMES:
         if (text := _token_text(config.get(name))) is not None:
@@ -270,7 +270,7 @@ def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:
         )
         if not is_known:
             raise InvalidArtifact(
-                f"{where} has the decoder {kind!r}; byte-level BPE and SentencePiece are what can be streamed"
+                f"{where} has the decoder {kind!r}; only byte-level BPE and SentencePiece can be streamed"
             )
     return list(steps)
 

@@ -12,8 +12,9 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, RequestOptions, SamplingParams, TokenEvent
+from runtime.engine.generation import Generation
 from runtime.errors import EngineFailed, HeadraceError, InvalidRequest, TimedOut, Unavailable
-from runtime.text_model import Generation, TextModel
+from runtime.text_model import TextModel
 
 CLIENT_CHECK_S = 0.25
 """How often the socket is checked. Bounds how long a lost client keeps its slot."""

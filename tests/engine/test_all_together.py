@@ -275,7 +275,7 @@ def test_everything_together_gets_what_each_gets_alone(
 ) -> None:
     draft_model = DraftModel(draft_session, prefill_chunk=32) if has_draft_model else None
     speculator = Speculator(draft_model, min_gain=0.0)
-    engine = Engine(session, prefill_chunk=CHUNK, prefix_cache=CACHE_BYTES, speculator=speculator)
+    engine = Engine(session, prefill_chunk=CHUNK, prefix_cache=CACHE_BYTES, drafter=speculator)
     trace = Trace(engine, grammars, seed, predictions_of(alone))
     for name, asked in ASKED.items():
         got, usage = trace.recorders[name].events, trace.requests[name].usage

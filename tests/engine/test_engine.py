@@ -103,7 +103,7 @@ def test_random_traces_give_every_request_what_it_gets_alone(
         draft_session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, memory=draft_memory)
         draft_model = DraftModel(draft_session, prefill_chunk=20)
     speculator = None if min_gain is None else Speculator(draft_model, min_gain=min_gain)
-    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache, speculator=speculator)
+    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache, drafter=speculator)
     recorders: dict[str, Recorder] = {}
     pending = {f"r{i}": item for i, item in enumerate(arrivals)}
     cancel_at: dict[str, int] = {}
@@ -401,7 +401,7 @@ def test_who_has_the_answer_finds_it_counted() -> None:
 
 
 class TopFakeSession(FakeSession):
-    """A session that picks the likeliest tokens itself, as TensorRT's does."""
+    """A session that picks the most likely tokens itself, as TensorRT's does."""
 
     num_top = 4
 

@@ -132,7 +132,7 @@ def test_drafts_change_no_token_and_no_probability(exact_session: OrtSession) ->
     asked = [(2 * prompt, params) for prompt, params in [*requests(), *alike()] if 2 * len(prompt) < 100]
     observer = Counted()
     speculator = Speculator(min_gain=0.0)
-    engine = Engine(exact_session, prefill_chunk=CHUNK, prefix_cache=10**7, speculator=speculator, observer=observer)
+    engine = Engine(exact_session, prefill_chunk=CHUNK, prefix_cache=10**7, drafter=speculator, observer=observer)
     assert together(engine, asked) == alone(exact_session, asked)
     assert observer.num_drafted > 100 and observer.num_cached > 0
 

@@ -10,7 +10,7 @@ from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
-from runtime.text_model import TextModel
+from runtime.text_model import ModelFacts, TextModel
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.engine_requests import make_request
 from tests.support.fake_session import FakeSession
@@ -241,13 +241,11 @@ def test_bad_requests_are_refused_before_they_are_queued() -> None:
 def test_a_model_that_is_not_started_is_unavailable() -> None:
     session = FakeSession(vocab_size=VOCAB_SIZE)
     model = TextModel(
-        name="fake",
+        ModelFacts("fake", frozenset(), "fp32"),
         session=session,
         tokenizer=byte_tokenizer(),
         chat_template=None,
-        eos_ids=frozenset(),
         settings=EngineSettings(),
-        precision="fp32",
     )
     with pytest.raises(Unavailable, match="starting"):
         model.generate([1], greedy_to_the_end(1))

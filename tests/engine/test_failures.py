@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from runtime.core import FinishReason, Request, SamplingParams, TextPiece
 from runtime.engine.engine import Engine
-from runtime.engine.sampler import Choice
+from runtime.engine.sampling.sampler import SampledToken
 from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
 from runtime.errors import Unavailable
@@ -84,10 +84,10 @@ class BrokenSpeculator(Speculator):
 def test_what_breaks_the_engine_ends_every_request_with_the_reason_and_readiness(
     session: FailingSession, speculator: Speculator
 ) -> None:
-    engine = Engine(session, prefill_chunk=32, prefix_cache=10**6, speculator=speculator)
+    engine = Engine(session, prefill_chunk=32, prefix_cache=10**6, drafter=speculator)
     thread = EngineThread(engine, max_waiting=10)
     if isinstance(speculator, BrokenSpeculator):
-        engine._scheduler._speculator = None
+        engine._scheduler._drafter = None
     pairs = [make_request("short", [5], greedy(2)), make_request("long", HEAD, greedy(60))]
     pairs += [make_request("other", [*HEAD[:40], 1], greedy(60)), make_request("waiting", HEAD, greedy(60))]
     # All are in the inbox when the thread starts; what fails is armed when the first token comes.
@@ -96,7 +96,7 @@ def test_what_breaks_the_engine_ends_every_request_with_the_reason_and_readiness
     def arm(event: Any) -> None:
         session.is_armed = True
         if isinstance(speculator, BrokenSpeculator):
-            engine._scheduler._speculator = speculator
+            engine._scheduler._drafter = speculator
         first_sink(event)
 
     pairs[0][0].sink = arm
@@ -150,14 +150,14 @@ class BrokenSampler:
     def __init__(self, fails_at: int) -> None:
         self._left = fails_at
 
-    def sample(self, row: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> Choice:
+    def sample(self, row: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> SampledToken:
         self._left -= 1
         if not self._left:
             raise ZeroDivisionError("nothing left to choose from")
-        return Choice(int(row.argmax()))
+        return SampledToken(int(row.argmax()))
 
-    def sample_top(self, top: TopRow) -> Choice:
-        raise AssertionError("no session here picks the likeliest tokens")
+    def sample_top(self, top: TopRow) -> SampledToken:
+        raise AssertionError("no session here picks the most likely tokens")
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 7, 20])
@@ -166,7 +166,7 @@ def test_what_breaks_one_request_ends_that_one_within_a_draft_too(what: str, fai
     prompt = [13, 2, 13, 2]
     session = SpoiledSession(num_slots=3, capacity=160, vocab_size=VOCAB, memory=1)
     session.after = len(prompt) + fails_at - 2 if what == "logits" else 1000
-    engine = Engine(session, speculator=Speculator(min_gain=0), prefix_cache=10**6)
+    engine = Engine(session, drafter=Speculator(min_gain=0), prefix_cache=10**6)
     bad, recorder = make_request("bad", prompt, greedy(30))
     if what == "text":
         bad.text = BrokenText(fails_at)

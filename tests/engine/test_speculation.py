@@ -1,7 +1,6 @@
 """Speculation: the same tokens with drafts and without, the same distribution, and no drafts where they do not pay."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from runtime.core import FinishReason, Request, RequestOptions, SamplingParams
 from runtime.engine.engine import Engine
 from runtime.engine.speculation.draft_model import DraftModel
-from runtime.engine.speculation.prompt_lookup import NgramIndex
+from runtime.engine.speculation.draft_state import MAX_DRAFT
+from runtime.engine.speculation.prompt_lookup import PromptLookup
 from runtime.engine.speculation.run_cost import RunCost
-from runtime.engine.speculation.speculator import MAX_DRAFT, Speculator
+from runtime.engine.speculation.speculator import Speculator
 from runtime.errors import InvalidRequest
 from tests.support.engine_requests import VOCAB, Recorder, add, alone, greedy, make_request
 from tests.support.fake_session import FakeSession, prefix_logits
@@ -25,7 +25,7 @@ EVERY_DRAFT = 0.0
 
 
 def engine_for(session: FakeSession, *, min_gain: float = EVERY_DRAFT) -> Engine:
-    return Engine(session, prefill_chunk=64, speculator=Speculator(min_gain=min_gain))
+    return Engine(session, prefill_chunk=64, drafter=Speculator(min_gain=min_gain))
 
 
 def finish(engine: Engine) -> None:
@@ -93,43 +93,45 @@ def test_a_session_that_is_not_ragged_never_gets_a_draft() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
-def test_a_new_guess_is_what_followed_the_last_time(prompt: list[int], answer: list[int]) -> None:
-    index = NgramIndex(prompt)
+def test_a_draft_is_what_followed_the_last_time(prompt: list[int], answer: list[int]) -> None:
+    lookup = PromptLookup(prompt)
+    before = None
     for count, token_id in enumerate([*answer, 0]):
         ids = prompt + answer[:count]
-        guess = index.guess(5)
+        draft = lookup.draft(5)
         places = {size: _last_place(ids, size) for size in (3, 2, 1)}
-        assert (index.source is None) == (not guess)
-        if guess:
-            assert index.source is not None
-            period = len(ids) - index.source
-            assert guess == [ids[index.source + i % period] for i in range(5)]
-        if index._streak < 0 or not guess:
-            assert index.source == next((place for place in places.values() if place is not None), None)
-        assert 0 < index.odds < 1
-        index.push(token_id)
+        assert (lookup.match is None) == (not draft)
+        if draft:
+            assert lookup.match is not None
+            period = len(ids) - lookup.match
+            assert draft == [ids[lookup.match + i % period] for i in range(5)]
+        if before is None or lookup.match != before + 1:
+            assert lookup.match == next((place for place in places.values() if place is not None), None)
+        assert 0 < lookup.rate(lookup._match_len) < 1
+        before = lookup.match
+        lookup.push(token_id)
 
 
 PREDICTED = [*range(20, 32), 7, *range(32, 40)]
 
 
 def test_a_prediction_is_copied_from_its_first_token_to_its_last_and_not_beyond() -> None:
-    index = NgramIndex([1, 2, 3, 20], PREDICTED)
-    assert index.text_ids == [1, 2, 3, 20]
+    lookup = PromptLookup([1, 2, 3, 20], PREDICTED)
+    assert lookup.text_ids == [1, 2, 3, 20]
     for count, token_id in enumerate(PREDICTED):
-        assert index.guess(4) == PREDICTED[count : count + 4], "rather than what the prompt has"
-        index.push(token_id)
-    assert index.source is None and index.guess(4) == []
-    assert index.text_ids == [1, 2, 3, 20, *PREDICTED]
+        assert lookup.draft(4) == PREDICTED[count : count + 4], "rather than what the prompt has"
+        lookup.push(token_id)
+    assert lookup.match is None and lookup.draft(4) == []
+    assert lookup.text_ids == [1, 2, 3, 20, *PREDICTED]
 
 
 def test_a_text_that_leaves_its_prediction_finds_back() -> None:
-    index = NgramIndex([1, 2, 24, 2], PREDICTED)
+    lookup = PromptLookup([1, 2, 24, 2], PREDICTED)
     for token_id in (20, 21, 49, 48, 24):
-        index.push(token_id)
-    assert index.guess(3) == [25, 26, 27], "its own words come before the prompt's"
-    index.push(25)
-    assert index.guess_behind([26, 27], 2)[0] == [28, 29]
+        lookup.push(token_id)
+    assert lookup.draft(3) == [25, 26, 27], "its own words come before the prompt's"
+    lookup.push(25)
+    assert lookup.draft_behind([26, 27], 2)[0] == [28, 29]
 
 
 @pytest.mark.parametrize("has_draft_model", [False, True], ids=["copied", "draft model"])
@@ -180,35 +182,35 @@ def _last_place(ids: list[int], size: int, end: int | None = None) -> int | None
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.integers(0, 2), min_size=1, max_size=5))
-def test_a_guess_behind_other_tokens_is_what_followed_the_same_in_the_text(
+def test_a_draft_behind_other_tokens_is_what_followed_the_same_in_the_text(
     prompt: list[int], between: list[int]
 ) -> None:
-    index = NgramIndex(prompt)
-    guess, odds = index.guess_behind(between, 4)
-    straight_on = index.guess(len(between) + 4)
+    lookup = PromptLookup(prompt)
+    draft, match_len = lookup.draft_behind(between, 4)
+    straight_on = lookup.draft(len(between) + 4)
     if straight_on and straight_on[: len(between)] == between:
-        assert guess == straight_on[len(between) :] and odds == index.odds
+        assert draft == straight_on[len(between) :] and match_len == lookup._match_len + len(between)
         return
     tail = [*prompt[-3:], *between][-3:]
     places = (_last_place([*prompt, *tail[-size:]], size, len(prompt)) for size in (3, 2, 1) if size <= len(tail))
     place = next((place for place in places if place is not None), None)
-    assert guess == ([] if place is None else prompt[place : place + 4])
-    assert (odds > 0) == bool(guess)
+    assert draft == ([] if place is None else prompt[place : place + 4])
+    assert place is None or prompt[place - match_len : place] == tail[-match_len:]
 
 
-def test_the_odds_follow_what_happens_also_while_nothing_is_drafted() -> None:
-    copied = NgramIndex([1, 2, 3, 4, 5, 6, 7, 8, 9] * 3)
+def test_acceptance_rates_follow_what_happens_also_while_nothing_is_drafted() -> None:
+    copied = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 9] * 3)
     for token_id in [1, 2, 3, 4, 5, 6, 7, 8, 9] * 4:
         copied.push(token_id)
-    assert copied.odds > 0.95
-    random = NgramIndex([1, 2, 3, 4])
+    assert copied.rate(36) > 0.95
+    random = PromptLookup([1, 2, 3, 4])
     rng = np.random.default_rng(0)
-    odds = []
+    rates = []
     for token_id in rng.integers(0, 6, 600).tolist():
         random.push(token_id)
-        if random.source is not None:
-            odds.append(random.odds)
-    assert np.median(odds[-100:]) < 0.3
+        if random.match is not None:
+            rates.append(random.rate(random._match_len))
+    assert np.median(rates[-100:]) < 0.3
 
 
 class Dictation:
@@ -221,7 +223,7 @@ class Dictation:
     def is_stopped(self) -> bool:
         return not self._left
 
-    def prepare(self, draft_ids: Rows[int] = ()) -> None:
+    def prepare(self, draft_ids: Sequence[int] = ()) -> None:
         assert list(draft_ids) == self._left[: len(draft_ids)], "only what may come is drafted"
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -234,7 +236,7 @@ class Dictation:
     def forced(self) -> list[int]:
         return self._left[:8] if self._says_so else []
 
-    def num_allowed(self, token_ids: Rows[int]) -> int:
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
         wanted = [*self._left, *[-1] * len(token_ids)]
         return next((idx for idx, one in enumerate(token_ids) if one != wanted[idx]), len(token_ids))
 
@@ -297,7 +299,7 @@ def test_an_answer_ends_where_its_grammar_leaves_only_the_end_of_text(min_gain: 
     assert recorder.token_ids == [3, 4, 7] and recorder.reason is FinishReason.STOP
 
 
-def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:
+def add_repeating(engine: Engine, num: int) -> list[Recorder]:
     return [add(engine, str(idx), [1, 2, 3, 4, 5, 6, 7, 8] * 4, greedy(40)) for idx in range(num)]
 
 
@@ -305,23 +307,23 @@ def sequences_with_guesses(engine: Engine, num: int) -> list[Recorder]:
     ("seconds_of", "has_drafts"),
     [
         (lambda tokens: 1.0 + 0.001 * tokens, True),  # bound by reading the weights
-        (lambda tokens: 0.001 + tokens, False),  # bound by arithmetic: a guess costs as much as a token
+        (lambda tokens: 0.001 + tokens, False),  # bound by arithmetic: a draft token costs as much as a row
     ],
     ids=["flat", "linear"],
 )
 def test_drafts_are_taken_along_where_they_pay(seconds_of: Callable[[int], float], has_drafts: bool) -> None:
     session = FakeSession(num_slots=4, capacity=160, vocab_size=VOCAB, memory=1)
     speculator = Speculator()
-    engine = Engine(session, prefill_chunk=64, speculator=speculator)
-    sequences_with_guesses(engine, 4)
-    hear = speculator.cost.hear
+    engine = Engine(session, prefill_chunk=64, drafter=speculator)
+    add_repeating(engine, 4)
+    observe = speculator.observe_run
 
-    def hear_made_up(num_rows: int, num_guesses: int, seconds: float) -> None:
-        hear(num_rows, num_guesses, seconds_of(num_rows + num_guesses))
+    def observe_made_up(*, num_rows: int, num_drafted: int, seconds: float) -> None:
+        observe(num_rows=num_rows, num_drafted=num_drafted, seconds=seconds_of(num_rows + num_drafted))
 
-    speculator.cost.hear = hear_made_up  # type: ignore[method-assign]
+    speculator.observe_run = observe_made_up  # type: ignore[method-assign]
     finish(engine)
-    # 40 tokens each; the text must come round once before there is anything to guess.
+    # 40 tokens each; the text must come round once before there is anything to draft.
     num_runs = sum(batch.past_len.all() for batch in session.batches)
     assert num_runs < 25 if has_drafts else num_runs > 28  # one must be tried to know
 
@@ -329,27 +331,27 @@ def test_drafts_are_taken_along_where_they_pay(seconds_of: Callable[[int], float
 def test_seconds_of_a_run_follow_what_is_measured() -> None:
     cost, rng = RunCost(), np.random.default_rng(0)
     assert cost.estimate(4, 0) is None
-    cost.hear(4, 3, 9.0)  # what is extra is not known before a run without guesses
+    cost.observe(4, 3, 9.0)  # what is extra is not known before a run without drafts
     assert cost.estimate(4, 0) is None
-    cost.hear(4, 0, 8.0)
+    cost.observe(4, 0, 8.0)
     assert cost.estimate(4, 0) == 8.0
-    assert cost.estimate(4, 8) == 16.0, "nothing measured yet: a guess is half a row"
+    assert cost.estimate(4, 8) == 16.0, "nothing measured yet: a draft token is half a row"
 
-    def measure(num_runs: int, jump: float, slope: float, pace: float = 1.0) -> None:
+    def measure(num_runs: int, token_s: float, pace: float = 1.0) -> None:
         for _ in range(num_runs):
-            guesses = int(rng.integers(0, 12))
-            extra = jump + slope * guesses if guesses else 0.0
-            cost.hear(4, guesses, pace * (8.0 + extra) * rng.uniform(0.9, 1.1))
+            num_drafted = int(rng.integers(0, 12))
+            cost.observe(4, num_drafted, pace * (8.0 + token_s * num_drafted) * rng.uniform(0.95, 1.05))
 
-    measure(200, jump=1.0, slope=0.25)
+    measure(200, token_s=0.25)
     assert cost.estimate(4, 0) == pytest.approx(8, rel=0.1)
-    assert cost.estimate(4, 10) == pytest.approx(11.5, rel=0.1)
-    assert cost.estimate(4, 2) == pytest.approx(9.5, rel=0.1)
-    cost.hear(4, 5, 1000.0)  # interrupted
-    assert cost.estimate(4, 5) == pytest.approx(10.25, rel=0.3)
-    cost.hear(6, 0, 10.0)
-    assert cost.estimate(6, 10) == pytest.approx(13.5, rel=0.15), "as with four rows"
-    measure(200, jump=0.0, slope=0.9, pace=1.5)
+    assert cost.estimate(4, 10) == pytest.approx(10.5, rel=0.1)
+    assert cost.estimate(4, 2) == pytest.approx(8.5, rel=0.1)
+    cost.observe(4, 5, 1000.0)  # interrupted
+    assert cost.estimate(4, 5) == pytest.approx(9.25, rel=0.3)
+    measure(50, token_s=0.25)
+    cost.observe(6, 0, 10.0)
+    assert cost.estimate(6, 10) == pytest.approx(12.5, rel=0.15), "a token costs what it does with four rows"
+    measure(200, token_s=0.9, pace=1.5)
     assert cost.estimate(4, 0) == pytest.approx(12, rel=0.1)
     assert cost.estimate(4, 10) == pytest.approx(25.5, rel=0.1)
 
@@ -370,7 +372,7 @@ def test_sampled_tokens_have_the_models_distribution() -> None:
     first = int(probs[before].argmax())
     expected = probs[first]
     draft = int(np.abs(expected - 0.2).argmin())
-    # After (before, first) came `draft`: that is the guess whenever the first token is the likeliest.
+    # After (before, first) came `draft`: that is the draft whenever the first token is the most likely.
     prompt = [before, first, draft, before]
     session = FakeSession(num_slots=40, capacity=64, vocab_size=VOCAB, memory=1)
     counts = np.zeros(VOCAB)
@@ -417,7 +419,7 @@ def _chi2_limit(freedom: int) -> float:
 
 def test_greedy_sampled_drafted_cached_and_cancelled_requests_share_batches_and_get_what_they_get_alone() -> None:
     session = FakeSession(num_slots=6, capacity=160, vocab_size=VOCAB, memory=1)
-    engine = Engine(session, prefill_chunk=24, prefix_cache=10**6, speculator=Speculator(min_gain=EVERY_DRAFT))
+    engine = Engine(session, prefill_chunk=24, prefix_cache=10**6, drafter=Speculator(min_gain=EVERY_DRAFT))
     head = [(5 * i) % VOCAB for i in range(90)]
     add(engine, "warm", [*head, 1], greedy(1))
     finish(engine)
@@ -455,7 +457,7 @@ def drafting_engine(session: FakeSession, *, memory: int, min_gain: float = EVER
     info = session.info
     draft = FakeSession(num_slots=info.num_slots, capacity=info.capacity, vocab_size=VOCAB, memory=memory)
     speculator = Speculator(DraftModel(draft, prefill_chunk=20), min_gain=min_gain)
-    return Engine(session, prefill_chunk=64, speculator=speculator), draft
+    return Engine(session, prefill_chunk=64, drafter=speculator), draft
 
 
 @pytest.mark.parametrize("draft_memory", [1, 2], ids=["always right", "mostly wrong"])
@@ -470,7 +472,7 @@ def test_a_draft_model_changes_no_token(draft_memory: int) -> None:
         assert recorder.events == alone(prompts[idx], greedy(40) if idx % 2 else sampled, memory=1)
     assert all(request.usage.num_drafted > 0 for request, _ in pairs)
     if draft_memory == 1:
-        # It guesses the likeliest token, which is what greedy requests take.
+        # It drafts the most likely token, which is what greedy requests take.
         greedy_pairs = pairs[1::2]
         assert all(request.usage.num_accepted > 0.9 * request.usage.num_drafted for request, _ in greedy_pairs)
         assert len(session.batches) < 40

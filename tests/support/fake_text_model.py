@@ -9,7 +9,7 @@ from runtime.core import EngineObserver, SamplingParams
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text.chat.template import ChatTemplate
-from runtime.text_model import TextModel
+from runtime.text_model import ModelFacts, TextModel
 from tests.support.byte_tokenizer import EOS, byte_tokenizer
 from tests.support.fake_session import FakeSession, ScriptedSession
 
@@ -56,16 +56,18 @@ def fake_text_model(
     if script is not None:
         session = ScriptedSession([*tokenizer.encode(script), EOS_ID], tokenizer.encode(PROMPT_END), **options)
     return TextModel(
-        name=name,
+        ModelFacts(
+            name,
+            frozenset([EOS_ID]),
+            card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
+        ),
         session=session,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(template, {"eos_token": EOS}) if has_template else None,
-        eos_ids=frozenset([EOS_ID]),
         settings=EngineSettings(
             max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings
         ),
         observer=observer,
-        card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
     )
 
 
@@ -74,11 +76,10 @@ def running(session: FakeSession, *, max_waiting: int = 64, template: str | None
     """A text model over the session, started; closed when the block ends."""
     tokenizer = byte_tokenizer()
     model = TextModel(
-        name=NAME,
+        ModelFacts(NAME, frozenset({EOS_ID})),
         session=session,
         tokenizer=tokenizer,
         chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
-        eos_ids=frozenset({EOS_ID}),
         settings=EngineSettings(max_waiting=max_waiting),
     )
     model.start()

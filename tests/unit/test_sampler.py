@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.core import SamplingParams
-from runtime.engine.sampler import BadLogitsError, filtered, make_sampler, num_top
+from runtime.engine.sampling.filters import filtered
+from runtime.engine.sampling.logits import BadLogitsError
+from runtime.engine.sampling.sampler import make_sampler, num_top
 from runtime.session.session import TopRow
 
 
@@ -262,7 +264,7 @@ def test_extreme_values_neither_warn_nor_fail() -> None:
 
 
 def top_of(row: NDArray[np.float32], k: int) -> TopRow:
-    """The k likeliest tokens, the lower id first among equals."""
+    """The k most likely tokens, the lower id first among equals."""
     ids = np.argsort(-row, kind="stable")[:k]
     return TopRow(row[ids], ids, float(np.log(np.exp(row.astype(np.float64)).sum())))
 

@@ -1,43 +1,46 @@
-"""A second, smaller model that guesses the next tokens of requests: the likeliest ones, a run for each.
+"""A second, smaller model that drafts the next tokens of requests: the most likely ones, a run for each.
 
-It has slots of its own, given to requests as they first need a guess. Its cache follows a request's text with a lag:
-new tokens and those of a rejected draft are run when the next guess is due; a whole prompt is caught up with in chunks,
-one a step, so that it holds nobody up. A wrong guess costs time and nothing else, so nothing here need be exact.
+It has slots of its own, which requests get with their first draft. Its cache lags behind a request's text: new tokens
+are run when the next draft is due. A whole prompt is run in chunks, one a step, so that it holds up no other request. A
+wrong token costs only time, so nothing here need be exact.
 """
 
 import time
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 
 import numpy as np
 
 from runtime.engine.kv_slots import KvSlots
-from runtime.engine.sequence import Sequence
+from runtime.engine.sequence import LiveSequence
+from runtime.engine.speculation.draft_state import MAX_DRAFT, state_of
+from runtime.engine.speculation.running_mean import updated
 from runtime.session.session import Batch, Session
 
-MAX_LAG = 16
-"""Most tokens of a text that are run together with the guessing; what lags further behind is caught up with before."""
+MAX_LAG = MAX_DRAFT + 1
+"""Most tokens of a text that are run together with a draft; a greater lag is reduced first."""
 
 
 class DraftModel:
-    """Guesses for requests of one engine. `session` must be ragged and as long as the engine's."""
+    """Drafts for requests of one engine. `session` must be ragged and as long as the engine's."""
 
     def __init__(self, session: Session, *, prefill_chunk: int = 128) -> None:
         assert session.info.is_ragged
         self._session = session
         self._prefill_chunk = prefill_chunk
         self._slots = KvSlots(session.info.num_slots, session.info.capacity)
-        self._owners: dict[int, Sequence] = {}
+        self._owners: dict[int, LiveSequence] = {}
         self._texts: list[list[int]] = [[] for _ in range(session.info.num_slots)]  # what the cache holds, by slot
-        self._step_s: float | None = None
+        self._step_s = 0.0
 
-    def seconds(self, num_draft: int) -> float | None:
-        """How long it takes to guess so many tokens; None before it was tried."""
-        return None if self._step_s is None else self._step_s * num_draft
+    def seconds(self, num_draft: int) -> float:
+        """How long it takes to draft so many tokens; 0 before it was tried."""
+        return self._step_s * num_draft
 
-    def guess(self, sequences: Rows[Sequence], limits: Rows[int]) -> list[list[int]]:
-        """At most `limits` tokens for each sequence; none for one whose text it has not caught up with yet."""
+    def draft(self, sequences: Sequence[LiveSequence], limits: Sequence[int]) -> list[list[int]]:
+        """At most `limits` tokens for each sequence; none for one whose text is more than MAX_LAG ahead of the
+        cache."""
         slots = self._slots_of(sequences)
-        guesses: list[list[int]] = [[] for _ in sequences]
+        drafts: list[list[int]] = [[] for _ in sequences]
         ready = [
             idx for idx, slot in enumerate(slots) if limits[idx] and self._lag(slot, _text(sequences[idx])) <= MAX_LAG
         ]
@@ -45,26 +48,26 @@ class DraftModel:
         if behind:
             self._catch_up(slots[behind[0]], _text(sequences[behind[0]]))
         if not ready:
-            return guesses
+            return drafts
         started_s = time.perf_counter()
         feeds = {slots[idx]: _text(sequences[idx])[len(self._texts[slots[idx]]) :] for idx in ready}
         num_steps = max(limits[idx] for idx in ready)
         for step in range(num_steps):
-            likeliest = self._run(feeds)
+            best = self._run(feeds)
             for idx in ready:
                 if slots[idx] in feeds:
-                    guesses[idx].append(likeliest[slots[idx]])
-            feeds = {slots[idx]: guesses[idx][-1:] for idx in ready if step + 1 < limits[idx]}
+                    drafts[idx].append(best[slots[idx]])
+            feeds = {slots[idx]: drafts[idx][-1:] for idx in ready if step + 1 < limits[idx]}
         step_s = (time.perf_counter() - started_s) / num_steps
-        self._step_s = step_s if self._step_s is None else self._step_s + 0.2 * (step_s - self._step_s)
-        return guesses
+        self._step_s = updated(self._step_s or step_s, step_s)
+        return drafts
 
     def close(self) -> None:
         """Release the model. Idempotent."""
         self._session.close()
 
-    def _slots_of(self, sequences: Rows[Sequence]) -> list[int]:
-        """The slot of each sequence; those of requests that ended are free again."""
+    def _slots_of(self, sequences: Sequence[LiveSequence]) -> list[int]:
+        """The slot of each sequence. Releases the slots of requests that have ended."""
         for slot, owner in list(self._owners.items()):
             if owner.slot is None:
                 del self._owners[slot]
@@ -78,9 +81,10 @@ class DraftModel:
         return [known[id(sequence)] for sequence in sequences]
 
     def _lag(self, slot: int, text: list[int]) -> int:
-        """Forget what the cache holds beyond the text, and say how much of the text is missing: at least one token."""
+        """Drop cached tokens that differ from the text; return how many tokens of the text are missing, at least
+        one."""
         held = self._texts[slot]
-        # Only the end can differ, by the last draft; the last token is run again for its logits if need be.
+        # Only the last draft can differ. The last token is run again if its logits are needed.
         num_same = min(len(held), len(text) - 1)
         while num_same and held[num_same - 1] != text[num_same - 1]:
             num_same -= 1
@@ -94,14 +98,14 @@ class DraftModel:
         self._run({slot: text[start : min(start + self._prefill_chunk, len(text) - 1)]}, first=slot)
 
     def _run(self, feeds: dict[int, list[int]], *, first: int = 0) -> dict[int, int]:
-        """Put tokens behind those in their slots; return the likeliest next token of each."""
+        """Append tokens to their slots; return the most likely next token of each."""
         num_rows, width = max(feeds) + 1 - first, max(map(len, feeds.values()))
         token_ids, query_len = np.zeros((num_rows, width), np.int64), np.zeros(num_rows, np.int32)
         for slot, ids in feeds.items():
             token_ids[slot - first, : len(ids)] = ids
             query_len[slot - first] = len(ids)
         if num_rows > 1 and int(self._slots.past_len[first : first + num_rows].max()) + width > self._slots.capacity:
-            # A short row as wide as its neighbours would leave its slot.
+            # Padded to its neighbours' width, a row would exceed its slot.
             return {slot: self._run({slot: ids}, first=slot)[slot] for slot, ids in feeds.items()}
         past_len = self._slots.past_len[first : first + num_rows]
         wanted = [(slot - first) * width + len(ids) - 1 for slot, ids in feeds.items()]
@@ -112,6 +116,5 @@ class DraftModel:
         return dict(zip(feeds, logits.argmax(-1).tolist(), strict=True))
 
 
-def _text(sequence: Sequence) -> list[int]:
-    assert sequence.ngrams is not None
-    return sequence.ngrams.text_ids
+def _text(sequence: LiveSequence) -> list[int]:
+    return state_of(sequence).lookup.text_ids

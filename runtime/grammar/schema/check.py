@@ -1,8 +1,8 @@
-"""Holds a complete answer against a whole JSON schema, where the grammar could not have all of it.
+"""Validates a complete answer against its whole JSON schema, where the grammar could not enforce all of it.
 
-`jsonschema` does the work. Anybody may send a schema, and the answer can be made to order, so the work ends after
-`CHECK_S`: between two keywords, and inside a pattern, which is why patterns are the `regex` package's (Python's own
-`re` cannot be stopped, and Google's has no look-around). What would take quadratic time is done otherwise here.
+`jsonschema` does the work. A client chooses the schema and can steer the answer, so the work ends after `CHECK_S`:
+between two keywords, and inside a pattern. That is why patterns run in the `regex` package (Python's own `re` cannot be
+stopped, and RE2 has no look-around). Keywords that `jsonschema` checks in quadratic time are replaced.
 Knows nothing of HTTP.
 """
 
@@ -27,7 +27,7 @@ MAX_MESSAGE_CHARS = 200
 
 
 class Outcome(StrEnum):
-    """How a check ended. NOT_DONE: the answer is not complete, or the check took too long."""
+    """The outcome of a check. NOT_DONE: the answer is incomplete, or the check took too long."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -35,7 +35,7 @@ class Outcome(StrEnum):
 
 
 class CheckResult(NamedTuple):
-    """problems: what is wrong and where in the answer, as JSON pointers; the first few."""
+    """problems: the first few, each with its place in the answer as a JSON pointer."""
 
     outcome: Outcome
     problems: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class _TooLongError(Exception):
 
 
 class _Validator(Protocol):
-    """What this module uses of a validator of `jsonschema`."""
+    """The part of a `jsonschema` validator that this module uses."""
 
     def is_valid(self, instance: Any) -> bool: ...
     def descend(self, instance: Any, schema: Any, path: Any = None) -> Iterable[Any]: ...
@@ -97,7 +97,7 @@ def _make_validator(schema: Any, deadline: float) -> _Validator:
 
 
 def _timed(keyword: Keyword, deadline: float) -> Keyword:
-    """The same keyword, which does not begin after `deadline`."""
+    """The same keyword, which raises _TooLongError after `deadline`."""
 
     def check(validator: _Validator, value: Any, instance: Any, schema: Any) -> Iterable[Any]:
         if time.monotonic() > deadline:
@@ -122,7 +122,7 @@ class _Patterns:
         self._compile = cache(_compiled)
 
     def matches(self, pattern: str, text: str) -> bool:
-        """Whether a pattern is in a text."""
+        """Whether a text contains a match of a pattern."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise _TooLongError
@@ -167,7 +167,7 @@ class _Patterns:
                     yield from validator.descend(instance[name], value, path=name)
 
     def _evaluated(self, validator: _Validator, instance: dict[str, Any], schema: Any) -> set[str]:
-        """Names that some keyword of a schema which the instance meets has looked at."""
+        """Names of properties that some keyword of a schema, which the instance satisfies, has evaluated."""
         if isinstance(schema, bool):
             return set()
         if time.monotonic() > self._deadline:
@@ -180,7 +180,7 @@ class _Patterns:
         return found
 
     def _applied(self, validator: _Validator, instance: Any, schema: Mapping[str, Any]) -> Iterator[Any]:
-        """The schemas that are applied to the same instance, and that it meets."""
+        """The subschemas that apply to the same instance and that it satisfies."""
         if "$ref" in schema:
             name = schema["$ref"].removeprefix("#/$defs/")
             yield self._root if name == "#" else self._root["$defs"][name]
@@ -206,13 +206,13 @@ def _compiled(pattern: str) -> Any:
 
 
 def _unique_items(validator: _Validator, value: Any, instance: Any, _: Any) -> Iterator[Any]:
-    """`jsonschema` compares every item with every other where items are objects."""
+    """`uniqueItems` in linear time: `jsonschema` compares all pairs of items that are objects."""
     if value and isinstance(instance, list) and len(set(map(json_key, instance))) < len(instance):
         yield _error("its items are not all different")
 
 
 def _multiple_of(validator: _Validator, step: Any, instance: Any, _: Any) -> Iterator[Any]:
-    """In decimals: to floats, 0.3 is not a multiple of 0.1."""
+    """`multipleOf` in decimals: as floats, 0.3 is not a multiple of 0.1."""
     is_number = isinstance(instance, int | float) and not isinstance(instance, bool)
     if is_number and Fraction(str(instance)) % Fraction(str(step)):
         yield _error(f"{instance} is not a multiple of {step}")

@@ -1,7 +1,7 @@
 """Whether two JSON schemas exclude each other, so that `oneOf` may be read as `anyOf`.
 
-Says yes only where it is sure: different types, different constants, a property that one demands and the other forbids
-or gives another constant (what discriminates the variants of a union). Follows references, which the compiler does not.
+Says yes only where it is certain: different types, different constants, or a required property that excludes the other
+schema (the discriminator of a union). Follows references, which the compiler does not.
 Schemas are those of `runtime/grammar/schema/repair.py`.
 """
 
@@ -18,7 +18,7 @@ ALL_TYPES = frozenset(TYPES) - {"integer"}
 
 
 def json_key(value: Any) -> Any:
-    """Something hashable that two JSON values share if they are equal: 1 and 1.0 are, 1 and true are not."""
+    """A hashable key that is equal for equal JSON values: 1 equals 1.0, and not true."""
     if isinstance(value, dict):
         return ("object", frozenset((name, json_key(item)) for name, item in value.items()))
     if isinstance(value, list):
@@ -27,13 +27,13 @@ def json_key(value: Any) -> Any:
 
 
 def type_of(value: Any) -> str:
-    """The JSON type of a value; whole numbers are numbers, too."""
+    """The JSON type of a value; "number" for whole numbers."""
     kinds = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
     return kinds.get(type(value), "null")
 
 
 class Disjointness:
-    """Answers for the schemas of one document, within a budget of steps."""
+    """Compares the schemas of one document, within a budget of steps."""
 
     def __init__(self, definitions: Mapping[str, Schema]) -> None:
         self._definitions = definitions
@@ -41,7 +41,7 @@ class Disjointness:
         self._keys: dict[int, list[frozenset[Any]]] = {}
 
     def is_exclusive(self, options: Sequence[Schema], outer: Schema) -> bool:
-        """Whether no value meets two of the options. Every value meets `outer`, which narrows their types."""
+        """Whether no value satisfies two of the options. All values satisfy `outer`, which narrows their types."""
         types = _types(outer)
         return all(
             self._are_disjoint(first, second, types, 0)
@@ -50,7 +50,7 @@ class Disjointness:
         )
 
     def types_of(self, schema: Schema, level: int = 0) -> frozenset[str]:
-        """The types that values of a schema can have, as far as that is quickly said. Whole numbers are numbers."""
+        """The types that values of a schema can have, as far as a short search shows. Whole numbers are numbers."""
         found = _types(schema)
         self._num_steps += 1
         if isinstance(schema, bool) or level > MAX_TYPE_LEVELS or self._num_steps > MAX_STEPS:
@@ -63,12 +63,12 @@ class Disjointness:
         return found
 
     def _target(self, schema: dict[str, Any]) -> list[Schema]:
-        """What a schema refers to, in a list; an empty one if it refers to nothing."""
+        """The target of a schema's `$ref` in a list, which is empty without one."""
         name = schema.get("$ref", "").removeprefix("#/$defs/")
         return [self._definitions[name]] if name in self._definitions else []
 
     def _are_disjoint(self, first: Schema, second: Schema, among: frozenset[str], level: int) -> bool:
-        """Whether no value of the types `among` meets both."""
+        """Whether no value of the types `among` satisfies both."""
         self._num_steps += 1
         if first is False or second is False:
             return True
@@ -96,7 +96,7 @@ class Disjointness:
         return found
 
     def _is_disjoint_within(self, first: dict[str, Any], second: Schema, among: frozenset[str], level: int) -> bool:
-        """By what `first` applies in place."""
+        """Whether the subschemas that `first` combines exclude `second`."""
         if any(
             self._are_disjoint(item, second, among, level + 1)
             for item in (*first.get("allOf", ()), *self._target(first))
@@ -116,7 +116,7 @@ class Disjointness:
 
 
 def _types(schema: Schema) -> frozenset[str]:
-    """The types that values of a schema may have, as far as its own keywords say."""
+    """The types that values of a schema may have, by its own keywords alone."""
     if isinstance(schema, bool):
         return ALL_TYPES
     kinds = schema.get("type", ALL_TYPES)
@@ -129,7 +129,7 @@ def _types(schema: Schema) -> frozenset[str]:
 
 
 def _values(schema: dict[str, Any]) -> Iterator[list[Any]]:
-    """The lists that every value of a schema is in."""
+    """The lists of values that `enum` and `const` allow."""
     if "enum" in schema:
         yield schema["enum"]
     if "const" in schema:
@@ -137,7 +137,7 @@ def _values(schema: dict[str, Any]) -> Iterator[list[Any]]:
 
 
 def _property(schema: dict[str, Any], name: str) -> Schema:
-    """What a schema says about a property, as far as that is certain."""
+    """The schema of a property, as far as it is certain."""
     if name in (declared := schema.get("properties", {})):
         found: Schema = declared[name]
         return found

@@ -1,11 +1,11 @@
-"""What the `format`s of JSON schemas mean here. One that is not named here is an annotation and says nothing.
+"""The `format`s of JSON schemas. A format that is not named here is an annotation and restricts nothing.
 
-    the grammar's own       llguidance has an expression for it, and holds the answer to that
+    the grammar's own       llguidance has an expression for it and enforces it
     by a pattern            written out here, in JavaScript's syntax, for the grammar and for the check
-    only checked            `regex`: no grammar knows what is one
+    only checked            `regex`: a grammar cannot express it
 
-References: RFC 3986 and 3987 (URI, IRI), 6570 (templates), 6901 (pointers), 3339 (dates). The patterns are as strict as
-a line can be: what they let through has the right characters in the right places.
+References: RFC 3986 and 3987 (URI, IRI), 6570 (templates), 6901 (pointers), 3339 (dates). Each pattern is one
+line: it requires the right characters in the right places, and no more.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ PATTERNS = {
     "relative-json-pointer": f"^(?:0|[1-9][0-9]*)(?:#|{_POINTER})$",
     "idn-email": r"^[^@\s]+@[^@\s]+$",
 }
-"""Those that the grammar has no expression for."""
+"""Formats for which the grammar has no expression of its own."""
 CHECKED_PATTERNS = {
     **PATTERNS,
     "uri": _reference("", has_scheme=True),
@@ -59,13 +59,13 @@ CHECKED_PATTERNS = {
     "hostname": rf"^{_HOSTNAME}(?:\.{_HOSTNAME})*$",
     "duration": rf"^P(?=[0-9T])(?:[0-9]+W|{_parts('YMD')}(?:T(?=[0-9]){_parts('HMS')})?)$",
 }
-"""Those that the check of the complete answer matches, which matters inside of what the grammar does not hold."""
+"""Formats that the check of the complete answer matches by pattern; needed inside keywords that no grammar enforces."""
 LIBRARY_FORMATS = ("date", "ipv4", "ipv6", "uuid", "email")
 FORMATS = GRAMMAR_FORMATS | PATTERNS.keys() | {"regex"}
 
 
 def format_checker(matches: Callable[[str, str], bool]) -> Any:
-    """The checker that `jsonschema` asks. `matches` says whether a pattern is in a text."""
+    """The format checker for `jsonschema`. `matches` tells whether a text contains a match of a pattern."""
     from jsonschema import FormatChecker
 
     checker = FormatChecker(LIBRARY_FORMATS)

@@ -1,7 +1,7 @@
 r"""Reads a JavaScript regular expression into a tree. Knows nothing of schemas or of who will run it.
 
-Lenient where people are: outside of classes a `{` or `]` that closes nothing is itself, as in browsers, and what
-Python, Go and Java add is understood as it is meant there: `\A`, `\Z`, `(?P<name>...)`, `(?i)`, `[[:alpha:]]`, `{,5}`.
+Lenient: outside of classes a `{` or `]` without its partner is itself, as in browsers, and the additions of Python, Go
+and Java are understood: `\A`, `\Z`, `(?P<name>...)`, `(?i)`, `[[:alpha:]]`, `{,5}`.
 Grammar: https://tc39.es/ecma262/#sec-patterns and its annex B.
 """
 
@@ -26,9 +26,9 @@ from runtime.grammar.schema.pattern_tree import (
 )
 
 MAX_REPEAT = 10_000_000
-"""No answer has more characters than this: a bound beyond it is none."""
+"""No answer has more characters than this: a greater bound is no bound."""
 MAX_GROUPS = 60
-"""Groups within groups. The parser calls itself for each."""
+"""Deepest nesting of groups: the parser is recursive."""
 QUANTIFIER = re.compile(r"\{([0-9]*)(,?)([0-9]*)\}")
 GROUP_NAME = re.compile(r"\?P?<([^>=!][^>]*)>")
 FLAGS = re.compile(r"\?([a-zA-Z]*)(?:-([a-zA-Z]+))?([:)])")
@@ -81,7 +81,7 @@ class _Parser:
         return found
 
     def alternatives(self) -> Alternatives:
-        """Up to a closing parenthesis or the end."""
+        """Read up to a closing parenthesis or the end."""
         self._depth += 1
         if self._depth > MAX_GROUPS:
             raise PatternError(f"has more than {MAX_GROUPS} groups within groups")
@@ -104,7 +104,7 @@ class _Parser:
         return Alternatives((*options, tuple(items)))
 
     def _flags_ahead(self) -> bool | None:
-        """Takes `(?i)` and the like; whether case is ignored from there on. None: no flags here."""
+        """Take flags such as `(?i)`. Returns whether they ignore case; None if there are no flags here."""
         found = FLAGS.match(self.text, self.pos + 1) if self._peek() == "(" else None
         if found is None or found[3] != ")" or not found[1]:
             return None
@@ -140,7 +140,7 @@ class _Parser:
             atom = Repeat(atom, least, most, is_possessive)
 
     def _atom(self) -> Node | None:
-        """One item; None for what means nothing, like a comment."""
+        """Read one item; None for a comment, which matches nothing."""
         start = self.pos
         if self._peek() == "(":
             return self._group()
@@ -179,7 +179,7 @@ class _Parser:
         return Look(make, body) if isinstance(make, str) else Group(body, **make)
 
     def _group_kind(self, start: int) -> str | dict[str, bool]:
-        """What comes behind a parenthesis: the opening of a look-around, or the properties of the group."""
+        """Read what follows a parenthesis: the opening of a look-around, or the attributes of the group."""
         for opening in ("?=", "?!", "?<=", "?<!"):
             if self._take(opening):
                 return opening
@@ -202,11 +202,11 @@ class _Parser:
         return self._numbered(self._names[name])
 
     def _numbered(self, number: int) -> Node:
-        """A reference to a group; within the group itself, it is empty."""
+        """A reference to a group; empty within the group itself."""
         return Group(Alternatives(((),))) if number in self._open else Backreference(number)
 
     def _escape(self) -> Node:
-        """Behind a backslash, outside of a class."""
+        """Read an escape outside of a class, after its backslash."""
         char = self._peek()
         if char in ("b", "B"):
             self.pos += 1
@@ -223,7 +223,7 @@ class _Parser:
         return found if isinstance(found, CharClass) else CharClass(((found, found),))
 
     def _escaped(self) -> CharClass | int:
-        """What a backslash gives in a class and outside: a set, or one character."""
+        """Read an escape that is valid in a class and outside: a set, or one character."""
         char = self._peek()
         if not char:
             raise PatternError("ends with a backslash")
@@ -235,7 +235,7 @@ class _Parser:
         return self._escaped_char(char)
 
     def _escaped_char(self, char: str) -> int:
-        """The one character that a backslash and `char`, which has been taken, stand for."""
+        """The one character of an escape whose `char` has been taken."""
         code: int | None = CONTROLS.get(char)
         if char in DIGITS_OF_CODE:
             code = self._code(DIGITS_OF_CODE[char])
@@ -293,7 +293,7 @@ class _Parser:
         return self._escaped()
 
     def _range_end(self, low: int) -> int:
-        """The end of the range that `low` begins; `low` itself where none follows."""
+        """The end of the range that begins with `low`; `low` itself if there is no range."""
         start = self.pos
         if not self._take("-") or self._peek() in ("", "]"):
             self.pos = start
@@ -308,7 +308,7 @@ class _Parser:
 
 
 def _in_order(ranges: list[tuple[int, int]]) -> Ranges:
-    """The same characters as sorted ranges that do not touch."""
+    """The same characters in sorted ranges, with those that touch joined."""
     joined: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if joined and low <= joined[-1][1] + 1:

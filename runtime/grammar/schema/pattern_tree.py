@@ -1,4 +1,4 @@
-"""The tree of a regular expression, and what its shorthands stand for in JavaScript.
+"""The tree of a regular expression, and the characters of JavaScript's shorthands.
 
 Knows nothing of how a pattern is read or written: `runtime/grammar/schema/pattern_parser.py` and
 `runtime/grammar/schema/patterns.py` do that.
@@ -28,7 +28,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """An item `least` to `most` times; None: no limit. Whether it is lazy changes no match of the whole."""
+    """An item `least` to `most` times; None: no limit. Laziness is not kept: it changes no match of a whole text."""
 
     item: "Node"
     least: int
@@ -46,7 +46,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Backreference:
-    """What a group matched, once more."""
+    """The text that a group matched, again."""
 
     number: int
 
@@ -104,7 +104,7 @@ POSIX: dict[str, Ranges] = {
 
 
 def complement(ranges: Ranges) -> Ranges:
-    """All other characters. The ranges must be in order."""
+    """All characters outside the ranges, which must be in order."""
     found, start = [], 0
     for low, high in ranges:
         if low > start:

@@ -1,12 +1,12 @@
-r"""Patterns of JSON schemas, which are JavaScript's, for the two engines that run them here.
+r"""Translates JavaScript patterns of JSON schemas for the two engines that run them here.
 
-The grammar's engine (Rust's syntax, no look-around, no back-references) holds the answer to the pattern while it is
-written. The `regex` package checks what that engine cannot express, when the answer is complete. JavaScript differs
+The grammar's engine (Rust's syntax, no look-around, no back-references) enforces the pattern while the answer is
+written. The `regex` package checks the rest when the answer is complete. JavaScript differs
 from both: `\/` and `\-`, `\uXXXX`, `[^]`, what `\d`, `\s` and `.` stand for, where `$` matches. So a pattern is read
 into a tree (`runtime/grammar/schema/pattern_parser.py`) and written anew for each, with every class spelled out.
 
-A part that the grammar cannot have is left out there: look-around, word boundaries, anchors in the middle. The pattern
-for the grammar then matches more than the original, never less.
+The grammar's pattern leaves out look-around, word boundaries and anchors in the middle. Then it matches more than the
+original, never less.
 """
 
 from collections.abc import Sequence
@@ -49,14 +49,14 @@ def translate_pattern(pattern: str) -> Pattern:
 
 
 class _GrammarWriter:
-    """Writes a tree for the grammar's engine and notices what had to be left out."""
+    """Writes a tree for the grammar's engine; `is_exact` tells whether nothing was left out."""
 
     def __init__(self) -> None:
         self.is_exact = True
 
     def write(self, node: Node, *, is_first: bool, is_last: bool) -> str:
-        """`is_first` and `is_last`: nothing that takes characters comes before, or after, within the pattern. Anchors
-        work nowhere else in this engine."""
+        """`is_first` and `is_last`: no item that matches characters comes before, or after, within the pattern. Only
+        there do anchors work in this engine."""
         text = ""
         match node:
             case CharClass():
@@ -118,7 +118,7 @@ def _write_whole(node: Node) -> str:
         case Look():
             text = f"({node.opening}{_write_whole(node.body)})"
         case Backreference():
-            # To JavaScript a group that has not taken part is empty.
+            # In JavaScript a group that has not matched is empty.
             text = rf"(?({node.number})\g<{node.number}>|)"
         case Repeat():
             text = _repeated(f"(?:{_write_whole(node.item)})", node) + ("+" if node.is_possessive else "")

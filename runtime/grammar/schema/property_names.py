@@ -1,7 +1,7 @@
-"""What a JSON schema says about the names of properties, in the terms that the compiler has.
+"""Rewrites what a JSON schema says about names of properties into keywords that the compiler has.
 
 The compiler knows `properties`, `patternProperties` whose patterns exclude each other, and `additionalProperties`.
-`propertyNames` becomes one of these where that means the same. Schemas are those of `runtime/grammar/schema/repair.py`.
+`propertyNames` becomes one of these where it means the same. Schemas are those of `runtime/grammar/schema/repair.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from runtime.grammar.schema.repair import PlacedSchema, Schema
 
 Translate = Callable[[str, Place], Pattern]
 MAX_PATTERNS = 50
-"""Each of them is compared with all others."""
+"""Each pattern is compared with all others."""
 MAX_HOPS = 8
-"""References to references that are followed."""
+"""Longest chain of references that is followed."""
 
 
 class PropertyRules(NamedTuple):
-    """schema: the same, its patterns in the compiler's syntax; left_out: keywords that are not in it any more."""
+    """schema: rewritten, with patterns in the compiler's syntax; left_out: keywords that it no longer has."""
 
     schema: PlacedSchema
     left_out: tuple[str, ...]
@@ -33,7 +33,7 @@ def property_rules(
 ) -> PropertyRules:
     """Rewrite the keywords about names.
 
-    may_overlap: keep patterns that are not known to exclude each other; the compiler knows better, and may refuse.
+    may_overlap: keep patterns that may match the same name; the compiler decides, and may refuse them.
     """
     if "propertyNames" not in schema and "patternProperties" not in schema:
         return PropertyRules(schema, ())
@@ -51,7 +51,7 @@ def property_rules(
 
 
 def _translate_patterns(schema: PlacedSchema, translate: Translate, *, may_overlap: bool) -> bool:
-    """Whether the compiler can have the patterns of `patternProperties`, which then are in its syntax."""
+    """Put the patterns of `patternProperties` into the compiler's syntax; False if it cannot take them."""
     place = schema.place.inside("patternProperties")
     given = schema.get("patternProperties", {})
     patterns = {pattern: translate(pattern, place.inside(pattern)) for pattern in given}
@@ -69,7 +69,7 @@ def _translate_patterns(schema: PlacedSchema, translate: Translate, *, may_overl
 
 
 def _widen(schema: PlacedSchema) -> None:
-    """Without `patternProperties` their values may stand under any name that is not declared."""
+    """Drop `patternProperties`: their values may then have any name that is not declared."""
     items = schema.pop("patternProperties").values()
     others = schema.get("additionalProperties", True)
     if others not in ({}, True):
@@ -87,7 +87,7 @@ def _resolved(names: Schema, definitions: Mapping[str, Schema]) -> Schema:
 
 
 def _restrict_names(schema: PlacedSchema, names: Schema, translate: Translate) -> bool:
-    """Add what `propertyNames` says to a schema without it; False if the compiler has no words for that."""
+    """Express `propertyNames` by other keywords; False if that is impossible."""
     if names is False:
         names = {"enum": []}
     if names is True or _without_type(names) == {}:
@@ -100,7 +100,7 @@ def _restrict_names(schema: PlacedSchema, names: Schema, translate: Translate) -
     if keywords.keys() == {"enum"}:
         _declare(schema, keywords["enum"])
         return True
-    # A name that is declared would have to meet the pattern's schema, too.
+    # A declared name would have to match the pattern's schema as well.
     if schema.get("properties"):
         return False
     pattern, is_exact = _name_pattern(keywords, schema, translate)
@@ -111,14 +111,14 @@ def _restrict_names(schema: PlacedSchema, names: Schema, translate: Translate) -
 
 
 def _without_type(names: dict[str, Any]) -> dict[str, Any]:
-    """Names are strings: the type says nothing, unless it excludes them."""
+    """Drop `type`, since names are strings; keep it if it excludes strings."""
     kinds = names.get("type", "string")
     is_string = "string" in ([kinds] if isinstance(kinds, str) else kinds)
     return {keyword: value for keyword, value in names.items() if keyword != "type" or not is_string}
 
 
 def _declare(schema: PlacedSchema, names: list[Any]) -> None:
-    """Make these names the only ones."""
+    """Allow these names alone."""
     others = schema.get("additionalProperties", True)
     declared = {name: item for name, item in schema.get("properties", {}).items() if name in names}
     for name in names:
@@ -129,7 +129,7 @@ def _declare(schema: PlacedSchema, names: list[Any]) -> None:
 
 
 def _name_pattern(keywords: dict[str, Any], schema: PlacedSchema, translate: Translate) -> tuple[str | None, bool]:
-    """A pattern, in the compiler's syntax, that names of a schema match, and whether it says all about them."""
+    """A pattern in the compiler's syntax that valid names match, and whether it is exact."""
     if "pattern" in keywords:
         pattern = translate(keywords["pattern"], schema.place.inside("propertyNames", "pattern"))
         return pattern.grammar, pattern.is_exact and len(keywords) == 1
@@ -140,7 +140,7 @@ def _name_pattern(keywords: dict[str, Any], schema: PlacedSchema, translate: Tra
 
 
 def _beginning(tree: Alternatives) -> list[Ranges] | None:
-    """Which characters a text that matches begins with, one set for each place; None if it may begin with any."""
+    """The sets of characters with which a match begins, one for each position; None if it may begin with any."""
     if len(tree.options) != 1 or not tree.options[0]:
         return None
     first, *others = tree.options[0]
@@ -167,7 +167,7 @@ def _first_sets(nodes: list[Node]) -> list[Ranges]:
 
 
 def _exclude(one: list[Ranges] | None, other: list[Ranges] | None) -> bool:
-    """Whether no text begins both ways."""
+    """Whether no text can begin both ways."""
     if one is None or other is None:
         return False
     return any(not _overlap(mine, theirs) for mine, theirs in zip(one, other, strict=False))

@@ -1,18 +1,17 @@
-"""What a grammar can hold of a JSON schema, and the list of what it cannot.
+"""Reduces a JSON schema to what a grammar can enforce, and lists what it leaves out.
 
-Each keyword is kept, written another way that means the same, or left out. What is left out makes the grammar wider,
-never narrower: every valid answer can still be written. `runtime/grammar/schema/check.py` looks at the rest when the
-answer is complete. The limits are llguidance's (https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md).
+Each keyword is kept, rewritten without change of meaning, or left out. Leaving out makes the grammar wider, never
+narrower: every valid answer can still be written. `runtime/grammar/schema/check.py` checks the rest when the answer is
+complete. The limits are llguidance's (https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md).
 Schemas are those of `runtime/grammar/schema/repair.py`.
 """
 
-import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from runtime.errors import InvalidRequest
-from runtime.grammar.limits import MAX_MULTIPLE
+from runtime.grammar.limits import Multiples
 from runtime.grammar.schema.disjoint import Disjointness, type_of
 from runtime.grammar.schema.formats import GRAMMAR_FORMATS, PATTERNS
 from runtime.grammar.schema.pattern_parser import PatternError
@@ -22,23 +21,23 @@ from runtime.grammar.schema.refs import Place
 from runtime.grammar.schema.repair import PlacedSchema, Schema
 
 MAX_ITEMS = 100_000
-"""Most items or properties that the grammar counts: it has a rule for each."""
+"""Most items or properties that the grammar counts, with a rule for each."""
 EXACT_NUMBER = 2**53
-"""Numbers are 64-bit floats to the compiler: up to here every whole number is itself."""
+"""The compiler reads numbers as 64-bit floats, which are exact for whole numbers up to here."""
 LEAST_DECIMAL = 1e-4
-"""Smaller numbers are written with an exponent, and a constant of the grammar is written without."""
+"""Smaller numbers are written with an exponent, and constants of the grammar are not."""
 MAX_PATTERN_CHARS = 100_000
-"""As many as the compiler's source may have; reading them takes 0.3 s."""
+"""Most characters of all patterns, as of the compiler's source; reading them takes 0.3 s."""
 MAX_DECIMALS = 9
-"""Of `multipleOf`: the compiler counts its steps in 32 bits."""
+"""Most decimals of `multipleOf`: the compiler counts its steps in 32 bits."""
 APPLICATORS = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
 NEVER_HELD = ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems")
 ROOT_NAME = "#"
 
 
 class Reduced(NamedTuple):
-    """schema: for the compiler; left_out: the places of keywords that are not in it; is_exact: nothing else in it is
-    looser than in the original, such as a bound beyond what the compiler can count."""
+    """schema: for the compiler; left_out: the places of keywords that it lacks; is_exact: whether nothing else in it is
+    looser than in the original. A bound beyond what the compiler can count is."""
 
     schema: Schema
     left_out: list[Place]
@@ -46,9 +45,9 @@ class Reduced(NamedTuple):
 
 
 class _Keyword(NamedTuple):
-    """One keyword of a schema, and the new schema that it goes into.
+    """One keyword of a schema, and the new schema `out` that is being written.
 
-    is_merged: the schema is joined with others by `allOf`, `$ref` and the like.
+    is_merged: the schema is combined with others by `allOf`, `$ref`, `anyOf` or `oneOf`
     """
 
     name: str
@@ -62,9 +61,9 @@ class _Keyword(NamedTuple):
 
 
 def reduce_schema(schema: Schema, *, param: str, is_strict: bool) -> Reduced:
-    """What of a schema goes into the grammar.
+    """Reduce a schema to what goes into the grammar.
 
-    is_strict: leave a question open to the compiler, which may refuse it, where asking is better than leaving out.
+    is_strict: in doubt keep a keyword, which the compiler may refuse, instead of leaving it out.
     Raises InvalidRequest, naming `param` and the place, for a pattern that cannot be read.
     """
     if isinstance(schema, bool):
@@ -73,11 +72,10 @@ def reduce_schema(schema: Schema, *, param: str, is_strict: bool) -> Reduced:
 
 
 class _Reduction:
-    """One schema at work.
+    """The reduction of one schema.
 
-    An object whose properties are counted must be whole: the compiler cannot count those of an object that `allOf` and
-    the like put together. So each definition is reduced knowing whether it is merged with others, and again if it is
-    found to be so after all.
+    The compiler cannot count the properties of an object that is combined from several schemas. So each definition is
+    reduced for its own use, and again when a place is found that combines it with others.
     """
 
     def __init__(self, root: dict[str, Any], param: str, *, is_strict: bool) -> None:
@@ -90,7 +88,7 @@ class _Reduction:
         self._left_out: dict[Place, None] = {}
         self._is_exact = True
         self._num_pattern_chars = 0
-        self._steps = _Steps()
+        self._multiples = Multiples()
         self._handlers = self._table()
 
     def run(self) -> Reduced:
@@ -105,7 +103,7 @@ class _Reduction:
         return Reduced(root, list(self._left_out), self._is_exact)
 
     def _table(self) -> dict[str, Callable[[_Keyword], None]]:
-        """What is done with each keyword; with the others nothing, because they mean something to these only."""
+        """The handler of each keyword. Keywords without one are read by the handlers of others."""
         return {
             "type": self._type,
             **dict.fromkeys(("required", "minLength", "maxLength"), self._keep),
@@ -168,8 +166,8 @@ class _Reduction:
         at.out[at.name] = at.value
 
     def _type(self, at: _Keyword) -> None:
-        """A type beside references is left out if they have it anyway: the compiler joins what stands side by side,
-        and cannot do that with a schema that contains itself."""
+        """Leave out a type beside references that imply it: the compiler merges neighbours, and cannot merge a schema
+        that contains itself."""
         keywords = at.schema.keys() - {"type"}
         if len(keywords) == 1 and keywords <= APPLICATORS:
             inner = {keyword: at.schema[keyword] for keyword in keywords}
@@ -207,13 +205,13 @@ class _Reduction:
             at.out["anyOf"] = options
 
     def _one_of(self, at: _Keyword) -> None:
-        """One grammar for several options takes what meets any of them."""
+        """`oneOf` as `anyOf`: the grammar accepts an answer that satisfies any of the options."""
         if not self._disjoint.is_exclusive(at.value, at.schema):
             self._leave_out(at.schema, at.name)
         self._any_of(at)
 
     def _negation(self, at: _Keyword) -> None:
-        """`not: {}` is how some generators write what can never be, and the only kind that a grammar has."""
+        """Keep `not: {}`, by which some generators write "never"; a grammar has no other `not`."""
         if at.value in ({}, True):
             at.out["not"] = True
         elif at.value is not False:
@@ -255,14 +253,15 @@ class _Reduction:
             self._is_exact = False
 
     def _bound(self, at: _Keyword) -> None:
-        """A bound beyond what floats count exactly is that of the sender's integers, not of what is meant."""
+        """Leave out a bound beyond exact floats: it is the limit of the sender's integer type."""
         if abs(at.value) <= EXACT_NUMBER:
             at.out[at.name] = at.value
         else:
             self._is_exact = False
 
     def _multiple(self, at: _Keyword) -> None:
-        if self._steps.fits(at.value):
+        num_decimals = -int(Decimal(str(at.value)).as_tuple().exponent)
+        if num_decimals <= MAX_DECIMALS and self._multiples.fits(at.value):
             at.out["multipleOf"] = at.value
         else:
             self._leave_out(at.schema, at.name)
@@ -282,7 +281,8 @@ class _Reduction:
             self._leave_out(at.schema, at.name)
 
     def _property_counts(self, schema: PlacedSchema, out: dict[str, Any], *, is_merged: bool) -> None:
-        """`minProperties` and `maxProperties` where the compiler can count: in a map, or where one property decides."""
+        """Keep `minProperties` and `maxProperties` where the compiler can count: in a map, or with one optional
+        property."""
         required = set(schema.get("required", ()))
         optional = [
             name for name, item in out.get("properties", {}).items() if name not in required and item is not False
@@ -302,35 +302,11 @@ class _Reduction:
             else:
                 self._leave_out(schema, keyword)
         if least > 1:
-            self._is_exact = False  # a name that is not declared may come twice, and counts once
-
-
-class _Steps:
-    """The multiples that the grammar divides by, within the limits that the compiler's check has for all of them."""
-
-    def __init__(self) -> None:
-        self._places = 0
-        self._total = 0
-        self._lcm = 1
-
-    def fits(self, multiple: int | float) -> bool:
-        """Whether one more is within the limits; if so, it is counted."""
-        value = Decimal(str(multiple))
-        exponent = value.as_tuple().exponent
-        places = max(self._places, -exponent if isinstance(exponent, int) else 0)
-        if places > MAX_DECIMALS or value > MAX_MULTIPLE:
-            return False
-        more, scaled = 10 ** (places - self._places), int(value.scaleb(places))
-        total = self._total * more + scaled
-        lcm = math.lcm(self._lcm * more, scaled) if self._total else scaled
-        if total > MAX_MULTIPLE or lcm > MAX_MULTIPLE:
-            return False
-        self._places, self._total, self._lcm = places, total, lcm
-        return True
+            self._is_exact = False  # an undeclared name may come twice, which the schema counts once
 
 
 def _is_written_exactly(value: Any) -> bool:
-    """Whether the grammar's text for a constant is one that means the same number."""
+    """Whether the grammar writes a constant as text of the same value."""
     if isinstance(value, dict):
         return all(map(_is_written_exactly, value.values()))
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Where a `$ref` of a JSON schema points to, within the one document that a request brings.
+"""Resolves each `$ref` of a JSON schema within the one document of the request.
 
 Pointers (`#/$defs/a`, `#/properties/x`), `$id` and draft 4's `id`, `$anchor`. Nothing is fetched. Knows nothing of what
 schemas mean. See https://json-schema.org/draft/2020-12/json-schema-core, sections 8 and 9.
@@ -11,18 +11,18 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 MAX_PLACE_CHARS = 200
 MAX_SEEN = 100_000
-"""Objects and lists that are searched for identifiers."""
+"""Most objects and lists that are searched for identifiers."""
 ANCHORS = frozenset(("$anchor", "$dynamicAnchor", "$id", "id"))  # `id: "#name"` is draft 4's anchor
 
 
 class Place(NamedTuple):
-    """Where in a document something stands: the place of what it stands in, and its name or index there."""
+    """A place in a document: the place that contains it, and its name or index there."""
 
     outer: "Place | None"
     name: str | int
 
     def inside(self, *names: str | int) -> "Place":
-        """A place further in. Costs the same however long the path is."""
+        """A place further in. Takes constant time for a path of any length."""
         place = self
         for name in names:
             place = Place(place, name)
@@ -48,7 +48,7 @@ ROOT = Place(None, "")
 
 
 class Target(NamedTuple):
-    """What a reference points to: the schema, the URI that its own references are relative to, and where it stands."""
+    """The target of a reference: the schema, the base URI of its own references, and its place."""
 
     schema: Any
     base: str
@@ -71,7 +71,7 @@ class References:
         self.base = base_of(document, "")
 
     def resolve(self, reference: str, base: str) -> Target | None:
-        """What `reference` points to from a schema whose base is `base`; None if the document does not have it."""
+        """The target of `reference` from a schema with base URI `base`; None if it is not in the document."""
         try:  # urljoin does not know what a fragment is relative to where the base is a URN
             uri, fragment = urldefrag(base + reference if reference.startswith("#") else urljoin(base, reference))
         except ValueError:  # a host in brackets that is no IPv6 address
@@ -81,13 +81,13 @@ class References:
         if known is None and start is not None:
             known = _follow(start, fragment)
         if known is None and reference.startswith("#"):
-            # Schemas that were put together keep their `$id`, and point to the definitions of the whole.
+            # Bundled schemas keep their own `$id`, and refer to definitions of the whole document.
             known = _follow(Target(self._document, self.base, ROOT), reference[1:])
         return known
 
 
 def base_of(schema: Any, base: str) -> str:
-    """The base of what stands in `schema`, which itself stands where `base` is."""
+    """The base URI inside `schema`, which itself has the base `base`."""
     if not isinstance(schema, dict):
         return base
     found = schema.get("$id", schema.get("id"))
@@ -119,7 +119,7 @@ def _named(root: Target) -> Iterator[Target]:
 
 
 def _follow(start: Target, pointer: str) -> Target | None:
-    """What a JSON pointer leads to; names in it may be percent-encoded."""
+    """The target of a JSON pointer, whose names may be percent-encoded."""
     if pointer in ("", "/"):
         return start
     if not pointer.startswith("/"):

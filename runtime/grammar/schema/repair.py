@@ -1,47 +1,49 @@
-"""JSON schemas as people send them, made into one dialect: that of draft 2020-12, with every reference resolved.
+"""Rewrites JSON schemas of many dialects as draft 2020-12, with every reference resolved.
 
-    null                          for any keyword but `const`: the keyword is absent; for a schema: anything
-    []                            where a schema or a map is expected (PHP writes its empty maps so): an empty one
+    null                          as a keyword's value, except `const`: the keyword is absent; as a schema: anything
+    []                            for a schema or a map (PHP's empty map): an empty one
     5.0                           for a count: 5
-    nullable: true                (OpenAPI 3.0): null is allowed, too
-    items: [...], additionalItems, exclusiveMinimum: true, id, `$ref` without regard to what stands beside it: draft 4-7
+    nullable: true                (OpenAPI 3.0): null is allowed as well
+    items: [...], additionalItems, exclusiveMinimum: true, id, `$ref` that replaces its neighbours: drafts 4 to 7
     required: true                of a property (draft 3): its name is added to `required` of the object
     STRING, any                   types of the Gemini API and of draft 3
-    format: ...                   says nothing unless `runtime/grammar/schema/formats.py` has it
+    format: ...                   dropped unless `runtime/grammar/schema/formats.py` has it
     $ref                          to the document itself: to `#/$defs/d1`; elsewhere: refused
 
-What is left is what constrains: descriptions, examples, `x-...` and unknown keywords are gone. What the grammar can do
-with the rest is `runtime/grammar/schema/reduction.py`'s.
+Only keywords that constrain remain: descriptions, examples, `x-...` and unknown keywords are dropped.
+`runtime/grammar/schema/reduction.py` decides what goes into the grammar.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from runtime.errors import InvalidRequest
 from runtime.grammar.schema.formats import FORMATS
 from runtime.grammar.schema.refs import ROOT, Place, References, Target, base_of
 
 Schema = bool | dict[str, Any]
+Json = TypeVar("Json", list[Any], dict[str, Any], str, bool)
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 MAX_DEPTH = 64
-"""Levels of schemas within schemas. The compiler's JSON reader takes 128 levels, and a property has two."""
+"""Deepest nesting of schemas. The compiler's JSON reader takes 128 levels, and a property takes two."""
 MAX_SCHEMAS = 20_000
-"""More than the compiler's source has room for. A part that references point into counts again for each."""
+"""Most schemas, more than the compiler's source has room for. A referenced part counts once for each reference."""
 UNREACHABLE_COUNT = 10_000_000
-"""No answer has more characters, items or properties: a maximum beyond it says nothing."""
+"""No answer has more characters, items or properties: a greater maximum is dropped."""
 EXACT_INTEGER = 2**53
-"""Up to here a whole number written with a point is the same as without."""
+"""Floats up to this are exact for whole numbers."""
 DRAFT = re.compile(r"/draft-0([3-7])/")
-"""In a `$schema` with one of these a `$ref` replaces what stands beside it."""
+"""Drafts, in `$schema`, in which a `$ref` replaces its neighbours."""
 SINCE_DRAFT = {"contains": 6, "propertyNames": 6, "if": 7, "then": 7, "else": 7}
-"""Keywords that say nothing in an earlier one."""
+"""Keywords by the draft that introduced them; earlier drafts ignore them."""
+KINDS = {list: "a list", dict: "an object", str: "a string", bool: "true or false"}
 IN_PLACE = frozenset(("$ref", "allOf", "anyOf", "oneOf", "not", "if", "const"))
 
 
 class PlacedSchema(dict[str, Any]):
-    """A schema that knows where it stands in the request."""
+    """A schema with its place in the request."""
 
     __slots__ = ("place",)
 
@@ -51,9 +53,9 @@ class PlacedSchema(dict[str, Any]):
 
 
 def repair_schema(schema: Any, *, param: str) -> Schema:
-    """The same schema in draft 2020-12; its objects are PlacedSchemas.
+    """Rewrite a schema as draft 2020-12; its objects become PlacedSchemas.
 
-    Raises InvalidRequest, naming `param` and the place, for what is no schema or points nowhere.
+    Raises InvalidRequest, naming `param` and the place, for a malformed schema or an unresolved reference.
     """
     try:
         return _Repair(schema, param).run()
@@ -62,13 +64,13 @@ def repair_schema(schema: Any, *, param: str) -> Schema:
 
 
 class _Repair:
-    """One schema at work."""
+    """The repair of one schema."""
 
     def __init__(self, document: Any, param: str) -> None:
         self._document = document
         self._param = param
         self._references = References(document)
-        self._names: dict[int, tuple[str, Target]] = {}  # by identity, which the target here keeps from being reused
+        self._names: dict[int, tuple[str, Target]] = {}  # by id(); the target kept here keeps that id in use
         self._pending: list[tuple[str, Target]] = []
         self._num_schemas = 0
         declared = document.get("$schema") if isinstance(document, dict) else None
@@ -90,7 +92,7 @@ class _Repair:
         return InvalidRequest(f"{self._param}: the JSON schema {problem}, at {place.shown()}", param=self._param)
 
     def _table(self) -> dict[str, Callable[[Any, Place, str, int], Any]]:
-        """How the value of each keyword is read. The others say nothing about an answer."""
+        """The reader of each keyword's value. Other keywords do not constrain an answer."""
         one, several, named, lists = self._schema, self._schemas, self._schema_map, self._name_lists
         table: dict[str, Callable[[Any, Place, str, int], Any]] = {
             **dict.fromkeys(("additionalProperties", "propertyNames", "unevaluatedProperties"), one),
@@ -104,12 +106,12 @@ class _Repair:
             **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._number),
             "multipleOf": self._positive,
             "type": self._type,
-            "enum": lambda value, place, *_: [_whole(item) for item in self._list(value, place)],
+            "enum": lambda value, place, *_: [_whole(item) for item in self._of(list, value, place)],
             "const": lambda value, *_: _whole(value),
             "required": lambda value, place, *_: self._names_in(value, place),
-            "uniqueItems": lambda value, place, *_: self._flag(value, place) or None,
-            "pattern": lambda value, place, *_: self._text(value, place),
-            "format": lambda value, place, *_: found if (found := self._text(value, place)) in FORMATS else None,
+            "uniqueItems": lambda value, place, *_: self._of(bool, value, place) or None,
+            "pattern": lambda value, place, *_: self._of(str, value, place),
+            "format": lambda value, place, *_: found if (found := self._of(str, value, place)) in FORMATS else None,
         }
         return table
 
@@ -145,7 +147,7 @@ class _Repair:
         return is_known and keyword in self._keywords
 
     def _finished(self, found: PlacedSchema, schema: dict[str, Any]) -> Schema:
-        """What no keyword can say alone."""
+        """Apply what depends on several keywords: draft 3's `required` and `nullable`."""
         marked = schema.get("properties")
         required = [name for name, inner in marked.items() if _is_marked(inner)] if isinstance(marked, dict) else []
         if required:
@@ -155,12 +157,12 @@ class _Repair:
         return found
 
     def _reference(self, schema: dict[str, Any], place: Place, base: str) -> str | None:
-        """The new name of what a schema refers to; None if it refers to nothing, or to anything."""
+        """The new `$ref` of a schema; None if it has none, or if its target allows anything."""
         keyword = next((key for key in ("$ref", "$recursiveRef", "$dynamicRef") if schema.get(key) is not None), None)
         if keyword is None:
             return None
         place = place.inside(keyword)
-        reference = self._text(schema[keyword], place)
+        reference = self._of(str, schema[keyword], place)
         target = self._references.resolve(reference, base)
         if target is None:
             raise self._refuse(f"refers to {reference[:100]!r}, which is not in it and is not fetched", place)
@@ -170,7 +172,7 @@ class _Repair:
             return None
         known = self._names.get(id(target.schema)) if isinstance(target.schema, dict) else None
         if known is None:
-            # Names of the client's never reach the compiler.
+            # The client's names never reach the compiler.
             known = (f"d{len(self._names)}", target)
             self._names[id(target.schema) if isinstance(target.schema, dict) else id(target)] = known
             self._pending.append(known)
@@ -178,14 +180,14 @@ class _Repair:
         return f"#/$defs/{name}"
 
     def _schemas(self, value: Any, place: Place, base: str, depth: int) -> list[Schema] | None:
-        items = self._list(value, place)
+        items = self._of(list, value, place)
         return [self._schema(item, place.inside(idx), base, depth) for idx, item in enumerate(items)] or None
 
     def _schema_map(
         self, value: Any, place: Place, base: str, depth: int, *, may_be_names: bool = False
     ) -> dict[str, Any]:
         read: dict[str, Any] = {}
-        for name, item in self._map(value, place).items():
+        for name, item in self._of(dict, value, place).items():
             inner = place.inside(name)
             if may_be_names and isinstance(item, list | str):
                 read[name] = self._names_in([item] if isinstance(item, str) else item, inner)
@@ -194,38 +196,22 @@ class _Repair:
         return read
 
     def _name_lists(self, value: Any, place: Place, base: str, depth: int) -> dict[str, list[str]]:
-        return {name: self._names_in(item, place.inside(name)) for name, item in self._map(value, place).items()}
+        return {name: self._names_in(item, place.inside(name)) for name, item in self._of(dict, value, place).items()}
 
     def _names_in(self, value: Any, place: Place) -> list[str]:
         if isinstance(value, bool):  # draft 3's, of a property: see _finished
             return []
-        names = self._list(value, place)
+        names = self._of(list, value, place)
         if not all(isinstance(name, str) for name in names):
             raise self._refuse("must have a list of names", place)
         return list(dict.fromkeys(names))
 
-    def _list(self, value: Any, place: Place) -> Sequence[Any]:
-        if value == {}:
-            return []
-        if not isinstance(value, list):
-            raise self._refuse("must have a list", place)
-        return value
-
-    def _map(self, value: Any, place: Place) -> dict[str, Any]:
-        if value == []:
-            return {}
-        if not isinstance(value, dict):
-            raise self._refuse("must have an object", place)
-        return value
-
-    def _text(self, value: Any, place: Place) -> str:
-        if not isinstance(value, str):
-            raise self._refuse("must have a string", place)
-        return value
-
-    def _flag(self, value: Any, place: Place) -> bool:
-        if not isinstance(value, bool):
-            raise self._refuse("must have true or false", place)
+    def _of(self, kind: type[Json], value: Any, place: Place) -> Json:
+        """The value, which must be of this JSON type. An empty list and an empty object stand for each other."""
+        if kind in (list, dict) and value in ([], {}):
+            return kind()
+        if not isinstance(value, kind):
+            raise self._refuse(f"must have {KINDS[kind]}", place)
         return value
 
     def _count(self, value: Any, place: Place, *_: Any) -> int | None:
@@ -248,7 +234,7 @@ class _Repair:
         return number
 
     def _type(self, value: Any, place: Place, *_: Any) -> str | list[str] | None:
-        names = [self._text(name, place).lower() for name in (value if isinstance(value, list) else [value])]
+        names = [self._of(str, name, place).lower() for name in (value if isinstance(value, list) else [value])]
         if "any" in names:
             return None
         for name in names:
@@ -260,7 +246,7 @@ class _Repair:
 
 
 def _whole(value: Any) -> Any:
-    """The same JSON value, with whole numbers as integers, which the compiler wants to see written so."""
+    """The same JSON value with whole numbers as integers, as the compiler requires."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_INTEGER:
         return int(value)
     if isinstance(value, list):
@@ -271,7 +257,7 @@ def _whole(value: Any) -> Any:
 
 
 def _modern(schema: dict[str, Any]) -> dict[str, Any]:
-    """Keywords that changed their meaning since draft 4, in today's."""
+    """Rewrite keywords whose meaning has changed since draft 4."""
     modern: dict[str, Any] = {}
     for keyword, value in schema.items():
         if keyword == "items" and isinstance(value, list):

@@ -1,7 +1,7 @@
-"""A JSON schema of a request, as the grammar's compiler takes it and as the complete answer is held against it.
+"""Translates the JSON schema of a request for the grammar's compiler and for the check of the complete answer.
 
-Two steps: `runtime/grammar/schema/repair.py` makes the many dialects into one, `runtime/grammar/schema/reduction.py`
-takes from that what a grammar can hold. Whoever asks for `strict` is told what is missing instead.
+`runtime/grammar/schema/repair.py` turns many dialects into one; `runtime/grammar/schema/reduction.py` then takes what a
+grammar can enforce. A `strict` schema that needs more is refused, with the keywords named.
 """
 
 import json
@@ -13,24 +13,23 @@ from runtime.grammar.schema.reduction import reduce_schema
 from runtime.grammar.schema.repair import repair_schema
 
 MAX_NAMED = 20
-"""Most places that are named in a header."""
+"""Most places that a response header names."""
 MAX_REFUSED = 3
-"""Most that are named in an error."""
+"""Most places that an error names."""
 
 
 class TranslatedSchema(NamedTuple):
-    """source: JSON for the compiler; late_checks: what is left for the complete answer, one or none."""
+    """source: JSON for the compiler; late_checks: for the complete answer, one or none."""
 
     source: str
     late_checks: tuple[LateCheck, ...] = ()
 
 
 def translate_schema(schema: Any, *, param: str, is_strict: bool, tool: str | None = None) -> TranslatedSchema:
-    """Make a schema of the wild one that compiles. Costs time in proportion to the schema's size.
+    """Translate a client's schema into one that compiles, in time linear in its size.
 
-    tool: the function whose arguments it is for. Raises InvalidRequest, naming `param` and the place, if it is no
-    schema, or if `is_strict` and the grammar cannot hold all of it.
-    """
+    tool: the function whose arguments it describes. Raises InvalidRequest, naming `param` and the place, for a
+    malformed schema, or if `is_strict` and the grammar cannot enforce all of it."""
     repaired = repair_schema(schema, param=param)
     try:
         reduced = reduce_schema(repaired, param=param, is_strict=is_strict)

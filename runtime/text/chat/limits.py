@@ -1,9 +1,9 @@
-"""How much a chat template may do in one rendering, and the counting of it.
+"""Limits on the work of one rendering of a chat template, and the code that counts it.
 
     steps       rounds of loops, calls, operations and filters; a long operand counts as several
     characters  of every text that is made, counted before it is made
 
-`Instrument` puts counting into a parsed template, where Jinja has no hook for it. Knows nothing of messages.
+`Instrument` adds counting to a parsed template where Jinja has no hook. Knows nothing of messages.
 """
 
 from collections.abc import ItemsView, KeysView, ValuesView
@@ -17,27 +17,28 @@ from jinja2.visitor import NodeTransformer
 MAX_STEPS = 1_000_000
 """Some seconds at most. Long ordinary prompts (thousands of messages, a hundred tools) take a tenth of it."""
 MAX_CHARS = 128_000_000
-"""All texts made in one rendering: eight times the longest prompt, for templates that put it together in stages."""
+"""Characters of all texts made in one rendering: eight times the longest prompt, for templates that build it in
+stages."""
 MAX_REPEAT = 1_000_000
 """Longest string that `*` makes, most values in a list, and largest whole number given to a filter."""
 MAX_POWER = 1_000
 """Largest base and exponent of `**`."""
 MAX_BITS = 4_096
-"""Of a product of whole numbers."""
+"""Longest product of whole numbers."""
 MAX_WIDTH = 9_999
-"""Of a padded or formatted value, and of an indent."""
+"""Largest width of a padded or formatted value, and of an indent."""
 NODE_CHARS = 8
-"""What a value inside a list or an object counts, beside its text."""
+"""Counted for each value in a list or object, in addition to its text."""
 CHARS_PER_STEP = 4_096
 ITEMS_PER_STEP = 16
 
 
 class TemplateLimitError(SecurityError):
-    """The template does more than a rendering may."""
+    """The template exceeds a limit."""
 
 
 class Meter:
-    """What one rendering has done so far."""
+    """Counts the work of one rendering."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -54,9 +55,9 @@ class Meter:
 
 
 def weight(value: Any) -> int:
-    """About the length of a value as text. A list that is in another one twice counts twice, as it would in a text.
+    """The approximate length of a value as text. A list that is twice in another one counts twice, as in the text.
 
-    Raises TemplateLimitError for more than MAX_REPEAT values: a few lists inside each other can stand for any length.
+    Raises TemplateLimitError for more than MAX_REPEAT values: a few nested lists can have a text of any length.
     """
     if isinstance(value, str):
         return len(value)
@@ -105,7 +106,7 @@ class Instrument(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802  # as in Jinja
         self.generic_visit(node)
         operands: list[nodes.Compare | nodes.Operand] = [node, *node.ops]
-        # Equality with a constant is short, however large the other side; a search in it is not.
+        # A comparison with a constant is fast, however large the other side; a search in it is not.
         is_short = any(isinstance(operand.expr, nodes.Const) for operand in operands)
         if not is_short or any(operand.op in ("in", "notin") for operand in node.ops):
             for operand in operands:

@@ -1,6 +1,6 @@
-"""What a chat template wants of messages beyond OpenAI's form, and messages made so.
+"""Finds how a chat template needs messages to differ from OpenAI's form, and adapts them.
 
-What it wants is found by rendering a short conversation when it is loaded.
+The needs are found by rendering a short conversation when the template is loaded.
 
     arguments of calls    an object, or JSON text, which templates like DeepSeek's join to other text
     content beside calls  text, or none: some templates write the calls only of a message without content
@@ -42,12 +42,12 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]]], str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateNeeds:
-    """How a template takes messages that call.
+    """How a template needs messages with tool calls.
 
     text_arguments: arguments as JSON text instead of an object
-    no_call_content: content that is empty has to be None
-    apart: a message that says something and calls has to become two
-    short_ids: ids have nine letters and digits
+    no_call_content: None instead of empty content
+    apart: a message with content and calls as two messages
+    short_ids: ids of nine letters and digits
     """
 
     text_arguments: bool = False
@@ -60,7 +60,7 @@ NO_NEEDS = TemplateNeeds()
 
 
 def probed(render: Render) -> TemplateNeeds:
-    """The needs of a template; those of none where it writes no calls, whatever their form."""
+    """The needs of a template; NO_NEEDS if it writes calls in no form."""
     for short_ids, text_arguments, no_call_content in product((False, True), repeat=3):
         needs = TemplateNeeds(text_arguments=text_arguments, no_call_content=no_call_content, short_ids=short_ids)
         if _writes_call(render, needs):
@@ -73,7 +73,7 @@ def probed(render: Render) -> TemplateNeeds:
 
 
 def _writes_call(render: Render, needs: TemplateNeeds, *, content: str = "") -> bool:
-    """Whether a call of an earlier turn is in the prompt as the model would have written it."""
+    """Whether the prompt contains a call of an earlier turn as the model would have written it."""
     function = {"name": _NAME, "arguments": _ARGUMENTS}
     call_id = _PROBE_ID if needs.short_ids else _LONG_ID
     calls = [{"id": call_id, "type": "function", "function": function}]
@@ -85,7 +85,7 @@ def _writes_call(render: Render, needs: TemplateNeeds, *, content: str = "") -> 
         {"role": "user", "content": "d"},
     ]
     try:
-        # The tools are described as well, so what belongs to the call has to be there once more.
+        # The prompt describes the tools too, so the call must add another mention of the name.
         without = render([conversation[0]], [_TOOL])
         text = render(adapted(conversation, needs), [_TOOL])
     except InvalidRequest:
@@ -97,7 +97,7 @@ def _writes_call(render: Render, needs: TemplateNeeds, *, content: str = "") -> 
 
 
 def adapted(messages: Sequence[Message], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Messages as the template takes them. Those that are so already are not changed."""
+    """Messages as the template needs them."""
     return [changed for message in messages for changed in _adapted(message, needs)]
 
 
@@ -127,7 +127,7 @@ def _adapted_call(call: Message, needs: TemplateNeeds) -> dict[str, Any]:
 
 
 def short_id(call_id: str) -> str:
-    """Nine letters and digits: the id itself if it is such, else always the same for an id."""
+    """An id of nine letters and digits: the id itself if it is one, else its hash."""
     if SHORT_ID.fullmatch(call_id):
         return call_id
     number = int.from_bytes(hashlib.blake2b(call_id.encode(errors="surrogatepass"), digest_size=16).digest())
@@ -135,8 +135,8 @@ def short_id(call_id: str) -> str:
 
 
 def milder_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The conversation for a template that refuses it as it is: with neighbours of the same role as one message, then
-    with system messages at the beginning of the user's. Nothing that is said is left out."""
+    """The conversation for a template that refuses it: first with neighbours of the same role joined, then also with
+    system messages moved into the user's. No text is left out."""
     yield _joined(messages)
     yield _joined(_without_system(messages))
 

@@ -1,4 +1,4 @@
-"""What a request says to the chat template beside its messages: variables, and where the prompt ends.
+"""What a request tells the chat template in addition to its messages: variables, and where the prompt ends.
 
 The names are those of transformers, vLLM and llama.cpp. Knows nothing of Jinja, tokens or HTTP.
 """
@@ -12,13 +12,13 @@ from typing import Any
 from runtime.errors import InvalidRequest
 
 OWN_NAMES = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"})
-"""Variables that have another field of their own, or that the server alone sets."""
+"""Variables that have a request field of their own, or that only the server sets."""
 MAX_VARIABLES = 64
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""What templates call the reasoning of an earlier turn; they are given it under every name, as in transformers."""
+"""Names that templates use for the reasoning of an earlier turn; it is passed under all of them, as in transformers."""
 _OPEN_END = "THE_FINAL_MESSAGE_GOES_ON_HERE "
-"""Put behind a message that is to be continued, to find that place again. Its space tells a template that trims."""
+"""Appended to a message that is to be continued, to find that place again. A template that trims removes its space."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class ChatOptions:
         return values
 
     def unread(self, reads: Collection[str]) -> list[str]:
-        """The fields that are without effect, since the template does not read them."""
+        """The fields that have no effect because the template does not read them."""
         fields = [f"chat_template_kwargs.{name}" for name in self.variables if name not in reads]
         fields += [name for name in self._named() if name not in reads]
         if self._stands_for_thinking(reads):
@@ -77,7 +77,7 @@ class ChatOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     def _stands_for_thinking(self, reads: Collection[str]) -> bool:
-        """Whether the effort "none" is said to the template by the variable that it reads."""
+        """Whether the effort "none" reaches the template as `enable_thinking`."""
         return self.reasoning_effort == "none" and "reasoning_effort" not in reads and "enable_thinking" in reads
 
 
@@ -85,7 +85,7 @@ DEFAULT_CHAT = ChatOptions()
 
 
 def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a message in which its reasoning has every name that templates know it by."""
+    """A copy of a message with its reasoning under every name that templates use."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return dict(message)
@@ -93,7 +93,7 @@ def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def opened(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages with a mark behind the last one's content. InvalidRequest if that cannot be continued."""
+    """The messages with a mark appended to the last one. InvalidRequest if that cannot be continued."""
     last = messages[-1]
     if not isinstance(last.get("content"), str) or last.get("tool_calls"):
         raise InvalidRequest(
@@ -104,10 +104,10 @@ def opened(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def cut_at_open_end(prompt: str, content: str) -> str:
-    """The prompt up to the mark that `opened` put behind the last message's `content`.
+    """The prompt up to the mark that `opened` appended to the last message's `content`.
 
-    InvalidRequest if the template leaves the message out or changes it. A template that trims messages has lost the
-    space behind the mark; then the spaces at the end of the content are left out as well, as in transformers.
+    InvalidRequest if the template leaves the message out or changes it. If the template trimmed the space after the
+    mark, the spaces at the end of the content are dropped as well, as in transformers.
     """
     place = prompt.rfind(_OPEN_END.strip())
     if place < 0 or content.strip() not in prompt:

@@ -1,8 +1,8 @@
-"""A conversation to token ids: chat template and tokenizer together, with control tokens from the template alone.
+"""Encodes a conversation with chat template and tokenizer. Only the template can write control tokens.
 
-An ordinary conversation is rendered and encoded as transformers does it. Only where a message holds a character that
-marks a control token is it rendered a second time, masked (runtime/text/control_tokens.py), and compared; and only
-where the two differ in their control tokens is it encoded in the secret spelling. Knows nothing of engines or HTTP.
+An ordinary conversation is rendered and encoded as in transformers. If a message contains a character that marks a
+control token, it is rendered a second time, masked (runtime/text/control_tokens.py). If the two renderings differ in
+their control tokens, it is encoded in the secret spelling. Knows nothing of engines or HTTP.
 """
 
 import threading
@@ -45,7 +45,7 @@ class ChatPrompts:
         self._secret: SecretSpelling | None = None
 
     def prepare(self) -> None:
-        """Make the second tokenizer now; otherwise the first message with a control token makes it."""
+        """Make the second tokenizer now instead of at the first message with a control token."""
         if self._control is not None:
             self._spelled(self._control)
 
@@ -60,7 +60,7 @@ class ChatPrompts:
         """Token ids of a conversation. Raises InvalidRequest as the template does, PromptTooLong for one that certainly
         has more than `max_tokens`, Overloaded if too much text is being tokenized.
 
-        Tools, calls and results go through the template if it knows of them, else through messages in plain words.
+        Tools, calls and results go through the template if it reads `tools`, else into plain messages.
         """
         template = self._template.with_tools if tools or _has_calls(messages) else self._template
         if not template.knows_tools:
@@ -82,12 +82,12 @@ class ChatPrompts:
         control = self._control
         if control is None:
             return self._tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-        num_bytes_of(text)  # a surrogate of the client's own is refused: below, surrogates are masks
+        num_bytes_of(text)  # refuses surrogates of the client's own: below, surrogates are masks
         masked = control.masked(values)
         prompt = text if masked == values else _trusted(text, values, masked, control, render)
         if control.places(prompt) == control.places(text):
             ids = self._tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-            # A normalizer may make such a token out of other characters.
+            # A normalizer may turn other characters into such a token.
             if control.num_ids(ids) <= len(control.places(prompt)):
                 return ids
         secret = self._spelled(control)
@@ -114,7 +114,7 @@ def _control_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> ControlToke
 def _trusted(
     text: str, values: Any, masked: Any, control: ControlTokens, render: Callable[[Mapping[str, Any]], str]
 ) -> str:
-    """The prompt `text` in which the template alone has written control tokens; `text` itself if no other is in it."""
+    """The prompt whose control tokens are the template's own; `text` itself if it contains no others."""
     try:
         prompt = render(masked)
     except InvalidRequest as error:
@@ -125,7 +125,7 @@ def _trusted(
                 param="messages",
             ) from error
         return text
-    # A template that looks at these characters writes another prompt; an ordinary conversation is to get its own.
+    # A template that reads these characters renders something else; an ordinary conversation must keep its prompt.
     is_same = control.unmasked(prompt) == text
     return prompt if is_same or _holds_tokens(values, masked, control) else text
 
@@ -135,7 +135,7 @@ def _has_calls(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _holds_tokens(value: Any, masked: Any, control: ControlTokens) -> bool:
-    """Whether a string of the conversation holds a token that masking hides."""
+    """Whether a string of the conversation contains a token that masking hides."""
     if isinstance(value, str):
         return value != masked and control.places(value) != control.places(masked)
     if isinstance(value, Mapping):

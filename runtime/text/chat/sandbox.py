@@ -1,10 +1,10 @@
-"""Where chat templates run: Jinja set up as transformers sets it up, in a sandbox with limits on work and memory.
+"""The environment in which chat templates run: Jinja as transformers sets it up, with limits on work and memory.
 
-A template comes with a model, and is a program. It reaches no internals of Python and changes nothing: that is Jinja's
-sandbox. How much it does is counted (runtime/text/chat/limits.py), and what could make much out of little is checked
-before it runs: repetitions, powers, widths, replacements, joins, splits, indents, nested lists turned to text. So a
-rendering ends within seconds and a few hundred megabytes, whatever the template. Filters and methods that no chat
-template needs, and that would need checks of their own, are not there. Knows nothing of messages or tokens.
+A template is a program that comes with a model. Jinja's sandbox keeps it from Python's internals and from changing
+values. Its work is counted (runtime/text/chat/limits.py), and operations that make much out of little are checked
+before they run: repetitions, powers, widths, replacements, joins, splits, indents, nested lists turned to text. So any
+rendering ends within seconds and a few hundred megabytes. Filters and methods that no chat template needs, and that
+would need checks of their own, are removed. Knows nothing of messages or tokens.
 """
 
 import json
@@ -45,7 +45,7 @@ PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 SPLITTING = frozenset({"split", "rsplit", "splitlines"})
 NOT_THERE = frozenset({"urlize", "wordwrap", "pprint", "xmlattr", "filesizeformat", "random", "wordcount", "striptags"})
 CHEAP = frozenset({"attr", "count", "d", "default", "first", "last", "length", "reverse", "safe"})
-"""Filters whose time does not depend on what is inside a list."""
+"""Filters whose time does not depend on the values in a list."""
 SORTING = frozenset({"sort", "dictsort", "unique", "min", "max", "groupby"})
 STRUCTURAL = SORTING | {"batch", "items", "list", "map", "reject", "rejectattr", "select", "selectattr", "slice", "sum"}
 """Filters that turn no list or object into text."""
@@ -53,7 +53,7 @@ COMPARING = frozenset({"eq", "equalto", "==", "ne", "!=", "gt", "ge", "lt", "le"
 
 
 class TemplateRefusalError(TemplateError):
-    """The template itself says that it does not take the messages."""
+    """The template called `raise_exception`."""
 
 
 class _GenerationTag(Extension):
@@ -67,7 +67,7 @@ class _GenerationTag(Extension):
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """The environment of a chat template. In each thread it renders one thing at a time, inside `metered`."""
+    """The environment of a chat template. Each thread renders one template at a time, inside `metered`."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -91,7 +91,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def metered(self) -> Iterator[None]:
-        """Count what is rendered inside."""
+        """Count the work done inside."""
         self._local.meter = Meter()
         try:
             yield
@@ -99,20 +99,20 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             self._local.meter = None
 
     def charge(self, *, steps: int = 1, chars: int = 0) -> None:
-        """Count work. Raises TemplateLimitError where it is too much; outside of `metered`, for a single operation:
+        """Count work. Raises TemplateLimitError beyond a limit. Outside of `metered` it counts a single operation:
         Jinja computes constants when it compiles."""
         meter: Meter | None = getattr(self._local, "meter", None)
         (meter or Meter()).charge(steps=steps, chars=chars)
 
-    # What the instrumented template calls.
+    # Called by the instrumented template.
 
     def tick(self, num_chars: int) -> bool:
-        """Another round of a loop, which writes so many characters of the template's own."""
+        """Count a round of a loop, which writes so many literal characters of the template."""
         self.charge(chars=num_chars)
         return True
 
     def written(self, value: Any) -> Any:
-        """A value that is written."""
+        """Count a value that is written."""
         self.charge(chars=weight(value))
         return value
 
@@ -122,13 +122,13 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return "".join(map(str, values))
 
     def weighed(self, value: Any) -> Any:
-        """One side of a comparison, or what is searched."""
+        """Count one side of a comparison, or a value that is searched."""
         if isinstance(value, str | list | tuple | dict):
             self.charge(steps=1 + weight(value) // CHARS_PER_STEP)
         return value
 
     def sliced(self, value: Any) -> Any:
-        """What a slice is taken of."""
+        """Count a value that is sliced."""
         if isinstance(value, str | list | tuple):
             self.charge(chars=len(value) * (1 if isinstance(value, str) else NODE_CHARS))
         return value
@@ -184,7 +184,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def _check_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a method of a string runs."""
+        """Check and count a method of a string before it runs."""
         if name not in STRING_METHODS:
             raise SecurityError(f"the method {name} of a string is not there")
         self.charge(steps=len(text) // CHARS_PER_STEP)
@@ -205,7 +205,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         old, new = str(old), str(new)
         self.charge(chars=max(0, text.count(old) * (len(new) - len(old))))
 
-    def _joinable(self, separator: str, values: Any, attribute: Any = None) -> list[Any]:
+    def _joinable(self, separator: str, values: Any) -> list[Any]:
         items = list(values)
         self.charge(chars=len(separator) * len(items) + weight(items))
         return items
@@ -223,7 +223,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return formatted
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that counts, and is checked before it runs where it makes much out of little."""
+        """A filter whose work is checked and counted before it runs."""
         num_before = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment, given by Jinja
 
         @wraps(function)
@@ -238,7 +238,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return guarded
 
     def _before_filter(self, name: str, value: Any, options: list[Any]) -> Any:
-        """Check and count what a filter is given; returns the value to give it."""
+        """Check and count the arguments of a filter; returns the value to pass to it."""
         largest = _largest(options)
         if largest > (MAX_BITS if name == "round" else MAX_REPEAT):
             raise TemplateLimitError(f"{largest:,} is too large for the filter {name}")
@@ -295,7 +295,7 @@ def _largest(values: list[Any]) -> int:
 
 
 def _largest_number(form: str) -> int:
-    """The largest number that is written in a format; too large a one where it has too many digits to matter."""
+    """The largest number written in a format; above MAX_WIDTH if it has more digits than that."""
     digits = "".join(char if char.isdecimal() else " " for char in form).split()
     return max((int(number) if len(number) <= len(str(MAX_WIDTH)) else MAX_WIDTH + 1 for number in digits), default=0)
 

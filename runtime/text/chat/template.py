@@ -1,8 +1,7 @@
-"""A model's chat template: messages to the text of the prompt, rendered in a sandbox as transformers does it.
+"""Renders a model's chat template, in a sandbox, as transformers does.
 
-The template comes with the model and is not trusted: runtime/text/chat/sandbox.py bounds what it reaches, and the time
-and memory that it takes. Knows nothing about tokens.
-"""
+The template comes with the model and is not trusted: runtime/text/chat/sandbox.py limits its access, time and memory.
+Knows nothing about tokens."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOOL_USE = "tool_use"
-"""The name of the template for conversations with tools, where a model has several."""
+"""The name of the template for conversations with tools, if a model has several."""
 
 MAX_OUTPUT_CHARS = 16_000_000
-"""Longest rendered prompt: far beyond any context, yet small beside the memory of a server."""
+"""Longest rendered prompt: beyond any context, and small for a server's memory."""
 
 
 class _RefusedError(InvalidRequest):
-    """The template says that it does not take the messages."""
+    """The template refuses the messages."""
 
 
 class ChatTemplate:
@@ -56,7 +55,7 @@ class ChatTemplate:
         self._needs = probed(lambda messages, tools: self._rendered(self._values(messages, tools=tools)))
 
     def _refuse_bomb(self, where: str) -> None:
-        """A template that does too much for one word will do so for every prompt."""
+        """Refuse a template that exceeds a limit on a message of one word."""
         from runtime.text.chat.limits import TemplateLimitError
 
         try:
@@ -69,12 +68,12 @@ class ChatTemplate:
 
     @property
     def knows_tools(self) -> bool:
-        """Whether it can be told of tools."""
+        """Whether it reads the variable `tools`."""
         return "tools" in self.reads
 
     @property
     def knows_reasoning(self) -> bool:
-        """Whether it looks at the reasoning of earlier turns."""
+        """Whether it reads the reasoning of earlier turns."""
         return not self._words.isdisjoint(REASONING)
 
     def render(
@@ -90,10 +89,9 @@ class ChatTemplate:
         the last message, which is to be continued.
 
         `tools` are functions in OpenAI's form; a template for which `knows_tools` is false ignores them. `variables`
-        are the client's. A template that refuses the roles as they come (no system message, or roles that have to
-        alternate) is given them in a milder form, with every text still in it. InvalidRequest if a variable has a name
-        that is not the client's to set, or if the template refuses the messages, fails on them or writes too much.
-        """
+        are the client's. If the template refuses the roles (no system message, or roles that must alternate), the
+        messages are joined until it takes them, with no text left out. InvalidRequest if a client may not set one of
+        the variables, or if the template refuses the messages, fails on them or writes too much."""
         for name in variables:
             if name in self._own_names:
                 raise InvalidRequest(
@@ -122,7 +120,7 @@ class ChatTemplate:
             raise refusal
 
     def adapted(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with calls as this template takes them (runtime/text/chat/needs.py)."""
+        """Messages with calls as this template needs them (runtime/text/chat/needs.py)."""
         return adapted(messages, self._needs)
 
     @property
@@ -167,7 +165,7 @@ class ChatTemplate:
             raise _RefusedError(
                 f"the model's chat template does not take these messages: {error}", param="messages"
             ) from error
-        except Exception as error:  # the template is a program of the model's author: it can raise anything
+        except Exception as error:  # the template is a program and can raise anything
             raise InvalidRequest(
                 f"the model's chat template does not take these messages: {error}", param="messages"
             ) from error

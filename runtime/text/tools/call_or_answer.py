@@ -1,9 +1,8 @@
-"""Answers that are tool calls or have a form, as `tools` together with `response_format` ask: one grammar of both, and
-which of the two an answer is.
+"""Answers that are tool calls or follow a `response_format`: one grammar for both, and a parser that tells them apart.
 
-A form can look like a call: without tags a call is JSON as well. Under such a grammar calls begin with one of a few
-texts, to the letter, so the beginning decides, and an answer in the form is never taken for a call on the way. Only a
-form that itself begins with such a text leaves a doubt; then it is a call. Knows nothing of tokens or HTTP.
+An answer in the form may look like a call: without tags a call is JSON as well. But under this grammar every call
+begins with one of a few exact texts, so the beginning decides. A form that itself begins with such a text is read as a
+call. Knows nothing of tokens or HTTP.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,13 +15,13 @@ from runtime.text.tools.formats import Tool, ToolFormat, call_head, calls_gramma
 from runtime.text.tools.parser import ToolCallParser, ToolPiece
 
 MAX_GBNF_CHARS = 4_000
-"""Longest grammar in llama.cpp's notation beside tools. It is translated on the thread of the request, in a time that
-grows with the square of its length."""
+"""Longest grammar in llama.cpp's notation beside tools. Its translation, on the request's thread, takes quadratic
+time."""
 
 
 def calls_or(answer: Constraint, form: ToolFormat, tools: Sequence[Tool], *, is_parallel: bool) -> Constraint:
-    """What holds an answer to calls of the tools, or else to the form that `answer` says. InvalidRequest for a grammar
-    in llama.cpp's notation that is too long or cannot be read."""
+    """The constraint for an answer that is either calls of the tools or what `answer` allows. InvalidRequest for a
+    grammar in llama.cpp's notation that is too long or cannot be read."""
     calls = calls_grammar(form, tools, is_parallel=is_parallel, start="calls")
     # A grammar within a grammar: its rules may have the names of ours.
     source = f"start: calls | answer\n{calls}\nanswer: %lark {{\n{_in_lark(answer)}\n}}"
@@ -40,13 +39,13 @@ def _in_lark(answer: Constraint) -> str:
         )
     try:
         return to_lark(answer.kind.value, answer.source)
-    except Exception as error:  # whatever the readers stumble over
+    except Exception as error:  # the readers raise anything
         message = f"{answer.param}: the {answer.kind} cannot be read: {error}"[:400]
         raise InvalidRequest(message, param=answer.param) from None
 
 
 class CallOrAnswerParser:
-    """Finds the calls as `ToolCallParser` does, in answers that begin with a call's head; all other text is said."""
+    """Finds calls as `ToolCallParser` does, in answers that begin with the head of a call; other answers are text."""
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
         self._parser = ToolCallParser(form, names)
@@ -75,7 +74,7 @@ class CallOrAnswerParser:
         return [ToolPiece(text)] if text else []
 
     def finish(self) -> list[ToolPiece]:
-        """What was held back, now that no more will come."""
+        """The rest that was held back, at the end of the answer."""
         if self._is_call:
             return self._parser.finish()
         return [ToolPiece(self._start)] if self._start else []

@@ -1,10 +1,10 @@
-"""How models write tool calls: one row per format, the grammar that forces calls, and a prompt for templates without.
+"""Formats of tool calls: a row each, the grammar that forces calls, and a prompt for templates that know no tools.
 
     hermes   <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>        Hermes, Qwen 2.5, Qwen 3
     llama3   {"name": ..., "parameters": {...}}, maybe after <|python_tag|>     Llama 3.1 and later
-    json     {"name": ..., "arguments": {...}}                                  anything that can be told to
+    json     {"name": ..., "arguments": {...}}                                  models that are told to
 
-Reading calls is `runtime/text/tools/parser.py`'s. Knows nothing of HTTP.
+`runtime/text/tools/parser.py` reads calls. Knows nothing of HTTP.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_CALLS = 16
-"""Most calls in one forced answer: a model that may always add another one need not find an end."""
+"""Most calls in one forced answer: a model that may always add another one might never end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Tool:
 
     parameters: the JSON schema of its arguments, an object's
     is_strict: whether calls must follow all of it
-    compiled: what of it a grammar can hold, as JSON; None: all
+    compiled: the part of it that a grammar can enforce, as JSON; None: all
     """
 
     name: str
@@ -57,7 +57,7 @@ class Tool:
 
 
 def detect_format(template: str | None) -> ToolFormat:
-    """The format that a chat template asks the model for; the generic one if it speaks of none."""
+    """The format that a chat template asks for; the generic one if it names none."""
     if template is None:
         return GENERIC
     if HERMES.opening in template:
@@ -68,7 +68,7 @@ def detect_format(template: str | None) -> ToolFormat:
 
 
 def call_head(form: ToolFormat, name: str) -> str:
-    """The text that a call of this function begins with, in a grammar, up to its arguments."""
+    """The text of a forced call of this function, up to its arguments."""
     before = f"{form.opening}\n" if form.opening else ""
     return f'{before}{{"name": "{name}", "{form.arguments_key}": '
 
@@ -94,8 +94,8 @@ def _quoted(text: str) -> str:
 def plain_messages(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: ToolFormat
 ) -> list[dict[str, Any]]:
-    """Messages for a chat template that knows nothing of tools: they are explained in the system message, calls are
-    the assistant's text and results the user's."""
+    """Messages for a chat template without tools: the system message explains the tools, calls become the assistant's
+    text, and results become the user's."""
     plain = list(_without_calls(messages, form))
     if tools:
         told = plain.pop(0)["content"] + "\n\n" if plain and plain[0]["role"] == "system" else ""

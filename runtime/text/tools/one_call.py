@@ -1,7 +1,7 @@
-"""A text stream that ends with its first tool call: `parallel_tool_calls: false`, where no grammar sees to that.
+"""A text stream that ends with its first tool call: `parallel_tool_calls: false`, where no grammar enforces it.
 
-The engine asks the stream of each request whether it is complete, after every token, drafted or not. So the request
-ends in that very step and its slot is free; nothing is generated that a client would never see. Knows nothing of HTTP.
+After every token the engine asks the stream of the request whether it is complete. So the request ends in that step,
+and no tokens are generated that the client would never see. Knows nothing of HTTP.
 """
 
 from runtime.core import TextPiece, TextStream
@@ -9,7 +9,7 @@ from runtime.text.tools.parser import ToolCallParser
 
 
 class OneCallText:
-    """The text of another stream, up to the end of the first call that `parser` finds in it."""
+    """Another stream's text, up to the end of the first call that `parser` finds in it."""
 
     def __init__(self, text: TextStream, parser: ToolCallParser) -> None:
         self._text = text
@@ -26,7 +26,7 @@ class OneCallText:
         return self._cut(self._text.finish(end_id))[0]
 
     def _cut(self, text: str) -> tuple[str, bool]:
-        """The text up to the end of the call, and whether it has come."""
+        """The text up to the end of the call, and whether the call has ended."""
         for idx, char in enumerate(text):
             self._parser.push(char)
             if self._parser.num_ended:

@@ -1,8 +1,8 @@
-"""Tool calls out of a stream of text, piece by piece: what is said, which call begins, its arguments as they grow.
+"""Parses a stream of text into plain text and tool calls, whose arguments come as they grow.
 
-Text that may yet be the beginning of a call is held back, so no part of a tag is ever shown. A call begins with its
-arguments, once its name is known and is one of the tools'; what turns out to be no call is text after all. Knows
-nothing of tokens or HTTP.
+Text that may be the beginning of a call is held back, so no part of a tag is ever shown. A call begins with its
+arguments, once its name is known to be a tool's. What turns out to be no call is given out as text. Knows nothing of
+tokens or HTTP.
 """
 
 import json
@@ -12,20 +12,20 @@ from typing import NamedTuple
 from runtime.text.tools.formats import ToolFormat
 
 ARGUMENT_KEYS = ("arguments", "parameters")
-"""Either is taken in every format: models mix them up."""
+"""Both are accepted in every format: models mix them up."""
 OTHER_KEYS = ("type", "id")
-"""What may stand beside name and arguments. With any other key before its arguments an object is no call."""
+"""Keys allowed beside name and arguments. An object with any other key before its arguments is no call."""
 BETWEEN_CALLS = " \t\r\n;,]"
-"""What bare calls are separated by, the brackets of a list included."""
+"""Characters between bare calls, the brackets of a list included."""
 WHITESPACE = " \t\r\n"
 MAX_SPACE = 1_000
-"""Characters of white space that are held back, since a call may follow them."""
+"""Most characters of white space that are held back because a call may follow."""
 
 
 class ToolPiece(NamedTuple):
-    """What a piece of text came to: `text` that is said (`call_idx` None), or a call.
+    """A piece of plain `text` (`call_idx` None), or of a call.
 
-    The first piece of a call has its `name`, those after it `arguments` only: JSON text, to be joined.
+    The first piece of a call has its `name`, later ones only `arguments`: JSON text to concatenate.
     """
 
     text: str = ""
@@ -35,7 +35,7 @@ class ToolPiece(NamedTuple):
 
 
 class CallReader:
-    """Reads the JSON object of one call, character by character; hands out its arguments before its end."""
+    """Reads the JSON object of one call character by character; gives out its arguments before its end."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.name: str | None = None
@@ -47,11 +47,11 @@ class CallReader:
         self._value: list[str] = []
         self._depth = 0
         self._in_string = self._is_escaped = False
-        self._arguments: list[str] | None = None  # those not yet taken; None: none were seen
+        self._arguments: list[str] | None = None  # not yet taken; None: none have come
 
     @property
     def has_begun(self) -> bool:
-        """Whether this is certainly a call: its name is one of the tools', and arguments begin or none will come."""
+        """Whether this is certainly a call: its name is a tool's, and its arguments have begun or it is complete."""
         is_sound = self.name is not None and not self.is_broken
         return is_sound and (self._arguments is not None or self.is_complete)
 
@@ -65,7 +65,8 @@ class CallReader:
         self._step(char)
 
     def take_arguments(self) -> str:
-        """What has come of the arguments since the last time. A complete call without any has an empty object."""
+        """The arguments that have come since the last call of this. A complete call without arguments has an empty
+        object."""
         if self._arguments is None:
             if not self.is_complete:
                 return ""
@@ -174,7 +175,7 @@ class ToolCallParser:
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
         self.num_calls = 0
         self.num_ended = 0
-        """Calls whose end has come, or which broke off after they had begun."""
+        """Calls that have ended, or broke off after they had begun."""
         self._form = form
         self._names = frozenset(names)
         self._held = ""  # not yet decided
@@ -185,16 +186,16 @@ class ToolCallParser:
         self._pieces: list[ToolPiece] = []
 
     def push(self, text: str) -> list[ToolPiece]:
-        """Add text; return what is now certain."""
+        """Add text; return the pieces that are now certain."""
         self._held += text
         while self._held and self._step():
             pass
         return self._taken()
 
     def finish(self) -> list[ToolPiece]:
-        """What was held back, now that no more will come. A call that has begun stays as far as it came."""
+        """The pieces that were held back, at the end of the answer. A call that has begun stays as it is."""
         rest = "" if self._has_begun else "".join(self._raw) + self._held
-        if rest.strip() or not self.num_calls:  # space around calls is no part of what is said
+        if rest.strip() or not self.num_calls:  # space around calls is no text
             self._say(rest)
         self._held, self._raw = "", []
         return self._taken()
@@ -207,7 +208,7 @@ class ToolCallParser:
         if text:
             self._pieces.append(ToolPiece(text))
 
-    # Each step takes from `_held` what it can and returns whether to go on; False waits for more text.
+    # Each step takes what it can from `_held`. It returns whether to go on; False waits for more text.
 
     def _in_text(self) -> bool:
         """Tagged formats: text up to an opening tag."""
@@ -292,8 +293,8 @@ class ToolCallParser:
         self._step = self._before_closing if self._form.closing else self._between
 
     def _break_call(self) -> None:
-        """No call after all: its text is said. A call that has begun cannot be taken back; what is behind its arguments
-        is said."""
+        """It is no call: give out its text. A call that has begun cannot be taken back; then only the text after its
+        arguments is given out."""
         self._say("".join(self._raw))
         self._raw = []
         if self._has_begun:
@@ -312,7 +313,7 @@ class ToolCallParser:
         return True
 
     def _to_closing(self) -> bool:
-        """Behind a call that broke off: the rest is said, but for the closing tag."""
+        """After a call that broke off: give out the rest without the closing tag."""
         before, tag, after = self._held.partition(self._form.closing)
         if tag:
             self._say(before)
@@ -325,7 +326,7 @@ class ToolCallParser:
 
 
 def _is_no_object(text: str | None) -> bool:
-    """Whether arguments that are text hold JSON of another kind: nobody could take such a call, the server neither."""
+    """Whether arguments that came as text are JSON of another type than object, which no client could use."""
     try:
         return text is not None and not isinstance(json.loads(text), dict | None)
     except (ValueError, RecursionError):
@@ -333,7 +334,7 @@ def _is_no_object(text: str | None) -> bool:
 
 
 def _without_end_space(text: str) -> str:
-    """A text without the last white space that may be held back."""
+    """A text without its final white space, up to the most that may be held back."""
     return text[:-MAX_SPACE] + text[-MAX_SPACE:].rstrip(WHITESPACE)
 
 
