@@ -39,7 +39,7 @@ from runtime.artifact.manifest import (
     open_artifact,
     read_manifest,
 )
-from runtime.artifact.plan_files import ENGINES, engine_files
+from runtime.artifact.plan_files import ENGINES, plans_of
 from runtime.errors import HeadraceError, InvalidSetting
 
 HERE = Path(__file__).parent
@@ -204,11 +204,11 @@ def _copy_artifact(artifact: Artifact, target: Path, stack: Stack, *, keeps_cali
         files[RECEIPT] = file_entry(target / RECEIPT)
     listed = read_manifest(artifact.path).engines
     engines = {}
-    for engine in engine_files(artifact, check_hashes=True):
-        if engine.problem is None and engine.info is not None and engine.info.target == stack.target:
+    for plan in plans_of(artifact, check_hashes=True):
+        if plan.problem is None and plan.info is not None and plan.info.target == stack.target:
             (target / ENGINES).mkdir(exist_ok=True)
-            description = engine.plan.with_suffix(".json")
-            for part in (engine.plan, description):
+            description = plan.path.with_suffix(".json")
+            for part in (plan.path, description):
                 shutil.copy(part, target / ENGINES / part.name)
             engines[description.name] = listed[description.name]
     manifest = replace(artifact.manifest, files=files, engines=engines)

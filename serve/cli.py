@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.backends.registry import add_engine_flags, engine_settings
 from runtime.errors import InvalidArtifact, InvalidSetting
 from runtime.settings import EngineSettings, SharedSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from runtime.backends.select import Backend
+    from runtime.backends.backend import Backend
     from runtime.text_model import MemoryUse, TextModel
     from serve.model_registry import ModelRegistry, ModelSource
     from serve.observe.engine_metrics import ServerMetrics
@@ -31,18 +32,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-failed", action="store_true", help="serve even if the receipt says the gate failed")
     parser.add_argument("--ask", metavar="TEXT", help="when ready, send this as a chat request and print the answer")
     add_flags(parser, ServerSettings)
-    add_flags(parser, EngineSettings)
+    add_engine_flags(parser)
     return parser
 
 
-def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) -> int:
+def main(argv: list[str], *, backends: "Sequence[Backend] | None" = None) -> int:
     """Run the server; the exit code is 0 after a signal, 2 if it could not start.
 
-    `backends` are what --device chooses from, by default those of runtime/backends/select.py.
+    `backends` are what --device chooses from, by default those of runtime/backends/registry.py.
     """
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
-    engine = from_namespace(EngineSettings, args)
+    engine = engine_settings(args)
     paths = read_paths(args)
     shared = share_memory(engine, list(paths.values()), allow_failed=args.allow_failed)
 
@@ -55,7 +56,7 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
 
 
 def _source(
-    name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
+    name: str, path: str, engine: EngineSettings, *, allow_failed: bool, backends: "Sequence[Backend] | None"
 ) -> "ModelSource":
     """How to open one artifact, and to see whether it has changed since."""
     from serve.model_registry import ModelSource

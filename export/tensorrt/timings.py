@@ -9,12 +9,12 @@ from typing import Any
 
 from export.artifact.writer import file_entry, write_whole
 from runtime.artifact.manifest import FileEntry
-from runtime.artifact.plan_files import EngineIdentity
+from runtime.artifact.plan_files import PlanIdentity
 
 SUFFIX = ".timings"
 
 
-def timings_file(directory: Path, identity: EngineIdentity) -> Path:
+def timings_file(directory: Path, identity: PlanIdentity) -> Path:
     """Where the cache of one library release and GPU lies."""
     return directory / f"{identity.target}-{'+'.join(identity.gpus)}-{identity.version}{SUFFIX}"
 

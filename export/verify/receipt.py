@@ -23,7 +23,7 @@ from export.verify.parity import HEAD, figure_name, four_ways, parity_figures, r
 from export.verify.references import Reference, ReferenceLogits
 from export.verify.widen_bf16 import runnable
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.progress import progress_bar
 from runtime.session.scoring import Distance, score, windows_of
 from runtime.session.session import Batch, Session

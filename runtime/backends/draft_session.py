@@ -7,6 +7,7 @@ there nothing is speculated.
 from dataclasses import replace
 
 from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.backends.ort.cpu import OrtCpu
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import default_budget
 from runtime.session.session import Session, SessionInfo
@@ -36,11 +37,11 @@ def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) ->
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
     ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token
-    return replace(settings, device="cpu", kv_memory=max(1, budget * ours // (ours + its)))
+    return replace(settings, device=OrtCpu.name, kv_memory=max(1, budget * ours // (ours + its)))
 
 
 def open_draft_session(draft: Artifact, target: SessionInfo, settings: EngineSettings) -> Session:
     """The draft model with a slot for each of the target's, as long."""
-    from runtime.backends.ort.cpu_session import OrtSession
+    from runtime.backends.ort.session import OrtSession
 
     return OrtSession.open(draft, num_slots=target.num_slots, capacity=target.capacity, threads=settings.threads)

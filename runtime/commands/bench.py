@@ -18,7 +18,7 @@ from runtime.settings import check_at_least
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
-    from runtime.backends.ort.cpu_session import OrtSession
+    from runtime.backends.ort.session import OrtSession
     from runtime.commands.bench_runs import EngineRun, StepTimes
     from runtime.commands.roofline import Machine, Peaks
     from runtime.text_model import TextModel

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
 from runtime.machine.memory import default_budget

@@ -1,7 +1,7 @@
 """What the engine asks of a model: run token rows against KV slots, in place.
 
 An implementation owns the KV cache: for each layer one K and one V array `[num_slots, kv_heads, capacity,
-head_dim]`. It knows nothing about requests, sampling or text. ONNX Runtime's is `runtime/backends/ort/cpu_session.py`.
+head_dim]`. It knows nothing about requests, sampling or text. ONNX Runtime's is `runtime/backends/ort/session.py`.
 """
 
 from collections.abc import Iterator

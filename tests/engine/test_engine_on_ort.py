@@ -12,7 +12,8 @@ from export.calibration.dataset import CalibrationOptions
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.ort.cpu_session import WHOLE_ROWS, OrtSession
+from runtime.backends.ort.graph import WHOLE_ROWS
+from runtime.backends.ort.session import OrtSession
 from runtime.core import FinishReason, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator

@@ -9,7 +9,7 @@ import pytest
 from export.model.architectures import ARCHITECTURES
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.session.session import Batch
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint
 

@@ -13,7 +13,7 @@ from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.model import Int8Options
 from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, open_artifact, sha256_of
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.errors import InvalidSetting
 from tests.graph.test_export_parity import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny_checkpoint import VARIANTS, config_of, write_checkpoint

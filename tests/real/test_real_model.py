@@ -10,7 +10,7 @@ from export.pipeline.export_model import ExportOptions, export_model
 from export.sources.default_model import default_model_file
 from export.verify.receipt import greedy
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.text.tokenizer import Tokenizer
 from tests.graph.test_export_parity import run_in_pieces, run_ragged
 

@@ -22,7 +22,8 @@ MAY_IMPORT = {
 # folder, or a single module beside the folders; what no row names belongs to the folder above it.
 ROOMS = {
     "runtime": """errors progress machine settings core artifact session text grammar grammar.schema text.tools
-        text.chat engine backends.cuda backends.ort backends.tensorrt backends text_model commands""",
+        text.chat engine backends.cuda backends.environment backends.backend backends.nvidia backends.ort
+        backends.tensorrt backends text_model commands""",
     "export": """storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
         checks artifact verify calibration quantize.rounding quantize.statistics quantize.int8 quantize.int4 quantize
         graph graph.portable pipeline tensorrt cli""",

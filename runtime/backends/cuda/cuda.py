@@ -23,7 +23,7 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def load_cuda() -> "Cuda":
+def open_cuda() -> "Cuda":
     """CUDA through cuda-python, on the first visible device. DeviceUnavailable says what is missing."""
     try:
         from cuda.bindings import runtime

@@ -8,16 +8,10 @@ from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import NamedTuple
 
+from runtime.artifact.manifest import CacheNames
 from runtime.backends.cuda.cuda import ALIGNMENT, Cuda
 from runtime.backends.cuda.rows import RowStage
 from runtime.session.host_rows import HostRows
-
-
-class CacheNames(NamedTuple):
-    """The graph's names of one cache tensor, as input and as output."""
-
-    past: str
-    present: str
 
 
 class CacheAddresses(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda.cuda import Cuda, aligned
+from runtime.session.feeds import LOG_SUM, LOGITS, TOP_IDS, TOP_LOGITS
 from runtime.session.session import TopRows
-from runtime.session.trt_inputs import LOG_SUM, LOGITS, TOP_IDS, TOP_LOGITS
 
 
 class Part(NamedTuple):
