@@ -44,6 +44,8 @@ from runtime.errors import HeadraceError, InvalidSetting
 
 HERE = Path(__file__).parent
 COPIED = ("start.sh", "headrace.service")
+EXTRAS = ("cpu",)
+"""Of setup.cfg, packed for every device: the CPU is what DEVICE=auto falls back to."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def make_bundle(
 
 
 def requirements() -> list[str]:
-    """Every package Headrace needs, its dependencies' dependencies too, at the version that is installed here.
+    """Every package Headrace and EXTRAS need, their dependencies too, at the version that is installed here.
 
     For a stack with another processor or Python these are the same releases; what that lacks, pip names there.
     """
@@ -162,6 +164,7 @@ def requirements() -> list[str]:
     config = configparser.ConfigParser()
     config.read(HERE.parent / "setup.cfg")
     lines = config["options"]["install_requires"].splitlines()
+    lines += [line for extra in EXTRAS for line in config["options.extras_require"][extra].splitlines()]
     waiting = [Requirement(line) for line in lines if line and not line.startswith("#")]
     while waiting:
         requirement = waiting.pop()

@@ -1,6 +1,9 @@
 """Choosing what runs a model: the device that was named, or the first that works, with the reason in the log."""
 
+import configparser
 import logging
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -222,3 +225,22 @@ def test_speculation_over_an_int8_cache_is_refused_before_anything_is_loaded(tmp
 def test_an_unknown_device() -> None:
     with pytest.raises(InvalidSetting, match="--device must be one of auto, tensorrt, cuda, cpu, got 'gpu'"):
         device_name("gpu")
+
+
+@pytest.mark.parametrize("verb", ["export", "verify"])
+def test_without_onnx_runtime_a_verb_names_the_extra(bare: Artifact, tmp_path: Path, verb: str) -> None:
+    arguments = {
+        "export": ["export", str(bare.path.parent / "checkpoint"), "--out", str(tmp_path / "out")],
+        "verify": ["verify", str(bare.path)],
+    }[verb]
+    code = f"import sys; sys.modules['onnxruntime'] = None; import headrace; sys.exit(headrace.main({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install 'headrace[cpu]'" in done.stderr
+
+
+def test_no_extra_is_installed_unasked() -> None:
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[2] / "setup.cfg")
+    assert "onnxruntime" not in config["options"]["install_requires"]
+    assert {"cpu", "cuda", "rtx", "tensorrt"} <= set(config["options.extras_require"])

@@ -61,6 +61,7 @@ def test_every_make_target_and_variable_is_named() -> None:
         "TARGET",
         "GPU",
         "DEVICE",
+        "EXTRA",
         "PORT",
         "JOBS",
     ):

@@ -31,17 +31,19 @@ CPU_FLOOR = (1, 32)
 """The first release whose attention takes a length for each row on the CPU; the graphs have that input."""
 
 
-def load_library(floor: tuple[int, int] = (0, 0)) -> Any:
-    """The onnxruntime module. DeviceUnavailable, with the extra to install, if there is none, or one before `floor`."""
+def load_library(floor: tuple[int, int] | None = None) -> Any:
+    """The onnxruntime module. DeviceUnavailable, with the extra to install, if there is none, or one before `floor`.
+
+    floor: CPU_FLOOR to run on the CPU, None on a GPU
+    """
     try:
         import onnxruntime
     except ImportError as error:
         first_line = str(error).partition("\n")[0]
         raise DeviceUnavailable(
-            f"ONNX Runtime cannot be imported ({first_line}): pip install 'headrace[cpu]', or 'headrace[cuda]' for "
-            "an NVIDIA GPU"
+            f"ONNX Runtime cannot be imported ({first_line}): pip install 'headrace[{'cpu' if floor else 'cuda'}]'"
         ) from error
-    if version_numbers(onnxruntime.__version__)[:2] < floor:
+    if floor is not None and version_numbers(onnxruntime.__version__)[:2] < floor:
         raise DeviceUnavailable(
             f"onnxruntime {onnxruntime.__version__} is too old to run these graphs on the CPU, "
             f"{floor[0]}.{floor[1]} is the first that does: pip install 'headrace[cpu]' in an environment without "
