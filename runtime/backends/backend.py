@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from runtime.backends.environment import Environment
 from runtime.errors import InvalidArtifact
-from runtime.machine.memory import plan_slots
+from runtime.machine.memory import default_budget, plan_slots
+from runtime.settings import share_of
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
@@ -52,6 +53,10 @@ class Backend(ABC):
         """Why no package could make it work on this machine; None if one could."""
         return None
 
+    def passed_over(self, env: Environment) -> Problem | None:
+        """Why `--device auto` does not try it on this machine; None if it does."""
+        return self.missing_hardware(env)
+
     @abstractmethod
     def missing_software(self, env: Environment) -> Iterator[Problem]:
         """What has to be installed, replaced or repaired first."""
@@ -89,3 +94,12 @@ def slots_for(artifact: "Artifact", settings: "EngineSettings", budget: int) -> 
         budget=budget if settings.kv_memory is None else settings.kv_memory,
     )
     return Slots(num_slots, capacity)
+
+
+def host_budget(artifact: "Artifact", settings: "EngineSettings") -> int:
+    """Bytes of the machine's memory for the KV cache, where --kv-memory does not say: this model's share, or most of
+    what is free beside the weights."""
+    if settings.kv_memory is not None:
+        return settings.kv_memory
+    share = share_of(settings)
+    return default_budget(weight_bytes=artifact.weight_bytes) if share is None else share.host_kv

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.backends.backend import Backend
 from runtime.backends.environment import Environment
+from runtime.backends.openvino.backend import OpenVino
 from runtime.backends.ort.cpu import OrtCpu
 from runtime.backends.ort.cuda import OrtCuda
 from runtime.backends.tensorrt.backend import TensorRt
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-BACKENDS: Sequence[Backend] = (TensorRt(), OrtCuda(), OrtCpu())
-"""The fastest first."""
+BACKENDS: Sequence[Backend] = (TensorRt(), OrtCuda(), OrtCpu(), OpenVino())
+"""GPUs first. OpenVINO last: it is slower than ONNX Runtime for a request alone, and nothing is speculated on it."""
 
 
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
@@ -113,14 +114,15 @@ def open_session(
 ) -> "Session":
     """Open an artifact on the device that the settings name; with `auto`, on the first backend that works.
 
-    `auto` passes over a backend whose hardware is not there, and tries the others; the log says why each was left.
+    `auto` passes over what cannot work, like a GPU's backend without a GPU, and tries the others in order; the log says
+    why each was left.
     Raises what the backend raises: InvalidArtifact, InvalidSetting, DeviceUnavailable, DeviceFailed; for `auto`, what
     the last one raises.
     """
     check_settings(settings)
     if settings.device != AUTO:
         return _opened(backend_named(settings.device, "--device", backends=backends), artifact, settings)
-    candidates = list(_with_hardware(backends, environment or Environment()))
+    candidates = list(_worth_trying(backends, environment or Environment()))
     if not candidates:
         raise DeviceUnavailable("no backend can work on this machine; `headrace doctor` says why")
     for backend in candidates[:-1]:
@@ -131,9 +133,9 @@ def open_session(
     return _opened(candidates[-1], artifact, settings)
 
 
-def _with_hardware(backends: Sequence[Backend], env: Environment) -> Iterator[Backend]:
+def _worth_trying(backends: Sequence[Backend], env: Environment) -> Iterator[Backend]:
     for backend in backends:
-        if (problem := backend.missing_hardware(env)) is None:
+        if (problem := backend.passed_over(env)) is None:
             yield backend
         else:
             log.info("not serving on %s: %s", backend.name, problem.what)

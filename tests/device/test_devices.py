@@ -190,7 +190,7 @@ def test_a_flag_that_a_device_would_not_heed_is_refused(flag: str, device: str) 
 
 
 def test_threads_are_the_cpus() -> None:
-    with pytest.raises(InvalidSetting, match="--threads works on --device cpu alone"):
+    with pytest.raises(InvalidSetting, match="--threads works on --device cpu or openvino alone"):
         check_settings(settings(device="cuda", threads=2))
 
 
@@ -223,7 +223,7 @@ def test_speculation_over_an_int8_cache_is_refused_before_anything_is_loaded(tmp
 
 
 def test_an_unknown_device() -> None:
-    with pytest.raises(InvalidSetting, match="--device must be one of auto, tensorrt, cuda, cpu, got 'gpu'"):
+    with pytest.raises(InvalidSetting, match="--device must be one of auto, tensorrt, cuda, cpu, openvino, got 'gpu'"):
         device_name("gpu")
 
 

@@ -17,7 +17,7 @@ from runtime.backends.ort.session import OrtSession
 from runtime.core import FinishReason, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator
-from runtime.session.session import Batch
+from runtime.session.session import Batch, Session
 from tests.support.tiny_checkpoint import config_of, write_checkpoint
 
 CHUNK = 16
@@ -106,7 +106,7 @@ Asked = list[tuple[list[int], SamplingParams]]
 Tokens = list[list[tuple[int | None, float | None]]]
 
 
-def alone(session: OrtSession, asked: Asked, prefill_chunk: int = CHUNK) -> Tokens:
+def alone(session: Session, asked: Asked, prefill_chunk: int = CHUNK) -> Tokens:
     """What each request gets from an engine of its own."""
     tokens = []
     for idx, (prompt, params) in enumerate(asked):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
 ROOMS = {
     "runtime": """errors progress machine settings core artifact session text grammar grammar.schema text.tools
         text.chat engine backends.cuda backends.environment backends.backend backends.nvidia backends.ort
-        backends.tensorrt backends text_model commands""",
+        backends.openvino backends.tensorrt backends text_model commands""",
     "export": """storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
         checks artifact verify calibration quantize.rounding quantize.statistics quantize.int8 quantize.int4 quantize
         graph graph.portable pipeline tensorrt cli""",
@@ -47,6 +47,7 @@ HEAVY = {
     "limits": {"serve"},
     "prometheus_client": {"serve"},
     "onnxruntime": {"runtime", "export"},
+    "openvino": {"runtime"},
     "llguidance": {"runtime"},
 }
 MAX_FILE_LINES = 400

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtime.backends.backend import Backend, Problem, slots_for
+from runtime.backends.backend import Backend, Problem, host_budget, slots_for
 from runtime.backends.environment import Environment, version_numbers
 from runtime.backends.ort.graph import CPU_FLOOR
 
@@ -36,14 +36,8 @@ class OrtCpu(Backend):
 
     def open(self, artifact: "Artifact", settings: "EngineSettings") -> "Session":
         from runtime.backends.ort.session import OrtSession
-        from runtime.machine.memory import default_budget
-        from runtime.settings import share_of
 
-        budget = 0
-        if settings.kv_memory is None:
-            share = share_of(settings)
-            budget = default_budget(weight_bytes=artifact.weight_bytes) if share is None else share.host_kv
-        num_slots, capacity = slots_for(artifact, settings, budget)
+        num_slots, capacity = slots_for(artifact, settings, host_budget(artifact, settings))
         return OrtSession.open(
             artifact,
             num_slots=num_slots,
