@@ -33,7 +33,7 @@ REPEATS = 4
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
-_PACKAGES = ("headrace", "onnxruntime", "onnxruntime-gpu", "numpy")
+_PACKAGES = ("headrace", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
 # The child finds this package wherever the parent did.
 _CHILD = (
     "import sys; sys.path[:0] = sys.argv[2:]; import runtime.commands.roofline as r; r.print_peaks(int(sys.argv[1]))"
