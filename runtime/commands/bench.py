@@ -104,7 +104,7 @@ def _sizes(flag: str, text: str) -> list[int]:
     """Positive numbers separated by commas, sorted, each once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise InvalidSetting(f"{flag} {text!r} is not a list of positive numbers, such as 1,8,32")
+        raise InvalidSetting(f"{flag} {text!r} is not a list of positive numbers like 1,8,32")
     return sorted({int(part) for part in parts})
 
 

@@ -1,6 +1,6 @@
-"""What the benchmarks time: a prefill and decode steps on a session, requests through the whole engine.
+"""The measurements of the benchmarks: prefill and decode steps on a session, and requests through the whole engine.
 
-`runtime/commands/bench.py` and the scripts in benchmarks/ share these, so that one word means one measurement. Knows
+`runtime/commands/bench.py` and the scripts in benchmarks/ share these, so that a figure has one definition. Knows
 nothing of flags or tables. Token ids are random or made up: the work does not depend on them.
 """
 

@@ -25,8 +25,8 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 class Storage:
     """Bytes of a weight by kind, scales included, and the KV cache's type, for one precision of one runtime.
 
-    qkv: of those projections where they are wider than the other layers; last_mlp: of the last layers' MLP, see
-    export/quantize/int4/model.py; head: of an LM head of its own, where it is not stored as the embedding is
+    qkv: of those projections, where they have more bits than the other layers; last_mlp: of the last layers' MLP, see
+    export/quantize/int4/model.py; head: of an LM head that is not tied, where it is not stored like the embedding
     """
 
     linear: float
@@ -38,7 +38,7 @@ class Storage:
 
 
 LAST_SHARE = 1 / 16
-"""Of the layers, those whose MLP a 4-bit export keeps wider."""
+"""Share of the layers whose MLP a 4-bit export keeps in 8 bits."""
 _BLOCK_INT8 = 1 + 4 / 32  # a float32 scale for 32 weights
 _BLOCK_INT4 = 0.5 + 4.5 / 32  # and a 4-bit zero point
 STORAGE = {
@@ -107,7 +107,7 @@ def _row(artifact: Artifact, dialect: str, precision: str, file_bytes: int | Non
 
 
 def _contexts(dims: ModelDims) -> list[int]:
-    """The usual lengths that the artifact was exported for, and its own limit."""
+    """The usual lengths within the artifact's limit, and that limit."""
     return sorted({*(length for length in CONTEXTS if length < dims.max_len), dims.max_len})
 
 

@@ -1,4 +1,4 @@
-"""What a machine could do, measured, and what a decode step must do, counted: the two halves of a roofline.
+"""The two halves of a roofline: the machine's peaks, measured, and the work of a decode step, counted.
 
 Bandwidth is bytes over seconds of reading a buffer far larger than the caches, a part in each thread (numpy's
 reductions release the interpreter lock). The arithmetic peak is a float32 matrix product of numpy's BLAS. Both run with
@@ -50,7 +50,7 @@ class Machine(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """What a machine did at best, with so many threads: bytes read and floating-point operations a second."""
+    """A machine's best with so many threads: bytes read and floating-point operations, both a second."""
 
     threads: int
     read: float

@@ -54,13 +54,13 @@ def default_budget(*, weight_bytes: int = 0, fraction: float = FREE_FRACTION, ro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryShare:
-    """What one of several models in a process may take by default, where nobody said how much.
+    """What one of several models in a process may take by default, without --kv-memory.
 
     host_kv: bytes of the machine's memory for its KV cache; counted once for all, since caches there fill slowly, and
         each model would count the same memory as free
-    num_to_load: models that are still to take a GPU's memory, this one included: a cache there is taken whole at once,
-        so what is free then is free
-    weights_to_come: bytes that the weights of the models behind this one will take on it
+    num_to_load: models that are still to take a GPU's memory, this one included. A cache there is allocated whole at
+        once, so that what is free afterwards stays free
+    weights_to_come: bytes that the weights of the models loaded after this one will take on it
     """
 
     host_kv: int

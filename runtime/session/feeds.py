@@ -19,8 +19,8 @@ def packed_inputs(
 ) -> Mapping[str, NDArray[np.int64] | NDArray[np.int32]]:
     """Inputs of the `ort` graph: the tokens in one row, and the place of each in its sequence.
 
-    doubles_singles: gives attention the token of a single-token row twice, the second time behind the row's end, where
-        nobody reads the result. ONNX Runtime runs a single query with another kernel, which rounds otherwise
+    doubles_singles: gives attention the token of a single-token row twice. The copy is written after the row's end, and
+        its result is not read. ONNX Runtime runs a single query with another kernel, which rounds differently
     """
     num_rows, width = batch.token_ids.shape
     is_token = np.arange(width) < batch.query_len[:, None]
@@ -47,7 +47,7 @@ def padded_inputs(batch: Batch) -> Mapping[str, NDArray[np.int64]]:
     """Inputs of the standard ONNX graphs: input_ids and position_ids int64 `[B, S]`, write_idx int64 `[B]`,
     logits_idx int64 `[R]`.
 
-    Idle rows are fed like others: what they write lies behind their valid tokens, and nobody asks for their logits.
+    Idle rows are fed like others: they write after their valid tokens, and their logits are not asked for.
     """
     past = batch.past_len.astype(np.int64)
     return {

@@ -87,7 +87,7 @@ def test_a_decode_step_is_one_launch_and_copies_kilobytes(tiny: Artifact) -> Non
 
 
 def test_padding_a_batch_leaves_the_other_slots_alone(tiny: Artifact) -> None:
-    """Three rows run in the bucket of four: the idle row writes behind what slot 3 holds, or there is no padding."""
+    """Three rows run in the bucket of four: the idle row writes after what slot 3 holds, or there is no padding."""
     rng = np.random.default_rng(1)
     reference = OrtSession.open(tiny, num_slots=8, capacity=CAPACITY)
     sim = SimCuda()

@@ -74,7 +74,7 @@ class OrtSession:
         graph = load_cpu_graph(
             artifact, dialect, threads=threads, saves_memory=saves_memory, keeps_rows_whole=keeps_rows_whole
         )
-        # One more, where a single token's double may lie behind a slot that is full.
+        # One position more, for the copy of a single token when the slot is full (`packed_inputs`).
         shape = PoolShape(num_slots, dims.num_kv_heads, capacity + is_run_exact, dims.head_dim)
         inputs = partial(packed_inputs, doubles_singles=is_run_exact) if dialect == "ort" else padded_inputs
         info = SessionInfo(

@@ -3,7 +3,7 @@
     host                         one stream
     RunInputs.put        ->      copy of the small inputs
     (bind, enqueue)      ->      the model, caches written in place; for decode one recorded graph
-    copy_rows / copy_top ->      whole rows of logits, or the 64 likeliest of each: kilobytes
+    copy_rows / copy_top ->      whole rows of logits, or the 64 most likely of each: kilobytes
     synchronize
 
 Needs `tensorrt` or `tensorrt_rtx`, and cuda-python; both are handed in. Knows the tensor names of
@@ -109,7 +109,7 @@ class TrtSession:
         return logits
 
     def run_top(self, batch: Batch) -> TopRows:
-        """Run the batch; its rows' likeliest tokens in pinned memory, overwritten by the next call."""
+        """Run the batch; its rows' most likely tokens in pinned memory, overwritten by the next call."""
         num_rows = self._enqueue(batch)
         top = self._outputs.copy_top(num_rows, len(batch.logits_idx))
         self._cuda.synchronize()
