@@ -25,8 +25,8 @@ JOBS ?= $(shell [ "$$(nproc)" -gt 1 ] && echo 2 || echo 1)
 TARGET ?= tensorrt-rtx
 DEVICE ?= cpu
 GPU ?=
-# What runs models here: the extras of setup.cfg to install, like cpu, cuda, or cpu,rtx.
-EXTRA ?= cpu
+# What runs models here: the extras of setup.cfg to install, like cpu, cuda, or cpu,rtx. By default what is installed.
+EXTRA ?= $(or $(shell cat '$(VENV)/.installed' 2>/dev/null),cpu)
 
 EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
     $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calib '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))

@@ -118,7 +118,7 @@ class TopRows:
 
 @runtime_checkable
 class TopSession(Session, Protocol):
-    """A session that picks the most likely tokens where the model runs, so that a step copies no whole rows of logits."""
+    """A session that picks the most likely tokens where the model runs, so that a step copies no rows of logits."""
 
     @property
     def num_top(self) -> int:
