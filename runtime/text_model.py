@@ -15,7 +15,7 @@ from runtime.artifact.manifest import open_artifact
 from runtime.artifact.model_card import model_card
 from runtime.backends.backend import Backend
 from runtime.backends.draft_session import beside_draft, open_draft, open_draft_session
-from runtime.backends.registry import BACKENDS, check_speculation, open_session
+from runtime.backends.registry import BACKENDS, check_settings, check_speculation, open_session
 from runtime.core import (
     DEFAULT_OPTIONS,
     EngineObserver,
@@ -353,6 +353,7 @@ def open_text_model(
     `backends` are those of runtime/backends/registry.py unless given. Raises InvalidArtifact, InvalidSetting if the
     settings do not fit the model or the memory, DeviceUnavailable or DeviceFailed if the device cannot be used.
     """
+    check_settings(settings)
     artifact = open_artifact(path, allow_failed=allow_failed)
     manifest = artifact.manifest
     if settings.max_len is not None and settings.max_len > manifest.dims.max_len:
