@@ -25,6 +25,8 @@ JOBS ?= $(shell [ "$$(nproc)" -gt 1 ] && echo 2 || echo 1)
 TARGET ?= tensorrt-rtx
 DEVICE ?= cpu
 GPU ?=
+# What runs models here: the extras of setup.cfg to install, like cpu, cuda, or cpu,rtx. By default what is installed.
+EXTRA ?= $(or $(shell cat '$(VENV)/.installed' 2>/dev/null),cpu)
 
 EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len $(MAX_LEN)) $(if $(KV),--kv $(KV)) \
     $(if $(DIALECT),--dialect '$(DIALECT)') $(if $(CALIB),--calibration-text '$(CALIB)') $(if $(OPTIMIZE),--optimize-for $(OPTIMIZE))
@@ -37,7 +39,7 @@ FAST_TIERS = tests/unit tests/engine tests/http --ignore tests/http/process
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU DEVICE PORT JOBS PYTHON'
+	@echo 'variables: MODEL PRECISION KV OUT MAX_LEN DIALECT CALIB OPTIMIZE ARTIFACT TARGET GPU DEVICE EXTRA PORT JOBS PYTHON'
 
 run: $(VENV)/.installed  ## set up, export the default model, serve it and ask it something
 	@$(BIN)/headrace export '$(MODEL)' $(EXPORT_FLAGS) --if-missing
@@ -82,13 +84,20 @@ serve: $(VENV)/.installed  ## serve an artifact: make serve ARTIFACT=... PORT=..
 
 setup: $(VENV)/.installed  ## create the virtual environment and install
 
+# The file holds the extras that were installed. Other extras install anew: onnxruntime and onnxruntime-gpu overwrite
+# each other's files, so both go first.
+ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(EXTRA))
+.PHONY: $(VENV)/.installed
+endif
+
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || (echo 'Headrace needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11'; exit 2)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || (echo 'no venv module: install python3-venv'; exit 2)
 	@echo 'installing into $(VENV) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	@touch $@
+	@[ ! -s $@ ] || [ "$$(cat $@)" = '$(EXTRA)' ] || $(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	@echo '$(EXTRA)' > $@
 
 $(VENV)/.linted: $(VENV)/.installed
 	@echo 'installing what the checkers need ...'
@@ -97,7 +106,7 @@ $(VENV)/.linted: $(VENV)/.installed
 
 $(VENV)/.tested: $(VENV)/.installed
 	@echo 'installing what the tests need ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,oracle]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA),test,oracle]'
 	@touch $@
 
 clean:  ## remove the virtual environment and caches; artifacts stay

@@ -13,7 +13,7 @@ VERBS = {
     "bench": ("runtime.commands.bench", "prefill and decode speed, memory, fraction of the roofline"),
     "fit": ("runtime.commands.fit", "which precision, context and batch fit a device's memory, with the sums"),
     "verify": ("runtime.commands.verify", "repeat the receipt's tokens on the device that will serve"),
-    "doctor": ("runtime.commands.doctor", "which devices can run a model here, and what the others want"),
+    "doctor": ("runtime.commands.doctor", "which devices can run a model here, and what the others need"),
     "key": ("serve.access.key_command", "make an API key for a server"),
     "inspect": ("runtime.commands.inspect_artifact", "dimensions, precision, files and receipt of an artifact"),
 }

@@ -21,7 +21,7 @@ from export.pipeline.export_model import ExportOptions, export_model
 from export.schemes.registry import SCHEMES
 from export.sources.default_model import cache_dir
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.commands.bench_runs import decode, prefill
 from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError, InvalidArtifact

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime.artifact.manifest import open_artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.commands.roofline import describe_machine
 from runtime.core import Request, SamplingParams
 from runtime.engine.engine import Engine

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.speculation_tasks import COPY, HELD, PLAIN, Task
 from runtime.artifact.manifest import open_artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.commands.roofline import describe_machine
 from runtime.core import Constraint, Request, SamplingParams, TokenEvent, Usage
 from runtime.engine.engine import Engine

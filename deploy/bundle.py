@@ -40,11 +40,13 @@ from runtime.artifact.manifest import (
     open_artifact,
     read_manifest,
 )
-from runtime.artifact.plan_files import ENGINES, engine_files
+from runtime.artifact.plan_files import ENGINES, plans_of
 from runtime.errors import HeadraceError, InvalidSetting
 
 HERE = Path(__file__).parent
 COPIED = ("start.sh", "headrace.service")
+EXTRAS = ("cpu",)
+"""Of setup.cfg, packed for every device: the CPU is what DEVICE=auto falls back to."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def make_bundle(
 
 
 def requirements() -> list[str]:
-    """Every package that Headrace needs, directly or not, at the version installed here.
+    """Every package Headrace and EXTRAS need, their dependencies too, at the version that is installed here.
 
     A device with another processor or Python gets the same releases. pip names those that it lacks.
     """
@@ -163,6 +165,7 @@ def requirements() -> list[str]:
     config = configparser.ConfigParser()
     config.read(HERE.parent / "setup.cfg")
     lines = config["options"]["install_requires"].splitlines()
+    lines += [line for extra in EXTRAS for line in config["options.extras_require"][extra].splitlines()]
     waiting = [Requirement(line) for line in lines if line and not line.startswith("#")]
     while waiting:
         requirement = waiting.pop()
@@ -205,11 +208,11 @@ def _copy_artifact(artifact: Artifact, target: Path, stack: Stack, *, keeps_cali
         files[RECEIPT] = file_entry(target / RECEIPT)
     listed = read_manifest(artifact.path).engines
     engines = {}
-    for engine in engine_files(artifact, check_hashes=True):
-        if engine.problem is None and engine.info is not None and engine.info.target == stack.target:
+    for plan in plans_of(artifact, check_hashes=True):
+        if plan.problem is None and plan.info is not None and plan.info.target == stack.target:
             (target / ENGINES).mkdir(exist_ok=True)
-            description = engine.plan.with_suffix(".json")
-            for part in (engine.plan, description):
+            description = plan.path.with_suffix(".json")
+            for part in (plan.path, description):
                 shutil.copy(part, target / ENGINES / part.name)
             engines[description.name] = listed[description.name]
     manifest = replace(artifact.manifest, files=files, engines=engines)

@@ -136,6 +136,7 @@ def main(argv: list[str]) -> int:
     """Export, then print the receipt's figures and the artifact's path."""
     args = _parser().parse_args(_with_new_names(argv))
     from export.artifact.identity import check_replaceable, default_name, identity_of
+    from runtime.backends.ort.graph import CPU_FLOOR, load_library
 
     suffix = "-kv-int8" if args.kv == "int8" else ""
     out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
@@ -148,6 +149,7 @@ def main(argv: list[str]) -> int:
             sys.stdout.write(f"{out} is there already\n")
             return 0
         sys.stdout.write(f"{out} {lack}: it is exported again\n")
+    load_library(CPU_FLOOR)  # without it an export would fail at its end, where the graph is verified
     if args.optimize_for is not None and args.precision != "auto":
         raise InvalidSetting(f"--optimize-for is for --precision auto; {args.precision} is chosen already")
     from export.artifact.termination import orderly_end

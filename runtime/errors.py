@@ -14,8 +14,8 @@
     |- TimedOut                      the request's own time was up before it was finished (504)
     |- EngineFailed                  the engine died while the request was in it (500)
     |- InvalidArtifact               a directory that is not a whole, intact artifact
-    |  `- InvalidEngine              a TensorRT engine that is truncated, stale, or for another GPU or version
-    |- EngineBuildFailed             TensorRT gave no engine, or a network without what the graph has
+    |  `- InvalidPlan              a TensorRT engine that is truncated, stale, or for another GPU or version
+    |- PlanBuildFailed             TensorRT gave no engine, or a network without what the graph has
     |- InvalidCheckpoint             a model directory or file that cannot be read
     |  `- UnsupportedModel           a model type or config field this release has no graph for
     |- GateFailed                    the exported model is not accurate enough
@@ -89,11 +89,11 @@ class InvalidArtifact(HeadraceError):
     """Not an artifact, half an artifact, or one whose files do not match its manifest."""
 
 
-class InvalidEngine(InvalidArtifact):
+class InvalidPlan(InvalidArtifact):
     """A TensorRT engine that is truncated, built from another export, or for another GPU or library version."""
 
 
-class EngineBuildFailed(HeadraceError):
+class PlanBuildFailed(HeadraceError):
     """TensorRT refused the graph, dropped a part of it, or gave no engine."""
 
 

@@ -17,8 +17,6 @@ from runtime.machine.memory import MemoryShare
 
 T = TypeVar("T")
 
-DEVICES = ("auto", "tensorrt", "cuda", "cpu")
-
 TOOL_FORMAT_NAMES = ("auto", "hermes", "llama3", "json")
 _BYTE_UNITS = {
     "": 1,
@@ -44,7 +42,7 @@ def parse_bytes(text: str) -> int:
 class EngineSettings:
     """Limits of the engine. Raises InvalidSetting for a value out of range."""
 
-    device: str = setting("auto", "what runs the model: tensorrt, cuda, cpu, or auto, the first of them that works")
+    device: str = setting("auto", "what runs the model")  # runtime/backends/registry.py knows the values and the flag
     max_batch: int = setting(32, "most requests decoded together")
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
     max_queue_wait: float | None = setting(None, "seconds a request may wait for a slot before it fails")
@@ -76,8 +74,6 @@ class EngineSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise InvalidSetting(f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         check_at_least("max_batch", self.max_batch, 1)
         check_at_least("max_waiting", self.max_waiting, 0)
         check_at_least("max_queue_wait", self.max_queue_wait, 0)
@@ -88,26 +84,10 @@ class EngineSettings:
         check_at_least("prefix_cache", self.prefix_cache, 0)
         # One token of prompt and one of answer.
         check_at_least("max_len", self.max_len, 2)
-        self._check_device()
         if self.tool_format not in TOOL_FORMAT_NAMES:
             raise InvalidSetting(
                 f"--tool-format must be one of {', '.join(TOOL_FORMAT_NAMES)}, got {self.tool_format!r}"
             )
-
-    def _check_device(self) -> None:
-        """Refuse a flag that the named device ignores. What `auto` chooses is checked when it is open."""
-        if self.device in ("auto", "cpu"):
-            return
-        given = {
-            "--speculate": self.speculate,
-            "--draft": self.draft is not None,
-            "--threads": self.threads is not None,
-        }
-        for flag, is_given in given.items():
-            if is_given:
-                raise InvalidSetting(
-                    f"{flag} works on the CPU alone, and --device says {self.device}; leave one of the two out"
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from runtime.artifact.manifest import open_artifact
 from runtime.artifact.model_card import model_card
+from runtime.backends.backend import Backend
 from runtime.backends.draft_session import beside_draft, open_draft, open_draft_session
-from runtime.backends.select import Backend, check_speculation, open_session
+from runtime.backends.registry import BACKENDS, check_settings, check_speculation, open_session
 from runtime.core import (
     DEFAULT_OPTIONS,
     EngineObserver,
@@ -296,13 +297,14 @@ def open_text_model(
     name: str | None = None,
     allow_failed: bool = False,
     observer: EngineObserver | None = None,
-    backends: Mapping[str, Backend] | None = None,
+    backends: Sequence[Backend] | None = None,
 ) -> TextModel:
     """Open an artifact for text generation; the result is not started.
 
-    `backends` are those of runtime/backends/select.py unless given. Raises InvalidArtifact, InvalidSetting if the
+    `backends` are those of runtime/backends/registry.py unless given. Raises InvalidArtifact, InvalidSetting if the
     settings do not fit the model or the memory, DeviceUnavailable or DeviceFailed if the device cannot be used.
     """
+    check_settings(settings)
     artifact = open_artifact(path, allow_failed=allow_failed)
     manifest = artifact.manifest
     if settings.max_len is not None and settings.max_len > manifest.dims.max_len:
@@ -319,7 +321,7 @@ def open_text_model(
         settings = beside_draft(settings, artifact, draft)
     tokenizer = Tokenizer.from_artifact(artifact)
     template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
-    session = open_session(artifact, settings, backends=backends)
+    session = open_session(artifact, settings, backends=BACKENDS if backends is None else backends)
     try:
         check_speculation(artifact, settings, session.info)
     except InvalidSetting:

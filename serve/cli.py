@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.backends.registry import add_engine_flags, engine_settings
 from runtime.errors import HeadraceError, InvalidArtifact, InvalidSetting
 from runtime.settings import EngineSettings, SharedSettings, add_flags, from_namespace
 from serve.settings import ServerSettings
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
-    from runtime.backends.select import Backend
+    from runtime.backends.backend import Backend
     from runtime.text_model import MemoryUse, TextModel
     from serve.model_registry import ModelRegistry, ModelSource
     from serve.observe.engine_metrics import EngineMetrics
@@ -34,18 +35,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ask", metavar="TEXT", help="when ready, ask the first model this and print the answer")
     add_flags(parser, ServerSettings)
-    add_flags(parser, EngineSettings)
+    add_engine_flags(parser)
     return parser
 
 
-def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) -> int:
+def main(argv: list[str], *, backends: "Sequence[Backend] | None" = None) -> int:
     """Run the server; return 0 after a signal, 2 if it could not start.
 
-    `backends` are the choices for --device, by default those of runtime/backends/select.py.
+    `backends` are the choices for --device, by default those of runtime/backends/registry.py.
     """
     args = build_parser().parse_args(argv)
     server = from_namespace(ServerSettings, args)
-    engine = from_namespace(EngineSettings, args)
+    engine = engine_settings(args)
     artifacts = open_artifacts(args)
     each = zip(artifacts.items(), share_memory(engine, list(artifacts.values())), strict=True)
     sources = {
@@ -56,7 +57,7 @@ def main(argv: list[str], *, backends: "Mapping[str, Backend] | None" = None) ->
 
 
 def _source(
-    name: str, path: Path, engine: EngineSettings, *, allow_failed: bool, backends: "Mapping[str, Backend] | None"
+    name: str, path: Path, engine: EngineSettings, *, allow_failed: bool, backends: "Sequence[Backend] | None"
 ) -> "ModelSource":
     """How to open one artifact, and how to see whether it has changed."""
     from serve.model_registry import ModelSource

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from export.calibration.dataset import Generate
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.core import Request, SamplingParams, TokenEvent
 from runtime.engine.engine import Engine
 from runtime.errors import EngineFailed

@@ -28,7 +28,7 @@ from export.quantize.statistics.search_pass import NUM_SEQUENCES
 from export.schemes.scheme import Calibration, Scheme
 from export.verify.graph_run import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.errors import InvalidSetting
-from runtime.machine.memory import available_memory
+from runtime.machine.available_memory import available_memory
 from runtime.machine.sizes import format_bytes, kv_bytes_per_token
 from runtime.session.scoring import CHUNK
 

@@ -1,7 +1,7 @@
-"""Graph to engine: one code path for `tensorrt` and `tensorrt_rtx`.
+"""Graph to plan: one code path for `tensorrt` and `tensorrt_rtx`.
 
     read and hash the graph -> derive the profiles -> is it there already? -> does it fit in memory? -> parse and
-    check the network -> build -> is it an engine? -> write
+    check the network -> build -> is it a plan? -> write
 
 Strongly typed networks: the types are those of the ONNX file, and nothing here changes them.
 """
@@ -16,21 +16,21 @@ from typing import Any
 from export.tensorrt.gpus import chosen_gpus
 from export.tensorrt.memory import check_fits, growth, predicted_peak
 from export.tensorrt.network import Graph, attentions, check_network, parse_network, read_graph
-from export.tensorrt.profiles import EngineLimits, derive_profiles, input_shape
+from export.tensorrt.profiles import PlanLimits, derive_profiles, input_shape
 from export.tensorrt.progress import Monitor, progress_monitor
-from export.tensorrt.store import engine_directory, list_files, write_engine
+from export.tensorrt.store import list_files, plan_directory, write_plan_files
 from export.tensorrt.timings import attach_timings, keep_timings, timings_file
 from runtime.artifact.manifest import Artifact, FileEntry, ModelDims, read_manifest
 from runtime.artifact.plan_files import (
     ENGINES,
-    EngineIdentity,
-    EngineInfo,
+    PlanIdentity,
+    PlanInfo,
     check_plan,
-    read_engine_info,
+    read_plan_info,
     weight_files,
 )
 from runtime.backends.tensorrt.library import TrtLibrary, TrtLogger, open_library
-from runtime.errors import EngineBuildFailed, InvalidEngine
+from runtime.errors import InvalidPlan, PlanBuildFailed
 from runtime.progress import progress_bar
 
 SMALLEST_SHARE = 0.9
@@ -39,34 +39,34 @@ plans have the weights, the tied embedding once more, and 7 MB, in fp16, int8 an
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """target: of TARGETS; gpus: like sm86, empty for the target's own; rebuild: although the engine is there."""
+class PlanOptions:
+    """target: of TARGETS; gpus: like sm86, empty for the target's own; rebuild: although the plan is there."""
 
     target: str = "tensorrt-rtx"
     gpus: tuple[str, ...] = ()
-    limits: EngineLimits = field(default_factory=EngineLimits)
+    limits: PlanLimits = field(default_factory=PlanLimits)
     rebuild: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltEngine:
+class BuiltPlan:
     """The plan's path and description; `is_new` is False where it was there already."""
 
-    plan: Path
-    info: EngineInfo
+    path: Path
+    info: PlanInfo
     is_new: bool
 
 
-def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
-    """Build the engine of an artifact, or find it built. The artifact's hashes must have been checked.
+def build_plan(artifact: Artifact, options: PlanOptions) -> BuiltPlan:
+    """Build the plan of an artifact, or find it built. The artifact's hashes must have been checked.
 
     InvalidSetting for a target, GPU or limit that cannot be; InvalidArtifact for a graph that is missing or not the
-    checked one; EngineBuildFailed where TensorRT refuses it, loses a part of it or gives no engine.
+    checked one; PlanBuildFailed where TensorRT refuses it, loses a part of it or gives no plan.
     """
     library = open_library(options.target)
     gpus, device = chosen_gpus(library, options.gpus)
     graph = read_graph(artifact, wanted_dialect(library, artifact))
-    identity = EngineIdentity(
+    identity = PlanIdentity(
         target=library.target,
         version=library.version,
         gpus=gpus,
@@ -78,15 +78,15 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
     )
     known = artifact.path / ENGINES / f"{identity.stem}.plan"
     if not options.rebuild and (info := _whole(artifact, known)) is not None:
-        return BuiltEngine(known, info, is_new=False)
+        return BuiltPlan(known, info, is_new=False)
     predicted = predicted_peak(graph.weight_bytes)
     check_fits(predicted, graph.weight_bytes)
-    directory = engine_directory(artifact)
+    directory = plan_directory(artifact)
     started_s = time.monotonic()
     with growth() as peak:
         plan, layers = _compile(library, identity, graph, artifact, timings_file(directory, identity))
     check_plausible(library, plan, graph)
-    info = EngineInfo(
+    info = PlanInfo(
         **{item.name: getattr(identity, item.name) for item in fields(identity)},
         plan=FileEntry(size=len(plan), sha256=hashlib.sha256(plan).hexdigest()),
         layers=layers,
@@ -97,20 +97,20 @@ def build_engine(artifact: Artifact, options: EngineOptions) -> BuiltEngine:
             "weight_bytes": graph.weight_bytes,
         },
     )
-    return BuiltEngine(write_engine(artifact, info, plan), info, is_new=True)
+    return BuiltPlan(write_plan_files(artifact, info, plan), info, is_new=True)
 
 
 def check_plausible(library: TrtLibrary, plan: bytes | None, graph: Graph) -> None:
-    """EngineBuildFailed unless the builder's result is large enough, and an engine that the library accepts."""
+    """PlanBuildFailed unless the builder's result is large enough, and an engine that the library accepts."""
     if not plan:
-        raise EngineBuildFailed(f"{library.target} {library.version} ended without an engine and gave no reason")
+        raise PlanBuildFailed(f"{library.target} {library.version} ended without an engine and gave no reason")
     if len(plan) < SMALLEST_SHARE * graph.weight_bytes:
-        raise EngineBuildFailed(
+        raise PlanBuildFailed(
             f"{library.target} {library.version} gave an engine of {len(plan):,} bytes for {graph.weight_bytes:,} "
             "bytes of weights: a part is missing, and it is not kept"
         )
     if defects := library.plan_defects(plan):
-        raise EngineBuildFailed(
+        raise PlanBuildFailed(
             f"{library.target} {library.version} calls its own engine {', '.join(defects)}; it is not kept"
         )
 
@@ -121,20 +121,20 @@ def wanted_dialect(library: TrtLibrary, artifact: Artifact) -> str:
     return next((dialect for dialect in (library.dialect, "trt-plain") if dialect in there), library.dialect)
 
 
-def _whole(artifact: Artifact, plan: Path) -> EngineInfo | None:
+def _whole(artifact: Artifact, plan: Path) -> PlanInfo | None:
     """The description of an existing plan; None unless the manifest lists it and it is intact."""
     if not plan.is_file():
         return None
     try:
-        info = read_engine_info(plan, read_manifest(artifact.path).engines)
+        info = read_plan_info(plan, read_manifest(artifact.path).engines)
         check_plan(plan, info)
-    except InvalidEngine:
+    except InvalidPlan:
         return None
     return info
 
 
 def _compile(
-    library: TrtLibrary, identity: EngineIdentity, graph: Graph, artifact: Artifact, timings: Path
+    library: TrtLibrary, identity: PlanIdentity, graph: Graph, artifact: Artifact, timings: Path
 ) -> tuple[bytes, Mapping[str, int]]:
     """The plan's bytes and how many layers of each kind the network had."""
     logger = library.logger()
@@ -163,13 +163,13 @@ def _new_builder(library: TrtLibrary, logger: TrtLogger) -> Any:
         return library.module.Builder(logger.inner)
     except (TypeError, RuntimeError) as error:  # the bindings raise these if the constructor returns nothing
         reason = logger.errors[-1] if logger.errors else str(error).partition("\n")[0]
-        raise EngineBuildFailed(
+        raise PlanBuildFailed(
             f"{library.target} {library.version} cannot start on this machine: {reason}; "
             "`--target tensorrt` builds on the GPU it is for, `--target tensorrt-rtx` on any machine"
         ) from error
 
 
-def _choose_gpus(library: TrtLibrary, config: Any, identity: EngineIdentity) -> None:
+def _choose_gpus(library: TrtLibrary, config: Any, identity: PlanIdentity) -> None:
     if not library.compiles_ahead:
         return
     kinds = library.module.ComputeCapability
@@ -178,18 +178,18 @@ def _choose_gpus(library: TrtLibrary, config: Any, identity: EngineIdentity) -> 
         config.set_compute_capability(getattr(kinds, gpu.upper()), idx)
 
 
-def _add_profiles(builder: Any, config: Any, network: Any, identity: EngineIdentity, dims: ModelDims) -> None:
+def _add_profiles(builder: Any, config: Any, network: Any, identity: PlanIdentity, dims: ModelDims) -> None:
     names = [network.get_input(idx).name for idx in range(network.num_inputs)]
     for profile in identity.profiles:
         shapes = builder.create_optimization_profile()
         for name in names:
             shapes.set_shape(name, *(input_shape(name, dims, profile, end) for end in range(3)))
         if config.add_optimization_profile(shapes) < 0:
-            raise EngineBuildFailed(f"{identity.target} {identity.version} refuses the {profile.name} profile")
+            raise PlanBuildFailed(f"{identity.target} {identity.version} refuses the {profile.name} profile")
 
 
 def _serialize(library: TrtLibrary, logger: TrtLogger, builder: Any, network: Any, config: Any) -> bytes:
-    """Build, with a bar; EngineBuildFailed with the library's first error if it gives nothing."""
+    """Build, with a bar; PlanBuildFailed with the library's first error if it gives nothing."""
     with progress_bar("engine", total=100, unit="%") as bar:
         monitor = Monitor(bar.update)
         config.progress_monitor = progress_monitor(library.module, monitor)
@@ -198,5 +198,5 @@ def _serialize(library: TrtLibrary, logger: TrtLogger, builder: Any, network: An
         raise monitor.stopped
     if built is None:
         reason = logger.errors[0] if logger.errors else "no reason given"
-        raise EngineBuildFailed(f"{library.target} {library.version} gave no engine: {reason}")
+        raise PlanBuildFailed(f"{library.target} {library.version} gave no engine: {reason}")
     return bytes(built)

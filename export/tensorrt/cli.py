@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterator
 
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.artifact.plan_files import TARGETS, EngineFile, EngineInfo, engine_files
+from runtime.artifact.plan_files import TARGETS, PlanFile, PlanInfo, plans_of
 from runtime.errors import InvalidSetting
 from runtime.machine.sizes import format_bytes
 from runtime.settings import add_flags, from_namespace
 
 
 def _parser() -> argparse.ArgumentParser:
-    from export.tensorrt.profiles import EngineLimits
+    from export.tensorrt.profiles import PlanLimits
 
     parser = argparse.ArgumentParser(
         prog="headrace engine",
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="compute capabilities, like sm86,sm89; default: sm80,sm86,sm89,sm120, or this machine's for tensorrt",
     )
-    add_flags(parser, EngineLimits)
+    add_flags(parser, PlanLimits)
     parser.add_argument(
         "--model",
         help="the checkpoint, to export a graph that the artifact lacks; needed for a local checkpoint only",
@@ -66,15 +66,15 @@ def main(argv: list[str]) -> int:
 
 def _build(artifact: Artifact, args: argparse.Namespace) -> None:
     from export.pipeline.add_graph import add_graph
-    from export.tensorrt.build import EngineOptions, build_engine, wanted_dialect
+    from export.tensorrt.build import PlanOptions, build_plan, wanted_dialect
     from export.tensorrt.gpus import chosen_gpus, parse_gpus
-    from export.tensorrt.profiles import EngineLimits, derive_profiles
+    from export.tensorrt.profiles import PlanLimits, derive_profiles
     from runtime.backends.tensorrt.library import open_library
 
-    options = EngineOptions(
+    options = PlanOptions(
         target=args.target,
         gpus=parse_gpus(args.gpu),
-        limits=from_namespace(EngineLimits, args),
+        limits=from_namespace(PlanLimits, args),
         rebuild=args.rebuild,
     )
     library = open_library(options.target)
@@ -83,28 +83,28 @@ def _build(artifact: Artifact, args: argparse.Namespace) -> None:
     derive_profiles(options.limits, artifact.manifest.dims)
     if wanted_dialect(library, artifact) not in artifact.manifest.dialects:
         artifact = add_graph(artifact, library.dialect, model=args.model)
-    built = build_engine(artifact, options)
-    sys.stdout.write(f"{built.plan}{'' if built.is_new else ' is there already'}\n")
+    built = build_plan(artifact, options)
+    sys.stdout.write(f"{built.path}{'' if built.is_new else ' is there already'}\n")
     sys.stdout.writelines(f"{line}\n" for line in _details(built.info))
 
 
 def _listing(artifact: Artifact) -> Iterator[str]:
-    found = list(engine_files(artifact))
+    found = list(plans_of(artifact))
     if not found:
         yield f"{artifact.path} has no engines; `headrace engine {artifact.path}` builds one"
-    for engine in found:
-        yield from _described(engine)
+    for plan in found:
+        yield from _described(plan)
 
 
-def _described(engine: EngineFile) -> Iterator[str]:
-    yield str(engine.plan)
-    if engine.problem is not None:
-        yield f"  not usable: {engine.problem}"
-    elif engine.info is not None:
-        yield from _details(engine.info)
+def _described(plan: PlanFile) -> Iterator[str]:
+    yield str(plan.path)
+    if plan.problem is not None:
+        yield f"  not usable: {plan.problem}"
+    elif plan.info is not None:
+        yield from _details(plan.info)
 
 
-def _details(info: EngineInfo) -> Iterator[str]:
+def _details(info: PlanInfo) -> Iterator[str]:
     """An engine's limits, layers, size and build time, for people."""
     build, device = info.build, f" ({info.device})" if info.device else ""
     yield f"  {info.target} {info.version} for {', '.join(info.gpus)}{device}, from the {info.dialect} graph"

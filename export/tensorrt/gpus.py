@@ -3,7 +3,7 @@
 from typing import Any
 
 from runtime.backends.tensorrt.library import TrtLibrary
-from runtime.errors import EngineBuildFailed, InvalidSetting
+from runtime.errors import InvalidSetting, PlanBuildFailed
 
 DEFAULT_GPUS = ("sm80", "sm86", "sm89", "sm120")
 """Data-centre Ampere, then GeForce RTX 30, 40 and 50: one engine holds all of them."""
@@ -35,7 +35,7 @@ def chosen_gpus(library: TrtLibrary, wanted: tuple[str, ...]) -> tuple[tuple[str
 
 
 def gpu_at_hand(library: TrtLibrary) -> tuple[str, str]:
-    """Compute capability, like sm87, and name of this machine's first GPU; EngineBuildFailed if there is none."""
+    """Compute capability, like sm87, and name of this machine's first GPU; PlanBuildFailed if there is none."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -53,7 +53,7 @@ def gpu_at_hand(library: TrtLibrary) -> tuple[str, str]:
             )
         )
     except RuntimeError as error:
-        raise EngineBuildFailed(
+        raise PlanBuildFailed(
             f"{library.target} builds on the GPU it is for, and there is none here: {str(error).rstrip('.')}; "
             "--target tensorrt-rtx compiles on any machine"
         ) from error

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import HeadraceError
-from runtime.machine.memory import available_memory
+from runtime.machine.available_memory import available_memory
 from runtime.machine.sizes import format_bytes
 
 BASE_BYTES = 750_000_000

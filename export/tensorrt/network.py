@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.artifact.manifest import Artifact
 from runtime.backends.tensorrt.library import TrtLibrary, TrtLogger
-from runtime.errors import EngineBuildFailed, InvalidArtifact
+from runtime.errors import InvalidArtifact, PlanBuildFailed
 
 _CAPACITY = "capacity"
 """The graph's symbolic length of a cache slot, which TensorRT needs as a number."""
@@ -104,7 +104,7 @@ def with_capacity(graph: Graph, capacity: int) -> bytes:
 def parse_network(library: TrtLibrary, logger: TrtLogger, builder: Any, graph: Graph, capacity: int) -> tuple[Any, Any]:
     """The network, and the parser, which owns the weights' memory until the engine is built.
 
-    EngineBuildFailed names the operator that the parser refused.
+    PlanBuildFailed names the operator that the parser refused.
     """
     trt = library.module
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -114,12 +114,12 @@ def parse_network(library: TrtLibrary, logger: TrtLogger, builder: Any, graph: G
         what = (
             f"{error.node_operator()} {error.node_name()}: {_first_line(error.desc())}" if error else "no reason given"
         )
-        raise EngineBuildFailed(f"{library.target} {library.version} cannot parse {graph.file}: {what}")
+        raise PlanBuildFailed(f"{library.target} {library.version} cannot parse {graph.file}: {what}")
     return network, parser
 
 
 def check_network(library: TrtLibrary, network: Any, graph: Graph) -> Mapping[str, int]:
-    """Count the layers, and check that a layer reads every input. EngineBuildFailed says what was lost."""
+    """Count the layers, and check that a layer reads every input. PlanBuildFailed says what was lost."""
     kinds = Counter(network.get_layer(idx).type for idx in range(network.num_layers))
     known = library.module.LayerType.__members__
     found = {name: kinds[known[kind]] if kind in known else 0 for name, kind in LAYERS.items()}
@@ -138,7 +138,7 @@ def check_network(library: TrtLibrary, network: Any, graph: Graph) -> Mapping[st
     if unmasked := sum(attention.mask is None for attention in attentions(library, network)):
         wrong.append(f"{unmasked} attention layers without a mask")
     if wrong:
-        raise EngineBuildFailed(
+        raise PlanBuildFailed(
             f"{library.target} {library.version} lost a part of {graph.file}: {'; '.join(wrong)}; "
             "an engine of this network would give wrong tokens, so none is built"
         )

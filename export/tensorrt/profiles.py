@@ -22,7 +22,7 @@ _SETTINGS = EngineSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
+class PlanLimits:
     """What an engine can run. Raises InvalidSetting for a value out of range."""
 
     max_batch: int = setting(_SETTINGS.max_batch, "most requests decoded together")
@@ -39,7 +39,7 @@ class EngineLimits:
         check_at_least("verify_tokens", self.verify_tokens, 1)
 
 
-def derive_profiles(limits: EngineLimits, dims: ModelDims) -> tuple[Profile, ...]:
+def derive_profiles(limits: PlanLimits, dims: ModelDims) -> tuple[Profile, ...]:
     """The three profiles, in the order of PROFILES; InvalidSetting for slots longer than the exported tables."""
     max_len = min(DEFAULT_MAX_LEN, dims.max_len) if limits.max_len is None else limits.max_len
     if max_len > dims.max_len:

@@ -13,11 +13,11 @@ from pathlib import Path
 from export.artifact.writer import file_entry, write_manifest
 from export.storage.whole_file import PARTIAL, write_whole
 from runtime.artifact.manifest import Artifact, read_manifest
-from runtime.artifact.plan_files import ENGINES, EngineInfo, engine_files
+from runtime.artifact.plan_files import ENGINES, PlanInfo, plans_of
 from runtime.errors import InvalidSetting
 
 
-def engine_directory(artifact: Artifact) -> Path:
+def plan_directory(artifact: Artifact) -> Path:
     """The artifact's `engines/`, made if need be, without what killed builds left there."""
     directory = artifact.path / ENGINES
     try:
@@ -29,7 +29,7 @@ def engine_directory(artifact: Artifact) -> Path:
     return directory
 
 
-def write_engine(artifact: Artifact, info: EngineInfo, plan: bytes) -> Path:
+def write_plan_files(artifact: Artifact, info: PlanInfo, plan: bytes) -> Path:
     """Write plan and .json, then list the .json; the plan's path.
 
     The .json comes first: a plan is never there without it.
@@ -71,7 +71,7 @@ def leftovers(artifact: Artifact) -> Iterator[Path]:
 def prune(artifact: Artifact, *, everything: bool = False) -> list[Path]:
     """Remove unusable files, or with `everything` all of them and the timing caches. Returns the removed files."""
     directory = artifact.path / ENGINES
-    usable = {engine.plan.stem for engine in engine_files(artifact, check_hashes=True) if engine.problem is None}
+    usable = {plan.path.stem for plan in plans_of(artifact, check_hashes=True) if plan.problem is None}
     gone = list(leftovers(artifact))
     for file in sorted(directory.glob("*")):
         is_engine = file.suffix in (".plan", ".json")

@@ -11,12 +11,12 @@ from typing import Any
 from export.artifact.writer import file_entry
 from export.storage.whole_file import write_whole
 from runtime.artifact.manifest import FileEntry
-from runtime.artifact.plan_files import EngineIdentity
+from runtime.artifact.plan_files import PlanIdentity
 
 SUFFIX = ".timings"
 
 
-def timings_file(directory: Path, identity: EngineIdentity) -> Path:
+def timings_file(directory: Path, identity: PlanIdentity) -> Path:
     """The cache file of one library release and GPU."""
     return directory / f"{identity.target}-{'+'.join(identity.gpus)}-{identity.version}{SUFFIX}"
 

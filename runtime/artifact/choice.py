@@ -24,7 +24,7 @@ def choice_lines(choice: Mapping[str, Any]) -> Iterator[str]:
     for row in choice["candidates"]:
         mark = "chosen" if row["precision"] == choice["chosen"] else ""
         if row["why_not"] is not None:
-            yield f"  {row['precision']:12}not in question: {row['why_not']}"
+            yield f"  {row['precision']:12}ruled out: {row['why_not']}"
             continue
         increase = row["perplexity_increase"]
         told = "" if increase is None else f"{increase:+.2%}"

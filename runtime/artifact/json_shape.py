@@ -38,7 +38,7 @@ def parse_json(text: bytes | str, where: str) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """The same with NaN and infinity as text: Python writes and reads them, JSON does not know them."""
+    """The same with NaN and infinity as text: Python writes and reads them, but they are not JSON."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

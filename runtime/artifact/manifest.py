@@ -7,7 +7,7 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
     receipt.json      what the exported model was compared with, and how close it is
     choice.json       where the precision was chosen by measurement: the table it was chosen from
-    engines/          TensorRT engines built from it later, and listed in the manifest then: see engine_files.py
+    engines/          TensorRT engines built from it later, and listed in the manifest then: see plans_of.py
 
 Nothing is opened that the manifest does not list with its hash. Reading only; `export/artifact/writer.py` writes them.
 Nothing here loads a model.
@@ -20,7 +20,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta
 
@@ -66,6 +66,19 @@ class ModelDims:
     max_len: Size
     """Longest sequence, prompt and answer together, that the rotary tables cover."""
 
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
+        return kv_bytes_per_token(
+            num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=dtype
+        )
+
+
+class CacheNames(NamedTuple):
+    """A graph's names of one cache tensor, as input and as output."""
+
+    past: str
+    present: str
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvContract:
@@ -80,6 +93,14 @@ class KvContract:
     layout: str = "B,kv_heads,capacity,head_dim"
     past_name: TensorName = "past.{layer}.{kv}"
     present_name: TensorName = "present.{layer}.{kv}"
+
+    def cache_names(self, num_layers: int) -> list[CacheNames]:
+        """The names of every cache tensor, layer by layer, K before V."""
+        return [
+            CacheNames(self.past_name.format(layer=layer, kv=kv), self.present_name.format(layer=layer, kv=kv))
+            for layer in range(num_layers)
+            for kv in "kv"
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,13 +231,7 @@ class Artifact:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache a token takes, in the `ort` dialect."""
-        dims = self.manifest.dims
-        return kv_bytes_per_token(
-            num_layers=dims.num_layers,
-            num_kv_heads=dims.num_kv_heads,
-            head_dim=dims.head_dim,
-            dtype=self.manifest.kv.dtype,
-        )
+        return self.manifest.dims.kv_bytes_per_token(self.manifest.kv.dtype)
 
     def listed(self, name: str) -> Path | None:
         """Path of a file that the manifest lists, else None: one that lies there all the same has no hash and is not

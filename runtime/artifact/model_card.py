@@ -7,7 +7,7 @@ from runtime.artifact.manifest import Artifact
 
 
 def model_card(artifact: Artifact) -> dict[str, Any]:
-    """Plain JSON. Figures that are no finite numbers are left out: JSON has no word for them."""
+    """Plain JSON. Figures that are not finite are left out: JSON cannot express them."""
     manifest, dims = artifact.manifest, artifact.manifest.dims
     return {
         "source": manifest.source,

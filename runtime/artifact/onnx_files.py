@@ -1,4 +1,4 @@
-"""Which other files an ONNX graph reads its tensors from. Reads the protobuf wire format, see onnx_edit.py."""
+"""Which other files an ONNX graph reads its tensors from. Reads the protobuf wire format, see protobuf.py."""
 
 from collections.abc import Mapping
 

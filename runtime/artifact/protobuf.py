@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_LENGTH_DELIMITED = 2
+LENGTH_DELIMITED = 2
 
 
 class Field(NamedTuple):
@@ -23,7 +23,7 @@ def fields_of(message: bytes) -> Iterator[Field]:
         start = position
         key, position = _varint(message, position)
         content = None
-        if key & 7 == _LENGTH_DELIMITED:
+        if key & 7 == LENGTH_DELIMITED:
             length, position = _varint(message, position)
             content = message[position : position + length]
             position += length

@@ -1,6 +1,6 @@
 """What the JSON files of an artifact must look like before anybody reads them: receipt, choice, calibration.
 
-The manifest has its own types, in artifact.py. Fields that nobody reads are not named here and may be anything.
+The manifest has its own types, in manifest.py. Fields that are not read are not listed here and may be anything.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from runtime.errors import InvalidArtifact
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
 
 Figure = float | Literal["nan", "inf", "-inf"]
-"""A measured figure; as text where it is not finite, for which JSON has no word."""
+"""A measured figure; as text where it is not finite, because JSON cannot express that."""
 
 
 class Check(TypedDict):
@@ -68,7 +68,7 @@ class Machine(TypedDict):
 
 
 class Candidate(TypedDict):
-    """A row of choice.json: measured, or out with a reason."""
+    """A row of choice.json: measured, or ruled out with a reason."""
 
     precision: str
     why_not: str | None

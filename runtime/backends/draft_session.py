@@ -1,12 +1,13 @@
-"""Opening a draft model beside the model it guesses for: checked against it, with its share of the memory.
+"""Opens a draft model beside its target model: checks that they fit each other, and divides the memory.
 
-Both run on the CPU: the sessions on GPUs do not give a token the same logits bit for bit wherever its run is cut, and
-there nothing is speculated.
+Both run on ONNX Runtime's CPU backend. Speculation needs logits that do not depend on how a run is cut, bit for bit,
+and the other backends do not give that.
 """
 
 from dataclasses import replace
 
 from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.backends.ort.cpu import OrtCpu
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import default_budget
 from runtime.session.session import Session, SessionInfo
@@ -15,7 +16,7 @@ from runtime.text.tokenizer import TOKENIZER
 
 
 def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifact:
-    """The draft model's artifact. InvalidSetting if it cannot guess for the target."""
+    """The draft model's artifact. InvalidSetting if it cannot draft for the target."""
     draft, capacity = open_artifact(path), settings.max_len or target.manifest.dims.max_len
     ours, its = target.manifest, draft.manifest
     if its.dims.vocab_size != ours.dims.vocab_size or its.files.get(TOKENIZER) != ours.files.get(TOKENIZER):
@@ -29,18 +30,18 @@ def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifac
 
 
 def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) -> EngineSettings:
-    """Settings for the target alone: on the CPU, and of the KV memory what leaves the draft as many slots."""
+    """The target's settings: on the CPU, with the share of the KV memory that leaves the draft as many slots."""
     budget = settings.kv_memory
     if budget is None and (share := share_of(settings)) is not None:
         budget = share.host_kv
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
     ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token
-    return replace(settings, device="cpu", kv_memory=max(1, budget * ours // (ours + its)))
+    return replace(settings, device=OrtCpu.name, kv_memory=max(1, budget * ours // (ours + its)))
 
 
 def open_draft_session(draft: Artifact, target: SessionInfo, settings: EngineSettings) -> Session:
-    """The draft model with a slot for each of the target's, as long."""
-    from runtime.backends.ort.cpu_session import OrtSession
+    """The draft model's session, with as many slots as the target's, and as long."""
+    from runtime.backends.ort.session import OrtSession
 
     return OrtSession.open(draft, num_slots=target.num_slots, capacity=target.capacity, threads=settings.threads)

@@ -1,33 +1,22 @@
 """What this machine has: GPU, driver, JetPack, packages. Works without a GPU and without any of the packages.
 
-Everything it asks can be handed in: `root` is where /proc, /etc and /dev are found, `packages` what is installed,
-`open_cuda` and `open_trt` load what is installed. So a test can describe another machine.
+`root` is where /proc, /etc and /dev are found, `packages` what is installed and `open_cuda` loads CUDA; all can be
+handed in, so that a test can describe another machine.
 """
 
 import importlib.metadata
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from runtime.backends.tensorrt.library import TrtLibrary, open_library
 from runtime.errors import HeadraceError
 
 if TYPE_CHECKING:
     from runtime.backends.cuda.cuda import Cuda
-
-# Distributions that a backend can come from, under every name they are published as.
-PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-python",
-    "cuda-bindings",
-)
 
 # The first line of /etc/nv_tegra_release names the L4T release, and L4T the JetPack; NVIDIA's own table.
 _JETPACK_OF_L4T = {35: "5", 36: "6", 38: "7"}
@@ -50,21 +39,32 @@ class CudaDevice(NamedTuple):
     free_bytes: int
 
 
-def _load_cuda() -> "Cuda":
-    from runtime.backends.cuda.cuda import load_cuda
+class InstalledPackages(Mapping[str, str]):
+    """Versions of installed packages by name, looked up when they are asked for."""
 
-    return load_cuda()
-
-
-def installed_packages() -> dict[str, str]:
-    """Versions of those of PACKAGES that are installed."""
-    found = {}
-    for name in PACKAGES:
+    def __getitem__(self, name: str) -> str:
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise KeyError(name) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(package.name) for package in importlib.metadata.distributions())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers in a version: 1.31.1 -> (1, 31, 1)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def load_cuda() -> "Cuda":
+    """CUDA on the first visible device. DeviceUnavailable says what is missing."""
+    from runtime.backends.cuda.cuda import open_cuda
+
+    return open_cuda()
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,10 @@ class Environment:
     """A machine, as its files describe it."""
 
     root: Path = Path("/")
-    packages: Mapping[str, str] = field(default_factory=installed_packages)
+    packages: Mapping[str, str] = field(default_factory=InstalledPackages)
     machine: str = field(default_factory=platform.machine)
     python: str = field(default_factory=platform.python_version)
-    open_cuda: "Callable[[], Cuda]" = _load_cuda
-    open_trt: Callable[[str], TrtLibrary] = open_library
+    open_cuda: "Callable[[], Cuda]" = load_cuda
 
     @cached_property
     def has_nvidia_device(self) -> bool:
@@ -124,7 +123,7 @@ class Environment:
     def major_of(self, package: str) -> int | None:
         """First number of a package's version; None if it is not installed."""
         version = self.packages.get(package)
-        return None if version is None else int(version.partition(".")[0])
+        return None if version is None else version_numbers(version)[0]
 
     def _read(self, name: str) -> str:
         try:

@@ -12,15 +12,16 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from runtime.backends.registry import BACKENDS
 from runtime.core import SamplingParams
 from runtime.errors import InvalidSetting
 from runtime.settings import check_at_least
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
-    from runtime.backends.ort.cpu_session import OrtSession
     from runtime.commands.bench_runs import EngineRun, StepTimes
     from runtime.commands.roofline import Machine, Peaks
+    from runtime.session.session import Session
     from runtime.text_model import TextModel
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     repeat: int
     threads: int | None
     context: int
+    device: str = "cpu"
 
     @property
     def capacity(self) -> int:
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated a row (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="rounds; medians count (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of the model, by default one per core")
+    names = [backend.name for backend in BACKENDS if "threads" in backend.flags]
+    parser.add_argument("--device", default="cpu", choices=names, help="what runs the model (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--allow-failed", action="store_true", help="use an artifact that failed its accuracy gate")
     return parser
@@ -83,7 +87,7 @@ def main(argv: list[str]) -> int:
         check_at_least(name, getattr(args, name), 1)
     artifact = open_artifact(args.artifact, allow_failed=args.allow_failed)
     longest = artifact.manifest.dims.max_len
-    plan = Plan(batches, prompts, args.new_tokens, args.repeat, args.threads, min(CONTEXT, longest // 2))
+    plan = Plan(batches, prompts, args.new_tokens, args.repeat, args.threads, min(CONTEXT, longest // 2), args.device)
     if plan.capacity > longest:
         raise InvalidSetting(
             f"this needs {plan.capacity:,} tokens a row, the model was exported for {longest:,}: "
@@ -100,7 +104,7 @@ def _sizes(flag: str, text: str) -> list[int]:
     """Positive numbers separated by commas, sorted, each once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise InvalidSetting(f"{flag} {text!r} is not a list of positive numbers, such as 1,8,32")
+        raise InvalidSetting(f"{flag} {text!r} is not a list of positive numbers like 1,8,32")
     return sorted({int(part) for part in parts})
 
 
@@ -116,7 +120,11 @@ def measure(artifact: "Artifact", plan: Plan) -> dict[str, Any]:
     batch, num_cases = max(plan.batches), 2 + len(plan.prompts) + 2 * len(plan.batches)
     with (
         progress_bar("bench", total=batch + len(plan.prompts) + plan.repeat * num_cases) as bar,
-        opened(artifact, batch=batch, capacity=plan.capacity, threads=plan.threads) as (session, model, times),
+        opened(artifact, batch=batch, capacity=plan.capacity, threads=plan.threads, device=plan.device) as (
+            session,
+            model,
+            times,
+        ),
     ):
         for length in plan.prompts:  # the first run of a length allocates
             prefill(session, length)
@@ -126,11 +134,11 @@ def measure(artifact: "Artifact", plan: Plan) -> dict[str, Any]:
             bar.update(1)
         rounds = [_round(session, model, times, plan, lambda: bar.update(1)) for _ in range(plan.repeat)]
         peak = peak_memory()
-    return _result(artifact, plan, describe_machine(), rounds, peak)
+    return {**_result(artifact, plan, describe_machine(), rounds, peak), "device": session.info.device}
 
 
 def _round(
-    session: "OrtSession", model: "TextModel", times: "StepTimes", plan: Plan, on_case: Callable[[], object]
+    session: "Session", model: "TextModel", times: "StepTimes", plan: Plan, on_case: Callable[[], object]
 ) -> Round:
     from runtime.commands.bench_runs import decode, prefill, run_requests
     from runtime.commands.roofline import measure_peaks
@@ -222,8 +230,8 @@ def _table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"{result['artifact']}, {result['precision']}, on {machine['cpu']} ({machine['cores']} cores,"
-        f" {machine['instruction_sets'] or 'no instruction set that matters here'})",
+        f"{result['artifact']}, {result['precision']}, {result['device']}, on {machine['cpu']}"
+        f" ({machine['cores']} cores, {machine['instruction_sets'] or 'no instruction set that matters here'})",
         f"{versions}; medians of {result['repeat']}",
         f"{result['threads']} threads read {result['read_gb_s']:.1f} GB/s and multiply"
         f" {result['gemm_gflop_s']:.0f} GFLOP/s in float32",

@@ -1,6 +1,6 @@
-"""What the benchmarks time: a prefill and decode steps on a session, requests through the whole engine.
+"""The measurements of the benchmarks: prefill and decode steps on a session, and requests through the whole engine.
 
-`runtime/commands/bench.py` and the scripts in benchmarks/ share these, so that one word means one measurement. Knows
+`runtime/commands/bench.py` and the scripts in benchmarks/ share these, so that a figure has one definition. Knows
 nothing of flags or tables. Token ids are random or made up: the work does not depend on them.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.registry import open_session
 from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
 from runtime.machine.memory import default_budget
@@ -113,9 +113,9 @@ class EngineRun(NamedTuple):
 
 @contextmanager
 def opened(
-    artifact: Artifact, *, batch: int, capacity: int, threads: int | None = None
-) -> Iterator[tuple[OrtSession, TextModel, StepTimes]]:
-    """One session of `batch` slots, and a started engine on it; use them in turn.
+    artifact: Artifact, *, batch: int, capacity: int, threads: int | None = None, device: str = "cpu"
+) -> Iterator[tuple[Session, TextModel, StepTimes]]:
+    """One session of `batch` slots on a CPU's backend, and a started engine on it; use them in turn.
 
     Raises InvalidArtifact without a tokenizer (requests of the engine carry text), InvalidSetting if the cache does not
     fit in memory: with fewer slots the engine would measure something else.
@@ -127,13 +127,16 @@ def opened(
             "may be used; ask for fewer rows or tokens"
         )
     tokenizer, times = Tokenizer.from_artifact(artifact), StepTimes()
-    session = OrtSession.open(artifact, num_slots=batch, capacity=capacity, threads=threads)
+    settings = EngineSettings(
+        device=device, max_batch=batch, max_waiting=batch, max_len=capacity, threads=threads, kv_memory=wanted
+    )
+    session = open_session(artifact, settings)
     model = TextModel(
         ModelFacts(artifact.manifest.name, frozenset(artifact.manifest.eos_ids)),
         session=session,
         tokenizer=tokenizer,
         chat_template=None,
-        settings=EngineSettings(max_batch=batch, max_waiting=batch, max_len=capacity, threads=threads),
+        settings=settings,
         observer=times,
     )
     model.start()

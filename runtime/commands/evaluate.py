@@ -22,7 +22,7 @@ from runtime.text.text_file import check_readable, pieces_of
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
-    from runtime.backends.ort.cpu_session import OrtSession
+    from runtime.backends.ort.session import OrtSession
     from runtime.progress import Progress
     from runtime.session.scoring import Distance, Likelihood
     from runtime.text.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def evaluate(
     nats per token. `window` is the longest of the windows. `num_tokens`, the number of predictions, is for the progress
     bar alone.
     """
-    from runtime.backends.ort.cpu_session import OrtSession
+    from runtime.backends.ort.session import OrtSession
     from runtime.progress import progress_bar
 
     with ExitStack() as stack:

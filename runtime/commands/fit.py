@@ -1,7 +1,7 @@
 """`headrace fit`: how long a context and how many requests together fit a given memory, with the sums.
 
-The sums are the server's own (kv_budget.py): weights first, then a share of what is left for KV slots. The artifact's
-own rows count its files; rows of other precisions are estimates from the dimensions. Loads no model.
+The sums are the server's own (runtime/machine/memory.py): weights first, then a share of what is left for KV slots. The
+artifact's own rows count its files; rows of other precisions are estimates from the dimensions. Loads no model.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, ModelDims, open_artifact
-from runtime.artifact.plan_files import engine_files
+from runtime.artifact.plan_files import largest_plan
 from runtime.errors import InvalidSetting
-from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION
-from runtime.machine.sizes import format_bytes, kv_bytes_per_token
+from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION, fitting_slots, kv_budget
+from runtime.machine.sizes import format_bytes
 from runtime.settings import check_at_least, parse_bytes
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -25,8 +25,8 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 class Storage:
     """Bytes of a weight by kind, scales included, and the KV cache's type, for one precision of one runtime.
 
-    qkv: of those projections where they are wider than the other layers; last_mlp: of the last layers' MLP, see
-    export/quantize/int4/model.py; head: of an LM head of its own, where it is not stored as the embedding is
+    qkv: of those projections, where they have more bits than the other layers; last_mlp: of the last layers' MLP, see
+    export/quantize/int4/model.py; head: of an LM head that is not tied, where it is not stored like the embedding
     """
 
     linear: float
@@ -38,7 +38,7 @@ class Storage:
 
 
 LAST_SHARE = 1 / 16
-"""Of the layers, those whose MLP a 4-bit export keeps wider."""
+"""Share of the layers whose MLP a 4-bit export keeps in 8 bits."""
 _BLOCK_INT8 = 1 + 4 / 32  # a float32 scale for 32 weights
 _BLOCK_INT4 = 0.5 + 4.5 / 32  # and a 4-bit zero point
 STORAGE = {
@@ -93,30 +93,31 @@ def _row(artifact: Artifact, dialect: str, precision: str, file_bytes: int | Non
     kv_dtype = storage.kv if file_bytes is None and storage else artifact.manifest.kv_of(dialect).dtype
     assert file_bytes is not None or storage is not None
     weight_bytes = file_bytes if storage is None or file_bytes is not None else _estimate(artifact, storage)
-    token_bytes = kv_bytes_per_token(
-        num_layers=dims.num_layers, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv_dtype
-    )
+    token_bytes = dims.kv_bytes_per_token(kv_dtype)
     # Logits of every row; on a GPU once more in pinned memory, which a Jetson takes from the same chips.
     buffer_bytes = max_batch * dims.vocab_size * 4 * (2 if dialect == "trt" else 1)
-    fraction = DEVICE_FREE_FRACTION if dialect == "trt" else FREE_FRACTION
     assert weight_bytes is not None
-    budget = max(0, int((memory - weight_bytes - buffer_bytes) * fraction))
-    slots = {length: min(max_batch, budget // (length * token_bytes)) for length in _contexts(dims)}
+    fraction = DEVICE_FREE_FRACTION if dialect == "trt" else FREE_FRACTION
+    budget = kv_budget(memory - weight_bytes - buffer_bytes, fraction)
+    slots = {
+        length: fitting_slots(max_batch=max_batch, capacity=length, bytes_per_token=token_bytes, budget=budget)
+        for length in _contexts(dims)
+    }
     return Row(dialect, precision, file_bytes is None, weight_bytes, buffer_bytes, kv_dtype, token_bytes, budget, slots)
 
 
 def _contexts(dims: ModelDims) -> list[int]:
-    """The usual lengths that the artifact was exported for, and its own limit."""
+    """The usual lengths within the artifact's limit, and that limit."""
     return sorted({*(length for length in CONTEXTS if length < dims.max_len), dims.max_len})
 
 
 def _file_bytes(artifact: Artifact, dialect: str) -> int:
-    """What the dialect reads: for TensorRT its largest engine, before one is built the weight files."""
+    """What the dialect reads: for TensorRT its largest plan, before one is built the weight files."""
     files = artifact.manifest.files
     if dialect == "trt":
-        plans = [engine.info.plan.size for engine in engine_files(artifact) if engine.info and not engine.problem]
-        if plans:
-            return max(plans)
+        plan_bytes = largest_plan(artifact)
+        if plan_bytes is not None:
+            return plan_bytes
     names = (WEIGHTS,) if dialect == "ort" else (TRT_WEIGHTS,) if TRT_WEIGHTS in files else (WEIGHTS,)
     return sum(files[name].size for name in names if name in files)
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from runtime.backends.registry import add_engine_flags, engine_settings
 from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidRequest
-from runtime.settings import EngineSettings, add_flags, from_namespace
+from runtime.settings import add_flags, from_namespace
 
 if TYPE_CHECKING:
     from runtime.engine.generation import Generation
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-failed", action="store_true", help="use an artifact that failed its accuracy gate")
     sampling = parser.add_argument_group("sampling")
     add_flags(sampling, SamplingParams, skip=_SAMPLING_SKIPPED, defaults=_SAMPLING_DEFAULTS)
-    add_flags(parser.add_argument_group("engine"), EngineSettings, skip=_ENGINE_SKIPPED)
+    add_engine_flags(parser.add_argument_group("engine"), skip=_ENGINE_SKIPPED)
     return parser
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     if args.raw and args.system is not None:
         raise InvalidRequest("--system is part of a chat and --raw leaves the chat template out; give one of them")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    settings = from_namespace(EngineSettings, args, max_batch=1, prefix_cache=0)
+    settings = engine_settings(args, max_batch=1, prefix_cache=0)
     # Check the sampling flags before loading the model; the real limit needs the prompt's length.
     from_namespace(SamplingParams, args, max_tokens=1 if args.max_tokens in (None, NO_LIMIT) else args.max_tokens)
 

@@ -1,4 +1,4 @@
-"""The receipt again, on the device that will serve.
+"""Repeats the receipt's tokens on the device that will serve.
 
 The receipt holds the prompts that were continued when the model was exported, and the tokens each graph gave. Here the
 device's own session is fed the same tokens, in prefilled chunks and then one by one with all prompts in a batch, and
@@ -15,9 +15,10 @@ from runtime.errors import InvalidArtifact
 from runtime.session.session import Batch, Session
 
 MIN_AGREEMENT = {"fp32": 0.995}
-"""Other kernels add floats in another order; in float32 that turns no choice but a tie of the last digits."""
+"""Other kernels add floats in another order. In float32 that changes a choice only between logits that differ in
+their last digits."""
 MIN_AGREEMENT_ROUNDED = 0.95
-"""Half precision and integers: near ties turn. A cache one token off agrees on about half
+"""Half precision and integers change choices between logits that are close. A cache one token off agrees on about half
 (tests/graph/artifact/test_replay.py).
 """
 
@@ -39,7 +40,7 @@ class Replay:
 
 
 def replay(artifact: Artifact, session: Session) -> Replay:
-    """Repeat the receipt's continuations. InvalidArtifact if the receipt is older than that."""
+    """Repeat the receipt's continuations. InvalidArtifact if the receipt has none."""
     dialect = session.info.dialect
     recorded = artifact.receipt.get("replay", {})
     tokens = recorded.get("tokens", {}).get(dialect)
@@ -73,7 +74,7 @@ def replay(artifact: Artifact, session: Session) -> Replay:
 
 
 def _replay_batch(session: Session, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
-    """For each prompt, whether its first token is right, and how many of the others are."""
+    """For each prompt: 1 if its first token is the receipt's, else 0; and how many of the further tokens are."""
     right = []
     for slot, (prompt, answer) in enumerate(pairs):
         half = max(1, len(prompt) // 2)

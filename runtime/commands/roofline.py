@@ -1,4 +1,4 @@
-"""What a machine could do, measured, and what a decode step must do, counted: the two halves of a roofline.
+"""The two halves of a roofline: the machine's peaks, measured, and the work of a decode step, counted.
 
 Bandwidth is bytes over seconds of reading a buffer far larger than the caches, a part in each thread (numpy's
 reductions release the interpreter lock). The arithmetic peak is a float32 matrix product of numpy's BLAS. Both run with
@@ -6,7 +6,6 @@ as many threads as the model, in a process of their own: a BLAS takes its number
 must not count as the model's memory. Knows nothing of sessions.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.artifact.manifest import Artifact
+from runtime.backends.environment import InstalledPackages
 from runtime.commands.inspect_artifact import num_parameters
 from runtime.machine.cpu_features import cpu_flags, cpu_info
 
@@ -33,7 +33,7 @@ REPEATS = 4
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
-_PACKAGES = ("headrace", "onnxruntime", "numpy")
+_PACKAGES = ("headrace", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
 # The child finds this package wherever the parent did.
 _CHILD = (
     "import sys; sys.path[:0] = sys.argv[2:]; import runtime.commands.roofline as r; r.print_peaks(int(sys.argv[1]))"
@@ -50,7 +50,7 @@ class Machine(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """What a machine did at best, with so many threads: bytes read and floating-point operations a second."""
+    """A machine's best with so many threads: bytes read and floating-point operations, both a second."""
 
     threads: int
     read: float
@@ -59,14 +59,14 @@ class Peaks(NamedTuple):
 
 def describe_machine() -> Machine:
     """Name the processor, the instruction sets that matter here, and what is installed. Measures nothing."""
-    flags = cpu_flags()
+    flags, packages = cpu_flags(), InstalledPackages()
     return Machine(
         cpu=cpu_info().get("model name") or platform.machine(),
         cores=num_cores(),
         instruction_sets=" ".join(name for name in _INSTRUCTION_SETS if name in flags),
         versions={
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+            **{name: packages[name] for name in _PACKAGES if name in packages},
         },
     )
 

@@ -6,8 +6,9 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from runtime.backends.registry import add_device_flag, open_session
 from runtime.errors import GateFailed
-from runtime.settings import DEVICES, EngineSettings
+from runtime.settings import EngineSettings
 
 if TYPE_CHECKING:
     from runtime.commands.replay import Replay
@@ -19,13 +20,12 @@ def main(argv: list[str]) -> int:
         prog="headrace verify", description="Check hashes and receipt, and repeat the receipt's tokens on this device."
     )
     parser.add_argument("artifact", help="directory written by `headrace export`")
-    parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
+    add_device_flag(parser)
     parser.add_argument("--max-batch", type=int, default=8, help="prompts decoded together (default: 8)")
     parser.add_argument("--allow-failed", action="store_true", help="verify an artifact that failed its accuracy gate")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     from runtime.artifact.manifest import open_artifact
-    from runtime.backends.select import open_session
     from runtime.commands.replay import replay
 
     artifact = open_artifact(args.artifact, allow_failed=args.allow_failed)

@@ -1,11 +1,11 @@
-"""How many KV slots fit in memory. Reads what the kernel says is free; of models it knows only sizes."""
+"""Plans the KV cache: its share of the free memory, and how many slots that is. Of models it knows only sizes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import InvalidSetting
-from runtime.machine.control_groups import control_group_paths, read_number
+from runtime.machine.available_memory import available_memory
 from runtime.machine.sizes import format_bytes
 
 FREE_FRACTION = 0.6
@@ -17,14 +17,24 @@ DEVICE_FREE_FRACTION = 0.8
 """The same of a GPU's memory once the model is loaded: the rest is for what libraries allocate as they run."""
 
 
+def kv_budget(free: int, fraction: float) -> int:
+    """Bytes for the KV cache, of `free` bytes once the weights are loaded; 0 if they do not fit."""
+    return max(0, int(free * fraction))
+
+
+def fitting_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
+    """How many slots of `capacity` tokens fit `budget` bytes, at most `max_batch`; 0 if none does."""
+    return min(max_batch, budget // (capacity * bytes_per_token))
+
+
 def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
     """Slots of `capacity` tokens that fit `budget` bytes, at most `max_batch`.
 
     InvalidSetting with the sums if not even one fits.
     """
-    slot_bytes = capacity * bytes_per_token
-    num_slots = min(max_batch, budget // slot_bytes)
+    num_slots = fitting_slots(max_batch=max_batch, capacity=capacity, bytes_per_token=bytes_per_token, budget=budget)
     if num_slots < 1:
+        slot_bytes = capacity * bytes_per_token
         fitting = budget // bytes_per_token
         raise InvalidSetting(
             f"one KV slot of {capacity:,} tokens takes {format_bytes(slot_bytes)} ({bytes_per_token:,} bytes "
@@ -39,18 +49,18 @@ def default_budget(*, weight_bytes: int = 0, fraction: float = FREE_FRACTION, ro
 
     `root` is where /proc and /sys are found. InvalidSetting where the kernel does not say.
     """
-    return max(0, int((available_memory(root) - weight_bytes) * fraction))
+    return kv_budget(available_memory(root) - weight_bytes, fraction)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryShare:
-    """What one of several models in a process may take by default, where nobody said how much.
+    """What one of several models in a process may take by default, without --kv-memory.
 
     host_kv: bytes of the machine's memory for its KV cache; counted once for all, since caches there fill slowly, and
         each model would count the same memory as free
-    num_to_load: models that are still to take a GPU's memory, this one included: a cache there is taken whole at once,
-        so what is free then is free
-    weights_to_come: bytes that the weights of the models behind this one will take on it
+    num_to_load: models that are still to take a GPU's memory, this one included. A cache there is allocated whole at
+        once, so that what is free afterwards stays free
+    weights_to_come: bytes that the weights of the models loaded after this one will take on it
     """
 
     host_kv: int
@@ -59,7 +69,7 @@ class MemoryShare:
 
     def of_device(self, free: int) -> int:
         """Bytes of a GPU's memory for the KV cache, of `free` once this model's weights are there."""
-        return max(0, int((free - self.weights_to_come) * DEVICE_FREE_FRACTION)) // self.num_to_load
+        return kv_budget(free - self.weights_to_come, DEVICE_FREE_FRACTION) // self.num_to_load
 
 
 ALONE = MemoryShare(host_kv=0, num_to_load=1, weights_to_come=0)
@@ -76,37 +86,3 @@ def shares_of(
         MemoryShare(host_kv=host_kv, num_to_load=count - idx, weights_to_come=sum(device_weights[idx + 1 :]))
         for idx in range(count)
     ]
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Free bytes: MemAvailable of /proc/meminfo, or what the control group leaves, if that is less."""
-    meminfo = root / "proc/meminfo"
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError as error:
-        raise InvalidSetting(f"{meminfo} cannot be read ({error.strerror}); say how much with --kv-memory") from error
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    if "MemAvailable" not in fields:
-        raise InvalidSetting(f"{meminfo} has no MemAvailable; say how much memory to use with --kv-memory")
-    return min(int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_room(root), 2**62)
-
-
-def _cgroup_room(root: Path) -> Iterator[int]:
-    """Limit minus use for each control group around this process that has a limit."""
-    for group in control_group_paths(root, "memory"):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, used = read_number(group / limit_name), read_number(group / used_name)
-            if limit is not None and used is not None:
-                yield max(0, limit - used + _reclaimable(group))
-
-
-def _reclaimable(group: Path) -> int:
-    """Bytes of page cache that the kernel drops before it runs out."""
-    try:
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
-        return 0
-    return int(stat.get("inactive_file", 0))

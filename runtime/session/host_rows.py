@@ -1,4 +1,4 @@
-"""K and V of some positions of a slot, kept in plain memory, and how a device's cache gives and takes them."""
+"""K and V of some positions of a slot, copied into the host's memory."""
 
 from typing import Any, NamedTuple
 

@@ -109,7 +109,7 @@ class Distance:
 
     @property
     def top1_agreement(self) -> float:
-        """Share of positions with the same likeliest token."""
+        """Share of positions with the same most likely token."""
         return self.num_top1_equal / self.num_rows
 
     @property

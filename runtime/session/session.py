@@ -1,7 +1,7 @@
-"""What the engine asks of a model: run token rows against KV slots, in place.
+"""The interface of a loaded model: run rows of tokens against KV slots, in place.
 
 An implementation owns the KV cache: for each layer one K and one V array `[num_slots, kv_heads, capacity,
-head_dim]`. It knows nothing about requests, sampling or text. ONNX Runtime's is `runtime/backends/ort/cpu_session.py`.
+head_dim]`. It knows nothing about requests, sampling or text. `runtime/backends/ort/session.py` is one.
 """
 
 from collections.abc import Iterator
@@ -93,9 +93,9 @@ class Session(Protocol):
 
 
 class TopRow(NamedTuple):
-    """The likeliest tokens of one wanted row, best first, and what turns their logits into log-probabilities."""
+    """The top K tokens of one wanted row, best first, and the constant that makes their logits log-probabilities."""
 
-    logits: NDArray[np.float32]  # [K], falling
+    logits: NDArray[np.float32]  # [K], in falling order
     ids: NDArray[np.int64]  # [K]
     log_sum: float
     """Log of the sum of exp(logit) over the whole vocabulary: log-probability = logit - log_sum."""
@@ -103,7 +103,7 @@ class TopRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TopRows:
-    """The likeliest tokens of every wanted row: logits float32 and ids int64 `[R, K]`, log_sum float32 `[R]`.
+    """The top K tokens of every wanted row: logits float32 and ids int64 `[R, K]`, log_sum float32 `[R]`.
 
     Among equal logits the lower id comes first, as the sampler has it.
     """
@@ -118,13 +118,13 @@ class TopRows:
 
 @runtime_checkable
 class TopSession(Session, Protocol):
-    """A session that picks the likeliest tokens where the model runs, so that a step need not copy whole rows."""
+    """A session that picks the most likely tokens where the model runs, so that a step copies no rows of logits."""
 
     @property
     def num_top(self) -> int:
-        """K: how many likeliest tokens of a row `run_top` gives."""
+        """K: how many of a row's most likely tokens `run_top` gives."""
         ...
 
     def run_top(self, batch: Batch) -> TopRows:
-        """Run the batch as `run` does; return the likeliest tokens alone, valid until the next call."""
+        """Run the batch as `run` does; return only the most likely tokens, valid until the next call."""
         ...

@@ -14,7 +14,7 @@ from deploy.hashes import with_hashes
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.errors import InvalidSetting
 from serve.access.api_keys import read_keys
-from tests.support.simulated.session import export_tiny, write_engine
+from tests.support.simulated.session import export_tiny, write_plan_files
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -34,7 +34,7 @@ bundle = load_bundle()
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     artifact = export_tiny(tmp_path_factory.mktemp("tiny"))
-    write_engine(artifact)
+    write_plan_files(artifact)
     return artifact
 
 

@@ -1,7 +1,10 @@
 """Choosing what runs a model: the device that was named, or the first that works, with the reason in the log."""
 
+import configparser
 import logging
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,18 +13,23 @@ from export.calibration.dataset import CalibrationOptions
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact
+from runtime.backends.backend import Backend
+from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.environment import Environment
-from runtime.backends.ort.cpu_session import OrtSession
-from runtime.backends.select import Backend, open_session
+from runtime.backends.ort.cpu import OrtCpu
+from runtime.backends.ort.cuda import OrtCuda
+from runtime.backends.ort.session import OrtSession
+from runtime.backends.registry import check_settings, device_name, open_session
+from runtime.backends.tensorrt.backend import TensorRt
 from runtime.backends.tensorrt.session import TrtSession
-from runtime.errors import DeviceUnavailable, HeadraceError, InvalidEngine, InvalidSetting
+from runtime.errors import DeviceUnavailable, HeadraceError, InvalidArtifact, InvalidSetting
 from runtime.machine.memory import shares_of
 from runtime.settings import EngineSettings, SharedSettings
 from runtime.text_model import open_text_model
 from tests.support.byte_tokenizer import byte_level_hf
 from tests.support.simulated.cuda import SimCuda
-from tests.support.simulated.server import simulated_backends
-from tests.support.simulated.session import CAPACITY, export_tiny, write_engine
+from tests.support.simulated.server import simulated_backends, simulated_tensorrt
+from tests.support.simulated.session import CAPACITY, export_tiny, write_plan_files
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 SMALL = {"max_batch": 2, "prefill_chunk": 8, "kv_memory": 10**6, "max_len": CAPACITY}
@@ -45,12 +53,12 @@ def settings(**changes: object) -> EngineSettings:
     return EngineSettings(**{**SMALL, **changes})  # type: ignore[arg-type]  # fields by name
 
 
-def backends_of(sim: SimCuda) -> Mapping[str, Backend]:
+def backends_of(sim: SimCuda) -> Sequence[Backend]:
     return simulated_backends(sim)
 
 
 def test_auto_takes_tensorrt_where_there_is_an_engine(bare: Artifact, with_driver: Environment) -> None:
-    plan = write_engine(bare, max_batch=2, chunk=8)
+    plan = write_plan_files(bare, max_batch=2, chunk=8)
     try:
         session = open_session(bare, settings(), backends=backends_of(SimCuda()), environment=with_driver)
         assert isinstance(session, TrtSession) and session.info.device.startswith("tensorrt-rtx")
@@ -72,7 +80,7 @@ def test_auto_falls_back_and_says_why(
 def test_a_device_without_room_is_passed_over(
     bare: Artifact, with_driver: Environment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = write_engine(bare, max_batch=2, chunk=8)
+    plan = write_plan_files(bare, max_batch=2, chunk=8)
     sim = SimCuda(total_bytes=10_000)
     try:
         session = open_session(bare, settings(), backends=backends_of(sim), environment=with_driver)
@@ -86,14 +94,17 @@ def test_a_device_without_room_is_passed_over(
 def test_without_a_gpu_auto_tries_nothing_else(
     bare: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def never(_artifact: Artifact, _settings: EngineSettings) -> OrtSession:
+    def never() -> Cuda:
         raise AssertionError("there is no GPU to try")
 
-    backends = {**backends_of(SimCuda()), "tensorrt": never, "cuda": never}
-    backends["cpu"] = backends.pop("cpu")
-    session = open_session(bare, settings(), backends=backends, environment=Environment(root=tmp_path))
+    backends = (TensorRt(never), OrtCuda(never), OrtCpu())
+    with caplog.at_level(logging.INFO):
+        session = open_session(bare, settings(), backends=backends, environment=Environment(root=tmp_path))
     assert isinstance(session, OrtSession)
-    assert not caplog.records, "nothing to warn of"
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 2, "nothing to warn of"
+    assert "not serving on cuda: no NVIDIA driver is loaded" in caplog.text
+    with pytest.raises(DeviceUnavailable, match="no backend can work on this machine"):
+        open_session(bare, settings(), backends=backends[:2], environment=Environment(root=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,7 @@ def test_a_device_that_was_named_is_the_one_or_an_error(
 
 def test_an_artifact_without_a_graph_for_tensorrt(tmp_path: Path) -> None:
     artifact = export_tiny(tmp_path, dialects=("ort",))
-    with pytest.raises(InvalidEngine, match="--dialect ort,standard"):
+    with pytest.raises(InvalidArtifact, match=r"no trt or trt-plain graph.*--dialect ort,trt"):
         open_session(artifact, settings(device="tensorrt"), backends=backends_of(SimCuda()))
 
 
@@ -126,7 +137,7 @@ def test_an_artifact_without_a_graph_for_tensorrt(tmp_path: Path) -> None:
     ],
 )
 def test_settings_beyond_the_engine(bare: Artifact, changes: dict[str, object], said: str) -> None:
-    plan = write_engine(bare, max_batch=2, chunk=8)
+    plan = write_plan_files(bare, max_batch=2, chunk=8)
     sim = SimCuda()
     try:
         with pytest.raises(InvalidSetting, match=said):
@@ -138,17 +149,17 @@ def test_settings_beyond_the_engine(bare: Artifact, changes: dict[str, object], 
 
 def test_models_on_one_gpu_share_its_memory_and_not_the_machines(bare: Artifact) -> None:
     """Each pool is taken whole at once: without shares the first takes 80 % of what is free, and the next fail."""
-    plan = write_engine(bare, max_batch=64, chunk=8)
+    plan = write_plan_files(bare, max_batch=64, chunk=8)
     weights = plan.stat().st_size
     room = 10_000_000
     sim = SimCuda(total_bytes=3 * weights + room)
-    open_it = backends_of(sim)["tensorrt"]
+    backend = simulated_tensorrt(sim)
     sessions = []
     try:
         for share in shares_of([bare.weight_bytes] * 3, [weights] * 3):
             assert share.host_kv > room, "a share of this machine's memory would be more than the GPU has"
             asked = EngineSettings(device="tensorrt", max_batch=64, prefill_chunk=8, max_len=CAPACITY)
-            sessions.append(open_it(bare, SharedSettings.of(asked, share)))
+            sessions.append(backend.open(bare, SharedSettings.of(asked, share)))
         slots = [session.info.num_slots for session in sessions]
         assert min(slots) >= 1 and max(slots) <= 1.3 * min(slots), slots
         slot_bytes = CAPACITY * sessions[0].info.kv_bytes_per_token
@@ -173,14 +184,14 @@ def test_shares_leave_room_for_what_is_loaded_later() -> None:
 @pytest.mark.parametrize("device", ["tensorrt", "cuda"])
 def test_a_flag_that_a_device_would_not_heed_is_refused(flag: str, device: str) -> None:
     given = {flag: True if flag == "speculate" else "small"}
-    with pytest.raises(InvalidSetting, match=f"--{flag} works on the CPU alone, and --device says {device}"):
-        settings(device=device, **given)
-    settings(device="cpu", **given)
+    with pytest.raises(InvalidSetting, match=f"--{flag} works on --device cpu alone, and --device says {device}"):
+        check_settings(settings(device=device, **given))
+    check_settings(settings(device="cpu", **given))
 
 
 def test_threads_are_the_cpus() -> None:
-    with pytest.raises(InvalidSetting, match="--threads works on the CPU alone"):
-        settings(device="cuda", threads=2)
+    with pytest.raises(InvalidSetting, match="--threads works on --device cpu or openvino alone"):
+        check_settings(settings(device="cuda", threads=2))
 
 
 def test_speculation_where_auto_found_a_gpu_is_refused_and_the_gpu_let_go(
@@ -190,9 +201,9 @@ def test_speculation_where_auto_found_a_gpu_is_refused_and_the_gpu_let_go(
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama"))
     (source / "tokenizer.json").write_text(byte_level_hf().to_str())
     artifact = export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", dialects=("ort", "trt")))
-    write_engine(artifact, max_batch=2, chunk=8)
+    write_plan_files(artifact, max_batch=2, chunk=8)
     sim = SimCuda()
-    backends = {"tensorrt": backends_of(sim)["tensorrt"]}
+    backends = [simulated_tensorrt(sim)]
     open_text_model(artifact.path, settings(device="auto"), backends=backends).close()
     with pytest.raises(InvalidSetting, match=r"--speculate does nothing on tensorrt-rtx .*or say --device cpu"):
         open_text_model(artifact.path, settings(device="auto", speculate=True), backends=backends)
@@ -208,9 +219,28 @@ def test_speculation_over_an_int8_cache_is_refused_before_anything_is_loaded(tmp
     )
     for given, flag in (({"speculate": True}, "--speculate"), ({"draft": str(artifact.path)}, "--draft")):
         with pytest.raises(InvalidSetting, match=f"{flag} does nothing for .* whose KV cache is in 8 bits"):
-            open_text_model(artifact.path, settings(device="cpu", **given), allow_failed=True, backends={})
+            open_text_model(artifact.path, settings(device="cpu", **given), allow_failed=True, backends=[])
 
 
 def test_an_unknown_device() -> None:
-    with pytest.raises(InvalidSetting, match="--device must be one of auto, tensorrt, cuda, cpu, got 'gpu'"):
-        EngineSettings(device="gpu")
+    with pytest.raises(InvalidSetting, match="--device must be one of auto, tensorrt, cuda, cpu, openvino, got 'gpu'"):
+        device_name("gpu")
+
+
+@pytest.mark.parametrize("verb", ["export", "verify"])
+def test_without_onnx_runtime_a_verb_names_the_extra(bare: Artifact, tmp_path: Path, verb: str) -> None:
+    arguments = {
+        "export": ["export", str(bare.path.parent / "checkpoint"), "--out", str(tmp_path / "out")],
+        "verify": ["verify", str(bare.path)],
+    }[verb]
+    code = f"import sys; sys.modules['onnxruntime'] = None; import headrace; sys.exit(headrace.main({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install 'headrace[cpu]'" in done.stderr
+
+
+def test_no_extra_is_installed_unasked() -> None:
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[2] / "setup.cfg")
+    assert "onnxruntime" not in config["options"]["install_requires"]
+    assert {"cpu", "cuda", "rtx", "tensorrt"} <= set(config["options.extras_require"])

@@ -1,14 +1,18 @@
 """`headrace doctor` on machines that are described, not here: drivers, packages, Jetsons."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from runtime.backends.backend import Backend
 from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.environment import Environment
+from runtime.backends.ort.cpu import OrtCpu
+from runtime.backends.ort.cuda import OrtCuda
+from runtime.backends.tensorrt.backend import TensorRt
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.commands.doctor import Verdict, examine, main
 from runtime.errors import InvalidSetting
@@ -31,16 +35,23 @@ JETSONS = {
     "7": "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64, DATE: Fri Aug 22 2025\n",
 }
 
-Machine = Callable[..., Environment]
+Machine = Callable[..., "Described"]
+
+
+class Described(NamedTuple):
+    """A machine that is not here, and the backends as they would find it."""
+
+    env: Environment
+    backends: Sequence[Backend]
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """Makes an Environment: a driver, a JetPack, packages; libraries load if they are among the packages."""
+    """Makes a machine: a driver, a JetPack, packages; libraries load if they are among the packages."""
 
     def make(
         *, driver: str | None = None, jetpack: str | None = None, packages: dict[str, str], loads: bool = True
-    ) -> Environment:
+    ) -> Described:
         files = {}
         if driver is not None:
             files["proc/driver/nvidia/version"] = DRIVERS[driver]
@@ -64,13 +75,14 @@ def machine(tmp_path: Path) -> Machine:
         def open_cuda() -> Cuda:
             return Cuda(SimCuda(num_devices=1 if driver == "new" or jetpack else 0))
 
-        return Environment(tmp_path, packages, "x86_64", "3.11.7", open_cuda, open_trt)
+        env = Environment(tmp_path, packages, "x86_64", "3.11.7", open_cuda)
+        return Described(env, (TensorRt(open_cuda, open_trt), OrtCuda(open_cuda), OrtCpu()))
 
     return make
 
 
-def verdicts(env: Environment) -> dict[str, Verdict]:
-    return {verdict.name: verdict for verdict in examine(env)}
+def verdicts(here: Described) -> dict[str, Verdict]:
+    return {verdict.name: verdict for verdict in examine(*here)}
 
 
 def told(verdict: Verdict) -> str:
@@ -79,11 +91,13 @@ def told(verdict: Verdict) -> str:
     return " | ".join(f"{problem.what} -> {problem.fix}" for problem in verdict.problems)
 
 
-def test_everything_works(machine: Machine) -> None:
-    env = machine(driver="new", packages=EVERYTHING)
-    assert all(verdict.works for verdict in examine(env))
-    assert env.driver == "580.95.05" and env.gpus == ("NVIDIA GeForce RTX 4090",)
-    assert verdicts(env)["tensorrt"].note == "tensorrt-rtx 1.7.1.116 (trt graphs)"
+def test_everything_for_a_gpu(machine: Machine) -> None:
+    here = machine(driver="new", packages=EVERYTHING)
+    found = verdicts(here)
+    assert found["tensorrt"].works and found["cuda"].works
+    assert "onnxruntime-gpu 1.31.1 is too old for the CPU, 1.32 is the first" in told(found["cpu"])
+    assert here.env.driver == "580.95.05" and here.env.gpus == ("NVIDIA GeForce RTX 4090",)
+    assert verdicts(here)["tensorrt"].note == "tensorrt-rtx 1.7.1.116 (trt graphs)"
 
 
 def test_no_driver(machine: Machine) -> None:
@@ -91,7 +105,7 @@ def test_no_driver(machine: Machine) -> None:
     assert found["cpu"].works
     assert "no NVIDIA driver is loaded -> install the driver" in told(found["tensorrt"])
     assert "pip install 'headrace[rtx]'" in told(found["tensorrt"])
-    assert "no NVIDIA driver is loaded" in told(found["cuda"]) and "onnxruntime-gpu[cuda,cudnn]" in told(found["cuda"])
+    assert "no NVIDIA driver is loaded" in told(found["cuda"]) and "pip install 'headrace[cuda]'" in told(found["cuda"])
 
 
 def test_an_old_driver(machine: Machine) -> None:
@@ -133,10 +147,10 @@ def test_an_onnxruntime_gpu_that_is_too_old(machine: Machine) -> None:
 
 @pytest.mark.parametrize("jetpack", JETSONS)
 def test_a_jetson_names_its_jetpack(machine: Machine, jetpack: str) -> None:
-    env = machine(jetpack=jetpack, packages={"onnxruntime": "1.32.0"})
-    assert env.jetson is not None and env.jetson.jetpack == jetpack
-    assert env.jetson.model == "NVIDIA Jetson Orin Nano Developer Kit"
-    text = told(verdicts(env)["tensorrt"])
+    here = machine(jetpack=jetpack, packages={"onnxruntime": "1.32.0"})
+    assert here.env.jetson is not None and here.env.jetson.jetpack == jetpack
+    assert here.env.jetson.model == "NVIDIA Jetson Orin Nano Developer Kit"
+    text = told(verdicts(here)["tensorrt"])
     said = {
         "5": "JetPack 5 ships TensorRT 8.5, 10.3 is the first that will do -> flash JetPack 6",
         "6": "apt install python3-libnvinfer",
@@ -160,12 +174,12 @@ def test_a_gpu_that_cuda_does_not_see(machine: Machine) -> None:
 
 
 def test_the_report_for_people_and_for_programs(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    env = machine(driver="new", packages={"onnxruntime": "1.32.0"})
-    assert main([], env) == 0
+    here = machine(driver="new", packages={"onnxruntime": "1.32.0"})
+    assert main([], *here) == 0
     text = capsys.readouterr().out
     assert "GPU       Simulated GPU, sm89" in text and "cpu       works: onnxruntime 1.32.0" in text
     assert "tensorrt  does not work" in text and "-> pip install 'headrace[rtx]'" in text
-    assert main(["--json"], env) == 0
+    assert main(["--json"], *here) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["driver"] == "580.95.05" and found["cuda_device"]["capability"] == "sm89"
     assert {backend["name"]: backend["works"] for backend in found["backends"]} == {
@@ -173,9 +187,9 @@ def test_the_report_for_people_and_for_programs(machine: Machine, capsys: pytest
         "cuda": False,
         "cpu": True,
     }
-    assert [main(["--require", name], env) for name in ("cpu", "tensorrt")] == [0, 2]
+    assert [main(["--require", name], *here) for name in ("cpu", "tensorrt")] == [0, 2]
     with pytest.raises(InvalidSetting, match="--require must be one of tensorrt, cuda, cpu"):
-        main(["--require", "gpu"], env)
+        main(["--require", "gpu"], *here)
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,22 +16,22 @@ import export.tensorrt.build
 from export.calibration.dataset import CalibrationOptions
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
-from export.tensorrt.build import EngineOptions, build_engine, check_plausible
+from export.tensorrt.build import PlanOptions, build_plan, check_plausible
 from export.tensorrt.network import read_graph
-from export.tensorrt.profiles import EngineLimits
+from export.tensorrt.profiles import PlanLimits
 from headrace import main
 from runtime.artifact.manifest import MANIFEST, RECEIPT, Artifact, open_artifact, sha256_of
-from runtime.artifact.plan_files import engine_files, find_engine
+from runtime.artifact.plan_files import find_plan, plans_of
 from runtime.backends.tensorrt.library import TrtLibrary, open_library
-from runtime.errors import EngineBuildFailed, InvalidArtifact, InvalidSetting
+from runtime.errors import InvalidArtifact, InvalidSetting, PlanBuildFailed
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 ALL_GPUS = ("sm80", "sm86", "sm89", "sm120")
-LIMITS = EngineLimits(max_batch=4, prefill_chunk=16, max_len=64)
+LIMITS = PlanLimits(max_batch=4, prefill_chunk=16, max_len=64)
 NUM_LAYERS = 2
 """Of the tiny model: each takes the compiler about a second, and the second has whatever the first has not."""
 
-ONE_GPU = EngineOptions(gpus=("sm86",), limits=LIMITS)
+ONE_GPU = PlanOptions(gpus=("sm86",), limits=LIMITS)
 
 
 if platform.machine() != "x86_64":
@@ -78,21 +78,21 @@ def test_one_engine_for_all_gpus_is_built_once_and_found_by_each(
     out = capsys.readouterr().out
     assert "2 attention, 4 kv_cache_update" in out and "4 rows of 64 tokens, prefill 16" in out
     opened = open_artifact(artifact)
-    (engine,) = engine_files(opened)
-    assert engine.info is not None and engine.problem is None
-    assert engine.info.gpus == ALL_GPUS and engine.info.dialect == "trt"
-    assert engine.info.graph == opened.receipt["graphs"]["trt"]
-    assert engine.plan.stat().st_size == engine.info.plan.size > engine.info.build["weight_bytes"]
-    assert engine.info.build["peak_bytes"] < engine.info.build["predicted_peak_bytes"]
+    (plan,) = plans_of(opened)
+    assert plan.info is not None and plan.problem is None
+    assert plan.info.gpus == ALL_GPUS and plan.info.dialect == "trt"
+    assert plan.info.graph == opened.receipt["graphs"]["trt"]
+    assert plan.path.stat().st_size == plan.info.plan.size > plan.info.build["weight_bytes"]
+    assert plan.info.build["peak_bytes"] < plan.info.build["predicted_peak_bytes"]
     for gpu in ALL_GPUS:
-        assert find_engine(opened, target="tensorrt-rtx", version=engine.info.version, gpu=gpu).plan == engine.plan
-    written_ns = engine.plan.stat().st_mtime_ns
+        assert find_plan(opened, target="tensorrt-rtx", version=plan.info.version, gpu=gpu).path == plan.path
+    written_ns = plan.path.stat().st_mtime_ns
     assert main(command) == 0, "the same GPUs by default"
     assert "is there already" in capsys.readouterr().out
-    assert engine.plan.stat().st_mtime_ns == written_ns
+    assert plan.path.stat().st_mtime_ns == written_ns
     assert main(["engine", "--list", str(artifact)]) == 0
     assert "for sm80, sm86, sm89, sm120" in capsys.readouterr().out
-    engine.plan.write_bytes(engine.plan.read_bytes()[:5000])
+    plan.path.write_bytes(plan.path.read_bytes()[:5000])
     monkeypatch.setattr("export.tensorrt.memory.available_memory", lambda: 3_000_000)
     assert main(command) == 2, "half a plan is none: it is about to be built again"
     assert "3.0 MB are free" in capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_every_precision_builds_and_keeps_its_layers(
     tmp_path: Path, precision: str, num_layers: int, num_quantize: int, num_dequantize: int
 ) -> None:
     artifact = open_artifact(export_tiny(tmp_path, precision, num_layers=num_layers), allow_failed=True)
-    layers = build_engine(artifact, ONE_GPU).info.layers
+    layers = build_plan(artifact, ONE_GPU).info.layers
     assert (layers["attention"], layers["kv_cache_update"]) == (num_layers, 2 * num_layers)
     if precision != "w8a8":
         assert (layers["quantize"], layers["dequantize"]) == (num_quantize, num_dequantize)
@@ -123,7 +123,7 @@ def test_every_precision_builds_and_keeps_its_layers(
 
 
 def test_the_plain_graph_builds_without_attention_layers(tmp_path: Path) -> None:
-    built = build_engine(open_artifact(export_tiny(tmp_path, "fp16", ("trt-plain",), num_layers=1)), ONE_GPU)
+    built = build_plan(open_artifact(export_tiny(tmp_path, "fp16", ("trt-plain",), num_layers=1)), ONE_GPU)
     assert built.info.dialect == "trt-plain"
     assert not any(built.info.layers.values())
 
@@ -183,8 +183,8 @@ def positions_by_themselves(graph: onnx.GraphProto) -> None:
 def test_a_network_that_lost_something_is_not_built(
     artifact: Path, change: Callable[[onnx.GraphProto], object], words: list[str]
 ) -> None:
-    with pytest.raises(EngineBuildFailed) as failed:
-        build_engine(with_graph(artifact, change), ONE_GPU)
+    with pytest.raises(PlanBuildFailed) as failed:
+        build_plan(with_graph(artifact, change), ONE_GPU)
     assert all(word in str(failed.value) for word in words), str(failed.value)
     assert not list((artifact / "engines").glob("*.plan"))
 
@@ -193,8 +193,8 @@ def test_an_operator_that_the_parser_refuses_is_named(artifact: Path) -> None:
     def change(graph: onnx.GraphProto) -> None:
         graph.node[0].op_type = "StringNormalizer"
 
-    with pytest.raises(EngineBuildFailed, match=r"cannot parse .*StringNormalizer"):
-        build_engine(with_graph(artifact, change), ONE_GPU)
+    with pytest.raises(PlanBuildFailed, match=r"cannot parse .*StringNormalizer"):
+        build_plan(with_graph(artifact, change), ONE_GPU)
 
 
 def test_only_the_graph_that_was_checked_is_compiled(artifact: Path) -> None:
@@ -259,11 +259,11 @@ def test_a_library_that_is_too_old_or_does_not_load_is_named(monkeypatch: pytest
 def test_a_builder_that_gives_no_engine_is_an_error(library: TrtLibrary, exported: Path, tmp_path: Path) -> None:
     graph = read_graph(open_artifact(exported), "trt")
     for nothing in (None, b""):
-        with pytest.raises(EngineBuildFailed, match="ended without an engine"):
+        with pytest.raises(PlanBuildFailed, match="ended without an engine"):
             check_plausible(library, nothing, graph)
-    with pytest.raises(EngineBuildFailed, match="a part is missing"):
+    with pytest.raises(PlanBuildFailed, match="a part is missing"):
         check_plausible(library, bytes(graph.weight_bytes // 2), graph)
-    with pytest.raises(EngineBuildFailed, match="MALFORMED_ENGINE"):
+    with pytest.raises(PlanBuildFailed, match="MALFORMED_ENGINE"):
         check_plausible(library, bytes(graph.weight_bytes), graph)
 
 
@@ -271,8 +271,8 @@ def test_the_librarys_own_reason_is_told_when_a_build_fails(artifact: Path, monk
     """float32 attention has no fused kernel: without leave to take it apart, the library gives None."""
     monkeypatch.setattr(export.tensorrt.build, "attentions", lambda library, network: [])
     source = open_artifact(export_tiny(artifact.parent / "wide", "fp32", num_layers=1))
-    with pytest.raises(EngineBuildFailed, match=r"gave no engine: .*decomposable"):
-        build_engine(source, ONE_GPU)
+    with pytest.raises(PlanBuildFailed, match=r"gave no engine: .*decomposable"):
+        build_plan(source, ONE_GPU)
     assert not list((source.path / "engines").iterdir())
 
 
@@ -282,5 +282,5 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(artifact: Path, monkeypatch: py
 
     monkeypatch.setattr("export.tensorrt.progress.Monitor._share", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(open_artifact(artifact), ONE_GPU)
+        build_plan(open_artifact(artifact), ONE_GPU)
     assert not list((artifact / "engines").iterdir())

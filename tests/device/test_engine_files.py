@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from export.artifact.writer import file_entry, write_manifest
 from export.storage.whole_file import write_whole
 from export.tensorrt.memory import check_fits, predicted_peak
-from export.tensorrt.profiles import EngineLimits, derive_profiles, input_shape
+from export.tensorrt.profiles import PlanLimits, derive_profiles, input_shape
 from export.tensorrt.progress import Monitor
-from export.tensorrt.store import engine_directory, list_files, prune, write_engine
+from export.tensorrt.store import list_files, plan_directory, prune, write_plan_files
 from export.tensorrt.timings import attach_timings, keep_timings
 from runtime.artifact.manifest import (
     SCHEMA_VERSION,
@@ -32,14 +32,14 @@ from runtime.artifact.manifest import (
 )
 from runtime.artifact.plan_files import (
     PROFILES,
-    EngineInfo,
+    PlanInfo,
     Shape,
-    engine_files,
-    find_engine,
-    read_engine_info,
+    find_plan,
+    plans_of,
+    read_plan_info,
     weight_files,
 )
-from runtime.errors import HeadraceError, InvalidEngine, InvalidSetting
+from runtime.errors import HeadraceError, InvalidPlan, InvalidSetting
 
 PLAN = b"a plan" * 100
 DIMS = ModelDims(
@@ -79,8 +79,8 @@ def artifact(tmp_path: Path) -> Artifact:
     return Artifact(tmp_path, manifest, {})
 
 
-def description(artifact: Artifact, **changes: Any) -> EngineInfo:
-    info = EngineInfo(
+def description(artifact: Artifact, **changes: Any) -> PlanInfo:
+    info = PlanInfo(
         target="tensorrt-rtx",
         version="1.7.1.116",
         gpus=("sm80", "sm86"),
@@ -88,7 +88,7 @@ def description(artifact: Artifact, **changes: Any) -> EngineInfo:
         dialect="trt",
         graph="a" * 64,
         weights=weight_files(artifact.manifest),
-        profiles=derive_profiles(EngineLimits(max_batch=4), DIMS),
+        profiles=derive_profiles(PlanLimits(max_batch=4), DIMS),
         plan=FileEntry(size=len(PLAN), sha256=hashlib.sha256(PLAN).hexdigest()),
         layers={"attention": 3},
         build={"seconds": 1.0},
@@ -97,19 +97,19 @@ def description(artifact: Artifact, **changes: Any) -> EngineInfo:
 
 
 def written(artifact: Artifact, **changes: Any) -> Path:
-    engine_directory(artifact)
-    return write_engine(artifact, description(artifact, **changes), PLAN)
+    plan_directory(artifact)
+    return write_plan_files(artifact, description(artifact, **changes), PLAN)
 
 
 def test_a_description_survives_the_disk_and_finds_its_engine(artifact: Artifact) -> None:
     plan = written(artifact)
     info = description(artifact)
     assert plan.name == f"tensorrt-rtx-sm80+sm86-1.7.1.116-{info.key}.plan"
-    assert read_engine_info(plan, read_manifest(artifact.path).engines) == info
+    assert read_plan_info(plan, read_manifest(artifact.path).engines) == info
     assert (info.max_batch, info.max_len, info.prefill_chunk, info.verify_tokens) == (4, 256, 128, 8)
     for gpu in info.gpus:
-        found = find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu=gpu)
-        assert (found.plan, found.info, found.problem) == (plan, info, None)
+        found = find_plan(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu=gpu)
+        assert (found.path, found.info, found.problem) == (plan, info, None)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_description_survives_the_disk_and_finds_its_engine(artifact: Artifact
         {"graph": "c" * 64},
         {"weights": {"weights.trt.bin": "c" * 64}},
         {"device": "Orin"},
-        {"profiles": derive_profiles(EngineLimits(max_batch=5), DIMS)},
+        {"profiles": derive_profiles(PlanLimits(max_batch=5), DIMS)},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -136,8 +136,8 @@ def test_what_decides_nothing_is_not_in_the_key(artifact: Artifact) -> None:
 
 def test_the_largest_of_several_engines_is_taken(artifact: Artifact) -> None:
     for batch in (2, 16, 8):
-        written(artifact, profiles=derive_profiles(EngineLimits(max_batch=batch), DIMS))
-    found = find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
+        written(artifact, profiles=derive_profiles(PlanLimits(max_batch=batch), DIMS))
+    found = find_plan(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
     assert found.info is not None and found.info.max_batch == 16
 
 
@@ -153,16 +153,16 @@ def test_an_engine_for_another_gpu_or_version_is_not_taken(
     artifact: Artifact, wanted: dict[str, str], word: str
 ) -> None:
     written(artifact)
-    with pytest.raises(InvalidEngine, match=word):
-        find_engine(artifact, **{"target": "tensorrt-rtx", "version": "1.7.1.116", "gpu": "sm86", **wanted})
+    with pytest.raises(InvalidPlan, match=word):
+        find_plan(artifact, **{"target": "tensorrt-rtx", "version": "1.7.1.116", "gpu": "sm86", **wanted})
 
 
 def test_an_engine_built_on_one_device_is_for_that_model_alone(artifact: Artifact) -> None:
     written(artifact, target="tensorrt", version="11.4", gpus=("sm87",), device="Orin")
     asked = {"target": "tensorrt", "version": "11.4", "gpu": "sm87"}
-    assert find_engine(artifact, **asked, device="Orin").problem is None
-    with pytest.raises(InvalidEngine, match=r"on sm87 \(Orin Nano\)"):
-        find_engine(artifact, **asked, device="Orin Nano")
+    assert find_plan(artifact, **asked, device="Orin").problem is None
+    with pytest.raises(InvalidPlan, match=r"on sm87 \(Orin Nano\)"):
+        find_plan(artifact, **asked, device="Orin Nano")
 
 
 def truncate(plan: Path) -> None:
@@ -199,9 +199,9 @@ def edit_description(plan: Path) -> None:
 def test_a_damaged_engine_is_named_and_pruned(artifact: Artifact, damage: Any, word: str) -> None:
     plan, good = written(artifact), written(artifact, gpus=("sm89",))
     damage(plan)
-    with pytest.raises(InvalidEngine, match=word):
-        find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
-    assert find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm89").plan == good
+    with pytest.raises(InvalidPlan, match=word):
+        find_plan(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
+    assert find_plan(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm89").path == good
     assert plan in prune(artifact)
     assert sorted(good.parent.iterdir()) == [good.with_suffix(".json"), good]
 
@@ -214,16 +214,16 @@ def test_a_wrong_description_is_refused_even_where_it_is_listed(artifact: Artifa
     plan = written(artifact)
     damage(plan)
     list_files(artifact, plan.with_suffix(".json"))
-    with pytest.raises(InvalidEngine, match=word):
-        find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
+    with pytest.raises(InvalidPlan, match=word):
+        find_plan(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
 
 
 def test_an_engine_that_the_manifest_does_not_list_is_not_opened(artifact: Artifact) -> None:
     plan = written(artifact)
     assert list(read_manifest(artifact.path).engines) == [plan.with_suffix(".json").name]
     write_manifest(artifact.path, artifact.manifest)
-    with pytest.raises(InvalidEngine, match=r"is not used: manifest\.json does not list it; build the engine again"):
-        find_engine(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
+    with pytest.raises(InvalidPlan, match=r"is not used: manifest\.json does not list it; build the engine again"):
+        find_plan(artifact, target="tensorrt-rtx", version="1.7.1.116", gpu="sm86")
 
 
 def test_builds_at_once_keep_each_other_in_the_list_and_what_is_gone_leaves_it(artifact: Artifact) -> None:
@@ -237,8 +237,8 @@ def test_builds_at_once_keep_each_other_in_the_list_and_what_is_gone_leaves_it(a
 
 def test_an_engine_of_another_export_is_stale(artifact: Artifact) -> None:
     plan = written(artifact, weights={"weights.trt.bin": "c" * 64})
-    (engine,) = engine_files(artifact)
-    assert engine.problem is not None and "another export" in engine.problem
+    (found,) = plans_of(artifact)
+    assert found.problem is not None and "another export" in found.problem
     assert plan in prune(artifact) and not plan.parent.exists()
 
 
@@ -260,7 +260,7 @@ def test_a_plan_that_cannot_be_written_leaves_nothing(artifact: Artifact, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    directory = engine_directory(artifact)
+    directory = plan_directory(artifact)
     with pytest.raises(HeadraceError, match="the disk is full"):
         write_whole(directory / "x.plan", PLAN)
     assert not list(directory.iterdir())
@@ -270,7 +270,7 @@ def test_a_plan_that_cannot_be_written_leaves_nothing(artifact: Artifact, monkey
 def test_every_run_a_scheduler_makes_lies_in_a_profile(
     batch: int, chunk: int, max_len: int, verified: int, data: st.DataObject
 ) -> None:
-    limits = EngineLimits(max_batch=batch, prefill_chunk=chunk, max_len=max_len, verify_tokens=verified)
+    limits = PlanLimits(max_batch=batch, prefill_chunk=chunk, max_len=max_len, verify_tokens=verified)
     profiles = dict(zip(PROFILES, derive_profiles(limits, DIMS), strict=True))
     rows = data.draw(st.integers(1, batch))
     assert profiles["decode"].holds(Shape(rows, 1, rows, max_len))
@@ -284,7 +284,7 @@ def test_every_run_a_scheduler_makes_lies_in_a_profile(
 
 
 def test_inputs_get_their_shapes_from_the_profile() -> None:
-    decode, prefill, _ = derive_profiles(EngineLimits(max_batch=4, prefill_chunk=32, max_len=64), DIMS)
+    decode, prefill, _ = derive_profiles(PlanLimits(max_batch=4, prefill_chunk=32, max_len=64), DIMS)
     assert [input_shape("input_ids", DIMS, prefill, end) for end in range(3)] == [(1, 1), (1, 32), (4, 32)]
     assert [input_shape("logits_idx", DIMS, decode, end) for end in range(3)] == [(1,), (4,), (4,)]
     assert input_shape("past.2.v", DIMS, decode, 2) == (4, 2, 64, 16)
@@ -296,12 +296,12 @@ def test_inputs_get_their_shapes_from_the_profile() -> None:
 )
 def test_limits_out_of_range_are_named(limits: dict[str, int], word: str) -> None:
     with pytest.raises(InvalidSetting, match=word):
-        EngineLimits(**limits)
+        PlanLimits(**limits)
 
 
 def test_slots_longer_than_the_export_are_refused() -> None:
     with pytest.raises(InvalidSetting, match=r"--max-len 512 is more than the 256 tokens"):
-        derive_profiles(EngineLimits(max_len=512), DIMS)
+        derive_profiles(PlanLimits(max_len=512), DIMS)
 
 
 def test_a_build_that_cannot_fit_is_refused_with_the_numbers() -> None:

@@ -10,7 +10,7 @@ from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact
 from runtime.commands.fit import CONTEXTS, main, rows
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import FREE_FRACTION, plan_slots
-from tests.support.simulated.session import export_tiny, write_engine
+from tests.support.simulated.session import export_tiny, write_plan_files
 
 MEMORY = 20_000_000
 
@@ -49,7 +49,7 @@ def test_estimates_are_near_what_the_export_takes(tmp_path: Path, dialect: str, 
 
 def test_an_engine_that_was_built_is_counted(tmp_path: Path) -> None:
     artifact = export_tiny(tmp_path, precision="fp16")
-    plan = write_engine(artifact)
+    plan = write_plan_files(artifact)
     (row,) = (row for row in rows(artifact, MEMORY, 8) if row.runtime == "trt" and not row.is_estimate)
     assert row.weight_bytes == plan.stat().st_size and row.kv_dtype == "float16"
 

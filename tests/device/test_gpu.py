@@ -1,17 +1,17 @@
 """On a real GPU, what the simulation holds elsewhere: engines built for it, the same tokens. `make test-gpu`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from export.tensorrt.build import EngineOptions, build_engine
-from export.tensorrt.profiles import EngineLimits
+from export.tensorrt.build import PlanOptions, build_plan
+from export.tensorrt.profiles import PlanLimits
 from runtime.artifact.manifest import Artifact
 from runtime.artifact.plan_files import TARGETS
-from runtime.backends.cuda.cuda import load_cuda
-from runtime.backends.environment import CudaDevice, Environment
-from runtime.backends.select import open_on_cuda, open_on_tensorrt
+from runtime.backends.environment import CudaDevice, Environment, load_cuda
+from runtime.backends.registry import open_session
 from runtime.backends.tensorrt.library import open_library
 from runtime.commands.replay import replay
 from runtime.engine.engine import Engine
@@ -22,7 +22,7 @@ from tests.support.engine_requests import CHUNK, requests, submit
 from tests.support.simulated.session import export_tiny
 
 pytestmark = pytest.mark.gpu
-SETTINGS = EngineSettings(max_batch=5, prefill_chunk=CHUNK, max_len=128)
+ON_TENSORRT = EngineSettings(device="tensorrt", max_batch=5, prefill_chunk=CHUNK, max_len=128)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def on_tensorrt(
     else:
         pytest.skip(f"no TensorRT: {reason}")
     artifact = export_tiny(tmp_path_factory.mktemp("gpu"), precision=request.param, dialects=("ort", dialect))
-    limits = EngineLimits(max_batch=5, prefill_chunk=64, max_len=128)
-    build_engine(artifact, EngineOptions(target=target, gpus=(gpu.capability,), limits=limits))
-    session = open_on_tensorrt(artifact, SETTINGS)
+    limits = PlanLimits(max_batch=5, prefill_chunk=64, max_len=128)
+    build_plan(artifact, PlanOptions(target=target, gpus=(gpu.capability,), limits=limits))
+    session = open_session(artifact, ON_TENSORRT)
     yield artifact, session
     session.close()
 
@@ -83,7 +83,7 @@ def test_tensorrt_serves_requests_that_join_and_leave(on_tensorrt: tuple[Artifac
 def test_onnx_runtime_on_cuda_gives_the_receipts_tokens(gpu: CudaDevice, tmp_path: Path) -> None:
     artifact = export_tiny(tmp_path, precision="fp16", dialects=("ort",))
     try:
-        session = open_on_cuda(artifact, SETTINGS)
+        session = open_session(artifact, replace(ON_TENSORRT, device="cuda"))
     except HeadraceError as error:
         pytest.skip(f"no ONNX Runtime on CUDA: {error}")
     found = replay(artifact, session)
@@ -94,8 +94,8 @@ def test_onnx_runtime_on_cuda_gives_the_receipts_tokens(gpu: CudaDevice, tmp_pat
 def test_memory_is_given_back(on_tensorrt: tuple[Artifact, Session]) -> None:
     artifact, _ = on_tensorrt
     cuda = load_cuda()
-    open_on_tensorrt(artifact, SETTINGS).close()  # what libraries keep, they keep from now on
+    open_session(artifact, ON_TENSORRT).close()  # what libraries keep, they keep from now on
     before = cuda.free_memory()
-    open_on_tensorrt(artifact, SETTINGS).close()
+    open_session(artifact, ON_TENSORRT).close()
     assert before - cuda.free_memory() < 2**20
     cuda.close()

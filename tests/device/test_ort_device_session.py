@@ -8,15 +8,16 @@ import pytest
 
 from runtime.artifact.manifest import Artifact
 from runtime.backends.cuda.cuda import Cuda
-from runtime.backends.ort.cpu_session import OrtSession
-from runtime.backends.ort.cuda_session import HostCopier, OrtDeviceSession, load_graph
+from runtime.backends.ort.cuda import OrtCuda
 from runtime.backends.ort.drop_inputs import without_inputs
-from runtime.backends.select import open_on_cuda
+from runtime.backends.ort.graph import CPU_PROVIDER, load_device_graph
+from runtime.backends.ort.session import OrtSession
 from runtime.engine.engine import Engine
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.host_device import on_host
 from tests.support.simulated.cuda import SimCuda
 from tests.support.simulated.session import export_tiny
 
@@ -24,11 +25,6 @@ from tests.support.simulated.session import export_tiny
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return export_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", dialects=("ort",))
-
-
-def on_host(artifact: Artifact, num_slots: int = 5) -> OrtDeviceSession:
-    graph = load_graph(artifact, "cpu")
-    return OrtDeviceSession(graph, artifact, "cpu", HostCopier(), num_slots=num_slots, capacity=128)
 
 
 def test_an_engine_that_is_not_ragged_gives_the_same_tokens(tiny: Artifact) -> None:
@@ -107,8 +103,8 @@ def test_what_is_not_a_whole_model(data: bytes) -> None:
 
 def test_cuda_without_its_provider_is_named(tiny: Artifact) -> None:
     sim = SimCuda()
-    with pytest.raises(DeviceUnavailable, match="has no CUDAExecutionProvider: install onnxruntime-gpu"):
-        open_on_cuda(tiny, EngineSettings(), open_cuda=lambda: Cuda(sim))
+    with pytest.raises(DeviceUnavailable, match="has no CUDAExecutionProvider: install 'headrace\\[cuda\\]'"):
+        OrtCuda(lambda: Cuda(sim)).open(tiny, EngineSettings())
     sim.assert_all_freed()
 
 
@@ -116,4 +112,4 @@ def test_a_graph_that_is_no_model(tiny: Artifact, tmp_path: Path) -> None:
     broken = Artifact(tmp_path, tiny.manifest, tiny.receipt)
     (tmp_path / "model.onnx").write_bytes(tiny.model_file("ort").read_bytes()[:-100])
     with pytest.raises(InvalidArtifact, match="cannot load"):
-        load_graph(broken, "cpu")
+        load_device_graph(broken, CPU_PROVIDER)

@@ -15,7 +15,7 @@ from runtime.artifact.manifest import Artifact
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.fake_text_model import VOCAB_SIZE
 from tests.support.server_process import PATIENCE_S, running_server, spawn
-from tests.support.simulated.session import write_engine
+from tests.support.simulated.session import write_plan_files
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 NUM_REQUESTS = 32
@@ -36,7 +36,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     (source / "tokenizer_config.json").write_text(json.dumps(CONFIG))
     options = ExportOptions(model=str(source), out=directory / "artifact", dialects=("ort", "trt"))
     artifact = export_model(options)
-    write_engine(artifact, max_batch=8, chunk=32, capacity=128, verify=VERIFY_TOKENS)
+    write_plan_files(artifact, max_batch=8, chunk=32, capacity=128, verify=VERIFY_TOKENS)
     return artifact
 
 

@@ -15,10 +15,10 @@ from runtime.artifact.manifest import Artifact
 from runtime.artifact.plan_files import PROFILES
 from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.tensorrt.library import TrtLibrary
-from runtime.backends.tensorrt.plan import LoadedEngine, ProfileContext
+from runtime.backends.tensorrt.plan import LoadedPlan, ProfileContext
 from tests.support.simulated import tensorrt as sim_tensorrt
 from tests.support.simulated.cuda import MisuseError, SimCuda
-from tests.support.simulated.session import CAPACITY, TARGET, engine_of, export_tiny, write_engine
+from tests.support.simulated.session import CAPACITY, TARGET, export_tiny, plan_of, write_plan_files
 from tests.support.simulated.tensorrt import VERSION, SimTensorRT
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
@@ -198,7 +198,7 @@ class TestCuda:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     artifact = export_tiny(tmp_path_factory.mktemp("tiny"), dialects=("trt",))
-    write_engine(artifact, max_batch=2, chunk=8)
+    write_plan_files(artifact, max_batch=2, chunk=8)
     return artifact
 
 
@@ -208,9 +208,9 @@ class Rig:
     def __init__(self, artifact: Artifact) -> None:
         self.sim = SimCuda()
         self.cuda = Cuda(self.sim)
-        engine = engine_of(artifact)
-        assert engine.info is not None
-        self.loaded = LoadedEngine(TrtLibrary(TARGET, SimTensorRT(self.sim), VERSION), engine.plan, engine.info)
+        plan = plan_of(artifact)
+        assert plan.info is not None
+        self.loaded = LoadedPlan(TrtLibrary(TARGET, SimTensorRT(self.sim), VERSION), plan.path, plan.info)
         self.scratch = self.cuda.allocate(self.loaded.scratch_bytes, "x")
         self.context = self.loaded.context(PROFILES[0], self.cuda, self.scratch)
         for name in ("input_ids", "position_ids", "write_idx", "logits_idx"):

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.artifact.plan_files import EngineFile, engine_files
+from runtime.artifact.plan_files import PlanFile, plans_of
 from runtime.backends.cuda.cuda import Cuda
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.backends.tensorrt.session import TrtSession
 from runtime.core import SamplingParams
 from runtime.engine.engine import Engine
-from runtime.errors import DeviceFailed, DeviceOutOfMemory, DeviceUnavailable, InvalidEngine, InvalidSetting
+from runtime.errors import DeviceFailed, DeviceOutOfMemory, DeviceUnavailable, InvalidPlan, InvalidSetting
 from runtime.session.session import Batch, TopSession
 from tests.support.engine_requests import CHUNK, requests, submit
 from tests.support.session_runs import LOGIT_TOLERANCE
 from tests.support.simulated.cuda import CudaError, SimCuda
-from tests.support.simulated.session import CAPACITY, engine_of, export_tiny, open_simulated, write_engine
+from tests.support.simulated.session import CAPACITY, export_tiny, open_simulated, plan_of, write_plan_files
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     artifact = export_tiny(tmp_path_factory.mktemp("tiny"))
-    write_engine(artifact)
+    write_plan_files(artifact)
     return artifact
 
 
@@ -87,7 +87,7 @@ def test_a_decode_step_is_one_launch_and_copies_kilobytes(tiny: Artifact) -> Non
 
 
 def test_padding_a_batch_leaves_the_other_slots_alone(tiny: Artifact) -> None:
-    """Three rows run in the bucket of four: the idle row writes behind what slot 3 holds, or there is no padding."""
+    """Three rows run in the bucket of four: the idle row writes after what slot 3 holds, or there is no padding."""
     rng = np.random.default_rng(1)
     reference = OrtSession.open(tiny, num_slots=8, capacity=CAPACITY)
     sim = SimCuda()
@@ -116,7 +116,7 @@ def test_the_engine_gets_onnx_runtimes_tokens(tmp_path: Path, dialect: str) -> N
     Against the same dialect on ONNX Runtime: the `ort` dialect adds its floats in another order.
     """
     artifact = export_tiny(tmp_path, "qwen3", dialects=(dialect,))
-    write_engine(artifact, dialect=dialect, max_batch=5, chunk=CHUNK)
+    write_plan_files(artifact, dialect=dialect, max_batch=5, chunk=CHUNK)
     plain = OrtSession.open(artifact, num_slots=5, capacity=CAPACITY, dialect=dialect)
     with session_on(SimCuda(), artifact, max_batch=5) as session:
         tokens = []
@@ -169,7 +169,7 @@ def test_what_the_engine_or_the_memory_has_no_room_for(tiny: Artifact) -> None:
 def test_a_run_beyond_every_profile_is_named(tiny: Artifact) -> None:
     with (
         session_on(SimCuda(), tiny) as session,
-        pytest.raises(InvalidEngine, match=r"holds a run of 1 rows, 33 tokens, .*32 a chunk"),
+        pytest.raises(InvalidPlan, match=r"holds a run of 1 rows, 33 tokens, .*32 a chunk"),
     ):
         session.run(batch_of(0, [[5] * 33], [0]))
 
@@ -199,22 +199,22 @@ class TestPlansThatCannotBeUsed:
         return open_artifact(tmp_path)
 
     def test_none_at_all(self, artifact: Artifact) -> None:
-        with pytest.raises(InvalidEngine, match=r"has no engine for .*sm89.*none at all.*headrace engine"):
-            engine_of(artifact)
+        with pytest.raises(InvalidPlan, match=r"has no engine for .*sm89.*none at all.*headrace engine"):
+            plan_of(artifact)
 
     @pytest.mark.parametrize(("option", "value"), [("version", "1.6.0"), ("gpus", ("sm86",))])
     def test_of_another_kind(self, artifact: Artifact, option: str, value: str) -> None:
-        write_engine(artifact, **{option: value})  # type: ignore[arg-type]  # one of the two
-        with pytest.raises(InvalidEngine, match="has no engine for"):
-            engine_of(artifact)
+        write_plan_files(artifact, **{option: value})  # type: ignore[arg-type]  # one of the two
+        with pytest.raises(InvalidPlan, match="has no engine for"):
+            plan_of(artifact)
 
     @pytest.mark.parametrize("change", ["truncated", "changed"])
     def test_damaged(self, artifact: Artifact, change: str) -> None:
-        plan = write_engine(artifact)
+        plan = write_plan_files(artifact)
         data = plan.read_bytes()
         plan.write_bytes(data[:-9] if change == "truncated" else data[:-3] + b"xyz")
-        with pytest.raises(InvalidEngine, match="has no engine for" if change == "truncated" else "has changed"):
-            engine_of(artifact)
+        with pytest.raises(InvalidPlan, match="has no engine for" if change == "truncated" else "has changed"):
+            plan_of(artifact)
 
     @pytest.mark.parametrize("has_validity", [True, False])
     @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ class TestPlansThatCannotBeUsed:
         self, artifact: Artifact, content: bytes | dict[str, object], said: str, has_validity: bool
     ) -> None:
         """What the .json beside the plan does not tell, the library does, each in its way."""
-        plan = write_engine(artifact)
+        path = write_plan_files(artifact)
         if isinstance(content, dict):
-            content = json.dumps({**json.loads(plan.read_bytes()), **content}).encode()
-        (engine,) = engine_files(artifact)
-        plan.write_bytes(content)
+            content = json.dumps({**json.loads(path.read_bytes()), **content}).encode()
+        (plan,) = plans_of(artifact)
+        path.write_bytes(content)
         sim = SimCuda()
-        with pytest.raises(InvalidEngine, match=said):
-            open_simulated(artifact, sim, engine=EngineFile(plan, engine.info, None), has_validity=has_validity)
+        with pytest.raises(InvalidPlan, match=said):
+            open_simulated(artifact, sim, plan=PlanFile(path, plan.info, None), has_validity=has_validity)
         sim.assert_all_freed()

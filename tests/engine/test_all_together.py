@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.core import (
     Constraint,
     ConstraintKind,

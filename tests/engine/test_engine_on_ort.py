@@ -10,12 +10,13 @@ import pytest
 
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.ort.cpu_session import WHOLE_ROWS, OrtSession
-from runtime.core import FinishReason, SamplingParams, Usage
+from runtime.backends.ort.graph import WHOLE_ROWS
+from runtime.backends.ort.session import OrtSession
+from runtime.core import FinishReason, Usage
 from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator
 from runtime.session.session import Batch
-from tests.support.engine_requests import CHUNK, requests, submit
+from tests.support.engine_requests import CHUNK, alike, each_alone, requests, together
 from tests.support.tiny.artifact import FEW_IDS
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
@@ -38,19 +39,6 @@ class Counted:
         self.num_drafted += usage.num_drafted
 
 
-def alike() -> list[tuple[list[int], SamplingParams]]:
-    """Prompts that share beginnings of 0 to 100 tokens, cut everywhere."""
-    rng = np.random.default_rng(8)
-    head = rng.integers(3, 320, 100).tolist()
-    sampled = SamplingParams(max_tokens=9, temperature=0.8, seed=4, logprobs=1)
-    plain = SamplingParams(max_tokens=9, temperature=0, logprobs=1)
-    lengths = (100, 100, 64, 66, 33, 34, 97, 31, 80, 100)
-    return [
-        (head[:length] + rng.integers(3, 320, idx % 4).tolist(), sampled if idx % 2 else plain)
-        for idx, length in enumerate(lengths)
-    ]
-
-
 @pytest.fixture(scope="module", params=[("fp32", "compute"), ("w8a16", "compute"), ("fp32", "int8")], ids="-".join)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     precision, kv = request.param
@@ -68,36 +56,8 @@ def session(artifact: Artifact) -> Iterator[OrtSession]:
     session.close()
 
 
-Asked = list[tuple[list[int], SamplingParams]]
-Tokens = list[list[tuple[int | None, float | None]]]
-
-
-def alone(session: OrtSession, asked: Asked, prefill_chunk: int = CHUNK) -> Tokens:
-    """What each request gets from an engine of its own."""
-    tokens = []
-    for idx, (prompt, params) in enumerate(asked):
-        engine = Engine(session, prefill_chunk=prefill_chunk)
-        sink = submit(engine, str(idx), prompt, params)
-        while engine.has_work:
-            engine.step()
-        tokens.append(sink.tokens())
-    return tokens
-
-
-def together(engine: Engine, asked: Asked) -> Tokens:
-    """What they get from one engine, three joining at every step."""
-    sinks = []
-    for idx, (prompt, params) in enumerate(asked):
-        sinks.append(submit(engine, str(idx), prompt, params))
-        if idx % 3 == 2:
-            engine.step()
-    while engine.has_work:
-        engine.step()
-    return [sink.tokens() for sink in sinks]
-
-
 def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(session: OrtSession) -> None:
-    assert together(Engine(session, prefill_chunk=CHUNK), requests()) == alone(session, requests())
+    assert together(Engine(session, prefill_chunk=CHUNK), requests()) == each_alone(session, requests())
 
 
 @pytest.mark.parametrize("prefill_chunk", [5, 16, 33, 64])
@@ -107,7 +67,7 @@ def test_tokens_and_their_probabilities_are_the_same_out_of_the_prefix_cache(
     observer = Counted()
     engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=10**8, observer=observer)
     is_exact = session.info.is_cut_exact
-    cold = alone(session, alike(), CHUNK if is_exact else prefill_chunk)
+    cold = each_alone(session, alike(), CHUNK if is_exact else prefill_chunk)
     assert together(engine, alike()) == cold
     observer.num_cached = 0
     assert together(engine, alike()) == cold
@@ -133,7 +93,7 @@ def test_drafts_change_no_token_and_no_probability(exact_session: OrtSession) ->
     observer = Counted()
     speculator = Speculator(min_gain=0.0)
     engine = Engine(exact_session, prefill_chunk=CHUNK, prefix_cache=10**7, drafter=speculator, observer=observer)
-    assert together(engine, asked) == alone(exact_session, asked)
+    assert together(engine, asked) == each_alone(exact_session, asked)
     assert observer.num_drafted > 100 and observer.num_cached > 0
 
 

@@ -30,7 +30,8 @@ from export.verify.gates import gates_of
 from export.verify.parity import run_rows
 from headrace import main
 from runtime.artifact.manifest import MANIFEST, Artifact, open_artifact
-from runtime.backends.ort.cpu_session import WHOLE_ROWS, OrtSession
+from runtime.backends.ort.graph import WHOLE_ROWS
+from runtime.backends.ort.session import OrtSession
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import plan_slots

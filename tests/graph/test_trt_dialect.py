@@ -20,7 +20,7 @@ from runtime.artifact.manifest import (
     open_artifact,
     sha256_of,
 )
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.errors import InvalidSetting
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny.artifact import TinyExports

@@ -15,7 +15,7 @@ import calibration_data
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.sources.default_model import default_model_file
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.core import SamplingParams
 from runtime.settings import EngineSettings
 from runtime.text.tokenizer import Tokenizer

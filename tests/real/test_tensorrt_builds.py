@@ -22,8 +22,8 @@ from export.pipeline.graph_files import ExportPlan
 from export.quantize.rounding.layers import Int8Layer
 from export.schemes.registry import SCHEMES
 from export.sources.open import open_checkpoint
-from export.tensorrt.build import BuiltEngine, EngineOptions, build_engine
-from export.tensorrt.profiles import EngineLimits
+from export.tensorrt.build import BuiltPlan, PlanOptions, build_plan
+from export.tensorrt.profiles import PlanLimits
 
 pytestmark = pytest.mark.real
 
@@ -31,7 +31,7 @@ if platform.machine() != "x86_64":
     pytest.skip("tensorrt-rtx is installed for tests on x86-64 only", allow_module_level=True)
 
 NUM_LAYERS, NUM_TOKENS = 2, 2048
-OPTIONS = EngineOptions(gpus=("sm86",), limits=EngineLimits(max_batch=8, prefill_chunk=64, max_len=512))
+OPTIONS = PlanOptions(gpus=("sm86",), limits=PlanLimits(max_batch=8, prefill_chunk=64, max_len=512))
 
 
 class Beginning(CheckpointView):
@@ -54,7 +54,7 @@ class Beginning(CheckpointView):
         return array[:NUM_TOKENS] if "embed" in name else array
 
 
-def built(directory: Path, checkpoint: Checkpoint, precision: str, model: CalibratedModel | None = None) -> BuiltEngine:
+def built(directory: Path, checkpoint: Checkpoint, precision: str, model: CalibratedModel | None = None) -> BuiltPlan:
     """Without the receipt's figures, which take longer than the build; other tests hold that they are asked for."""
     config = parse_config(checkpoint.config)
     plan = ExportPlan(checkpoint=checkpoint, config=config, scheme=SCHEMES[precision], max_len=512, dialects=("trt",))
@@ -63,16 +63,16 @@ def built(directory: Path, checkpoint: Checkpoint, precision: str, model: Calibr
     artifact = write_unverified(directory, plan)
     write_manifest(directory, artifact.manifest)
     graph = artifact.manifest.files[artifact.manifest.dialects["trt"]].sha256
-    return build_engine(replace(artifact, receipt={"graphs": {"trt": graph}}), OPTIONS)
+    return build_plan(replace(artifact, receipt={"graphs": {"trt": graph}}), OPTIONS)
 
 
-def check(engine: BuiltEngine, num_layers: int, num_tokens: int) -> Mapping[str, int]:
+def check(plan: BuiltPlan, num_layers: int, num_tokens: int) -> Mapping[str, int]:
     """There, of a plausible size, in the memory foreseen, with its attention; the layer counts."""
-    info, embedding_bytes = engine.info, 2 * num_tokens * 576
+    info, embedding_bytes = plan.info, 2 * num_tokens * 576
     weight_bytes = info.build["weight_bytes"]
     # All weights in their own width: int4 that came out as half precision would be four times as much.
     # The embedding, gathered and multiplied as the tied head, may lie there twice; kernels come to 10 MB.
-    assert weight_bytes < engine.plan.stat().st_size < weight_bytes + embedding_bytes + 20e6
+    assert weight_bytes < plan.path.stat().st_size < weight_bytes + embedding_bytes + 20e6
     assert info.build["peak_bytes"] < info.build["predicted_peak_bytes"]
     assert (info.layers["attention"], info.layers["kv_cache_update"]) == (num_layers, 2 * num_layers)
     return info.layers
@@ -84,9 +84,9 @@ def checkpoint() -> Checkpoint:
 
 
 def test_the_whole_model_in_half_precision(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    engine = built(tmp_path, checkpoint, "fp16")
-    assert engine.info.build["weight_bytes"] > 2 * 134e6
-    layers = check(engine, 30, 49152)
+    plan = built(tmp_path, checkpoint, "fp16")
+    assert plan.info.build["weight_bytes"] > 2 * 134e6
+    layers = check(plan, 30, 49152)
     assert layers["quantize"] == layers["dequantize"] == 0
 
 

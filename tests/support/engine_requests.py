@@ -6,6 +6,7 @@ import numpy as np
 
 from runtime.core import DEFAULT_OPTIONS, FinishReason, Request, RequestOptions, SamplingParams, TokenEvent
 from runtime.engine.engine import Engine
+from runtime.session.session import Session
 from tests.support.fake_session import FakeSession, prefix_logits
 
 CAPACITY, VOCAB = 160, 50
@@ -145,3 +146,46 @@ def submit(engine: Engine, name: str, prompt: list[int], params: SamplingParams)
         )
     )
     return sink
+
+
+def alike() -> list[tuple[list[int], SamplingParams]]:
+    """Prompts that share beginnings of 0 to 100 tokens, cut everywhere."""
+    rng = np.random.default_rng(8)
+    head = rng.integers(3, 320, 100).tolist()
+    sampled = SamplingParams(max_tokens=9, temperature=0.8, seed=4, logprobs=1)
+    plain = SamplingParams(max_tokens=9, temperature=0, logprobs=1)
+    lengths = (100, 100, 64, 66, 33, 34, 97, 31, 80, 100)
+    return [
+        (head[:length] + rng.integers(3, 320, idx % 4).tolist(), sampled if idx % 2 else plain)
+        for idx, length in enumerate(lengths)
+    ]
+
+
+Asked = list[tuple[list[int], SamplingParams]]
+
+
+Tokens = list[list[tuple[int | None, float | None]]]
+
+
+def each_alone(session: Session, asked: Asked, prefill_chunk: int = CHUNK) -> Tokens:
+    """What each request gets from an engine of its own."""
+    tokens = []
+    for idx, (prompt, params) in enumerate(asked):
+        engine = Engine(session, prefill_chunk=prefill_chunk)
+        sink = submit(engine, str(idx), prompt, params)
+        while engine.has_work:
+            engine.step()
+        tokens.append(sink.tokens())
+    return tokens
+
+
+def together(engine: Engine, asked: Asked) -> Tokens:
+    """What they get from one engine, three joining at every step."""
+    sinks = []
+    for idx, (prompt, params) in enumerate(asked):
+        sinks.append(submit(engine, str(idx), prompt, params))
+        if idx % 3 == 2:
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    return [sink.tokens() for sink in sinks]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.session.session import Batch
 
 # float32 sums of a few hundred terms near 1, in another order; a wrong rotation or mask costs whole units.

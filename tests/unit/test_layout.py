@@ -21,8 +21,8 @@ MAY_IMPORT = {
 # folder, or a single module beside the folders; what no row names belongs to the folder above it.
 ROOMS = {
     "runtime": """errors progress machine settings core artifact session text grammar grammar.schema text.tools
-        text.chat engine engine.speculation backends.cuda backends.ort backends.tensorrt backends
-        text_model commands""",
+        text.chat engine engine.speculation backends.cuda backends.environment backends.backend backends.nvidia
+        backends.ort backends.openvino backends.tensorrt backends text_model commands""",
     "export": """schemes storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
         model.families model.checks model.reference artifact verify calibration quantize.rounding quantize.statistics
         quantize.int8 quantize.int4 quantize graph graph.ort graph.standard pipeline tensorrt cli""",
@@ -46,6 +46,7 @@ HEAVY = {
     "limits": {"serve"},
     "prometheus_client": {"serve"},
     "onnxruntime": {"runtime", "export"},
+    "openvino": {"runtime"},
     "llguidance": {"runtime"},
 }
 MAX_FILE_LINES = 400

@@ -9,7 +9,8 @@ import pytest
 
 from runtime.core import SamplingParams
 from runtime.errors import InvalidRequest, InvalidSetting
-from runtime.machine.memory import available_memory, default_budget, plan_slots
+from runtime.machine.available_memory import available_memory
+from runtime.machine.memory import default_budget, plan_slots
 from runtime.machine.sizes import format_bytes, kv_bytes_per_token
 from runtime.settings import EngineSettings, add_flags, from_namespace, parse_bytes, setting
 

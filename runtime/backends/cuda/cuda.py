@@ -1,4 +1,4 @@
-"""The little of CUDA that a session needs: device and pinned memory, one stream, captured graphs; every call checked.
+"""The part of CUDA that a session needs: device and pinned memory, one stream, captured graphs; every call checked.
 
 `cuda.bindings.runtime` is handed in, so that tests can hand in a double (tests/support/simulated/cuda.py), and a test
 compares the two, name by name. Nothing here knows about models.
@@ -23,7 +23,7 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def load_cuda() -> "Cuda":
+def open_cuda() -> "Cuda":
     """CUDA through cuda-python, on the first visible device. DeviceUnavailable says what is missing."""
     try:
         from cuda.bindings import runtime
@@ -111,13 +111,13 @@ class Cuda:
         self._check(error, "copying on the device")
 
     def copy_rows_out(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
-        """Copy rows that lie `pitch` bytes apart on the device into pinned host memory, one behind the other."""
+        """Copy rows that lie `pitch` bytes apart on the device into pinned host memory, without gaps."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         (error,) = self._api.cudaMemcpy2DAsync(target, width, source, pitch, width, num_rows, kind, self._stream)
         self._check(error, "copying from the device")
 
     def copy_rows_in(self, target: int, source: int, *, pitch: int, width: int, num_rows: int) -> None:
-        """Copy rows that lie one behind the other in pinned host memory to places `pitch` bytes apart."""
+        """Copy rows that lie without gaps in pinned host memory to places `pitch` bytes apart."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         (error,) = self._api.cudaMemcpy2DAsync(target, pitch, source, width, width, num_rows, kind, self._stream)
         self._check(error, "copying to the device")

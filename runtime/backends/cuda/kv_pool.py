@@ -1,23 +1,17 @@
 """The KV pool in device memory: for each layer one K and one V array `[num_slots, kv_heads, slot_len, head_dim]`.
 
 Where the graph writes its cache in place, a cache's input and output are one address. Where it does not (the
-`trt-plain` dialect), outputs go to a second pool and are copied back behind the run. Knows addresses, not models.
+`trt-plain` dialect), outputs go to a second pool and are copied back after the run. Knows addresses, not models.
 """
 
 from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import NamedTuple
 
+from runtime.artifact.manifest import CacheNames
 from runtime.backends.cuda.cuda import ALIGNMENT, Cuda
 from runtime.backends.cuda.rows import RowStage
 from runtime.session.host_rows import HostRows
-
-
-class CacheNames(NamedTuple):
-    """The graph's names of one cache tensor, as input and as output."""
-
-    past: str
-    present: str
 
 
 class CacheAddresses(NamedTuple):
@@ -83,7 +77,7 @@ class DeviceKv:
             yield CacheAddresses(names, past, present)
 
     def take_outputs(self, first_slot: int, num_rows: int) -> None:
-        """Put on the stream, behind a run, what brings its outputs into the pool."""
+        """Enqueue, after a run, the copy of its outputs into the pool."""
         if not self.is_in_place:
             for cache in self.addresses(first_slot):
                 self._cuda.copy_within(cache.past, cache.present, num_rows * self._slot_bytes)

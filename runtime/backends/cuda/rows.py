@@ -1,4 +1,4 @@
-"""K and V of some positions of a slot, copied out of a device's cache and into it through pinned memory."""
+"""Copies K and V of some positions of a slot between a device's cache and the host, through pinned memory."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -58,7 +58,7 @@ class RowStage:
                 width=num * self._row_bytes,
                 num_rows=self._kv_heads,
             )
-        self._copier.synchronize()  # the stage is written again by the next call
+        self._copier.synchronize()  # the next call writes to the pinned memory again
 
     def free(self) -> None:
         """Give the memory back. Idempotent."""
@@ -67,7 +67,7 @@ class RowStage:
             self._memory = None
 
     def _views(self, num_tensors: int, positions: int) -> NDArray[np.uint8]:
-        """Bytes `[tensors, kv_heads, positions, row]` in pinned memory, which grows to what was asked for once."""
+        """Bytes `[tensors, kv_heads, positions, row]` in pinned memory, which grows to the largest size asked for."""
         shape = (num_tensors, self._kv_heads, positions, self._row_bytes)
         num_bytes = int(np.prod(shape))
         if self._memory is None or self._memory.num_bytes < num_bytes:

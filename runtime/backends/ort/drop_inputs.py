@@ -1,12 +1,14 @@
-"""Leaves inputs out of an ONNX file's nodes, for an ONNX Runtime that is older than the operator's last input.
+"""Drops the last inputs of some nodes of an ONNX file, for an ONNX Runtime that does not know them.
 
-Reads the protobuf wire format itself: the serving side does without the onnx package, and of the whole format this
-needs two nested fields. Weights lie in other files, so the bytes are few.
+The newest onnxruntime-gpu is 1.31, and its GroupQueryAttention has no `query_seqlens`, which our graph uses. Writing a
+second graph at export would double the files and the checks of every artifact for one release, so the input is dropped
+when the graph is loaded. The protobuf fields are read here because the serving side has no onnx package; weights lie in
+other files, so the bytes are few. Delete this module once onnxruntime-gpu 1.32 is out.
 """
 
 from collections.abc import Callable
 
-from runtime.artifact.protobuf import _LENGTH_DELIMITED, fields_of
+from runtime.artifact.protobuf import LENGTH_DELIMITED, fields_of
 
 # Field numbers of onnx.proto: ModelProto.graph, GraphProto.node, NodeProto.input and .op_type.
 _GRAPH, _NODE, _INPUT, _OP_TYPE = 7, 1, 1, 4
@@ -38,7 +40,7 @@ def _node(node: bytes, op_type: str, num_kept: int) -> bytes:
 
 
 def _wrapped(number: int, content: bytes) -> bytes:
-    return _as_varint(number << 3 | _LENGTH_DELIMITED) + _as_varint(len(content)) + content
+    return _as_varint(number << 3 | LENGTH_DELIMITED) + _as_varint(len(content)) + content
 
 
 def _as_varint(value: int) -> bytes:

@@ -1,7 +1,7 @@
 """Decode steps recorded as CUDA graphs, one for each batch bucket: a step costs one launch instead of hundreds.
 
 A graph's addresses and shapes are fixed, so a batch is padded to its bucket with idle rows. An idle row writes one
-token behind what its slot holds; `SlotEnds` knows where that is. Each bucket has an execution context of its own:
+token after those its slot holds; `SlotEnds` knows where that is. Each bucket has an execution context of its own:
 changing the shapes of a context may move what graphs captured from it rely on.
 """
 
@@ -25,14 +25,14 @@ def buckets_up_to(num_slots: int) -> list[int]:
 
 
 class SlotEnds:
-    """For each slot, the end of what any run or copy has put there as valid: idle rows write behind it."""
+    """For each slot, where its valid tokens end, after every run and copy: idle rows write there."""
 
     def __init__(self, num_slots: int, slot_len: int) -> None:
         self._ends: NDArray[np.int32] = np.zeros(num_slots, np.int32)
         self._slot_len = slot_len
 
     def note_run(self, batch: Batch) -> None:
-        """The caller knows its own slots; a row it calls shorter than before is so."""
+        """Trust the caller: a shorter length than before means that the row was truncated."""
         rows = slice(batch.first_slot, batch.first_slot + len(batch.past_len))
         self._ends[rows] = batch.past_len + batch.query_len
 
@@ -40,7 +40,7 @@ class SlotEnds:
         self._ends[target] = num_tokens
 
     def padded(self, batch: Batch, num_rows: int) -> Batch | None:
-        """A decode batch with idle rows behind its own; None if a slot there has no room for what they write."""
+        """A decode batch with idle rows added at its end; None if a slot there has no room for the token they write."""
         missing = num_rows - len(batch.past_len)
         ends = self._ends[batch.first_slot + len(batch.past_len) : batch.first_slot + num_rows]
         if missing and int(ends.max()) >= self._slot_len:
@@ -68,9 +68,9 @@ class DecodeGraphs:
         return next(bucket for bucket in self.buckets if bucket >= num_rows)
 
     def run(self, bucket: int, bind: Callable[[ProfileContext], None], then: Callable[[], None]) -> None:
-        """Put a decode step on the stream: what `bind` sets up and `then` adds behind it, recorded the second time.
+        """Put a decode step on the stream: what `bind` sets up, then what `then` enqueues; recorded the second time.
 
-        The first run of a bucket goes without a graph: libraries set themselves up in it, which cannot be recorded.
+        The first run of a bucket is not recorded: libraries initialize in it, and that cannot be captured.
         """
         if (graph := self._graphs.get(bucket)) is not None:
             graph.launch()

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.artifact.plan_files import PROFILES, EngineInfo, Shape
+from runtime.artifact.plan_files import PROFILES, PlanInfo, Shape
 from runtime.backends.cuda.cuda import Cuda, DeviceMemory
 from runtime.backends.tensorrt.library import TrtLibrary
-from runtime.errors import DeviceFailed, DeviceOutOfMemory, InvalidEngine
+from runtime.errors import DeviceFailed, DeviceOutOfMemory, InvalidPlan
 
 _SAID_OF_INVALID = {
     "VERSION_MISMATCH": "it was built by another version of the library",
@@ -24,10 +24,10 @@ _SAID_OF_INVALID = {
 }
 
 
-class LoadedEngine:
-    """A deserialized plan. InvalidEngine says why it cannot be used, DeviceOutOfMemory that it does not fit."""
+class LoadedPlan:
+    """A deserialized plan. InvalidPlan says why it cannot be used, DeviceOutOfMemory that it does not fit."""
 
-    def __init__(self, library: TrtLibrary, plan: Path, info: EngineInfo) -> None:
+    def __init__(self, library: TrtLibrary, plan: Path, info: PlanInfo) -> None:
         self._trt, self.info = library.module, info
         self._logger = library.logger()
         self._runtime = self._trt.Runtime(self._logger.inner)
@@ -37,7 +37,7 @@ class LoadedEngine:
         if self.engine is None:
             raise self._refusal(plan)
         if self.engine.num_optimization_profiles != len(PROFILES):
-            raise InvalidEngine(
+            raise InvalidPlan(
                 f"{plan} has {self.engine.num_optimization_profiles} profiles, not {len(PROFILES)}; build it again"
             )
 
@@ -70,12 +70,12 @@ class LoadedEngine:
         return ProfileContext(context, profile, cuda, self)
 
     def profile_for(self, shape: Shape) -> str:
-        """The first profile that holds a run of these sizes; InvalidEngine names the sizes if none does."""
+        """The first profile that holds a run of these sizes; InvalidPlan names the sizes if none does."""
         for profile in ("decode", "verify", "prefill"):  # the tightest first: it was tuned for the least
             if self.info.profile(profile).holds(shape):
                 return profile
         sizes = ", ".join(f"{size} {name}" for name, size in shape._asdict().items())
-        raise InvalidEngine(
+        raise InvalidPlan(
             f"no profile of {self.info.stem} holds a run of {sizes}: it was built for {self.info.max_batch} rows of "
             f"{self.info.max_len} tokens, {self.info.prefill_chunk} a chunk; build an engine with larger limits"
         )
@@ -90,14 +90,14 @@ class LoadedEngine:
         flags = self._trt.EngineInvalidityDiagnostics
         reasons = [text for name, text in _SAID_OF_INVALID.items() if int(diagnostics) & getattr(flags, name).value]
         text = "; ".join(reasons) or self.last_error()
-        kind = DeviceOutOfMemory if reasons == [_SAID_OF_INVALID["INSUFFICIENT_GPU_MEMORY"]] else InvalidEngine
+        kind = DeviceOutOfMemory if reasons == [_SAID_OF_INVALID["INSUFFICIENT_GPU_MEMORY"]] else InvalidPlan
         raise kind(f"{plan} cannot be loaded: {text}; build the engine again on or for this device")
 
     def _refusal(self, plan: Path) -> Exception:
         said = self.last_error()
         if "memory" in said.lower():
             return DeviceOutOfMemory(f"{plan} does not fit the device: {said}")
-        return InvalidEngine(
+        return InvalidPlan(
             f"{plan} cannot be loaded: {said}; it may be truncated, or built for another GPU or version: "
             "build the engine again on or for this device"
         )
@@ -106,7 +106,7 @@ class LoadedEngine:
 class ProfileContext:
     """One execution context: addresses and shapes of its tensors, then `enqueue`. Remembers what is set already."""
 
-    def __init__(self, context: Any, profile: str, cuda: Cuda, loaded: LoadedEngine) -> None:
+    def __init__(self, context: Any, profile: str, cuda: Cuda, loaded: LoadedPlan) -> None:
         self.profile = profile
         self._context, self._cuda, self._loaded = context, cuda, loaded
         self._addresses: dict[str, int] = {}
@@ -116,7 +116,7 @@ class ProfileContext:
         """Where an input lies, and its shape."""
         if self._shapes.get(name) != shape:
             if not self._context.set_input_shape(name, shape):
-                raise InvalidEngine(f"TensorRT refuses shape {shape} of {name}: {self._loaded.last_error()}")
+                raise InvalidPlan(f"TensorRT refuses shape {shape} of {name}: {self._loaded.last_error()}")
             self._shapes[name] = shape
         self.set_output(name, address)
 

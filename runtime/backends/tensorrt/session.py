@@ -3,7 +3,7 @@
     host                         one stream
     RunInputs.put        ->      copy of the small inputs
     (bind, enqueue)      ->      the model, caches written in place; for decode one recorded graph
-    copy_rows / copy_top ->      whole rows of logits, or the 64 likeliest of each: kilobytes
+    copy_rows / copy_top ->      whole rows of logits, or the 64 most likely of each: kilobytes
     synchronize
 
 Needs `tensorrt` or `tensorrt_rtx`, and cuda-python; both are handed in. Knows the tensor names of
@@ -18,19 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact.manifest import Artifact
-from runtime.artifact.plan_files import PROFILES, EngineFile, EngineInfo, Shape
+from runtime.artifact.plan_files import PROFILES, PlanFile, PlanInfo, Shape
 from runtime.backends.cuda.cuda import Cuda
-from runtime.backends.cuda.kv_pool import CacheNames, DeviceKv, slot_unit
+from runtime.backends.cuda.kv_pool import DeviceKv, slot_unit
 from runtime.backends.tensorrt.decode_graphs import DecodeGraphs, SlotEnds
 from runtime.backends.tensorrt.library import TrtLibrary
-from runtime.backends.tensorrt.plan import LoadedEngine, ProfileContext
+from runtime.backends.tensorrt.plan import LoadedPlan, ProfileContext
 from runtime.backends.tensorrt.staging import RunInputs, RunOutputs
-from runtime.errors import InvalidEngine, InvalidSetting
+from runtime.errors import InvalidPlan, InvalidSetting
 from runtime.machine.memory import ALONE, MemoryShare, plan_slots
-from runtime.machine.sizes import item_bytes, kv_bytes_per_token
+from runtime.machine.sizes import item_bytes
+from runtime.session.feeds import TOP_IDS, padded_inputs
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Batch, KvRows, SessionInfo, TopRows
-from runtime.session.trt_inputs import TOP_IDS, trt_inputs
 
 
 class _Memory(Protocol):
@@ -45,7 +45,7 @@ class TrtSession:
 
     def __init__(
         self,
-        loaded: LoadedEngine,
+        loaded: LoadedPlan,
         cuda: Cuda,
         resources: ExitStack,
         *,
@@ -68,7 +68,7 @@ class TrtSession:
     def open(
         cls,
         artifact: Artifact,
-        engine: EngineFile,
+        plan: PlanFile,
         *,
         library: TrtLibrary,
         cuda: Cuda,
@@ -77,20 +77,20 @@ class TrtSession:
         kv_memory: int | None = None,
         share: MemoryShare = ALONE,
     ) -> "TrtSession":
-        """Load an engine and give it memory; everything a run needs is allocated here.
+        """Load a plan and give it memory; everything a run needs is allocated here.
 
-        library: `tensorrt` or `tensorrt_rtx`, as the engine's target says
-        max_batch: most slots; fewer if the engine or the memory has no room for them
+        library: `tensorrt` or `tensorrt_rtx`, as the plan's target says
+        max_batch: most slots; fewer if the plan or the memory has no room for them
         capacity: tokens of a slot
-        kv_memory: bytes for the cache, None is 80 % of what is free when the engine is loaded, or this model's share
+        kv_memory: bytes for the cache, None is 80 % of what is free when the plan is loaded, or this model's share
             of that beside others
 
-        InvalidEngine if the plan cannot be used, InvalidSetting if it was built for shorter slots, DeviceOutOfMemory.
+        InvalidPlan if the plan cannot be used, InvalidSetting if it was built for shorter slots, DeviceOutOfMemory.
         `cuda` is closed with the session, and if this fails.
         """
         with ExitStack() as stack:
             stack.callback(cuda.close)
-            opening = _Opening(stack, artifact, engine, library, cuda)
+            opening = _Opening(stack, artifact, plan, library, cuda)
             return opening.session(cls, max_batch=max_batch, capacity=capacity, kv_memory=kv_memory, share=share)
 
     @property
@@ -109,7 +109,7 @@ class TrtSession:
         return logits
 
     def run_top(self, batch: Batch) -> TopRows:
-        """Run the batch; its rows' likeliest tokens in pinned memory, overwritten by the next call."""
+        """Run the batch; its rows' most likely tokens in pinned memory, overwritten by the next call."""
         num_rows = self._enqueue(batch)
         top = self._outputs.copy_top(num_rows, len(batch.logits_idx))
         self._cuda.synchronize()
@@ -144,7 +144,7 @@ class TrtSession:
         padded = self._ends.padded(batch, self._graphs.bucket_of(num_rows)) if is_decode else None
         self._ends.note_run(batch)
         run = batch if padded is None else padded
-        inputs = self._inputs.put(trt_inputs(run))
+        inputs = self._inputs.put(padded_inputs(run))
 
         def bind(context: ProfileContext) -> None:
             self._bind(context, run, inputs)
@@ -180,18 +180,17 @@ class TrtSession:
 class _Opening:
     """Takes memory in the order opposite to which it is given back: contexts die before what they point to."""
 
-    def __init__(
-        self, stack: ExitStack, artifact: Artifact, engine: EngineFile, library: TrtLibrary, cuda: Cuda
-    ) -> None:
-        assert engine.info is not None
+    def __init__(self, stack: ExitStack, artifact: Artifact, plan: PlanFile, library: TrtLibrary, cuda: Cuda) -> None:
+        assert plan.info is not None
         self._stack, self._cuda, self._artifact = stack, cuda, artifact
-        self._info, self._dims = engine.info, artifact.manifest.dims
-        self._contract = artifact.manifest.kv_of(engine.info.dialect)
-        self._loaded = LoadedEngine(library, engine.plan, engine.info)
+        self._info, self._dims = plan.info, artifact.manifest.dims
+        self._contract = artifact.manifest.kv_of(plan.info.dialect)
+        self._loaded = LoadedPlan(library, plan.path, plan.info)
         stack.callback(self._loaded.close)
-        self._is_in_place = self._loaded.is_aliased({name.present: name.past for name in self._names()})
-        if engine.info.dialect == "trt" and not self._is_in_place:
-            raise InvalidEngine(f"{engine.plan} does not write its KV cache in place; build the engine again")
+        self._names = self._contract.cache_names(self._dims.num_layers)
+        self._is_in_place = self._loaded.is_aliased({name.present: name.past for name in self._names})
+        if plan.info.dialect == "trt" and not self._is_in_place:
+            raise InvalidPlan(f"{plan.path} does not write its KV cache in place; build the engine again")
 
     def session(
         self, cls: type[TrtSession], *, max_batch: int, capacity: int, kv_memory: int | None, share: MemoryShare
@@ -207,12 +206,7 @@ class _Opening:
         )
         num_top = int(loaded.engine.get_tensor_shape(TOP_IDS)[1])
         outputs = self._own(RunOutputs(cuda, max_logits=num_logits, vocab_size=dims.vocab_size, num_top=num_top))
-        per_token = kv_bytes_per_token(
-            num_layers=dims.num_layers,
-            num_kv_heads=dims.num_kv_heads,
-            head_dim=dims.head_dim,
-            dtype=self._contract.dtype,
-        ) * (1 if self._is_in_place else 2)
+        per_token = dims.kv_bytes_per_token(self._contract.dtype) * (1 if self._is_in_place else 2)
         budget = share.of_device(cuda.free_memory()) if kv_memory is None else kv_memory
         num_slots = plan_slots(max_batch=max_batch, capacity=slot_len, bytes_per_token=per_token, budget=budget)
         kv = self._own(self._kv(num_slots, slot_len))
@@ -246,7 +240,7 @@ class _Opening:
     def _kv(self, num_slots: int, slot_len: int) -> DeviceKv:
         return DeviceKv(
             self._cuda,
-            self._names(),
+            self._names,
             num_slots=num_slots,
             kv_heads=self._dims.num_kv_heads,
             slot_len=slot_len,
@@ -255,19 +249,14 @@ class _Opening:
             in_place=self._is_in_place,
         )
 
-    def _names(self) -> list[CacheNames]:
-        past, present = self._contract.past_name, self._contract.present_name
-        each = [(layer, kv) for layer in range(self._dims.num_layers) for kv in "kv"]
-        return [CacheNames(past.format(layer=layer, kv=kv), present.format(layer=layer, kv=kv)) for layer, kv in each]
-
     def _own(self, memory: T) -> T:
         """Free it with the session, or if opening fails."""
         self._stack.callback(memory.free)
         return memory
 
 
-def _slot_len(info: EngineInfo, capacity: int, token_bytes: int) -> int:
-    """Tokens of a slot in the pool: at least `capacity`, what the engine takes, and such that slots are aligned."""
+def _slot_len(info: PlanInfo, capacity: int, token_bytes: int) -> int:
+    """Tokens of a slot in the pool: at least `capacity`, what the plan takes, and such that slots are aligned."""
     span, unit = info.profile("decode").capacity, slot_unit(token_bytes)
     if capacity > span.high:
         raise InvalidSetting(
@@ -276,7 +265,7 @@ def _slot_len(info: EngineInfo, capacity: int, token_bytes: int) -> int:
         )
     length = -(-max(capacity, span.low) // unit) * unit
     if length > span.high:
-        raise InvalidEngine(
+        raise InvalidPlan(
             f"{info.stem} takes slots of {span.low:,} to {span.high:,} tokens, none of them a multiple of {unit}: "
             "build an engine with such a --max-len"
         )

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.cuda.cuda import Cuda, aligned
+from runtime.session.feeds import LOG_SUM, LOGITS, TOP_IDS, TOP_LOGITS
 from runtime.session.session import TopRows
-from runtime.session.trt_inputs import LOG_SUM, LOGITS, TOP_IDS, TOP_LOGITS
 
 
 class Part(NamedTuple):
@@ -67,7 +67,7 @@ def layout(tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, Part
 
 
 def _end(parts: Iterable[Part]) -> int:
-    """The byte behind the last of them."""
+    """The offset of the first byte after the last of them."""
     return max(part.offset + math.prod(part.shape) * int(np.dtype(part.dtype).itemsize) for part in parts)
 
 
@@ -102,7 +102,7 @@ class RunOutputs:
         self._rows = Block(cuda, max_logits * vocab_size * 4, "logits")
         try:
             last = list(self._top_parts(max_logits).values())
-            self._top = Block(cuda, aligned(_end(last)), "the likeliest tokens")
+            self._top = Block(cuda, aligned(_end(last)), "the most likely tokens")
         except BaseException:
             self._rows.free()
             raise
@@ -120,7 +120,7 @@ class RunOutputs:
         return self._rows.view(part)
 
     def copy_top(self, num_logits: int, num_wanted: int) -> "TopViews":
-        """Put the copy of the likeliest tokens on the stream; `num_wanted` of the rows are returned."""
+        """Put the copy of the most likely tokens on the stream; `num_wanted` of the rows are returned."""
         parts = self._top_parts(num_logits)
         self._top.copy_out(parts.values())
         return TopViews(*(self._top.view(part)[:num_wanted] for part in parts.values()))

@@ -19,7 +19,7 @@ from export.artifact.writer import staged
 from export.pipeline.export_model import ExportOptions, export_model
 from export.verify.receipt import verify
 from runtime.artifact.manifest import MANIFEST, RECEIPT, WEIGHTS, open_artifact
-from runtime.backends.ort.cpu_session import OrtSession
+from runtime.backends.ort.session import OrtSession
 from runtime.errors import GateFailed, HeadraceError, InvalidArtifact, InvalidSetting
 from tests.support.tiny.artifact import TinyExports
 from tests.support.tiny.checkpoint import config_of, write_checkpoint

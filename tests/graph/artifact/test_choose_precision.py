@@ -83,7 +83,7 @@ def test_one_that_fails_its_gate_is_out_however_fast(tmp_path: Path) -> None:
     assert {"w8a16", "w4a16"} <= set(out)
     assert "not a multiple of the quantization block 32" in out["w8a16"]["why_not"]
     text = "\n".join(choice_lines(choice))
-    assert "w8a16       not in question: model.layers.0.mlp.down_proj.weight has rows of 100" in text
+    assert "w8a16       ruled out: model.layers.0.mlp.down_proj.weight has rows of 100" in text
 
 
 def test_if_none_passes_every_reason_is_told_and_the_old_artifact_stays(tmp_path: Path) -> None:

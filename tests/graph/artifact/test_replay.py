@@ -8,20 +8,20 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.cpu_session import OrtSession
-from runtime.backends.ort.cuda_session import HostCopier, OrtDeviceSession, load_graph
+from runtime.backends.ort.session import OrtSession
 from runtime.commands.replay import replay
 from runtime.commands.verify import main
 from runtime.errors import InvalidArtifact
 from runtime.session.session import Batch, Session, SessionInfo
+from tests.support.host_device import on_host
 from tests.support.simulated.cuda import SimCuda
-from tests.support.simulated.session import export_tiny, open_simulated, write_engine
+from tests.support.simulated.session import export_tiny, open_simulated, write_plan_files
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     artifact = export_tiny(tmp_path_factory.mktemp("tiny"))
-    write_engine(artifact)
+    write_plan_files(artifact)
     return artifact
 
 
@@ -46,7 +46,7 @@ class Forgetful:
 def test_every_session_chooses_the_receipts_tokens(tiny: Artifact) -> None:
     sessions: list[Session] = [
         OrtSession.open(tiny, num_slots=8, capacity=128),
-        OrtDeviceSession(load_graph(tiny, "cpu"), tiny, "cpu", HostCopier(), num_slots=3, capacity=128),
+        on_host(tiny, num_slots=3),
         open_simulated(tiny, SimCuda()),
     ]
     for session in sessions:

@@ -4,11 +4,13 @@ python -m tests.support.simulated.server ARTIFACT --device tensorrt --port 0
 """
 
 import sys
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Sequence
 
+from runtime.backends.backend import Backend, Problem
 from runtime.backends.cuda.cuda import Cuda
-from runtime.backends.select import BACKENDS, Backend, open_on_tensorrt
+from runtime.backends.environment import Environment
+from runtime.backends.registry import BACKENDS
+from runtime.backends.tensorrt.backend import TensorRt
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.errors import HeadraceError, InvalidSetting
 from serve.cli import main
@@ -17,15 +19,27 @@ from tests.support.simulated.session import TARGET
 from tests.support.simulated.tensorrt import VERSION, SimTensorRT
 
 
-def simulated_backends(sim: SimCuda) -> Mapping[str, Backend]:
-    """The backends, TensorRT's being the real one on the doubles."""
+class SimulatedTensorRt(TensorRt):
+    """The real backend on the doubles, whose GPU no file of this machine tells of."""
+
+    def missing_hardware(self, env: Environment) -> Problem | None:
+        return None
+
+
+def simulated_tensorrt(sim: SimCuda) -> SimulatedTensorRt:
+    """TensorRT on a simulated GPU."""
 
     def open_trt(target: str) -> TrtLibrary:
         if target != TARGET:
             raise InvalidSetting(f"{target} is not installed")
         return TrtLibrary(target, SimTensorRT(sim), VERSION)
 
-    return {**BACKENDS, "tensorrt": partial(open_on_tensorrt, open_cuda=lambda: Cuda(sim), open_trt=open_trt)}
+    return SimulatedTensorRt(lambda: Cuda(sim), open_trt)
+
+
+def simulated_backends(sim: SimCuda) -> Sequence[Backend]:
+    """The backends, TensorRT's being the real one on the doubles."""
+    return (simulated_tensorrt(sim), *BACKENDS[1:])
 
 
 if __name__ == "__main__":

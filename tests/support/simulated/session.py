@@ -1,4 +1,4 @@
-"""A tiny model on the simulated GPU: exported, its engine file written, the real session opened on the doubles."""
+"""A tiny model on the simulated GPU: exported, its plan written, the real session opened on the doubles."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from export.pipeline.export_model import ExportOptions, export_model
 from export.tensorrt.store import list_files
 from runtime.artifact.manifest import Artifact, FileEntry, sha256_of
-from runtime.artifact.plan_files import ENGINES, EngineFile, EngineInfo, find_engine, weight_files
+from runtime.artifact.plan_files import ENGINES, PlanFile, PlanInfo, find_plan, weight_files
 from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.tensorrt.library import TrtLibrary
 from runtime.backends.tensorrt.session import TrtSession
@@ -39,7 +39,7 @@ def export_tiny(
     return export_model(options)
 
 
-def write_engine(
+def write_plan_files(
     artifact: Artifact,
     *,
     dialect: str = "trt",
@@ -63,26 +63,26 @@ def write_engine(
         "layers": {},
         "build": {},
     }
-    draft = EngineInfo(plan=FileEntry(size=0, sha256=""), **fields)
+    draft = PlanInfo(plan=FileEntry(size=0, sha256=""), **fields)
     plan = artifact.path / ENGINES / f"{draft.stem}.plan"
     plan.parent.mkdir(exist_ok=True)
     size = len(write_plan(plan, artifact.model_file(dialect), draft))
-    info = EngineInfo(plan=FileEntry(size=size, sha256=sha256_of(plan)), **fields)
+    info = PlanInfo(plan=FileEntry(size=size, sha256=sha256_of(plan)), **fields)
     plan.with_suffix(".json").write_text(info.to_json())
     list_files(artifact, plan.with_suffix(".json"))
     return plan
 
 
-def engine_of(artifact: Artifact) -> EngineFile:
-    """The engine that the real reader finds for the simulated GPU."""
-    return find_engine(artifact, target=TARGET, version=VERSION, gpu=GPUS[0])
+def plan_of(artifact: Artifact) -> PlanFile:
+    """The plan that the real reader finds for the simulated GPU."""
+    return find_plan(artifact, target=TARGET, version=VERSION, gpu=GPUS[0])
 
 
 def open_simulated(
     artifact: Artifact,
     sim: SimCuda,
     *,
-    engine: EngineFile | None = None,
+    plan: PlanFile | None = None,
     max_batch: int = 8,
     capacity: int = CAPACITY,
     kv_memory: int | None = None,
@@ -92,7 +92,7 @@ def open_simulated(
     library = TrtLibrary(TARGET, SimTensorRT(sim, has_validity=has_validity), VERSION)
     return TrtSession.open(
         artifact,
-        engine_of(artifact) if engine is None else engine,
+        plan_of(artifact) if plan is None else plan,
         library=library,
         cuda=Cuda(sim),
         max_batch=max_batch,

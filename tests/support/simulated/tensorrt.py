@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact.plan_files import EngineInfo, Profile
+from runtime.artifact.plan_files import PlanInfo, Profile
 from tests.support.simulated.cuda import DeviceBlock, MisuseError, PinnedBlock, SimCuda, Work
 
 VERSION = "1.7.1.116"
@@ -67,7 +67,7 @@ class ExecutionContextAllocationStrategy(IntEnum):
     USER_MANAGED = 2
 
 
-def write_plan(file: Path, model: Path, info: EngineInfo) -> bytes:
+def write_plan(file: Path, model: Path, info: PlanInfo) -> bytes:
     """Write the double's idea of a plan; its bytes."""
     profiles = [
         {
