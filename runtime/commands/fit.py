@@ -1,7 +1,8 @@
 """`headrace fit`: how long a context and how many requests together fit a given memory, with the sums.
 
 The sums are the server's own (runtime/machine/memory.py): weights first, then a share of what is left for KV slots. The
-artifact's own rows count its files; rows of other precisions are estimates from the dimensions. Loads no model.
+artifact's own rows count its files; rows of other precisions are the manifest's estimates, made at the export. Loads no
+model.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, ModelDims, open_artifact
+from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, Estimate, ModelDims, open_artifact
 from runtime.artifact.plan_files import largest_plan
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION, fitting_slots, kv_budget
@@ -19,40 +20,6 @@ from runtime.machine.sizes import format_bytes
 from runtime.settings import check_at_least, parse_bytes
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Bytes of a weight by kind, scales included, and the KV cache's type, for one precision of one runtime.
-
-    qkv: of those projections, where they have more bits than the other layers; last_mlp: of the last layers' MLP, see
-    export/quantize/int4/model.py; head: of an LM head that is not tied, where it is not stored like the embedding
-    """
-
-    linear: float
-    embedding: float
-    kv: str
-    qkv: float | None = None
-    last_mlp: float | None = None
-    head: float | None = None
-
-
-LAST_SHARE = 1 / 16
-"""Share of the layers whose MLP a 4-bit export keeps in 8 bits."""
-_BLOCK_INT8 = 1 + 4 / 32  # a float32 scale for 32 weights
-_BLOCK_INT4 = 0.5 + 4.5 / 32  # and a 4-bit zero point
-STORAGE = {
-    ("ort", "fp32"): Storage(4, 4, "float32"),
-    ("ort", "fp16"): Storage(2, 2, "float16"),
-    ("ort", "w8a16"): Storage(_BLOCK_INT8, _BLOCK_INT8, "float32"),
-    ("ort", "w4a16"): Storage(_BLOCK_INT4, _BLOCK_INT8, "float32", _BLOCK_INT8, _BLOCK_INT8),
-    ("ort", "w8a8"): Storage(1, _BLOCK_INT8, "float32"),
-    ("trt", "fp32"): Storage(4, 4, "float32"),
-    ("trt", "fp16"): Storage(2, 2, "float16"),
-    ("trt", "w8a16"): Storage(1, 2, "float16", head=1),
-    ("trt", "w4a16"): Storage(0.5 + 2 / 64, 2, "float16", 1, 1, head=1),
-    ("trt", "w8a8"): Storage(1, 2, "float16", head=1),
-}
 
 
 @dataclass(frozen=True)
@@ -78,32 +45,31 @@ def rows(artifact: Artifact, memory: int, max_batch: int) -> list[Row]:
     """The artifact's dialects as they are, then other precisions of the same dialects."""
     manifest = artifact.manifest
     dialects = ["ort"] * ("ort" in manifest.dialects) + ["trt"] * any(name != "ort" for name in manifest.dialects)
-    found = [
-        _row(artifact, dialect, manifest.precision, _file_bytes(artifact, dialect), memory, max_batch)
-        for dialect in dialects
-    ]
-    for dialect, precision in STORAGE:
-        if dialect in dialects and precision != manifest.precision:
-            found.append(_row(artifact, dialect, precision, None, memory, max_batch))
+    found = []
+    for dialect in dialects:
+        size = Estimate(weights=_file_bytes(artifact, dialect), kv=manifest.kv_of(dialect).dtype)
+        found.append(_row(artifact, dialect, manifest.precision, size, memory, max_batch, is_estimate=False))
+    for dialect in dialects:
+        for precision, estimate in manifest.estimates.get(dialect, {}).items():
+            if precision != manifest.precision:
+                found.append(_row(artifact, dialect, precision, estimate, memory, max_batch, is_estimate=True))
     return found
 
 
-def _row(artifact: Artifact, dialect: str, precision: str, file_bytes: int | None, memory: int, max_batch: int) -> Row:
-    dims, storage = artifact.manifest.dims, STORAGE.get((dialect, precision))
-    kv_dtype = storage.kv if file_bytes is None and storage else artifact.manifest.kv_of(dialect).dtype
-    assert file_bytes is not None or storage is not None
-    weight_bytes = file_bytes if storage is None or file_bytes is not None else _estimate(artifact, storage)
-    token_bytes = dims.kv_bytes_per_token(kv_dtype)
+def _row(
+    artifact: Artifact, dialect: str, precision: str, size: Estimate, memory: int, max_batch: int, *, is_estimate: bool
+) -> Row:
+    dims = artifact.manifest.dims
+    token_bytes = dims.kv_bytes_per_token(size.kv)
     # Logits of every row; on a GPU once more in pinned memory, which a Jetson takes from the same chips.
     buffer_bytes = max_batch * dims.vocab_size * 4 * (2 if dialect == "trt" else 1)
-    assert weight_bytes is not None
     fraction = DEVICE_FREE_FRACTION if dialect == "trt" else FREE_FRACTION
-    budget = kv_budget(memory - weight_bytes - buffer_bytes, fraction)
+    budget = kv_budget(memory - size.weights - buffer_bytes, fraction)
     slots = {
         length: fitting_slots(max_batch=max_batch, capacity=length, bytes_per_token=token_bytes, budget=budget)
         for length in _contexts(dims)
     }
-    return Row(dialect, precision, file_bytes is None, weight_bytes, buffer_bytes, kv_dtype, token_bytes, budget, slots)
+    return Row(dialect, precision, is_estimate, size.weights, buffer_bytes, size.kv, token_bytes, budget, slots)
 
 
 def _contexts(dims: ModelDims) -> list[int]:
@@ -120,20 +86,6 @@ def _file_bytes(artifact: Artifact, dialect: str) -> int:
             return plan_bytes
     names = (WEIGHTS,) if dialect == "ort" else (TRT_WEIGHTS,) if TRT_WEIGHTS in files else (WEIGHTS,)
     return sum(files[name].size for name in names if name in files)
-
-
-def _estimate(artifact: Artifact, storage: Storage) -> int:
-    """From the sizes of the matrices; norms and biases are some thousandths of it."""
-    dims = artifact.manifest.dims
-    q_size, kv_size = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    qkv = dims.hidden_size * (q_size + 2 * kv_size) * (storage.qkv or storage.linear)
-    mlp = 3 * dims.hidden_size * dims.intermediate_size
-    layer = qkv + (dims.hidden_size * q_size + mlp) * storage.linear
-    num_last = max(1, round(dims.num_layers * LAST_SHARE)) if storage.last_mlp else 0
-    last = num_last * mlp * ((storage.last_mlp or 0) - storage.linear)
-    table = dims.vocab_size * dims.hidden_size
-    head = 0.0 if artifact.manifest.is_tied else table * (storage.head or storage.embedding)
-    return int(dims.num_layers * layer + last + table * storage.embedding + head)
 
 
 def lines(artifact: Artifact, memory: int, max_batch: int) -> Iterator[str]:
