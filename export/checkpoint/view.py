@@ -46,3 +46,25 @@ class CheckpointView(Checkpoint):
     @property
     def commit(self) -> str | None:
         return self._base.commit
+
+
+class PrefixedView(CheckpointView):
+    """A checkpoint that was saved without the LM head around it: its names lack the prefix that others have."""
+
+    def __init__(self, base: Checkpoint, prefix: str, *, unprefixed: str) -> None:
+        """unprefixed: the one name that stays as it is."""
+        super().__init__(base)
+        self._names = {name if name == unprefixed else f"{prefix}.{name}": name for name in base.tensors}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: self._base.tensors[stored] for name, stored in self._names.items()}
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        return self._base.load(self._names.get(name, name))
+
+    def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        return self._base.load_rows(self._names.get(name, name), start, stop)
+
+    def stored_name(self, name: str) -> str:
+        return self._base.stored_name(self._names.get(name, name))

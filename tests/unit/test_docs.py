@@ -123,7 +123,7 @@ def test_make_lists_every_target_and_variable() -> None:
     assert set(listed.split()) == VARIABLES - {"VENV"}
     assert {"run", "test", "test-fast", "lint", "bench", "export", "serve", "help"} <= TARGETS
     phony = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
-    assert set(" ".join(phony).split()) == TARGETS
+    assert {name for name in " ".join(phony).split() if not name.startswith("$")} == TARGETS
 
 
 def test_flags_named_in_the_readmes_are_there() -> None:

@@ -16,8 +16,10 @@ from runtime.errors import InvalidCheckpoint, UnsupportedModel
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
-_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|(masked_bias|causal_mask|position_ids))")
-"""Tables that older releases of transformers saved beside the weights, and that every reader computes itself."""
+_BUFFER = re.compile(
+    r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|(masked_bias|causal_mask|position_ids)|h\.\d+\.attn\.bias)"
+)
+"""What older releases of transformers saved beside the weights: tables and masks that any reader computes itself."""
 
 _NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F64|F[468]_\w+")
 """Stored types of safetensors that are not weights. Those of GGUF were checked when the file was opened."""

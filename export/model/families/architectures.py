@@ -14,6 +14,7 @@ from typing import Any
 from export.checkpoint.config_fields import refuse_unknown, shown
 from export.checkpoint.fused import FusedView
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.view import PrefixedView
 from export.model.description import Activation, ModelConfig
 from export.model.families.cohere import COHERE
 from export.model.families.config_values import flag, integer, number, token_ids
@@ -104,8 +105,15 @@ def _check_rotary(config: ModelConfig, arch: Architecture) -> None:
 
 
 def as_described(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under the description's tensor names: fused matrices split, transposed ones turned."""
+    """The checkpoint under the description's tensor names: fused matrices split, transposed ones turned.
+
+    A checkpoint without its LM head, as GPT-2's own is, has names without the prefix of the others.
+    """
     arch = _architecture(checkpoint.config)
+    prefix, _, table = f"{arch.names.embedding}.weight".partition(".")
+    is_tied = flag(checkpoint.config, "tie_word_embeddings", default=arch.defaults.is_tied)
+    if table in checkpoint.tensors and (is_tied or f"{arch.names.head}.weight" in checkpoint.tensors):
+        checkpoint = PrefixedView(checkpoint, prefix, unprefixed=f"{arch.names.head}.weight")
     splits = arch.splits(_sizes(_shared_names(checkpoint.config, arch), arch.defaults))
     return FusedView(checkpoint, splits) if splits else checkpoint
 

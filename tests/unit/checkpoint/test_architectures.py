@@ -1,14 +1,20 @@
 """config.json to ModelConfig: what is read, and what is refused by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from export.model.families.architectures import ARCHITECTURES, parse_config
+from export.model.checks.model_reading import read_model
+from export.model.families.architectures import ARCHITECTURES, as_described, parse_config
+from export.model.reference.forward import run_reference
 from export.model.rope import attention_factor, inverse_frequencies
+from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.tiny.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3
+from tests.support.tiny.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3, RandomCheckpoint
 from tests.support.tiny.checkpoint import LLAMA3, VARIANTS, YARN, config_of
 
 
@@ -208,3 +214,33 @@ def test_a_description_is_whole(raw: dict[str, Any]) -> None:
     experts = [config.num_macs(linear.site) for linear in config.linears if "." in linear.site.kind]
     assert bool(experts) == (raw["model_type"] == "mixtral")
     assert all(macs in (256 * 64 // 2, 128 * 64 // 2) for macs in experts), "two of four experts see a token"
+
+
+def test_a_checkpoint_without_its_head_has_names_without_a_prefix(tmp_path: Path) -> None:
+    """As GPT-2's own on the hub, with the masks that it carries along."""
+    config = parse_config(GPT2)
+    whole = RandomCheckpoint(config)
+    tensors = {name.removeprefix("transformer."): whole.load(name) for name in whole.tensors if ".attn." not in name}
+    for layer in range(3):
+        parts = [whole.load(f"transformer.h.{layer}.attn.{part}.weight") for part in "qkv"]
+        biases = [whole.load(f"transformer.h.{layer}.attn.{part}.bias") for part in "qkv"]
+        tensors[f"h.{layer}.attn.c_attn.weight"] = np.ascontiguousarray(np.concatenate(parts).T)
+        tensors[f"h.{layer}.attn.c_attn.bias"] = np.concatenate(biases)
+        tensors[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 256, 256), np.float32))
+        tensors[f"h.{layer}.attn.c_proj.bias"] = whole.load(f"transformer.h.{layer}.attn.c_proj.bias")
+        tensors[f"h.{layer}.attn.c_proj.weight"] = np.ascontiguousarray(
+            whole.load(f"transformer.h.{layer}.attn.c_proj.weight").T
+        )
+        for name in ("c_fc", "c_proj"):
+            full = f"h.{layer}.mlp.{name}.weight"
+            tensors[full] = np.ascontiguousarray(tensors[full].T)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    checkpoint = open_checkpoint(tmp_path)
+    assert read_model(checkpoint) == config
+    described = as_described(checkpoint)
+    assert described.stored_name("transformer.h.0.attn.k.weight") == "h.0.attn.c_attn.weight"
+    ids = [[5, 17, 250, 3, 99]]
+    assert np.array_equal(
+        run_reference(described, config, ids).logits(0, 0, 5), run_reference(whole, config, ids).logits(0, 0, 5)
+    )

@@ -79,7 +79,7 @@ ONES = np.ones(64, np.float32)
         (drop("model.norm.weight"), ["no tensor model.norm.weight"]),
         (drop("lm_head.weight"), ["no tensor lm_head.weight", "tie_word_embeddings"]),
         (drop("model.embed_tokens.weight"), ["no tensor model.embed_tokens.weight"]),
-        (rename("model.", ""), ["model.embed_tokens.weight", "has no place for", "causal language model"]),
+        (rename("model.", "bert."), ["model.embed_tokens.weight", "has no place for", "causal language model"]),
         (rename(f"{LAYER}.", "model.layers.7."), ["no tensor model.layers.1.", "and 6 more", "layers.7."]),
         (put("model.embed_tokens.weight", np.ones((328, 64), np.float32)), ["328 rows, and vocab_size is 320"]),
         (put("lm_head.weight", np.ones((312, 64), np.float32)), ["312 rows, and vocab_size is 320"]),
@@ -109,6 +109,8 @@ def test_a_tensor_that_does_not_fit_is_named(
         # As AutoGPTQ and others write them for every layer.
         put(f"{LAYER}.self_attn.o_proj.bias", np.zeros(64, np.float16)),
         put(f"{LAYER}.mlp.up_proj.bias", np.zeros(96, np.float32)),
+        # A base model's names have no prefix.
+        rename("model.", ""),
     ],
 )
 def test_a_tensor_without_effect_is_let_be(change: Callable[[Tensors], object], tmp_path: Path) -> None:
