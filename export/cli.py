@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
 
 
-_OLD_FLAGS = {
+OLD_FLAGS = {
     "--calib": "--calibration-text",
     "--calib-samples": "--calibration-samples",
     "--calib-length": "--calibration-length",
@@ -129,7 +129,7 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
 
 def _with_new_names(argv: Sequence[str]) -> list[str]:
     parts = [arg.partition("=") for arg in argv]
-    return [f"{_OLD_FLAGS.get(flag, flag)}{equals}{value}" for flag, equals, value in parts]
+    return [f"{OLD_FLAGS.get(flag, flag)}{equals}{value}" for flag, equals, value in parts]
 
 
 def main(argv: list[str]) -> int:

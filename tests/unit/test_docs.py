@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from calibration_data import CALIBRATION_GROUPS, calibration_records
+from export.cli import OLD_FLAGS
 from export.model.families.architectures import ARCHITECTURES
 from export.schemes.registry import SCHEMES
 from headrace import VERBS
@@ -19,9 +20,8 @@ from serve.observe.http_metrics import HttpMetrics
 from tests.support.fake_text_model import fake_text_model
 
 ROOT = Path(__file__).parents[2]
-READMES = {
-    str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "README.md", *ROOT.glob("[!.]*/README.md"))
-}
+TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("[!.]*/README.md"))
+READMES = {str(file.relative_to(ROOT)): file.read_text() for file in TEXTS}
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.M))
 VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M))
@@ -128,7 +128,7 @@ def test_make_lists_every_target_and_variable() -> None:
 
 def test_flags_named_in_the_readmes_are_there() -> None:
     """Flags of verbs, and of the scripts in benchmarks/ and deploy/."""
-    known = set.union(*map(flags_of, VERBS)) | {"--help"}
+    known = set.union(*map(flags_of, VERBS), OLD_FLAGS) | {"--help"}
     for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("deploy/*.py"), *ROOT.glob("deploy/*.sh")]:
         known |= set(re.findall(r"--[a-z][a-z0-9-]+", script.read_text()))
     named = {flag for text in READMES.values() for flag in re.findall(r"`(--[a-z][a-z0-9-]+)", text)}
