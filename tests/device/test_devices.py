@@ -233,7 +233,8 @@ def test_without_onnx_runtime_a_verb_names_the_extra(bare: Artifact, tmp_path: P
         "export": ["export", str(bare.path.parent / "checkpoint"), "--out", str(tmp_path / "out")],
         "verify": ["verify", str(bare.path)],
     }[verb]
-    code = f"import sys; sys.modules['onnxruntime'] = None; import headrace; sys.exit(headrace.main({arguments!r}))"
+    absent = "sys.modules['onnxruntime'] = sys.modules['openvino'] = None"
+    code = f"import sys; {absent}; import headrace; sys.exit(headrace.main({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "pip install 'headrace[cpu]'" in done.stderr
