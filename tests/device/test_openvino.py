@@ -8,6 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
+from export.model.families.architectures import parse_config
+from export.pipeline.artifact_files import write_unverified
+from export.pipeline.graph_files import ExportPlan
+from export.schemes.registry import SCHEMES
 from runtime.artifact.manifest import Artifact
 from runtime.backends.openvino.backend import OpenVino
 from runtime.backends.openvino.session import OpenVinoSession
@@ -21,6 +25,7 @@ from runtime.session.session import Batch, Session
 from runtime.settings import EngineSettings
 from tests.support.engine_requests import CHUNK, Asked, alike, each_alone, requests, submit, together
 from tests.support.simulated.session import export_tiny
+from tests.support.tiny.architectures import BEYOND_LLAMA, RandomCheckpoint
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'headrace[openvino]'")
 NEAR = 1e-3
@@ -151,3 +156,23 @@ def test_an_operator_it_does_not_read_is_named(tiny: Artifact, tmp_path: Path) -
 def test_a_slot_longer_than_the_export(tiny: Artifact) -> None:
     with pytest.raises(InvalidSetting, match="a slot of 257 tokens does not fit"):
         OpenVinoSession.open(tiny, num_slots=1, capacity=257)
+
+
+@pytest.mark.parametrize("family", BEYOND_LLAMA)
+def test_a_graph_that_openvino_cannot_read_is_refused_by_what_it_has(family: str, tmp_path: Path) -> None:
+    config = parse_config(BEYOND_LLAMA[family])
+    plan = ExportPlan(
+        checkpoint=RandomCheckpoint(config), config=config.for_length(128), scheme=SCHEMES["fp32"], max_len=128
+    )
+    artifact = write_unverified(tmp_path, plan)
+    reasons = {
+        "cohere": "rotary_interleaved",
+        "gemma2": "softcap",
+        "gpt2": "learned positions",
+        "phi3": "RotaryEmbedding",
+    }
+    if family not in reasons:
+        OpenVinoSession.open(artifact, num_slots=2, capacity=64, threads=1).close()
+        return
+    with pytest.raises(InvalidArtifact, match=f"OpenVINO cannot read .*{reasons[family]}.*--device cpu"):
+        OpenVinoSession.open(artifact, num_slots=2, capacity=64, threads=1)

@@ -68,11 +68,11 @@ class GraphReader:
         file = self._artifact.model_file("ort")
         try:
             model = core.read_model(str(file))
+            self._page(model)
         except RuntimeError as error:
             # OpenVINO drops what a conversion said.
             reason = self._refusal or [line.strip(" -") for line in str(error).splitlines() if line.strip()][-1]
             raise InvalidArtifact(f"OpenVINO cannot read {file}: {reason}; use --device cpu") from error
-        self._page(model)
         return model
 
     def _page(self, model: Any) -> None:
@@ -85,6 +85,8 @@ class GraphReader:
             to_rows.output(0).replace(one_row.output(0))
         for target in by_name["place_idx"].output(0).get_target_inputs():
             to_tokens = target.get_node()
+            if not to_tokens.get_type_name().startswith("GatherND"):
+                raise RuntimeError("learned positions")
             unsqueezed = to_tokens.input_value(0).get_node()  # by `_attention`
             to_tokens.output(0).replace(unsqueezed.input_value(0))
         added = [self._parameter(name, [] if name == "max_context_len" else [-1], "i32") for name in PAGED_INPUTS]
