@@ -36,7 +36,7 @@ MAX_KL = 0.25
 unrelated model is 1.0 away."""
 LEGEND = """\
 **run**: on this device, with the tokens of the receipt. **plan built**: TensorRT-RTX compiled it without a GPU, and the
-graph gives the reference's logits on ONNX Runtime's CPU. **graph tested**: only the latter. **fails**: the device
+graph gives the reference's logits on ONNX Runtime's CPU. **graph tested**: only the latter. **refused**: the device
 works, and refuses this. **not run**: not tried. A dash: the precision has no graph for the device."""
 
 Facts = dict[str, list[str]]
@@ -55,7 +55,7 @@ def cell(facts: Mapping[str, Sequence[str]], precision: str, device: str) -> str
     if device in facts.get("devices", ()):
         return "run"
     if device in facts.get("tried", ()):
-        return "fails"
+        return "refused"
     if device == "tensorrt" and dialect in facts.get("plans", ()):
         return "plan built"
     return "graph tested" if dialect in facts.get("graphs", ()) else "not run"

@@ -22,7 +22,7 @@ def test_a_cell_says_how_far_a_combination_got() -> None:
     assert [cell({}, "fp32", "cpu"), cell({}, "bf16", "cpu")] == ["not run", "-"]
     assert [cell(graph, "fp32", device) for device in ("cpu", "tensorrt")] == ["graph tested", "graph tested"]
     assert [cell(built, "fp32", device) for device in ("cuda", "tensorrt")] == ["graph tested", "plan built"]
-    assert cell({**built, "tried": ["tensorrt"]}, "fp32", "tensorrt") == "fails"
+    assert cell({**built, "tried": ["tensorrt"]}, "fp32", "tensorrt") == "refused"
     assert cell({**built, "tried": ["tensorrt"], "devices": ["tensorrt"]}, "fp32", "tensorrt") == "run"
 
 
