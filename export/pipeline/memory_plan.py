@@ -18,7 +18,7 @@ from export.quantize.int8.search import MAX_SIDE_BY_SIDE
 from export.quantize.int8.sensitivity import FOLD as MEASURED_FOLD
 from export.quantize.int8.sensitivity import LENGTH as MEASURED_LENGTH
 from export.quantize.int8.sensitivity import NUM_SEQUENCES as NUM_MEASURED
-from export.quantize.rounding.gptq import MAX_COMPENSATED
+from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS
 from export.quantize.rounding.int8 import OUTPUTS_AT_ONCE
 from export.quantize.statistics.activation_stats import NUM_FOLDS
 from export.quantize.statistics.collect import CHUNK_BYTES, token_bytes
@@ -82,7 +82,7 @@ class _Sizes:
     def compensated(self, shape: tuple[int, int], tokens: int) -> float:
         """Rounding one matrix against its Gram matrices: filling them, inverting one, sweeping the columns."""
         n, k = shape
-        if k > MAX_COMPENSATED:
+        if k > MAX_GPTQ_INPUTS:
             return _NEAREST * n * k
         swept = _SOLVED * k * k + _SWEPT * min(n, OUTPUTS_AT_ONCE) * k
         return _GRAMS * k * k + max(_SEEN * tokens * k, _INVERTED * k * k, swept)

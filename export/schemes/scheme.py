@@ -42,7 +42,7 @@ class Storage:
         form = self.form_of(role)
         return form if isinstance(form, Blocks) and form.bits == 4 else None
 
-    def wide_blocks(self, num_inputs: int) -> Blocks:
+    def eight_bit_blocks(self, num_inputs: int) -> Blocks:
         """The blocks of a layer for which 4 bits are too few."""
         assert self.wide is not None, "a scheme of 4-bit blocks says what is wider"
         return self.wide.as_blocks(num_inputs) if isinstance(self.wide, Channels) else self.wide
