@@ -11,7 +11,6 @@ A layer with another input is not smoothed. In float32, the smoothed checkpoint 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,15 +68,6 @@ def smoothing_vector(
     ).reshape(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fold:
-    """Divides a tensor's rows and multiplies its columns. adds_one: it is the weight w of a 1 + w norm."""
-
-    divide: Array | None
-    multiply: Array | None
-    adds_one: bool
-
-
 class SmoothedCheckpoint(CheckpointView):
     """A checkpoint with the smoothing vectors of some sites folded into its tensors.
 
@@ -86,7 +76,10 @@ class SmoothedCheckpoint(CheckpointView):
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
         super().__init__(checkpoint)
-        self._folds = _folds(smoothed_config(config, vectors), vectors)
+        self._divide: dict[str, Array] = {}  # by tensor name: of its rows
+        self._multiply: dict[str, Array] = {}  # of its columns
+        self._adds_one: set[str] = set()
+        self._fold(smoothed_config(config, vectors), vectors)
         self._embedding = f"{config.embedding.name}.weight"
         self._unties = config.tie_word_embeddings and config.head.linear.site in vectors
 
@@ -97,42 +90,31 @@ class SmoothedCheckpoint(CheckpointView):
 
     def load(self, name: str) -> Array:
         array = self._base.load(self._embedding if self._unties and name == _HEAD else name)
-        fold = self._folds.get(name)
-        if fold is None:
-            return array
-        if fold.adds_one and fold.divide is not None:
-            return (array + np.float32(1)) / fold.divide - np.float32(1)
-        if fold.divide is not None:
-            array = array / (fold.divide if array.ndim == 1 else fold.divide[:, None])
-        return array if fold.multiply is None else array * fold.multiply
+        divide, multiply = self._divide.get(name), self._multiply.get(name)
+        if divide is not None and name in self._adds_one:
+            return (array + np.float32(1)) / divide - np.float32(1)
+        if divide is not None:
+            array = array / (divide if array.ndim == 1 else divide[:, None])
+        return array if multiply is None else array * multiply
+
+    def _fold(self, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
+        for site, vector in vectors.items():
+            linear, producer = config.by_site[site], producer_of(config, site)
+            if producer is None:
+                continue
+            self._multiply |= dict.fromkeys(linear.weight_names, vector)
+            rows = vector
+            if linear.role == "o":  # all query heads of a key-value head have the same vector
+                rows = vector.reshape(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)
+            self._divide |= {f"{producer.name}.weight": rows, f"{producer.name}.bias": rows}
+            if isinstance(producer, Norm) and producer.adds_one:
+                self._adds_one.add(f"{producer.name}.weight")
 
     def row_divisor(self, name: str) -> Array | None:
         """The vector that divides a tensor's rows; None if nothing does."""
-        fold = self._folds.get(name)
-        return None if fold is None else fold.divide
+        return self._divide.get(name)
 
 
 def smoothed_config(config: ModelConfig, vectors: Mapping[Site, Array]) -> ModelConfig:
     """The smoothed checkpoint's configuration: an LM head with a smoothing vector is not tied."""
     return config.untied() if config.tie_word_embeddings and config.head.linear.site in vectors else config
-
-
-def _folds(config: ModelConfig, vectors: Mapping[Site, Array]) -> dict[str, _Fold]:
-    """By tensor name."""
-    divide: dict[str, Array] = {}
-    multiply: dict[str, Array] = {}
-    adds_one: set[str] = set()
-    for site, vector in vectors.items():
-        linear, producer = config.by_site[site], producer_of(config, site)
-        if producer is None:
-            continue
-        multiply |= dict.fromkeys(linear.weight_names, vector)
-        rows = vector
-        if linear.role == "o":  # all query heads of a key-value head have the same vector
-            rows = vector.reshape(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)
-        divide |= {f"{producer.name}.weight": rows, f"{producer.name}.bias": rows}
-        if isinstance(producer, Norm) and producer.adds_one:
-            adds_one.add(f"{producer.name}.weight")
-    return {
-        name: _Fold(divide.get(name), multiply.get(name), name in adds_one) for name in divide.keys() | multiply.keys()
-    }
