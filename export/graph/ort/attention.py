@@ -57,8 +57,8 @@ class Rotation:
             packed, k, v = g.ops("Split", [packed, sizes], [f"{name}.{part}" for part in ("q", "k", "v")], axis=-1)
         if a.rotary is None:
             return [packed, k, v]
-        return [self._turned(packed, a, a.num_heads, f"{name}.q.turned"),
-                self._turned(k, a, a.num_kv_heads, f"{name}.k.turned"), v]  # fmt: skip
+        return [self._rotate(packed, a, a.num_heads, f"{name}.q.turned"),
+                self._rotate(k, a, a.num_kv_heads, f"{name}.k.turned"), v]  # fmt: skip
 
     def make_positions(self) -> ir.Value:
         """int64 [B, S], the positions of the new tokens."""
@@ -71,7 +71,7 @@ class Rotation:
             self._positions = g.op("Add", [first, g.op("Range", [zero, size, one], "row.range")], "row.positions")
         return self._positions
 
-    def _turned(self, x: ir.Value, a: AttentionConfig, num_heads: int, out: str) -> ir.Value:
+    def _rotate(self, x: ir.Value, a: AttentionConfig, num_heads: int, out: str) -> ir.Value:
         assert a.rotary is not None
         attributes: dict[str, Any] = {} if a.rotary.is_whole else {"rotary_embedding_dim": a.rotary.dim}
         if a.rotary.interleaved:

@@ -84,29 +84,29 @@ class Int8Attention:
         prefix = f"chunk.{layer}"
         q, k, v = self._rotation(query, a, prefix)
         fresh: list[ir.Value] = []
-        widened: list[ir.Value] = []
+        floats: list[ir.Value] = []
         present: list[ir.Value] = []
         for kv, x in (("k", k), ("v", v)):
             assert x is not None
-            small = self._rounded(x, layer, kv)
-            fresh.append(self._widened(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
+            small = self._quantize(x, layer, kv)
+            fresh.append(self._dequantize(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
             heads = g.op("Reshape", [small, g.shape_constant(0, 0, a.num_kv_heads, a.head_dim)], f"{prefix}.{kv}.heads")
             rows = g.op("Transpose", [heads], f"{prefix}.{kv}.rows", perm=[0, 2, 1, 3])
             present.append(g.op("TensorScatter", [past[kv], rows, self._write_idx], f"{prefix}.{kv}.present", axis=2))
             axis = g.shape_constant(2)
             read = g.op("Slice", [past[kv], g.shape_constant(0), self._num_read, axis], f"{prefix}.{kv}.read")
-            widened.append(self._widened(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))
+            floats.append(self._dequantize(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))
         optional: list[ir.Value | None] = [None] * 9  # cos, sin, position_ids, bias, sink, scales, norms
         out = g.ops(
             "GroupQueryAttention",
-            [q, *fresh, *widened, shared.last_idx, self._total, *optional, shared.query_len],
+            [q, *fresh, *floats, shared.last_idx, self._total, *optional, shared.query_len],
             [f"{prefix}.attention", f"{prefix}.k.all", f"{prefix}.v.all"],  # the kernel requires these outputs
             domain=MICROSOFT,
             **kernel_attributes(a, rotates=False),
         )[0]
         return [out, *present]
 
-    def _rounded(self, x: ir.Value, layer: int, kv: str) -> ir.Value:
+    def _quantize(self, x: ir.Value, layer: int, kv: str) -> ir.Value:
         """Quantize to int8 [B, S, kv_heads * head_dim].
 
         QuantizeLinear with scales along the last axis is slow (it calls its loop per element), so x is multiplied first
@@ -117,7 +117,7 @@ class Int8Attention:
         unit, zero = g.constant("unit.scale", np.array(1, np.float32)), g.constant("unit.zero", np.array(0, np.int8))
         return g.op("QuantizeLinear", [g.op("Mul", [x, inverse], f"{name}.steps"), unit, zero], f"{name}.rounded")
 
-    def _widened(self, small: ir.Value, layer: int, kv: str, shape: tuple[int, ...], out: str) -> ir.Value:
+    def _dequantize(self, small: ir.Value, layer: int, kv: str, shape: tuple[int, ...], out: str) -> ir.Value:
         """Dequantize to float32; `shape` is that of the scales."""
         steps = self._g.op("Cast", [small], f"{out}.steps", to=ir.DataType.FLOAT)
         return self._g.op("Mul", [steps, self._step(layer, kv, shape)], out)

@@ -119,7 +119,8 @@ def _advice(config: ModelConfig, missing: list[str], unused: list[str]) -> str:
     causes = (
         (
             missing == [LM_HEAD],
-            "set tie_word_embeddings to true in config.json if the embedding is the LM head; else the checkpoint lacks it",
+            "set tie_word_embeddings to true in config.json if the embedding is the LM head; else the checkpoint lacks "
+            "it",
         ),
         (has(unused, "lora_", "base_model.model."), "that is an adapter: merge it into its base model"),
         (

@@ -83,6 +83,6 @@ def token_ids(value: object, name: str, *, vocab_size: int) -> tuple[int, ...]:
     if outside:
         raise InvalidCheckpoint(
             f"{name} {shown(outside[0])} is outside the vocabulary of {vocab_size:,} tokens (0 to {vocab_size - 1:,}); "
-            "it belongs to another model, or the embedding was not resized: mend the field"
+            "it belongs to another model, or the embedding was not resized: correct the field"
         )
     return tuple(ids)

@@ -23,11 +23,11 @@ from export.model.reference.operations import Array, BlockWeights
 from export.quantize.int4.row_files import RowFiles
 from export.quantize.rounding.blocks import gptq_blocks, nearest_rows
 from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, GramMatrices
+from export.quantize.statistics.activation_stats import not_finite
 from export.quantize.statistics.collect import fingerprint_of, token_bytes
 from export.quantize.statistics.store import load_arrays, save_arrays
 from export.schemes.forms import Blocks
 from export.storage.blocks import QuantizedRows, dequantize_rows, quantize_rows
-from runtime.errors import CalibrationFailed
 from runtime.progress import progress_bar
 
 PIECE = 128
@@ -137,7 +137,7 @@ class _LayerRounder:
         if blocks is None:
             return self._weights.product(kind, x)
         if not np.isfinite(x).all():
-            raise _not_finite("input", site)
+            raise not_finite("the input", site)
         wanted = x if rows is not None else self._exact.inputs[kind]
         rounded = self._rounded(x, wanted, self._token_weight(linear, rows), matrix, blocks)
         self._files.put(site, rounded, blocks)
@@ -145,7 +145,7 @@ class _LayerRounder:
         expected = wanted[::_ERROR_STRIDE] @ matrix.T
         lost = np.square(out[::_ERROR_STRIDE] - expected).sum() / max(np.square(expected).sum(), np.float32(1e-30))
         if not np.isfinite(lost):  # a weight that is not finite may round to an integer
-            raise _not_finite("output", site)
+            raise not_finite("the output", site)
         self.errors[site] = float(lost)
         return out
 
@@ -171,13 +171,6 @@ class _LayerRounder:
         share = self._exact.share[linear.site.kind]
         special = np.clip(share / max(float(np.median(share)), 1e-12), 1, _MOST_SPECIAL)
         return np.asarray(special / leaving, np.float32)
-
-
-def _not_finite(what: str, site: Site) -> CalibrationFailed:
-    return CalibrationFailed(
-        f"the {what} of {site} is not finite on the calibration text: the checkpoint is broken, or float32 too narrow "
-        "for it"
-    )
 
 
 class _State:

@@ -43,10 +43,7 @@ class SiteStatistics:
         """Add tokens `[n, K]` of one sequence. CalibrationFailed, with the site's name, if one is not finite."""
         highest = np.maximum(x.max(0), -x.min(0))
         if not np.isfinite(highest).all():
-            raise CalibrationFailed(
-                f"the input of {site} is not finite on the calibration text (channel "
-                f"{int(np.argmin(np.isfinite(highest)))}): the checkpoint is broken, or float32 too narrow for it"
-            )
+            raise not_finite(f"channel {int(np.argmin(np.isfinite(highest)))} of the input", site)
         np.maximum(self.absmax[fold % NUM_FOLDS], highest, out=self.absmax[fold % NUM_FOLDS])
         self.square_sum += np.einsum("nk,nk->k", x, x)
         self.num_tokens += len(x)
@@ -75,3 +72,10 @@ class SiteStatistics:
 
 
 Statistics = dict[Site, SiteStatistics]
+
+
+def not_finite(what: str, site: Site) -> CalibrationFailed:
+    """The error for a NaN or an infinity in `what`."""
+    return CalibrationFailed(
+        f"{what} of {site} is not finite on the calibration text: the checkpoint is damaged, or it exceeds float32"
+    )
