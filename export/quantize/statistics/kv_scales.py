@@ -4,7 +4,7 @@ A key is stored after its rotary embedding, which rotates each pair of channels 
 position. A channel's maximum at positions below 512 says little about position 8,000, but a rotation keeps a pair's
 length. So both channels of a pair get one scale, from the length of their two maxima.
 
-Nothing is clipped below the calibrated maximum. tests/graph/test_kv_int8.py measures perplexity and KL.
+Nothing is clipped below the calibrated maximum.
 """
 
 from collections.abc import Sequence
