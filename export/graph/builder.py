@@ -16,7 +16,7 @@ MICROSOFT = "com.microsoft"
 ORT_OPSETS = {"": 23, MICROSOFT: 1}  # 23 is the first with RMSNormalization
 IR_VERSION = 11
 
-# Inputs of which a run reads the rows it asks for, not the whole: embeddings and rotary tables.
+# By operator, inputs of which a run reads only some rows: embeddings and rotary tables.
 _GATHERED = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
@@ -82,9 +82,9 @@ class GraphBuilder:
         return outputs
 
     def branch(self, name: str, types: Sequence[ir.DataType], build: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
-        """What `build` adds, as a branch of an If: it reads any value made before, and gives what `build` returns.
+        """A branch of an If, with the nodes that `build` adds and the outputs that it returns.
 
-        types: of the outputs. Names are one space with those of the graph around it.
+        types: of the outputs. The branch can read all earlier values; its names must differ from the outer graph's.
         """
         outer, self._nodes = self._nodes, []
         try:
@@ -96,7 +96,7 @@ class GraphBuilder:
             self._nodes = outer
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """A small initializer kept in the graph file itself; the same name twice is the same initializer."""
+        """A small initializer in the graph file. A second call with the same name returns the first one's value."""
         if name not in self._initializers:
             tensor = ir.tensor(array, name=name)
             self._initializers[name] = ir.Value(
@@ -115,17 +115,17 @@ class GraphBuilder:
         return extent
 
     def weight(self, name: str, extent: Extent, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-        """An initializer over bytes already written."""
+        """An initializer for a tensor that is already in the weight file."""
         value = external_value(name, extent, dtype, shape)
         self._initializers[name] = value
         return value
 
     def array(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """Write an array to the weight file and name it."""
+        """Write an array to the weight file; returns its initializer."""
         return self.weight(name, self.write([array]), ir.DataType.from_numpy(array.dtype), array.shape)
 
     def step_weight_bytes(self) -> int:
-        """Bytes of weights that every run reads whole, those with two names counted once."""
+        """Bytes of the weights that every run reads completely; weights with two names count once."""
         extents = {
             (str(value.const_value.location), value.const_value.offset, value.const_value.length)
             for node in self._nodes

@@ -1,7 +1,8 @@
-"""The walker's operations that all ONNX graphs share: linear layers with biases, MLPs, mixtures of experts."""
+"""The walker's operations that all ONNX graphs share: linear layers, MLPs, mixtures of experts, logits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -9,13 +10,20 @@ import onnx_ir as ir
 from export.graph.builder import GraphBuilder
 from export.graph.weights import GraphWeights, Weight
 from export.model.description import Activation, Embedding, Experts, Head, Linear, Mlp
-from export.model.walker import Stream
+
+
+class CachedValues(NamedTuple):
+    """The output of attention, and the KV cache with the new tokens written to it."""
+
+    out: ir.Value
+    key: ir.Value
+    value: ir.Value
 
 
 class GraphOperations(ABC):
-    """Implements what does not depend on the operators at hand. A value is `[tokens, channels]` or `[B, S, channels]`.
+    """Operations that need no dialect's own operators. A value is `[tokens, channels]` or `[B, S, channels]`.
 
-    compute: type of every value but those that a dialect keeps wider
+    compute: type of every value except those that a dialect keeps in float32
     """
 
     def __init__(self, g: GraphBuilder, weights: GraphWeights, compute: ir.DataType) -> None:
@@ -23,7 +31,7 @@ class GraphOperations(ABC):
 
     @abstractmethod
     def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
-        """x `[..., K]` times the transposed weight `[N, K]`, however the precision stores it."""
+        """x `[..., K]` times the transposed weight `[N, K]`, in the form that the scheme chooses."""
 
     @abstractmethod
     def silu(self, x: ir.Value, out: str) -> ir.Value:
@@ -31,10 +39,6 @@ class GraphOperations(ABC):
 
     def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.g.op("Add", [x, y], f"{x.name}.plus")
-
-    def total(self, stream: Stream[ir.Value]) -> ir.Value:
-        """The stream's value, its addend added."""
-        return stream.value if stream.addend is None else self.add(stream.value, stream.addend)
 
     def linear(self, x: ir.Value, linear: Linear) -> ir.Value:
         weight, out = self.weights.matrix(linear), f"{linear.site}"
@@ -58,9 +62,9 @@ class GraphOperations(ABC):
         return self.g.op("Gelu", [x], out, approximate="tanh")
 
     def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
-        """Every expert gets the tokens that chose it, and no others: an expert that none chose multiplies no rows.
+        """Each expert computes only the tokens that chose it.
 
-        Sums are float32: ScatterND adds in no narrower type on the CPU.
+        Sums are float32, because on the CPU ScatterND does not add in half precision.
         """
         g, name = self.g, f"{experts.router.site}"
         hidden = experts.router.num_inputs
@@ -86,7 +90,7 @@ class GraphOperations(ABC):
         expert: Mlp,
         run: Callable[[ir.Value, Mlp], ir.Value],
     ) -> ir.Value:
-        """`total` plus one expert's share. chosen int64 and shares `[tokens, top_k]`."""
+        """Add one expert's weighted output to `total`. chosen int64 and shares `[tokens, top_k]`."""
         g, name = self.g, f"{expert.down.site}"
         number = g.constant(f"expert.{idx}", np.array(idx, np.int64))
         places = g.op("NonZero", [g.op("Equal", [chosen, number], f"{name}.hits")], f"{name}.places.2d")
@@ -101,14 +105,14 @@ class GraphOperations(ABC):
         return g.op("ScatterND", [total, where, weighed], f"{name}.total", reduction="add")
 
     def placed(self, x: ir.Value, positions: ir.Value, embedding: Embedding, num_rows: int) -> ir.Value:
-        """Embeddings scaled, and the learned positions' rows added. num_rows: of their table that can be reached."""
+        """Scale embeddings, and add learned positions. num_rows: rows of their table that a graph can read."""
         if embedding.scale is not None:
             scale = np.array(embedding.scale, self.stream_type.numpy())
             x = self.g.op("Mul", [x, self.g.constant("embed.scale", scale)], "embed.scaled")
         if embedding.positions is None:
             return x
         rows = self.weights.table(embedding.positions)[:num_rows].astype(self.compute.numpy())
-        # Padding behind a full slot stands one position further than any token.
+        # After a full slot, padding has the position after the last one.
         padded = np.concatenate([rows, np.zeros_like(rows[:1])]) if len(rows) < num_rows else rows
         table = self.g.array(f"{embedding.positions}.weight", padded)
         row = self.g.op("Gather", [table, positions], "embed.positions", axis=0)
@@ -116,15 +120,15 @@ class GraphOperations(ABC):
 
     @property
     def stream_type(self) -> ir.DataType:
-        """Of the residual stream."""
+        """The type of the residual stream."""
         return self.compute
 
     def as_stream(self, x: ir.Value) -> ir.Value:
-        """In the type of the residual stream."""
+        """Cast to the type of the residual stream."""
         return x
 
     def finished(self, logits: ir.Value, head: Head) -> ir.Value:
-        """Logits float32 `[R, vocab]`, scaled and capped."""
+        """Scale and cap logits; returns float32 `[R, vocab]`."""
         g = self.g
         wide = g.op("Cast", [logits], "logits" if head.scale is head.softcap is None else "logits.wide",
                     to=ir.DataType.FLOAT)  # fmt: skip

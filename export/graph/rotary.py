@@ -1,4 +1,4 @@
-"""The cosine and sine tables of a decoder's rotary embeddings, as initializers."""
+"""Writes the cosine and sine tables of a decoder's rotary embeddings as initializers."""
 
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ class RotaryTables(NamedTuple):
 def rotary_initializers(
     g: GraphBuilder, config: ModelConfig, max_len: int, dtype: np.dtype[Any]
 ) -> dict[Rotary, RotaryTables]:
-    """One pair for every rotary embedding that the blocks have.
+    """Write a pair of tables for every rotary embedding of the blocks.
 
-    They have one position more than a slot may hold: a run may write a token of padding behind a full one.
+    They have one position more than a slot, because a run may write a padding token after a full slot.
     """
     found = {}
     for idx, (rotary, tables) in enumerate(rotary_tables(config, max_len + 1).items()):

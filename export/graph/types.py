@@ -1,24 +1,17 @@
-"""A scheme's compute type, as onnx_ir and as numpy have it."""
+"""A scheme's compute type as a numpy and as an onnx_ir type."""
 
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 only after this import
 import numpy as np
 import onnx_ir as ir
 
-_TYPES = {
-    "float32": (ir.DataType.FLOAT, np.dtype(np.float32)),
-    "float16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
-    "bfloat16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
-}
+
+def numpy_type(compute: str) -> np.dtype[Any]:
+    """TypeError for an unknown name."""
+    return np.dtype(compute)
 
 
 def onnx_type(compute: str) -> ir.DataType:
-    """KeyError for a type that no scheme computes in."""
-    return _TYPES[compute][0]
-
-
-def numpy_type(compute: str) -> np.dtype[Any]:
-    """KeyError for a type that no scheme computes in."""
-    found: np.dtype[Any] = _TYPES[compute][1]
-    return found
+    """TypeError for an unknown name."""
+    return ir.DataType.from_numpy(numpy_type(compute))

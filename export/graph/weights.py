@@ -1,4 +1,4 @@
-"""A checkpoint's tensors in the shapes and types that a graph stores. Knows no operators."""
+"""Reads a checkpoint's tensors in the shapes and types that graphs need. Knows no operators."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ from runtime.errors import InvalidCheckpoint
 
 
 class Weight(NamedTuple):
-    """A matrix, float32 `[N, K]`, read when `load` is called: of a linear layer, or the embedding.
+    """The float32 matrix `[N, K]` of a linear layer or of the embedding, read when `load` is called.
 
-    name: what graphs call it; role: by which a precision chooses, see `Linear`
+    name: its name in graphs; role: see `Linear`, schemes choose a form by it
     """
 
     name: str
@@ -24,27 +24,29 @@ class Weight(NamedTuple):
 
 
 class NormArrays(NamedTuple):
-    """A norm's weight and bias, `[channels]` in the graph's own type."""
+    """A norm's weight and bias, `[channels]`, in the type that the graph computes norms in."""
 
     weight: NDArray[Any]
     bias: NDArray[Any] | None
 
 
 class GraphWeights:
-    """Reads a checkpoint tensor by tensor; InvalidCheckpoint names one that does not fit config.json."""
+    """Reads a checkpoint tensor by tensor. InvalidCheckpoint names a tensor that does not fit config.json."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
 
     def matrix(self, linear: Linear) -> Weight:
-        """A linear layer's parts, stacked."""
+        """The stacked parts of a linear layer."""
         names = linear.weight_names
 
         def load() -> NDArray[np.float32]:
             parts = [self._load(name, 2) for name in names]
             matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
             if matrix.shape != linear.shape:
-                raise InvalidCheckpoint(f"{', '.join(names)}: {matrix.shape} in all, config.json means {linear.shape}")
+                raise InvalidCheckpoint(
+                    f"{', '.join(names)}: together {matrix.shape}, and config.json means {linear.shape}"
+                )
             return matrix
 
         name = f"{names[0]}+{len(names) - 1}" if len(names) > 1 else names[0]
@@ -56,12 +58,12 @@ class GraphWeights:
         return Weight(f"{name}.weight", "embedding", shape, lambda: self.table(name))
 
     def bias(self, linear: Linear) -> NDArray[Any]:
-        """Its biases `[N]`, end to end."""
+        """The concatenated biases of a linear layer, `[N]`."""
         parts = [self._load(name, 1) for name in linear.bias_names]
         return np.concatenate(parts).astype(self._dtype, copy=False)
 
     def norm(self, norm: Norm) -> NormArrays:
-        """The one of a 1 + w norm is added before the weight is rounded to the graph's type."""
+        """A norm's arrays; for a 1 + w norm, 1 is added before the weight is rounded to the graph's type."""
         weight = self._load(f"{norm.name}.weight", 1)
         weight = weight + np.float32(1) if norm.adds_one else weight
         bias = self._load(f"{norm.name}.bias", 1).astype(self._dtype, copy=False) if norm.has_bias else None

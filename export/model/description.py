@@ -1,8 +1,8 @@
-"""What a decoder is made of: its blocks, norms and linear layers, declared once and interpreted by every stage.
+"""Describes a decoder: its blocks, norms and linear layers. All stages of an export read this one description.
 
-An architecture's row makes a `ModelConfig` from config.json (architectures.py). The walker (walker.py) runs it over any
-set of operations: ONNX graphs and numpy. Quantization, memory plans and the check of a checkpoint's tensors read the
-same description. Nothing else knows a family's tensor names or how its layers are connected. Reads no files.
+families/ makes a `ModelConfig` from config.json. walker.py runs it over any set of operations, ONNX or numpy.
+Quantization, memory plans and the tensor check read it too. No other code knows a family's tensor names or how its
+layers are connected. Reads no files.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ LM_HEAD = "lm_head"
 
 
 class Site(NamedTuple):
-    """Where a linear layer is: decoder layer and kind. Calibration also knows `k` and `v`, those of a layer's cache."""
+    """The place of a linear layer: decoder layer and kind. For statistics, also `k` and `v` of the KV cache."""
 
     layer: int
     kind: str
@@ -35,8 +35,8 @@ class NormKind(Enum):
 class Norm:
     """A norm over the last axis.
 
-    name: of its tensors, without `.weight` and `.bias`; size: elements of the weight
-    adds_one: the checkpoint holds w and the model multiplies by 1 + w
+    name: of its tensors, without `.weight` and `.bias`; size: number of channels
+    adds_one: the checkpoint stores w, and the model multiplies by 1 + w
     """
 
     name: str
@@ -56,11 +56,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One matrix product. Matrices of the checkpoint that read the same input are stacked: `[N, K]`, N outputs.
+    """One matrix product, `[N, K]` with N outputs. Matrices of the checkpoint with the same input are stacked.
 
-    site.kind: unique within a block; role: what it does (qkv, o, gate_up, up, down, router, lm_head), by which
-        precisions choose
-    reads: the norm whose output it multiplies, None where it reads attention's values or the MLP's activations
+    site.kind: unique in a block; role: qkv, o, gate_up, up, down, router or lm_head, schemes choose a form by it
+    reads: the norm whose output is its input; None if the input comes from attention or from the activation
     writes_stream: whether its output is added to the residual stream
     """
 
@@ -83,7 +82,7 @@ class Linear:
 
     @property
     def is_quantizable(self) -> bool:
-        """A router decides between experts with few weights: it stays as it is."""
+        """False for a router, which has few weights and chooses between experts."""
         return self.role != "router"
 
     @property
@@ -97,11 +96,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: base frequency, and how it is stretched beyond the trained length.
+    """Frequencies of a rotary embedding, and how they are scaled for contexts beyond the trained length.
 
     kind: default | linear | llama3 | yarn | longrope. Only the fields of that kind are read.
-    short_factors, long_factors: longrope's divisor of each frequency, for models of up to original_max_len tokens and
-        beyond; is_long: which of them, see `ModelConfig.for_length`
+    short_factors, long_factors: longrope's divisor of each frequency, for up to original_max_len tokens and for more
+    is_long: whether long_factors apply, see `ModelConfig.for_length`
     """
 
     theta: float
@@ -125,8 +124,8 @@ class RopeConfig:
 class Rotary:
     """The rotary embedding of a layer's queries and keys.
 
-    dim: channels of each head's head_dim that turn, the first ones
-    interleaved: pairs are neighbours (2i, 2i + 1); otherwise channel i turns with i + dim / 2
+    dim: the first channels of each head, which rotate; the others do not
+    interleaved: channels 2i and 2i + 1 are a pair; otherwise i and i + dim / 2
     """
 
     rope: RopeConfig
@@ -136,7 +135,7 @@ class Rotary:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all channels turn."""
+        """Whether all channels rotate."""
         return self.dim == self.head_dim
 
 
@@ -147,8 +146,8 @@ class Attention:
     qkv: queries, keys and values stacked in this order; o: the output projection
     scale: of the scores; None is 1 / sqrt(head_dim)
     softcap: scores become softcap * tanh(score / softcap)
-    window: in tokens, the token itself included; None attends to everything
-    q_norm, k_norm: over each head
+    window: in tokens, including the token itself; None for no window
+    q_norm, k_norm: norms over each head
     """
 
     qkv: Linear
@@ -173,7 +172,7 @@ class Attention:
 
 
 class Activation(Enum):
-    """Of an MLP; GELU_TANH is GELU in its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`)."""
+    """An MLP's activation; GELU_TANH is the tanh approximation of GELU (`gelu_new`, `gelu_pytorch_tanh`)."""
 
     SILU = "silu"
     GELU_TANH = "gelu_tanh"
@@ -181,7 +180,7 @@ class Activation(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
-    """down(act(gate(x)) * up(x)) where it is gated: `up` is then gate and up stacked. Else down(act(up(x)))."""
+    """down(act(gate(x)) * up(x)) if gated, with gate and up stacked in `up`; otherwise down(act(up(x)))."""
 
     up: Linear
     down: Linear
@@ -195,7 +194,7 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A mixture of experts: the router's top_k largest logits choose, their softmax weighs."""
+    """A mixture of experts: the router's top_k largest logits choose the experts, their softmax gives the weights."""
 
     router: Linear
     experts: tuple[Mlp, ...]
@@ -213,8 +212,8 @@ class Block:
         sequential   x += norm_out(attention(norm_in(x)));  x += norm_out(mlp(norm_in(x)))
         parallel     x += attention(norm_in(x)) + mlp(norm_in(x))
 
-    attention_norm, mlp_norm: in front; a parallel block without an mlp_norm feeds both from its attention_norm
-    attention_out_norm, mlp_out_norm: behind, before the sum (sandwich norms); None where there is none
+    attention_norm, mlp_norm: before attention and MLP; a parallel block may have attention_norm for both
+    attention_out_norm, mlp_out_norm: after attention and MLP, before the sum (sandwich norms)
     """
 
     attention: Attention
@@ -231,7 +230,7 @@ class Block:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """In the order they run."""
+        """All linear layers, in the order in which they run."""
         return self.attention.qkv, self.attention.o, *self.mlp.linears
 
     @property
@@ -243,20 +242,20 @@ class Block:
         return tuple(norm for norm in every if norm is not None)
 
     def linear(self, kind: str) -> Linear:
-        """The linear layer of that kind; KeyError if the block has none."""
+        """The linear layer of a kind; KeyError if the block has none."""
         for linear in self.linears:
             if linear.site.kind == kind:
                 return linear
         raise KeyError(kind)
 
     def readers_of(self, norm: Norm) -> tuple[Linear, ...]:
-        """The linear layers that multiply a norm's output."""
+        """The linear layers whose input is the norm's output."""
         return tuple(linear for linear in self.linears if linear.reads == norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """Token embeddings `[vocab_size, hidden_size]`, times `scale`; plus learned positions `[num_positions, hidden]`."""
+    """Token embeddings `[vocab_size, hidden]` times `scale`, plus learned `positions` `[num_positions, hidden]`."""
 
     name: str
     scale: float | None = None
@@ -266,7 +265,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The LM head, its logits times `scale`, then softcap * tanh(logit / softcap)."""
+    """The LM head. Its logits are multiplied by `scale`, then become softcap * tanh(logit / softcap)."""
 
     linear: Linear
     scale: float | None = None
@@ -294,7 +293,7 @@ class ModelConfig:
 
     @property
     def attention(self) -> Attention:
-        """The first block's. Heads and their sizes are the same in all blocks: the KV cache is one array a layer."""
+        """The first block's attention. All blocks have the same number and size of heads."""
         return self.blocks[0].attention
 
     @property
@@ -311,12 +310,12 @@ class ModelConfig:
 
     @property
     def intermediate_size(self) -> int:
-        """Inputs of the widest `down`."""
+        """Inputs of the largest `down`."""
         return max(linear.num_inputs for linear in self.linears if linear.role == "down")
 
     @property
     def rope(self) -> RopeConfig | None:
-        """Of the first block that has one."""
+        """The rotary embedding of the first block that has one."""
         return next((block.attention.rotary.rope for block in self.blocks if block.attention.rotary), None)
 
     @property
@@ -326,7 +325,7 @@ class ModelConfig:
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """All of them, the LM head last."""
+        """All linear layers, the LM head last."""
         return *(linear for block in self.blocks for linear in block.linears), self.head.linear
 
     @cached_property
@@ -335,20 +334,20 @@ class ModelConfig:
 
     @property
     def norms(self) -> Iterator[Norm]:
-        """All of them, the final one last."""
+        """All norms, the final one last."""
         for block in self.blocks:
             yield from block.norms
         yield self.final_norm
 
     def untied(self) -> "ModelConfig":
-        """The same with an LM head of its own, called `lm_head`."""
+        """The same model with a separate LM head, called `lm_head`."""
         linear = replace(self.head.linear, parts=(Part(LM_HEAD, self.vocab_size),))
         return replace(self, head=replace(self.head, linear=linear))
 
     def for_length(self, max_len: int) -> "ModelConfig":
-        """The same for sequences of at most `max_len` tokens: longrope has two sets of frequencies, chosen once.
+        """The same model for at most `max_len` tokens, which chooses one of longrope's two sets of frequencies.
 
-        transformers chooses anew for every sequence, but keys that are in a cache already stay as they were turned.
+        transformers chooses for every sequence; a KV cache needs one set, because its keys are rotated already.
         """
         rope = self.rope
         if rope is None or rope.kind != "longrope":
@@ -357,12 +356,12 @@ class ModelConfig:
         return replace(self, blocks=tuple(_with_rope(block, chosen) for block in self.blocks))
 
     def num_macs(self, site: Site) -> int:
-        """Multiply-adds of a linear layer a token; of one of many experts, its share of the tokens."""
+        """Multiply-adds of a linear layer per token, averaged over all tokens for an expert."""
         linear = self.by_site[site]
         return int(linear.num_outputs * linear.num_inputs * self.share_of_tokens(site))
 
     def share_of_tokens(self, site: Site) -> float:
-        """Of all tokens, those that a layer multiplies: fewer than all for an expert."""
+        """Share of all tokens that a layer computes: less than 1 for an expert."""
         if site.layer == self.num_layers:
             return 1.0
         mlp = self.blocks[site.layer].mlp

@@ -1,4 +1,4 @@
-"""Cosine and sine tables of rotary position embedding, with the context extensions of the supported families.
+"""Computes cosine and sine tables of rotary position embeddings, with extensions for longer contexts.
 
 Sources: RoFormer (arXiv:2104.09864), linear interpolation (arXiv:2306.15595), Llama 3.1's frequency bands
 (its model card and transformers' `rope_type: llama3`), YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753).
@@ -47,7 +47,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float64]:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied with: YaRN's sqrt(1/t), LongRoPE's factor of the lengths, 1 for the others."""
+    """The factor of cos and sin: YaRN's sqrt(1/t), LongRoPE's function of the two lengths, 1 for other kinds."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -64,7 +64,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _llama3(rope: RopeConfig, base: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Long waves are stretched by `factor`, short ones kept, those between blended."""
+    """Long wavelengths are stretched by `factor`, short ones are kept, and those between are interpolated."""
     turns = rope.original_max_len * base / (2 * math.pi)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -72,7 +72,7 @@ def _llama3(rope: RopeConfig, base: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _yarn(rope: RopeConfig, base: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
-    """Dimensions that turn less than beta_slow times in the trained length are stretched, fast ones kept."""
+    """Frequencies with fewer than beta_slow turns in the trained length are stretched, fast ones are kept."""
 
     def dimension(turns: float) -> float:
         return dim * math.log(rope.original_max_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

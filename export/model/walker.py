@@ -1,11 +1,11 @@
-"""The forward pass of a decoder's block, written once, over any set of operations.
+"""The forward pass of a decoder's block, over any set of operations.
 
     ORT's fused operators      graph/ort/operations.py
     standard ONNX, opset 24    graph/standard/operations.py
-    plain ONNX, opset 21       graph/standard/plain_operations.py
+    plain ONNX, opset 21       graph/standard/operations.py with plain_attention.py
     numpy                      model/reference/operations.py
 
-Knows how blocks are connected, and neither weights nor numbers.
+Knows how blocks are connected, and nothing about weights or numbers.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,19 @@ V = TypeVar("V")
 
 
 class Stream(NamedTuple, Generic[V]):
-    """The residual stream: its value, and what is still to be added to it. Norms can then fuse the sum."""
+    """The residual stream: its value, and an addend that the next norm adds, so that sum and norm can be fused."""
 
     value: V
     addend: V | None
 
 
 class Operations(Protocol[V]):
-    """What a block is computed with. A value is `[..., channels]` of some tokens."""
+    """The operations that a block is computed with. A value is `[..., channels]`."""
 
     def norm(self, x: V, norm: Norm) -> V: ...
 
     def add_norm(self, stream: Stream[V], norm: Norm) -> tuple[V, V]:
-        """The norm of the stream, and the stream's value once its addend is added."""
+        """The norm of the stream, and the sum of the stream's value and addend."""
         ...
 
     def add(self, x: V, y: V) -> V: ...
@@ -39,20 +39,20 @@ class Operations(Protocol[V]):
         ...
 
     def attend(self, qkv: V, block: Block) -> V:
-        """Queries, keys and values, stacked along the channels, to the mixed values of all heads."""
+        """Attention over queries, keys and values, stacked along the channels; returns all heads, concatenated."""
         ...
 
     def activate(self, up: V, mlp: Mlp) -> V:
-        """What `down` reads: act(up), or act(gate) * up of the two stacked."""
+        """The input of `down`: act(up), or act(gate) * up if `up` is gate and up stacked."""
         ...
 
     def mix(self, x: V, experts: Experts, run: Callable[[V, Mlp], V]) -> V:
-        """The weighted sum of the chosen experts; `run` computes one expert for some of the tokens."""
+        """The weighted sum of the chosen experts; `run` computes one expert for some tokens."""
         ...
 
 
 def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]:
-    """The residual stream behind a block, from the stream in front of it."""
+    """Run a block: the residual stream before it to the stream after it."""
     hidden, x = _normed(ops, stream, block.attention_norm)
     attention = block.attention
     attended = ops.linear(ops.attend(ops.linear(hidden, attention.qkv), block), attention.o)
@@ -79,7 +79,7 @@ def walk_mlp(ops: Operations[V], mlp: Mlp | Experts, hidden: V) -> V:
 
 
 def walk_final_norm(ops: Operations[V], stream: Stream[V], norm: Norm) -> V:
-    """What the LM head reads."""
+    """The input of the LM head."""
     return _normed(ops, stream, norm)[0]
 
 

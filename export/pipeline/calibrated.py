@@ -27,9 +27,9 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig
 from export.pipeline.kept_text import RANDOM, with_text
 from export.pipeline.memory_plan import check_memory
-from export.quantize.int4.model import account_of, block_calibration, int4_model, plan_of
+from export.quantize.int4.model import block_calibration, int4_model, int4_report, plan_of
 from export.quantize.int4.rounding import Plan
-from export.quantize.int8.model import Int8Options, calibrate, int8_model, summary
+from export.quantize.int8.model import Int8Options, calibrate, int8_model, int8_report
 from export.quantize.int8.rotation import RotatedCheckpoint, rotated_config
 from export.quantize.int8.saved import Calibration, load_calibration
 from export.quantize.kv_cache import (
@@ -152,7 +152,7 @@ def calibrated_model(
         config=model.config,
         layers={"ort": model.layers, "trt": model.layers},
         calibration=found,
-        account=summary(model),
+        account=int8_report(model),
         has_kv=True,
     )
 
@@ -185,7 +185,7 @@ def _in_blocks(given: CalibrationInput, plans: Mapping[str, Plan], found: Calibr
         config=given.config,
         layers={dialect: model.layers for dialect, model in rounded.items()},
         calibration=found,
-        account=account_of(rounded, found.provenance),
+        account=int4_report(rounded, found.provenance),
         has_kv=False,
     )
 

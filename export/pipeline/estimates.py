@@ -1,7 +1,7 @@
 """How many bytes of weights an export has, from the model's dimensions and the scheme alone."""
 
 from export.model.description import Linear, ModelConfig
-from export.quantize.int4.model import is_kept_wide
+from export.quantize.int4.model import keeps_8_bits
 from export.schemes.registry import SCHEMES
 from export.schemes.scheme import Calibration, Storage
 from runtime.artifact.manifest import Estimate
@@ -35,6 +35,6 @@ def estimates_of(config: ModelConfig) -> dict[str, dict[str, Estimate]]:
 def _bytes(config: ModelConfig, storage: Storage, linear: Linear) -> float:
     n, k = linear.shape
     form = storage.form_of(linear.role)
-    if storage.int4_blocks_of(linear.role) is not None and is_kept_wide(config, linear):
-        form = storage.wide_blocks(k)
+    if storage.int4_blocks_of(linear.role) is not None and keeps_8_bits(config, linear):
+        form = storage.eight_bit_blocks(k)
     return n * k * form.bytes_per_weight(k, storage.compute)

@@ -1,8 +1,11 @@
-"""How much memory a calibrated export will take at its highest, from the model's dimensions alone.
+"""Predicts the peak memory of a calibrated export from the model's dimensions. Reads no weights.
 
-Each phase is the sum of what its code holds at once; the highest phase is the prediction. The factors were counted on
-the code with tracemalloc and held against what the operating system saw (benchmarks/calibration_memory.py). The number
-of samples hardly matters: text is streamed, and searches look at some of it. Reads no weights.
+Each phase is the sum of the arrays that its code holds at once; the largest phase is the prediction. The factors were
+measured with tracemalloc, and the predictions with the operating system's figures (benchmarks/calibration_memory.py).
+The number of samples hardly matters, because text is streamed and searches use some of it.
+
+Not counted, because none of them decides the peak of any of 13 shapes of model from 64 to 5,120 hidden channels: the
+range search, copies of smoothed weights, rounding to nearest, and GPTQ's pass over the columns.
 """
 
 import sys
@@ -13,13 +16,11 @@ from typing import NamedTuple
 from export.model.description import ModelConfig
 from export.pipeline.estimates import layer_bytes, weight_bytes
 from export.quantize.int4.rounding import MOST_BYTES, NUM_PIECES, PIECE
-from export.quantize.int8.ranges import MAX_OUTPUTS
 from export.quantize.int8.search import MAX_SIDE_BY_SIDE
 from export.quantize.int8.sensitivity import FOLD as MEASURED_FOLD
 from export.quantize.int8.sensitivity import LENGTH as MEASURED_LENGTH
 from export.quantize.int8.sensitivity import NUM_SEQUENCES as NUM_MEASURED
-from export.quantize.rounding.gptq import MAX_COMPENSATED
-from export.quantize.rounding.int8 import OUTPUTS_AT_ONCE
+from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS
 from export.quantize.statistics.activation_stats import NUM_FOLDS
 from export.quantize.statistics.collect import CHUNK_BYTES, token_bytes
 from export.quantize.statistics.parallel import num_workers
@@ -32,64 +33,55 @@ from runtime.machine.available_memory import available_memory
 from runtime.machine.sizes import format_bytes, kv_bytes_per_token
 from runtime.session.scoring import CHUNK
 
-# The interpreter with its libraries and what the allocator keeps between phases; a worker's BLAS buffer and arena.
+# Bytes of the interpreter with its libraries and the allocator's reserve, and of a worker's BLAS buffer and arena.
 _PROCESS, _WORKER = 110e6, 55e6
-# Of `token_bytes`, which errs on the safe side: what a pass through a layer was seen to hold.
+# Measured share of `token_bytes`, which is an upper bound.
 _LIVE = 0.75
 
-# Bytes for each weight, or each pair of input channels, of what is worked on.
-_LOADED = 8  # float32, and again rotated, smoothed or as magnitudes
-_JUDGED = 52  # ten candidates in float32 and the one being made, see range_search.py
-_SMOOTHED = 8  # the weights times a vector, and what was made on the way
-_NEAREST = 16  # smoothed, divided, rounded and widened again
+# Bytes per weight
+_LOADED = 8  # float32, and a rotated or smoothed copy
+# Bytes per pair of input channels
 _GRAMS = 8  # two Gram matrices
 _INVERTED = 36  # one of them in float64, its factor, the factor's inverse, and the product
-_SOLVED = 8  # what is left of them in float32
-_SWEPT = 17  # an output's target, what is left of it, its errors and its integers
-_SEEN = 14  # an input, rounded in two passes and weighted
-_COMPARED = 24  # of a logit: both models', their logarithms, and what the divergence is summed from
-# Of a graph's weights, while it runs: as int8 once more for the kernel; blocks are packed as well.
+# Bytes per token and input channel
+_SEEN = 14  # the input, rounded in two passes and weighted
+# Bytes per logit
+_COMPARED = 24  # both models' logits, their logarithms, and the terms of the divergence
+# Memory of a running graph, as a multiple of its weights: the kernel has its own copy of int8 and of packed blocks.
 _RUN = {Calibration.INT8: 1.3, Calibration.BLOCKS: 2.5}
-_HALF_TABLE = 6  # of a TensorRT graph, which runs as written: mapped in half precision, widened for the product
-_HEAD = 9  # that, and an LM head of its own beside it: int8, and widened in its stead
+# Bytes per element of the embedding in a TensorRT graph, which ONNX Runtime executes without fusions
+_HALF_TABLE = 6  # half precision, and float32 for the product
+_HEAD = 9  # the same with an untied LM head: int8, and float32 for the product
 
 
 class Phase(NamedTuple):
-    """A part of the export, and the most bytes that the process holds in it."""
+    """A phase of the export, and the process's peak memory in it, in bytes."""
 
     name: str
     size: int
 
 
 class _Sizes:
-    """What the phases are made of: weights of each matrix, bytes of a layer and of the tokens that pass it."""
+    """Sizes that the phases share: number of weights, bytes of the largest block, bytes per token."""
 
     def __init__(self, config: ModelConfig, workers: int) -> None:
         self.hidden, self.vocab, self.workers = config.hidden_size, config.vocab_size, workers
-        # Of the largest block.
         blocks = ([linear for linear in block.linears if linear.is_quantizable] for block in config.blocks)
         linears = max(blocks, key=lambda linears: sum(prod(linear.shape) for linear in linears))
-        self.matrices = [linear.shape for linear in linears]
-        self.widest = max(map(prod, self.matrices))
-        self.weights = sum(map(prod, self.matrices))
-        self.layer = 4 * self.weights + _LOADED * self.widest
+        sizes = [prod(linear.shape) for linear in linears]
+        self.num_inputs = [linear.num_inputs for linear in linears]
+        self.weights = sum(sizes)
+        self.layer = 4 * self.weights + _LOADED * max(sizes)
         self.head = config.vocab_size * self.hidden
-        # Of each product, a token.
         self.inputs = int(4 * sum(linear.num_inputs * config.share_of_tokens(linear.site) for linear in linears))
         self.token = token_bytes(config)
         self.live = _LIVE * self.token
 
-    def compensated(self, shape: tuple[int, int], tokens: int) -> float:
-        """Rounding one matrix against its Gram matrices: filling them, inverting one, sweeping the columns."""
-        n, k = shape
-        if k > MAX_COMPENSATED:
-            return _NEAREST * n * k
-        swept = _SOLVED * k * k + _SWEPT * min(n, OUTPUTS_AT_ONCE) * k
-        return _GRAMS * k * k + max(_SEEN * tokens * k, _INVERTED * k * k, swept)
 
-    def side_by_side(self, sizes: Sequence[float]) -> float:
-        """As many at once as there are workers."""
-        return sum(sorted(sizes)[-self.workers :])
+def _gptq(num_inputs: int, tokens: int) -> float:
+    """Bytes for filling the Gram matrices of one layer and inverting one of them."""
+    k = num_inputs if num_inputs <= MAX_GPTQ_INPUTS else 0
+    return _GRAMS * k * k + max(_SEEN * tokens * k, _INVERTED * k * k)
 
 
 def phases(
@@ -101,7 +93,7 @@ def phases(
     workers: int | None = None,
     dialects: Sequence[str] = ("ort",),
 ) -> list[Phase]:
-    """Peak of each phase of an export that calibrates on `num_samples` sequences of `length` tokens."""
+    """Predict the peak of each phase of an export that calibrates on `num_samples` sequences of `length` tokens."""
     sizes = _Sizes(config, workers or num_workers())
     assert scheme.calibration is not None
     found = _PHASES[scheme.calibration]
@@ -114,25 +106,21 @@ def phases(
 def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) -> dict[str, float]:
     chunk = max(length, CHUNK_BYTES // s.token)
     passing = min(num_samples * length, s.workers * chunk) * s.live + 4 * min(num_samples * length, chunk) * s.hidden
-    judged = [_JUDGED * min(n, MAX_OUTPUTS) * k for n, k in s.matrices]
-    judged_head = _LOADED * s.head + _JUDGED * min(s.vocab, MAX_OUTPUTS) * s.hidden
-    statistics = max(_LOADED * s.head, s.layer + max(passing, s.side_by_side(judged), judged_head))
+    statistics = s.layer + max(passing, _LOADED * s.head)
 
     of_fold = len(range(MEASURED_FOLD, num_samples, NUM_FOLDS)) or num_samples
     measured = min(of_fold, NUM_MEASURED) * min(length, MEASURED_LENGTH)
-    streams = 4 * measured * s.hidden * (1 + len(s.matrices) * config.num_layers)
+    streams = 4 * measured * s.hidden * (1 + len(s.num_inputs) * config.num_layers)
     logits = 4 * measured * s.vocab
-    changed = s.side_by_side([_SMOOTHED * prod(shape) + measured * s.live for shape in s.matrices])
-    heads = 4 * s.head + max((1 + 4 * s.workers) * logits, _SMOOTHED * s.head + logits)
-    costs = streams + max(s.layer + changed, heads)
+    changed = min(s.workers, len(s.num_inputs)) * measured * s.live
+    costs = streams + max(s.layer + changed, 4 * s.head + (1 + 4 * s.workers) * logits)
 
     tokens = min(num_samples, NUM_SEQUENCES) * length
     tokens = min(tokens, max(1, MOST_SEARCHED // s.token))
     kept = tokens * (s.inputs + 8 * s.hidden)
-    each = [s.compensated(shape, tokens) for shape in s.matrices]
-    is_narrow = max(k for _, k in s.matrices) <= MAX_SIDE_BY_SIDE
-    rounded = s.side_by_side(each) if is_narrow else max(each)
-    head = max(_LOADED * s.head, 5 * s.head + s.compensated((s.vocab, s.hidden), tokens))
+    num_parallel = s.workers if max(s.num_inputs) <= MAX_SIDE_BY_SIDE else 1
+    rounded = sum(sorted(_gptq(k, tokens) for k in s.num_inputs)[-num_parallel:])
+    head = max(_LOADED * s.head, 5 * s.head + _gptq(s.hidden, tokens))
     rounding = kept + 4 * s.weights + max(s.layer + min(tokens, s.workers * chunk) * s.live, rounded, head)
     return {"statistics": statistics, "sensitivity": costs, "rounding": rounding}
 
@@ -140,7 +128,7 @@ def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
 def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) -> dict[str, float]:
     tokens = min(NUM_PIECES * PIECE, num_samples * length, max(PIECE, MOST_BYTES // s.token))
     streams = 8 * tokens * s.hidden
-    rounded = max(s.compensated(shape, tokens) for shape in s.matrices)
+    rounded = max(_gptq(k, tokens) for k in s.num_inputs)
     working = s.layer + tokens * (s.live + s.inputs)
     return {"rounding": streams + max(4 * s.head, working, s.layer + tokens * 2 * s.inputs + rounded)}
 
@@ -149,11 +137,11 @@ _PHASES = {Calibration.INT8: _int8_phases, Calibration.BLOCKS: _int4_phases}
 
 
 def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequence[str]) -> float:
-    """Each graph runs, then the reference computes beside what they leave."""
+    """Each graph runs, then the reference runs beside the memory that the allocator keeps."""
     per_token = kv_bytes_per_token(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
     )
-    # What is written: one slot's window, and a prompt with its continuation in each.
+    # The KV cache: one slot with a window, and all slots with a prompt and its continuation.
     cache = (WINDOW + BATCH * (MAX_PROMPT + NUM_GREEDY)) * per_token
     assert scheme.calibration is not None
     own = config.untied() if scheme.calibration is Calibration.INT8 else config
@@ -163,7 +151,7 @@ def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequ
     if set(dialects) - {"ort"} and scheme.standard is not None:
         table = s.head * (_HALF_TABLE if config.tie_word_embeddings else _HEAD)
         trt = layer_bytes(config, scheme.standard) + table
-    # Closed, a graph leaves about its weights' size with the allocator.
+    # After a graph is closed, the allocator keeps about its weights' size.
     return trt + max(_RUN[scheme.calibration] * ort + cache, ort + reference)
 
 
@@ -176,7 +164,7 @@ def check_memory(
     is_ignored: bool = False,
     dialects: Sequence[str] = ("ort",),
 ) -> None:
-    """Say on standard error what the export will take; InvalidSetting, with the numbers, if that is not free."""
+    """Write the prediction to standard error; InvalidSetting if that much memory is not free."""
     found = phases(config, scheme, num_samples=num_samples, length=length, dialects=dialects)
     highest = max(found, key=lambda phase: phase.size)
     free = available_memory()

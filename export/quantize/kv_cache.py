@@ -1,7 +1,7 @@
-"""The int8 KV cache of an export: which exports can have one, and where its scales come from.
+"""The int8 KV cache of an export: which exports can have one, and the calibration that its scales come from.
 
-A precision that is calibrated has its text already, w8a8 the statistics of K and V as well. Any other reads some text
-for them alone, and keeps them in the artifact like any calibration, to be used again.
+w8a8's calibration has the statistics of K and V, w4a16's has the text for them. Other precisions read some text for K
+and V alone. The statistics are saved in the artifact, so that another export can reuse them.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,17 @@ from runtime.errors import InvalidSetting
 
 COMPUTE, INT8 = "compute", "int8"
 KV_TYPES = (COMPUTE, INT8)
-"""What --kv takes: the type that the precision computes in, or int8."""
+"""Values of --kv: the type that the precision computes in, or int8."""
 
 _KINDS = ("k", "v")
 
 NUM_SEQUENCES = 32
-"""Read for K and V alone, unless told: 16,000 tokens; scales from four times as many are within a few per cent."""
+"""Default number of sequences when text is read for K and V alone: 16,000 tokens. Scales from four times as many differ
+by a few per cent."""
 
 
 def check_kv(kv: str, dialects: Sequence[str], precision: str) -> None:
-    """InvalidSetting, before anything is read, for a cache type that is unknown or that this export cannot have."""
+    """InvalidSetting for a cache type that is unknown or that this export cannot have. Called before files are read."""
     if kv not in KV_TYPES:
         raise InvalidSetting(f"--kv {kv} is unknown; choose from {', '.join(KV_TYPES)}")
     if kv == COMPUTE:
@@ -37,7 +38,7 @@ def check_kv(kv: str, dialects: Sequence[str], precision: str) -> None:
     if others := [dialect for dialect in dialects if dialect != "ort"]:
         raise InvalidSetting(
             f"--kv {INT8} is for the ort dialect alone, not for {', '.join(map(dialect_name, others))}: TensorRT's "
-            f"cache update takes fp32, fp16 and bf16; leave --kv out, or export the two apart"
+            f"cache update takes fp32, fp16 and bf16; leave --kv out, or export the dialects separately"
         )
     if precision in ("fp16", "bf16"):
         raise InvalidSetting(
@@ -47,10 +48,10 @@ def check_kv(kv: str, dialects: Sequence[str], precision: str) -> None:
 
 
 def load_kv_calibration(path: Path, config: ModelConfig) -> Calibration:
-    """An earlier calibration, for K and V. InvalidSetting if it is of a model of another shape."""
+    """Read an earlier calibration for K and V. InvalidSetting if it belongs to a model of another shape."""
     found = load_calibration(path, config.vocab_size)
     size = config.num_kv_heads * config.head_dim
-    stored = {site: entry for site, entry in found.statistics.items() if site.kind in _KINDS}
+    stored = _of_kv(found.statistics)
     layers = {site.layer for site in stored}
     if (layers and layers != set(range(config.num_layers))) or any(
         entry.absmax.shape[1] != size for entry in stored.values()
@@ -60,7 +61,7 @@ def load_kv_calibration(path: Path, config: ModelConfig) -> Calibration:
 
 
 def unrotated(found: Calibration) -> Calibration:
-    """What holds for the checkpoint as it is: of a calibration in the rotated basis (rotation.py), the text alone."""
+    """The calibration for the checkpoint without rotation: of the rotated checkpoint's, only the text is kept."""
     return replace(found, statistics={}, ranges={}, costs=[], is_rotated=False) if found.is_rotated else found
 
 
@@ -72,22 +73,24 @@ def has_kv_statistics(found: Calibration, config: ModelConfig) -> bool:
 def with_kv_statistics(
     checkpoint: Checkpoint, config: ModelConfig, found: Calibration, workdir: Path, *, limit: int | None = None
 ) -> Calibration:
-    """`found` with statistics of K and V, from a run over its sequences (at most `limit` of them) if it has none."""
+    """Add statistics of K and V if there are none, from a run over at most `limit` of its sequences."""
     if has_kv_statistics(found, config):
         return found
     run = collect_statistics(checkpoint, config, found.sequences[:limit], workdir / "kv")
-    kept: Statistics = {site: entry for site, entry in run.items() if site.kind in _KINDS}
-    return replace(found, statistics={**found.statistics, **kept})
+    return replace(found, statistics={**found.statistics, **_of_kv(run)})
 
 
 def for_kv_alone(found: Calibration) -> Calibration:
-    """Only what belongs to K and V: no other layer of this export was calibrated."""
-    kept: Statistics = {site: entry for site, entry in found.statistics.items() if site.kind in _KINDS}
-    return replace(found, statistics=kept, ranges={}, costs=[])
+    """Remove everything but K and V's statistics, for an export whose linear layers are not calibrated."""
+    return replace(found, statistics=_of_kv(found.statistics), ranges={}, costs=[])
+
+
+def _of_kv(statistics: Statistics) -> Statistics:
+    return {site: entry for site, entry in statistics.items() if site.kind in _KINDS}
 
 
 def scales_of(found: Calibration, checkpoint: Checkpoint, config: ModelConfig) -> list[KvScales]:
-    """Scales of every layer; `checkpoint` is the one that the graph is written from, perhaps smoothed."""
+    """The scales of every layer; `checkpoint` is the one that the graph is written from, smoothed or not."""
     if not isinstance(checkpoint, SmoothedCheckpoint):
         return kv_scales(found.statistics, config)
     names = [f"{block.attention.qkv.parts[-1].name}.weight" for block in config.blocks]

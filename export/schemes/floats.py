@@ -1,4 +1,4 @@
-"""Schemes without integers: float32, and the half precisions."""
+"""Schemes without integers: float32, float16 and bfloat16."""
 
 from export.schemes.gate import BATCH, BATCH_TOKENS, CHUNKS, Gate, parity
 from export.schemes.scheme import Scheme, Storage

@@ -1,14 +1,14 @@
-"""The forms in which a weight matrix `[N, K]` is stored. Data alone: what a form becomes in a graph is the graph's."""
+"""The forms in which a weight matrix `[N, K]` can be stored. Graphs decide which operators a form becomes."""
 
 from dataclasses import dataclass
 
 COMPUTE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Types that activations can have, by numpy's name, and bytes of one number."""
+"""Bytes of each type that a scheme can compute in, by numpy's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Floats:
-    """In the compute type."""
+    """Floats in the compute type."""
 
     def bytes_per_weight(self, num_inputs: int, compute: str) -> float:
         return COMPUTE_BYTES[compute]
@@ -16,7 +16,7 @@ class Floats:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Integers with one scale, and a zero point unless symmetric, for each block of inputs of an output."""
+    """Integers with a scale, and unless symmetric a zero point, for each block of inputs of an output."""
 
     bits: int
     block_size: int
@@ -29,21 +29,21 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """int8, one scale an output channel."""
+    """int8 with one scale per output channel."""
 
     def bytes_per_weight(self, num_inputs: int, compute: str) -> float:
         return 1 + COMPUTE_BYTES[compute] / num_inputs
 
     def as_blocks(self, num_inputs: int) -> Blocks:
-        """The same as blocks that are as long as a row."""
+        """The same form as blocks, each one row."""
         return Blocks(bits=8, block_size=num_inputs, symmetric=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Products:
-    """int8, one scale an output channel, and inputs in int8 with one calibrated scale.
+    """int8 with one scale per output channel, and inputs in int8 with one calibrated scale.
 
-    fallback: of a layer without calibrated scales
+    fallback: form of a layer without calibrated scales
     """
 
     fallback: "Blocks | Channels"

@@ -1,4 +1,4 @@
-"""A limit on one figure of the receipt, and the limits that several schemes share."""
+"""Gates: limits on figures of the receipt, and those that several schemes share."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A limit on one measured figure; `at_most` False means at least."""
+    """A limit on one measured figure. at_most: whether it is the highest allowed value, else the lowest."""
 
     figure: str
     limit: float
@@ -15,7 +15,7 @@ class Gate:
     at_most: bool = True
 
     def check(self, value: float) -> dict[str, Any]:
-        """The receipt's row: figure, value, limit, reason and whether it passed. What is not finite never passes."""
+        """The receipt's row: figure, value, limit, reason, and whether it passed. A value must be finite to pass."""
         is_inside = value <= self.limit if self.at_most else value >= self.limit
         passed = bool(is_inside) and math.isfinite(value)
         return {**asdict(self), "value": value if math.isfinite(value) else str(value), "passed": passed}
@@ -35,7 +35,7 @@ CHUNKS = Gate("chunk_logit_error", 1e-3, "chunks and single tokens only reorder 
 
 
 def chunks_rounded(limit: float) -> Gate:
-    """Of a scheme that rounds activations to 8 bits."""
+    """The chunk gate of a scheme that rounds activations to 8 bits."""
     return Gate(
         "chunk_kl",
         limit,
@@ -44,5 +44,5 @@ def chunks_rounded(limit: float) -> Gate:
 
 
 def parity(limit: float, reason: str) -> tuple[Gate, ...]:
-    """In the four ways of verify/parity.py."""
+    """A gate for each of the four ways of running that verify/parity.py compares."""
     return tuple(Gate(f"{way}_error", limit, reason) for way in ("prefill", "decode", "chunked", "ragged"))

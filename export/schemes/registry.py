@@ -1,4 +1,4 @@
-"""The schemes that can be exported, by name. One row is all that a new scheme of known forms takes."""
+"""The schemes that can be exported, by name. A new scheme with existing forms needs one entry here."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,16 +16,16 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 )
 
 AUTO = "auto"
-"""Asks for the fastest scheme that passes its gates."""
+"""The --precision that chooses the fastest scheme that passes its gates."""
 
 IMPORTED = "imported"
-"""Asks for what the checkpoint holds: its integers as they are, the rest as floats."""
+"""The --precision that keeps a quantized checkpoint's integers, and stores the rest as floats."""
 
 
 def scheme_named(name: str, *, stored_bits: int | None = None) -> Scheme:
-    """Look a scheme up; `stored_bits`: of a checkpoint that is quantized already.
+    """Look up a scheme. stored_bits: bits per weight of a checkpoint that is already quantized, else None.
 
-    InvalidSetting lists what there is, or says what fits a checkpoint of that many bits.
+    InvalidSetting lists the valid names, or those that fit a checkpoint with that many bits.
     """
     if name == IMPORTED:
         if stored_bits is None:
@@ -53,7 +53,7 @@ def scheme_named(name: str, *, stored_bits: int | None = None) -> Scheme:
 
 
 def check_dialect(scheme: Scheme, dialect: str) -> None:
-    """InvalidSetting if the scheme has no graph of that dialect; lists those that have."""
+    """InvalidSetting if the scheme has no graph of that dialect; the message lists schemes that have one."""
     if scheme.storage_of(dialect) is None:
         known = ", ".join(name for name, other in SCHEMES.items() if other.storage_of(dialect) is not None)
         raise InvalidSetting(f"precision {scheme.name!r} has no graph of the dialect {dialect}; choose one of {known}")

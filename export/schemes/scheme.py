@@ -1,4 +1,4 @@
-"""A quantization scheme: how each kind of graph stores weights and computes, what calibration it needs, its gates."""
+"""A quantization scheme: how each kind of graph stores weights, the calibration it needs, and its gates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,21 +9,21 @@ from export.schemes.gate import Gate
 
 
 class Calibration(Enum):
-    """What a scheme uses calibration text for."""
+    """The purpose of a scheme's calibration text."""
 
-    INT8 = "static ranges: linear layers multiply in int8 (quantize/int8/)"
-    BLOCKS = "rounding weights together in blocks (quantize/int4/)"
+    INT8 = "static int8 ranges of each linear layer's input (quantize/int8/)"
+    BLOCKS = "rounding blocks of weights with GPTQ (quantize/int4/)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
     """How one kind of graph stores weights and computes.
 
-    compute: type of activations, norms, KV cache and weights that stay floats, by numpy's name
-    linear: form of the linear layers; overrides: another for some roles (`Linear.role`)
-    embedding: form of the table, which a tied LM head shares
-    wide: form of layers for which 4 bits are too few, see quantize/int4/model.py
-    gates: limits of the receipt
+    compute: type of activations, norms, KV cache and float weights, by numpy's name
+    linear: form of the linear layers; overrides: the form of some roles (`Linear.role`)
+    embedding: form of the embedding, and of a tied LM head
+    eight_bit: form of layers of a 4-bit scheme that keep 8 bits, see quantize/int4/model.py
+    gates: limits on the receipt's figures
     """
 
     compute: str
@@ -31,24 +31,24 @@ class Storage:
     linear: Form = field(default_factory=Floats)
     overrides: Mapping[str, Form] = field(default_factory=dict)
     embedding: Form = field(default_factory=Floats)
-    wide: Blocks | Channels | None = None
+    eight_bit: Blocks | Channels | None = None
 
     def form_of(self, role: str) -> Form:
-        """The form of a role's layers. A router stays floats: it decides between experts with few weights."""
+        """The form of a role's layers. A router stays floats: it has few weights, and chooses between experts."""
         return Floats() if role == "router" else self.overrides.get(role, self.linear)
 
     def int4_blocks_of(self, role: str) -> Blocks | None:
-        """The blocks of a layer that is stored in 4 bits; None if it is not."""
+        """The blocks of a layer that is stored in 4 bits; None for other forms."""
         form = self.form_of(role)
         return form if isinstance(form, Blocks) and form.bits == 4 else None
 
-    def wide_blocks(self, num_inputs: int) -> Blocks:
-        """The blocks of a layer for which 4 bits are too few."""
-        assert self.wide is not None, "a scheme of 4-bit blocks says what is wider"
-        return self.wide.as_blocks(num_inputs) if isinstance(self.wide, Channels) else self.wide
+    def eight_bit_blocks(self, num_inputs: int) -> Blocks:
+        """The blocks of a layer that keeps 8 bits."""
+        assert self.eight_bit is not None, "a scheme of 4-bit blocks has an 8-bit form"
+        return self.eight_bit.as_blocks(num_inputs) if isinstance(self.eight_bit, Channels) else self.eight_bit
 
     def fallback_of(self, role: str) -> Form:
-        """The form of a layer that calibration left out."""
+        """The form of a layer without calibrated scales."""
         form = self.form_of(role)
         return form.fallback if isinstance(form, Int8Products) else form
 
@@ -58,8 +58,8 @@ class Scheme:
     """One value of --precision.
 
     summary: for `--help` and the README
-    ort, standard: for ONNX Runtime's graph and for the standard ones; None where there is none
-    keeps_stored: weights that the checkpoint holds as integers stay those integers
+    ort, standard: storage of ONNX Runtime's graph and of the standard ones; None if there is no such graph
+    keeps_stored: whether a quantized checkpoint's integers are kept
     """
 
     name: str

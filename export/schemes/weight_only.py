@@ -8,9 +8,9 @@ INT8_BLOCKS = Blocks(bits=8, block_size=32, symmetric=True)
 """ONNX Runtime's MatMulNBits."""
 
 INT4_SIZES = (64, 128)
-"""Inputs that may share an int4 scale: what TensorRT documents. The builder of tensorrt-rtx 1.7.1 takes any divisor of
-the rows (16, 32, 48, 64, 96, 128 and 256 were tried) but runs nothing. In SmolLM2-135M blocks of 32 raise perplexity by
-5.9 % (KL 0.063 nats) instead of 7 % (0.08), for 2.1 % more bytes: worth it once a GPU has run them."""
+"""Sizes of int4 blocks that TensorRT documents. tensorrt-rtx 1.7.1 builds any divisor of the rows (16, 32, 48, 64, 96,
+128 and 256 were tried); whether it runs them is unknown. With blocks of 32, SmolLM2-135M's perplexity rises by 5.9 %
+(KL 0.063 nats) instead of 7 % (0.08), for 2.1 % more bytes: worth it once a GPU has run them."""
 
 INT4_BLOCKS = Blocks(bits=4, block_size=INT4_SIZES[0], symmetric=True)
 """TensorRT's."""
@@ -43,19 +43,19 @@ W8A16 = Scheme(
     ),
 )
 
-# Wider where 4 bits cost most for their bytes. The LM head sees every error of the layers before it and decides the
-# token, and a tied embedding shares its bytes. q, k and v are 16 % of SmolLM2-135M's layer weights, and in 4 bits alone
-# raise its perplexity by 7.5 % (gate and up, 50 %: 4.5 %; down, 25 %: 5.0 %; o, 9 %: 0.6 %).
+# Layers that lose most in 4 bits have 8. The LM head decides the token, and a tied embedding shares its bytes. q, k and
+# v are 16 % of SmolLM2-135M's layer weights; 4 bits in them alone raise perplexity by 7.5 % (gate and up, 50 % of the
+# weights: 4.5 %; down, 25 %: 5.0 %; o, 9 %: 0.6 %).
 W4A16 = Scheme(
     name="w4a16",
-    summary="4-bit weights, rounded together on calibration text; q, k, v, embedding and LM head in 8 bits",
+    summary="4-bit weights, rounded with GPTQ on calibration text; q, k, v, embedding and LM head in 8 bits",
     calibration=Calibration.BLOCKS,
     ort=Storage(
         compute="float32",
         linear=Blocks(bits=4, block_size=32, symmetric=False),
         overrides={"lm_head": INT8_BLOCKS, "qkv": INT8_BLOCKS},
         embedding=INT8_BLOCKS,
-        wide=INT8_BLOCKS,
+        eight_bit=INT8_BLOCKS,
         gates=(
             Gate("kl", 0.1, "twice what SmolLM2-135M shows, which is as small as models get; to nearest it was 0.14"),
             Gate("top1_agreement", 0.82, "SmolLM2-135M keeps 88 %, to nearest 79 %; wider models more", at_most=False),
@@ -70,7 +70,7 @@ W4A16 = Scheme(
         compute="float16",
         linear=INT4_BLOCKS,
         overrides={"lm_head": Channels(), "qkv": Channels()},
-        wide=Channels(),
+        eight_bit=Channels(),
         gates=(
             Gate(
                 "kl", 0.15, "twice what SmolLM2-135M shows, 0.08; its blocks are twice the ort dialect's, without zeros"

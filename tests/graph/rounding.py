@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.rounding.gptq import Moments
+from export.quantize.rounding.gptq import GramMatrices
 from export.storage.blocks import QuantizedRows, dequantize_rows
 
 Floats = NDArray[np.float32]
@@ -16,9 +16,9 @@ def correlated_inputs(num: int, channels: int, seed: int = 0) -> Floats:
     return (rng.standard_normal((num, channels)) @ mixing).astype(np.float32)
 
 
-def moments_of(x: Floats, exact: Floats | None = None) -> Moments:
+def moments_of(x: Floats, exact: Floats | None = None) -> GramMatrices:
     """Second moments of a layer's inputs; `exact` are the inputs that unrounded layers before it would give."""
-    moments = Moments(x.shape[1], aims_at_exact=True)
+    moments = GramMatrices(x.shape[1], aims_at_exact=True)
     moments.update(x if exact is None else exact, x, np.ones(len(x), np.float32))
     return moments
 

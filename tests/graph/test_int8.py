@@ -15,11 +15,11 @@ from export.graph.ort.int8_linear import int8_linear
 from export.graph.weights import Weight
 from export.model.description import Site
 from export.quantize.int8.ranges import FINE_STEPS
-from export.quantize.int8.sensitivity import MAX_WIDE_SHARE, LayerCost, choose_wide
-from export.quantize.rounding.gptq import Moments
+from export.quantize.int8.sensitivity import MAX_TWO_PASS_SHARE, LayerCost, choose_two_pass
+from export.quantize.rounding.gptq import GramMatrices
 from export.quantize.rounding.int8 import (
     Int8Rows,
-    error_compensated,
+    gptq_int8,
     rounded_activations,
     rounded_to_nearest,
 )
@@ -40,10 +40,10 @@ def test_compensated_weights_beat_the_nearest_ones_on_unseen_input(bits: int, ga
     train, test = inputs[:4000], inputs[4000:]
     scale = float(np.abs(train).max()) / 127
     fine = scale / FINE_STEPS if bits == 16 else None
-    moments = Moments(48, aims_at_exact=False)
+    moments = GramMatrices(48, aims_at_exact=False)
     for part in np.split(train, 4):
         moments.update(part, rounded_activations(part, scale, fine), np.ones(len(part), np.float32))
-    better, nearest = error_compensated(weight, moments), rounded_to_nearest(weight)
+    better, nearest = gptq_int8(weight, moments), rounded_to_nearest(weight)
     seen = rounded_activations(test, scale, fine)
     assert output_error(test, seen, weight, better) < gain * output_error(test, seen, weight, nearest)
 
@@ -51,14 +51,14 @@ def test_compensated_weights_beat_the_nearest_ones_on_unseen_input(bits: int, ga
 def test_zeros_stay_zero() -> None:
     weight = np.zeros((4, 8), np.float32)
     weight[1, 2] = 3
-    moments = Moments(8, aims_at_exact=False)
+    moments = GramMatrices(8, aims_at_exact=False)
     x = correlated_inputs(50, 8)
     x[:, 5] = 0  # a dead channel
     moments.update(x, x, np.ones(50, np.float32))
     for rows in (
         rounded_to_nearest(weight),
-        error_compensated(weight, moments),
-        error_compensated(weight, Moments(8, aims_at_exact=False)),
+        gptq_int8(weight, moments),
+        gptq_int8(weight, GramMatrices(8, aims_at_exact=False)),
     ):
         assert np.isfinite(rows.scales).all()
         assert not rows.values[[0, 2, 3]].any()
@@ -83,20 +83,20 @@ def test_the_budget_holds_or_a_quarter_is_spent(costs: list[tuple[float, int]], 
     layers = [LayerCost(Site(idx, "down"), kl, macs) for idx, (kl, macs) in enumerate(costs)]
     keep = [str(layer.site) for layer in layers[:num_kept]]
     head = LayerCost(Site(99, "lm_head"), 0.02, 10**6)
-    assert (head.site in choose_wide([*layers, head], max_increase=increase)) <= (0.1 * np.log1p(increase) < 0.02)
-    wide = choose_wide(layers, max_increase=increase, keep=keep)
+    assert (head.site in choose_two_pass([*layers, head], max_increase=increase)) <= (0.1 * np.log1p(increase) < 0.02)
+    wide = choose_two_pass(layers, max_increase=increase, keep=keep)
     assert {str(site) for site in wide} >= set(keep)
     total = sum(layer.macs for layer in layers)
     spent = sum(layer.macs for layer in layers if layer.site in wide and str(layer.site) not in keep)
-    assert spent <= MAX_WIDE_SHARE * total
+    assert spent <= MAX_TWO_PASS_SHARE * total
     left = sum(layer.kl for layer in layers if layer.site not in wide)
-    affordable = MAX_WIDE_SHARE * total - sum(layer.macs for layer in layers if layer.site in wide)
+    affordable = MAX_TWO_PASS_SHARE * total - sum(layer.macs for layer in layers if layer.site in wide)
     assert left <= np.log1p(increase) or all(layer.macs > affordable for layer in layers if layer.site not in wide)
 
 
 def test_a_layer_that_does_not_exist_is_named() -> None:
     with pytest.raises(InvalidSetting, match=r"no layer 'layers\.9\.dwon'; layers are called like layers\.0\.down"):
-        choose_wide([LayerCost(Site(0, "down"), 0.1, 10)], max_increase=0, keep=["layers.9.dwon"])
+        choose_two_pass([LayerCost(Site(0, "down"), 0.1, 10)], max_increase=0, keep=["layers.9.dwon"])
 
 
 @pytest.mark.parametrize("is_wide", [False, True])

@@ -1,6 +1,6 @@
 """Attention for ONNX Runtime: com.microsoft.GroupQueryAttention over a cache of the compute type, written in place.
 
-Attention over an int8 cache has the same interface, see int8_attention.py.
+Attention over an int8 cache (int8_attention.py) has the same interface.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
+from export.graph.operations import CachedValues
 from export.graph.rotary import RotaryTables
 from export.model.description import Attention as AttentionConfig
 from export.model.description import Block, Rotary
 
 
 class CacheInputs(NamedTuple):
-    """What every layer's attention reads.
+    """Inputs of every layer's attention.
 
-    token_idx int64 [B, S], for its shape; past_len, query_len int32 [B]; last_idx int32 [B], past_len + query_len - 1
-    and at least 0; capacity int32 []
+    token_idx int64 [B, S], only its shape is used; past_len, query_len int32 [B]; capacity int32 []
+    last_idx int32 [B], past_len + query_len - 1 and at least 0
     """
 
     token_idx: ir.Value
@@ -30,32 +31,24 @@ class CacheInputs(NamedTuple):
     tables: Mapping[Rotary, RotaryTables]
 
 
-class CachedValues(NamedTuple):
-    """Values [B, S, heads * head_dim], and the cache with the new tokens in it."""
-
-    out: ir.Value
-    key: ir.Value
-    value: ir.Value
-
-
 class Attention(Protocol):
-    """Adds a block's attention to the graph."""
+    """Adds a block's attention to the graph; its output is [B, S, heads * head_dim]."""
 
     def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
-        """query: q, k and v [B, S, heads * head_dim] each before their rotary embedding, or all three packed in the
-        first; past: the layer's cache by letter, [B, kv_heads, capacity, head_dim]."""
+        """query: q, k and v before the rotary embedding, [B, S, heads * head_dim] each, or all three packed in the
+        first; past: the layer's cache by k and v, [B, kv_heads, capacity, head_dim]."""
         ...
 
 
 class Rotation:
-    """Rotary embedding in front of the attention kernel: for chunks over an int8 cache, and where the kernel cannot."""
+    """Rotary embedding before the attention kernel: for chunks over an int8 cache, and for sizes the kernel lacks."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
         self._g, self._inputs = g, inputs
         self._positions: ir.Value | None = None
 
     def __call__(self, query: Sequence[ir.Value | None], a: AttentionConfig, name: str) -> list[ir.Value | None]:
-        """q, k and v [B, S, heads * head_dim], q and k turned; `query` as in `Attention.attend`."""
+        """Returns q, k and v [B, S, heads * head_dim], q and k rotated; `query` as in `Attention.attend`."""
         g = self._g
         packed, k, v = query
         assert packed is not None
@@ -64,11 +57,11 @@ class Rotation:
             packed, k, v = g.ops("Split", [packed, sizes], [f"{name}.{part}" for part in ("q", "k", "v")], axis=-1)
         if a.rotary is None:
             return [packed, k, v]
-        return [self._turned(packed, a, a.num_heads, f"{name}.q.turned"),
-                self._turned(k, a, a.num_kv_heads, f"{name}.k.turned"), v]  # fmt: skip
+        return [self._rotate(packed, a, a.num_heads, f"{name}.q.turned"),
+                self._rotate(k, a, a.num_kv_heads, f"{name}.k.turned"), v]  # fmt: skip
 
     def make_positions(self) -> ir.Value:
-        """int64 [B, S], those of the new tokens."""
+        """int64 [B, S], the positions of the new tokens."""
         if self._positions is None:
             g, shared = self._g, self._inputs
             zero, one = g.constant("zero", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
@@ -78,7 +71,7 @@ class Rotation:
             self._positions = g.op("Add", [first, g.op("Range", [zero, size, one], "row.range")], "row.positions")
         return self._positions
 
-    def _turned(self, x: ir.Value, a: AttentionConfig, num_heads: int, out: str) -> ir.Value:
+    def _rotate(self, x: ir.Value, a: AttentionConfig, num_heads: int, out: str) -> ir.Value:
         assert a.rotary is not None
         attributes: dict[str, Any] = {} if a.rotary.is_whole else {"rotary_embedding_dim": a.rotary.dim}
         if a.rotary.interleaved:
@@ -88,7 +81,7 @@ class Rotation:
 
 
 class FloatAttention:
-    """One kernel for every shape of run."""
+    """GroupQueryAttention over a float cache, for prefill and decode alike."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
         self._g, self._inputs, self._rotation = g, inputs, Rotation(g, inputs)
@@ -112,19 +105,19 @@ class FloatAttention:
 
 
 def kernel_rotates(attention: AttentionConfig) -> bool:
-    """Whether the kernel has this rotary embedding: it takes multiples of 16 channels."""
+    """Whether the kernel can apply the rotary embedding: it supports multiples of 16 channels."""
     return attention.rotary is None or attention.rotary.dim % 16 == 0
 
 
 def tables_of(attention: AttentionConfig, inputs: CacheInputs) -> Sequence[ir.Value | None]:
-    """cos and sin for the kernel; nothing where it turns no channel."""
+    """cos and sin for the kernel; None if it does not rotate."""
     return (
         (None, None) if attention.rotary is None or not kernel_rotates(attention) else inputs.tables[attention.rotary]
     )
 
 
 def kernel_attributes(attention: AttentionConfig, *, rotates: bool) -> dict[str, Any]:
-    """Attributes of the kernel; those that equal its own defaults are left out."""
+    """The kernel's attributes, without those that equal its defaults."""
     found: dict[str, Any] = {
         "num_heads": attention.num_heads,
         "kv_num_heads": attention.num_kv_heads,

@@ -1,17 +1,17 @@
 """The decoder as a graph for ONNX Runtime: one signature for prefill, decode, chunked prefill and ragged rows.
 
     inputs   input_ids   int64 [N]      new tokens of all rows, packed: no padding
-             token_idx   int64 [B, S]   which of them stands at each place of each row, left-aligned; any as padding
-             place_idx   int64 [N, 2]   row and place of each token, the reverse
+             token_idx   int64 [B, S]   index of the token at each place of each row, left-aligned; any index pads
+             place_idx   int64 [N, 2]   row and place of each token
              past_len    int32 [B]      tokens already in the row's cache
              query_len   int32 [B]      new tokens of the row, 0 = idle
              logits_idx  int64 [R]      tokens whose logits are wanted
              past.L.k/v  [B, kv_heads, capacity, head_dim], in the compute type or int8
     outputs  logits      float32 [R, vocab_size]
-             present.L.k/v              bind to the memory of past.L.k/v: written in place
+             present.L.k/v              bound to the memory of past.L.k/v: written in place
 
-Only attention knows rows: all else runs over packed tokens, so that rows of different lengths share a run without
-paying for padding. Laying tokens out in rows and back costs less than can be measured in a step of 15 ms.
+Only attention sees rows. Everything else runs over packed tokens, so that padding costs nothing in a batch of rows of
+different lengths. Gathering tokens into rows and back costs nothing measurable in a step of 15 ms.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class DecoderGraph:
         layers: QuantizedLayers,
         kv_scales: Sequence[KvScales] | None = None,
     ) -> None:
-        """kv_scales: of an int8 cache, by layer; None is a cache of the compute type."""
+        """kv_scales: scales of an int8 cache, by layer; None for a cache in the compute type."""
         self.g, self.config, self.storage, self.max_len = g, config, storage, max_len
         self.layers, self.kv_scales = layers, kv_scales
         self.kv_dtype = onnx_type(storage.compute) if kv_scales is None else ir.DataType.INT8
@@ -89,7 +89,7 @@ class DecoderGraph:
         ]
         one = g.constant("one.int32", np.array(1, np.int32))
         total = g.op("Add", [self.past_len, query_len], "total_len")
-        # The kernel wants length minus one, and at least 0 even for an idle row of an empty slot.
+        # The kernel needs the length minus one, and at least 0, even for an idle row with an empty slot.
         last_idx = g.op("Sub", [g.op("Max", [total, one], "total_len.min1"), one], "last_idx")
         shape = g.op("Shape", [past[0]["k"]], "capacity.long", start=2, end=3)
         capacity = g.op("Cast", [g.op("Squeeze", [shape], "capacity.scalar")], "capacity", to=ir.DataType.INT32)
@@ -110,7 +110,7 @@ class DecoderGraph:
         )  # fmt: skip
 
     def _positions(self) -> ir.Value:
-        """int64 [N], the position of each token; only for a model that looks positions up."""
+        """int64 [N], the position of each token; unused, and input_ids, without learned positions."""
         g = self.g
         if self.config.embedding.positions is None:
             return self.ids

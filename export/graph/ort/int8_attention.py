@@ -1,22 +1,22 @@
-"""Attention over an int8 cache, with one scale a channel: two kernels, of which each run takes one.
+"""Attention over an int8 cache with one scale per channel. An If chooses one of two branches in each run.
 
-    S = 1   GroupQueryAttention over the int8 cache: it rounds the new key and value, writes them, and widens what it
-            reads in registers. A step of 32 rows reads a quarter of the bytes.
-    S > 1   The same kernel takes 2.3 to 4 times as long as float32 for a chunk. So a chunk's keys and values are
-            rotated, rounded and written here, and float32 attention runs over what the cache now holds, widened:
+    S = 1   GroupQueryAttention over the int8 cache: it quantizes the new key and value, writes them, and dequantizes
+            the cache in registers. A step of 32 rows reads a quarter of the bytes of float32.
+    S > 1   For a chunk, that kernel takes 2.3 to 4 times as long as float32. So a chunk's keys and values are rotated,
+            quantized and written by other operators, and float32 attention reads the dequantized cache:
 
-            k, v -> rotate k -> round -> TensorScatter into the cache
-                                   `--> widen -------------------.
-            the cache's first max(past_len) positions -> widen -> GroupQueryAttention in float32
+            k, v -> rotate k -> quantize -> TensorScatter into the cache
+                                   `--> dequantize -------------------.
+            the cache's first max(past_len) positions -> dequantize -> GroupQueryAttention in float32
 
-Both read the rounded keys and values, the chunk's own included, and round them alike, bit for bit. So a token's result
-does not depend on where its prompt was cut, but for the order of float32 sums, and a prompt that was computed in
-another chunking, or copied from another slot, is as good as its own. Float keys for the chunk's own tokens would be
-a little closer to the unquantized model, and would make the cuts visible.
+Both branches read quantized keys and values, those of the chunk included, and quantize them to the same bits. So a
+token's result depends on how its prompt was cut into chunks only by the order of float32 sums, and cached prompts can
+be reused. Float keys for the chunk's own tokens would be a little closer to the unquantized model, but results would
+depend on the cuts.
 
-Measured, attention alone, 9 heads of 64, 3 for keys and values, on AVX2, against float32: the int8 kernel 2.7 (128
-tokens after none), 2.9 (after 384), 4.0 (512 after none); this way 1.16, 1.04, 1.03; one token in 32 rows after 200
-and 500: 0.76 and 0.64. TensorScatter writes into the cache it reads, because both are bound to the same memory.
+Time of attention relative to float32 (9 query heads of 64, 3 key-value heads, AVX2): 128 tokens after none, 128 after
+384, 512 after none: int8 kernel 2.7, 2.9, 4.0; the chunk branch 1.16, 1.04, 1.03. One token in 32 rows after 200 and
+500 tokens: 0.76 and 0.64. TensorScatter's input and output are bound to the same memory, so it writes in place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,8 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
-from export.graph.ort.attention import CachedValues, CacheInputs, Rotation, kernel_attributes, kernel_rotates, tables_of
+from export.graph.operations import CachedValues
+from export.graph.ort.attention import CacheInputs, Rotation, kernel_attributes, kernel_rotates, tables_of
 from export.model.description import Block
 from export.quantize.statistics.kv_scales import KvScales
 
@@ -33,11 +34,11 @@ INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
 
 
 class Int8Attention:
-    """Builds both kernels of every layer; what they share is computed once a run."""
+    """Builds both branches of every layer; values that layers share are computed once per run."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Sequence[KvScales]) -> None:
         self._g, self._inputs, self._scales, self._rotation = g, inputs, scales, Rotation(g, inputs)
-        # Made outside the branches, which both may read it.
+        # Outside the branches, because both may read the positions.
         self._rotation.make_positions()
         one = g.constant("one", np.array(1, np.int64))
         size = g.op("Squeeze", [g.op("Shape", [inputs.token_idx], "chunk.shape", start=1, end=2)], "chunk.len")
@@ -45,7 +46,7 @@ class Int8Attention:
         self._write_idx = g.op("Cast", [inputs.past_len], "write_idx", to=ir.DataType.INT64)
         longest = g.op("ReduceMax", [self._write_idx], "longest_past", keepdims=0)
         self._num_read = g.op("Unsqueeze", [longest, g.shape_constant(0)], "num_read")
-        # The float32 kernel's own cache lives for one layer, and holds no more than its longest row needs.
+        # Capacity of the float32 kernel's cache, which exists for one layer: the longest row.
         total = g.op("Add", [longest, size], "chunk.total")
         self._total = g.op("Cast", [total], "chunk.capacity", to=ir.DataType.INT32)
 
@@ -61,7 +62,7 @@ class Int8Attention:
         self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]
     ) -> list[ir.Value]:
         g, shared, layer = self._g, self._inputs, block.layer
-        none: list[ir.Value | None] = [None]  # position_ids, bias, sink before the scales; norms behind them
+        none: list[ir.Value | None] = [None]  # position_ids, bias, sink before the scales; norms after them
         steps = [self._step(layer, kv, (-1,)) for kv in "kv"]
         rotates = kernel_rotates(block.attention)
         if not rotates:
@@ -83,38 +84,41 @@ class Int8Attention:
         prefix = f"chunk.{layer}"
         q, k, v = self._rotation(query, a, prefix)
         fresh: list[ir.Value] = []
-        widened: list[ir.Value] = []
+        floats: list[ir.Value] = []
         present: list[ir.Value] = []
         for kv, x in (("k", k), ("v", v)):
             assert x is not None
-            small = self._rounded(x, layer, kv)
-            fresh.append(self._widened(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
+            small = self._quantize(x, layer, kv)
+            fresh.append(self._dequantize(small, layer, kv, (-1,), f"{prefix}.{kv}.fresh"))
             heads = g.op("Reshape", [small, g.shape_constant(0, 0, a.num_kv_heads, a.head_dim)], f"{prefix}.{kv}.heads")
             rows = g.op("Transpose", [heads], f"{prefix}.{kv}.rows", perm=[0, 2, 1, 3])
             present.append(g.op("TensorScatter", [past[kv], rows, self._write_idx], f"{prefix}.{kv}.present", axis=2))
             axis = g.shape_constant(2)
             read = g.op("Slice", [past[kv], g.shape_constant(0), self._num_read, axis], f"{prefix}.{kv}.read")
-            widened.append(self._widened(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))
+            floats.append(self._dequantize(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))
         optional: list[ir.Value | None] = [None] * 9  # cos, sin, position_ids, bias, sink, scales, norms
         out = g.ops(
             "GroupQueryAttention",
-            [q, *fresh, *widened, shared.last_idx, self._total, *optional, shared.query_len],
-            [f"{prefix}.attention", f"{prefix}.k.all", f"{prefix}.v.all"],  # the kernel wants outputs nobody reads
+            [q, *fresh, *floats, shared.last_idx, self._total, *optional, shared.query_len],
+            [f"{prefix}.attention", f"{prefix}.k.all", f"{prefix}.v.all"],  # the kernel requires these outputs
             domain=MICROSOFT,
             **kernel_attributes(a, rotates=False),
         )[0]
         return [out, *present]
 
-    def _rounded(self, x: ir.Value, layer: int, kv: str) -> ir.Value:
-        """int8 [B, S, kv_heads * head_dim]. A scale a channel along the last axis is slow in QuantizeLinear (it calls
-        its loop once an element), a product and one scale for all are not."""
+    def _quantize(self, x: ir.Value, layer: int, kv: str) -> ir.Value:
+        """Quantize to int8 [B, S, kv_heads * head_dim].
+
+        QuantizeLinear with scales along the last axis is slow (it calls its loop per element), so x is multiplied first
+        and QuantizeLinear has one scale.
+        """
         g, name = self._g, f"chunk.{layer}.{kv}"
         inverse = g.constant(f"present.{layer}.{kv}.inverse", 1 / self._scales[layer].of(kv))
         unit, zero = g.constant("unit.scale", np.array(1, np.float32)), g.constant("unit.zero", np.array(0, np.int8))
         return g.op("QuantizeLinear", [g.op("Mul", [x, inverse], f"{name}.steps"), unit, zero], f"{name}.rounded")
 
-    def _widened(self, small: ir.Value, layer: int, kv: str, shape: tuple[int, ...], out: str) -> ir.Value:
-        """float32 of int8; `shape` is that of the scales."""
+    def _dequantize(self, small: ir.Value, layer: int, kv: str, shape: tuple[int, ...], out: str) -> ir.Value:
+        """Dequantize to float32; `shape` is that of the scales."""
         steps = self._g.op("Cast", [small], f"{out}.steps", to=ir.DataType.FLOAT)
         return self._g.op("Mul", [steps, self._step(layer, kv, shape)], out)
 

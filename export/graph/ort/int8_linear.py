@@ -2,16 +2,16 @@
 
     x -> QuantizeLinear (uint8, zero point 128) -> MatMulIntegerToFloat (int32 sums, then two scales) -> y
 
-QuantizeLinear + MatMulIntegerToFloat is what ONNX Runtime makes of DequantizeLinear + MatMul around such weights; it is
-written out here so that nothing depends on a fusion. uint8 times int8 is what VNNI multiplies; int8 times int8 falls
-off the fast path (8 tokens/s instead of 131). Sums are exact, so a row's result does not depend on its batch.
+ONNX Runtime fuses DequantizeLinear + MatMul into these operators; they are written directly so that nothing depends on
+the fusion. VNNI multiplies uint8 by int8; int8 by int8 is slow (8 tokens/s instead of 131). Integer sums are exact, so
+a row's result does not depend on its batch.
 
-A layer in two passes adds what the first rounding left, rounded 254 times finer, times the same weights: twice the
-rows in one product, so that the weights are read once and decoding, which waits for them, hardly slows down. Measured
-against other ways to spare a layer's input, 512 rows of 1536 -> 576, AVX512-VNNI: one pass 2.0 ms, two 2.9,
-float 3.7, MatMulNBits 8 bits 4.4, a block Hadamard before one pass 3.4.
+A layer in two passes also multiplies the first pass's rounding error, with a scale 254 times finer, by the same
+weights. Both are rows of one product, so that the weights are read once: decoding, which is bound by reading them,
+hardly slows down. Time for 512 rows of 1536 -> 576, AVX512-VNNI: one pass 2.0 ms, two 2.9, float 3.7, MatMulNBits
+8 bits 4.4, a block Hadamard transform before one pass 3.4.
 
-Weights are int8 `[K, N]` with zero point 0 and one float32 scale a column: the standard dialects read the same bytes.
+Weights are int8 `[K, N]` with zero point 0 and one float32 scale per column: the standard dialects read the same bytes.
 """
 
 import numpy as np

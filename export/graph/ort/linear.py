@@ -1,6 +1,6 @@
-"""Linear layers, embeddings and LM heads of a graph, in whatever form the precision stores them.
+"""Linear layers, embeddings and tied LM heads of the `ort` dialect, as floats or as blocks of integers.
 
-The seam for further schemes: a scheme turns (input, weight) into nodes. Nothing here knows decoders.
+Knows nothing about decoders.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from export.schemes.scheme import Storage
 from export.storage.blocks import QuantizedRows, check_divisible, quantize_rows
 from export.storage.quantized_rows import ImportedRows
 
-# Weights quantized at once: the search for the best range holds a dozen float32 copies of them, 50 MB.
+# Weights quantized at once: the search for the best range holds a dozen float32 copies, 50 MB.
 _WEIGHTS_AT_ONCE = 1 << 20
 
-# MatMulNBits: int8 products with int32 sums; the activations are rounded per block and row as they come.
+# MatMulNBits with int8 products and int32 sums; activations are quantized per block and row at run time.
 _INT8_PRODUCTS = 4
 
 
 class QuantizedWeight(NamedTuple):
-    """The initializers of a block-quantized matrix, and where its values lie."""
+    """The initializers of a block-quantized matrix, and the place of its values in the weight file."""
 
     extent: Extent
     values: ir.Value
@@ -45,13 +45,13 @@ def float_or_block_linear(g: GraphBuilder, x: ir.Value, weight: Weight, storage:
 
 
 def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, storage: Storage, name: str) -> tuple[ir.Value, Any]:
-    """Rows of the embedding for int64 ids; also what a tied LM head needs to share its bytes."""
+    """Rows of the embedding for int64 ids; also the initializers that a tied LM head shares."""
     blocks = storage.embedding
     if not isinstance(blocks, Blocks):
         table = g.array(weight.name, weight.load().astype(storage.compute, copy=False))
         return g.op("Gather", [table, ids], name), table
     stored = _write_blocks(g, weight, blocks)
-    # GatherBlockQuantized wants the same bytes as a matrix: a second name for the same extent.
+    # GatherBlockQuantized needs two dimensions: a second initializer for the same bytes.
     rows, row_bytes = weight.shape[0], weight.shape[1] * blocks.bits // 8
     flat = g.weight(f"{weight.name}.rows", stored.extent, ir.DataType.UINT8, (rows, row_bytes))
     inputs = [flat, ids, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
@@ -69,7 +69,7 @@ def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, storage: Storage, 
 
 
 def tied_lm_head(g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, storage: Storage, name: str) -> ir.Value:
-    """Logits of x `[R, K]` with the embedding's own bytes."""
+    """Logits of x `[R, K]` with the embedding's weights; `shared` comes from `embedding`."""
     blocks = storage.embedding
     if not isinstance(blocks, Blocks):
         return g.op("Gemm", [x, shared], name, transB=1)
@@ -77,7 +77,7 @@ def tied_lm_head(g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, stor
 
 
 def imported_linear(g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str) -> ir.Value:
-    """With integers that are there already. Inputs that were quantized out of order are put in that order."""
+    """x times a matrix that is quantized already; x is reordered first if GPTQ's act-order stored its columns so."""
     rows, blocks, order = imported
     if order is not None:
         x = g.op("Gather", [x, g.array(f"{weight.name}.input_order", order)], f"{name}.ordered", axis=-1)

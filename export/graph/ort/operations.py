@@ -19,10 +19,10 @@ from export.schemes.scheme import Storage
 
 
 class OrtOperations(GraphOperations):
-    """A value is packed: `[tokens of all rows, channels]`. Only `attend` knows rows.
+    """A value is packed: `[tokens of all rows, channels]`. Only `attend` sees rows.
 
     token_idx int64 [B, S], place_idx int64 [N, 2]: from packed tokens to rows and back
-    present: by layer, the caches with the new tokens in them
+    present: by layer, the caches with the new tokens
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class OrtOperations(GraphOperations):
         return self.g.op(kind, inputs, f"{x.name}/{norm.name}", axis=-1, epsilon=norm.epsilon, stash_type=1)
 
     def add_norm(self, stream: Stream[ir.Value], norm: Norm) -> tuple[ir.Value, ir.Value]:
-        """Both in one kernel."""
+        """Sum and norm in one kernel."""
         kind = "SkipSimplifiedLayerNormalization" if norm.kind is NormKind.RMS else "SkipLayerNormalization"
         inputs = [stream.value, stream.addend, *self._norm_weights(norm)]
         names = [norm.name, "", "", f"{norm.name}.residual"]
@@ -64,7 +64,7 @@ class OrtOperations(GraphOperations):
         return float_or_block_linear(self.g, x, weight, self._storage, out)
 
     def silu(self, x: ir.Value, out: str) -> ir.Value:
-        """QuickGelu with alpha 1 is SiLU in one kernel; there is none in half precision."""
+        """QuickGelu with alpha 1 is SiLU in one kernel, for float32 only."""
         if self.compute == ir.DataType.FLOAT:
             return self.g.op("QuickGelu", [x], out, domain=MICROSOFT, alpha=1.0)
         return self.g.op("Mul", [x, self.g.op("Sigmoid", [x], f"{out}.sigmoid")], out)
@@ -91,7 +91,7 @@ class OrtOperations(GraphOperations):
     def _norm_weights(self, norm: Norm) -> list[ir.Value]:
         weight, bias = self.weights.norm(norm)
         arrays = [(f"{norm.name}.weight", weight)]
-        # The layer norm's fused kernel takes no bias for none, and the checkpoint need not have one.
+        # The fused layer norm requires a bias.
         if bias is not None:
             arrays.append((f"{norm.name}.bias", bias))
         elif norm.kind is NormKind.LAYER:

@@ -1,7 +1,7 @@
 """Norm, rotary embedding, cache and attention in opset 24's own operators.
 
-TensorRT 10.15 and 11 and TensorRT-RTX make one layer of the network of each. Releases before have none of them:
-plain_attention.py has the same in elementary operators.
+TensorRT 10.15, TensorRT 11 and TensorRT-RTX have a layer for each of them. For earlier releases, plain_attention.py
+builds the same from elementary operators.
 """
 
 from collections.abc import Mapping
@@ -11,42 +11,34 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import GraphBuilder
-from export.graph.operations import capped
+from export.graph.operations import CachedValues, capped
 from export.graph.rotary import RotaryTables
-from export.model.description import Attention, Block, Norm, NormKind, Rotary
+from export.model.description import Attention, Block, Rotary
 
 _MASKED = -3e4
-"""Added to a score that must not count: below any real one, and inside half precision's range of 65,504."""
+"""Score of a masked slot: below any real score, and within half precision's range of 65,504."""
 
 
 class Tables(NamedTuple):
-    """What every layer reads: the positions of the new tokens, and cos and sin of every position."""
+    """Inputs of every layer's attention: positions of the new tokens, and the rotary tables."""
 
     position_ids: ir.Value  # int64 [B, S]
     write_idx: ir.Value  # int64 [B]
     rotary: Mapping[Rotary, RotaryTables]
 
 
-class CachedValues(NamedTuple):
-    """Values `[B, heads, S, head_dim]`, and the cache with the new tokens in it."""
-
-    out: ir.Value
-    key: ir.Value
-    value: ir.Value
-
-
 class Dialect(Protocol):
-    """Adds the parts that opsets spell differently. Rank-4 tensors are `[B, heads, S, head_dim]`."""
+    """The operations for which opsets have different operators. Rank-4 tensors are `[B, heads, S, head_dim]`."""
 
     opset: int
     ir_version: int
 
     def begin(self, tables: Tables, past: ir.Value) -> None:
-        """Called once, before the layers; `past` is any cache tensor, for its capacity."""
+        """Called once, before the layers; `past` is any cache tensor, its capacity is read."""
         ...
 
-    def norm(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
-        """A norm over the last axis of float32 values."""
+    def rms_norm(self, x: ir.Value, weight: ir.Value, epsilon: float, out: str) -> ir.Value:
+        """Root mean square norm over the last axis of float32 values."""
         ...
 
     def rotate(self, x: ir.Value, rotary: Rotary, out: str) -> ir.Value:
@@ -56,12 +48,12 @@ class Dialect(Protocol):
     def attend(
         self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
     ) -> CachedValues:
-        """Write the new keys and values into the cache, and attend to it."""
+        """Write the new keys and values to the cache, and attend to it; `past`: the layer's cache, by k and v."""
         ...
 
 
 class Masks:
-    """Which slots each new token may see, one mask for each window width there is."""
+    """Attention masks, one for each window length in the model."""
 
     def __init__(self, g: GraphBuilder, tables: Tables, past: ir.Value) -> None:
         self._g = g
@@ -73,7 +65,7 @@ class Masks:
         self._positions = g.op("Unsqueeze", [tables.position_ids, g.shape_constant(1, 3)], "positions.4d")
 
     def for_window(self, window: int | None) -> ir.Value:
-        """bool `[B, 1, S, C]`: the token itself and those before it, at most `window` of them."""
+        """bool `[B, 1, S, C]`: true for the token itself and earlier ones, at most `window` tokens in all."""
         if window not in self._made:
             g, name = self._g, "mask" if window is None else f"mask.{window}"
             seen = g.op("LessOrEqual", [self._slots, self._positions], name if window is None else f"{name}.causal")
@@ -87,9 +79,9 @@ class Masks:
 
 
 class ElementaryAttention:
-    """Attention over a cache that is written already, in MatMul and Softmax.
+    """Attention in MatMul and Softmax, over a cache that has the new tokens already.
 
-    The query heads of a group are folded into rows, so that keys and values are never repeated.
+    Query heads that share a key-value head become rows of one product, so keys and values are not repeated.
     """
 
     def __init__(self, g: GraphBuilder, masks: Masks, num_new: ir.Value, compute: ir.DataType) -> None:
@@ -99,7 +91,7 @@ class ElementaryAttention:
     def __call__(self, query: ir.Value, key: ir.Value, value: ir.Value, block: Block) -> ir.Value:
         """query `[B, heads, S, d]`, key and value `[B, kv_heads, C, d]`; returns `[B, heads, S, d]`."""
         g, a, name = self._g, block.attention, f"layers.{block.layer}.attention"
-        # [B, heads, S, d] is [B, kv_heads, group, S, d] in memory: the group's rows lie one after another.
+        # [B, heads, S, d] has the same memory layout as [B, kv_heads, group * S, d].
         folded = g.op("Reshape", [query, g.shape_constant(0, a.num_kv_heads, -1, a.head_dim)], f"{name}.folded")
         factor = a.head_dim**-0.5 if a.scale is None else a.scale
         scale = g.constant("attention.scale", np.array(factor, self._compute.numpy()))
@@ -112,7 +104,7 @@ class ElementaryAttention:
         return g.op("Reshape", [mixed, g.shape_constant(0, a.num_heads, -1, a.head_dim)], name)
 
     def _softmax(self, scores: ir.Value, a: Attention, name: str) -> ir.Value:
-        """Softmax in float32 of `[B, kv_heads, group * S, C]`, masked slots at 0."""
+        """Masked softmax of `[B, kv_heads, group * S, C]`, in float32."""
         g, group = self._g, a.num_heads // a.num_kv_heads
         wide = g.op("Cast", [scores], f"{name}.scores.float32", to=ir.DataType.FLOAT)
         if a.softcap is not None:
@@ -138,10 +130,10 @@ class ElementaryAttention:
 
 
 class Opset24:
-    """The mask is boolean and made here from the positions.
+    """Opset 24. The mask is boolean and computed from the positions.
 
-    Attention's own `nonpad_kv_seqlen` input parses, and is dropped in silence by TensorRT's parser: wrong tokens. Its
-    `softcap` TensorRT refuses, so capped scores are computed in elementary operators.
+    TensorRT's parser accepts Attention's `nonpad_kv_seqlen` input and ignores it, which gives wrong tokens. It refuses
+    `softcap`, so attention with a softcap is built from elementary operators.
     """
 
     opset = 24
@@ -155,10 +147,8 @@ class Opset24:
         self._tables, self._masks = tables, Masks(g, tables, past)
         self._elementary: ElementaryAttention | None = None
 
-    def norm(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
-        if norm.kind is NormKind.LAYER:
-            return layer_norm(self._g, x, weight, bias, norm, out)
-        return self._g.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=norm.epsilon, stash_type=1)
+    def rms_norm(self, x: ir.Value, weight: ir.Value, epsilon: float, out: str) -> ir.Value:
+        return self._g.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=epsilon, stash_type=1)
 
     def rotate(self, x: ir.Value, rotary: Rotary, out: str) -> ir.Value:
         cos, sin = self._tables.rotary[rotary]
@@ -189,9 +179,3 @@ class Opset24:
             num_new = self._g.op("Shape", [self._tables.position_ids], "num_new", start=1, end=2)
             self._elementary = ElementaryAttention(self._g, self._masks, num_new, self._compute)
         return self._elementary
-
-
-def layer_norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
-    """LayerNormalization, which every opset since 17 has."""
-    inputs = [x, weight] if bias is None else [x, weight, bias]
-    return g.op("LayerNormalization", inputs, out, axis=-1, epsilon=norm.epsilon, stash_type=1)

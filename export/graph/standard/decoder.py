@@ -6,13 +6,13 @@
              logits_idx    int64 [R]      positions in the flattened [B * S] whose logits are wanted
              past.L.k/v    [B, kv_heads, capacity, head_dim]
     outputs  logits        float32 [R, vocab_size]
-             top_logits    float32 [R, 64]   the largest of them, falling
+             top_logits    float32 [R, 64]   the largest logits, in descending order
              top_ids       int64   [R, 64]   their token ids
              log_sum       float32 [R, 1]    log of the sum of exp(logits): log-probability = logit - log_sum
-             present.L.k/v                   the caches' own memory: written in place
+             present.L.k/v                   bound to the memory of past.L.k/v: written in place
 
-A row needs no query length: what padding writes lies behind the valid tokens, and no valid token's mask reaches it.
-Weights that have the `ort` dialect's form are named from its weight file.
+A row needs no query length: padding writes to slots after the valid tokens, which every valid token's mask excludes.
+Weights with the same bytes as in the `ort` dialect refer to its weight file.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ from export.quantize.rounding.layers import QuantizedLayers
 from export.schemes.scheme import Storage
 
 NUM_TOP = 64
-"""Candidates picked on the device. Top-k sampling asks for 20 to 50; 64 keep 99 % of the mass of a sane top-p."""
+"""Candidates chosen on the device. Top-k sampling uses 20 to 50; 64 have 99 % of the probability of a usual top-p."""
 
 
 class StandardDecoderGraph:
@@ -61,7 +61,7 @@ class StandardDecoderGraph:
         embed = self.weights.embedding(c)
         table = g.array(embed.name, embed.load().astype(self.dtype, copy=False))
         x = ops.as_stream(g.op("Gather", [table, self.ids], "embed", axis=0))
-        x = ops.as_wide(ops.placed(x, self.position_ids, c.embedding, self.max_len + 1))
+        x = ops.marked_float(ops.placed(x, self.position_ids, c.embedding, self.max_len + 1))
         stream = Stream(x, None)
         for block in c.blocks:
             stream = walk_block(ops, block, stream)
@@ -100,7 +100,7 @@ class StandardDecoderGraph:
         g, c = self.g, self.config
         num_top = min(NUM_TOP, c.vocab_size)
         top, ids = g.ops("TopK", [logits, g.shape_constant(num_top)], ["top_logits", "top_ids"], axis=-1)
-        # The largest subtracted first, or exp overflows.
+        # The largest logit is subtracted so that exp does not overflow.
         largest = g.op("Slice", [top, g.shape_constant(0), g.shape_constant(1), g.shape_constant(1)], "largest")
         exps = g.op("Exp", [g.op("Sub", [logits, largest], "logits.shifted")], "logits.exp")
         total = g.op("ReduceSum", [exps, g.shape_constant(-1)], "exp_sum", keepdims=1)

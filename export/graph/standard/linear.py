@@ -1,13 +1,12 @@
 """Linear layers in standard ONNX: QuantizeLinear and DequantizeLinear around a MatMul, which TensorRT fuses.
 
-Every scheme is symmetric, its zero point 0 left out. Weights lie as `[K, N]`, the MatMul's own order, so that a wide
-one is byte for byte the `ort` dialect's, and a calibrated one too: same integers, same static scales. Scales have the
-compute type (the network is strongly typed). Integers that are rounded here are rounded with the scale as stored, so
-that a half-precision scale costs no accuracy of its own; in calibrated ones it costs a few parts in ten thousand.
+Every scheme is symmetric, without zero points. Weights are stored as `[K, N]`, the MatMul's order, so that float and
+calibrated weights have the same bytes as in the `ort` dialect. Scales have the compute type, because the network is
+strongly typed. Weights that are rounded here are rounded with the scale as stored, so a half-precision scale costs no
+accuracy; for calibrated weights it costs a few parts in ten thousand.
 
-A layer that the `ort` dialect runs in two int8 passes keeps its int8 weights, and its activations stay wide. Layers of
-a checkpoint that int4_model.py has rounded for TensorRT are its integers; others are rounded here, each weight for
-itself.
+A layer that the `ort` dialect runs in two int8 passes has int8 weights and float activations. Layers that int4/model.py
+rounded for TensorRT keep those integers; others are rounded to nearest here.
 """
 
 from typing import Any
@@ -30,11 +29,11 @@ from export.storage.blocks import QuantizedRows, check_divisible, signed_codes
 from export.storage.quantized_rows import ImportedRows
 
 _SCALE_ERROR = 2.0**-10
-"""Relative error of a stored scale up to which calibrated integers stand: twice a normal half-precision number's."""
+"""Largest relative error of a stored scale with which calibrated integers are kept: twice half precision's rounding."""
 
 
 class StandardLinear:
-    """Adds linear layers to one graph; quantizes an input once however many layers read it."""
+    """Adds linear layers to one graph. An input that several layers read is quantized once."""
 
     def __init__(self, g: GraphBuilder, storage: Storage, layers: QuantizedLayers) -> None:
         self._g, self._storage, self._layers = g, storage, layers
@@ -58,7 +57,7 @@ class StandardLinear:
         return self._g.op("MatMul", [x, matrix], name)
 
     def _rounded(self, x: ir.Value, scale: float) -> ir.Value:
-        """x through int8 and back."""
+        """Fake-quantize x to int8."""
         key = f"{x.name}.int8"
         if key not in self._quantized:
             g, zero = self._g, self._g.constant("zero_point", np.array(0, np.int8))
@@ -68,7 +67,7 @@ class StandardLinear:
         return self._quantized[key]
 
     def _calibrated(self, weight: Weight, rows: Int8Rows) -> ir.Value:
-        """The `ort` dialect's integers, or, where half precision has no such scale, others for one that it has."""
+        """The `ort` dialect's integers, or new ones if half precision cannot represent their scales."""
         assert rows.values.shape == weight.shape, (weight.name, rows.values.shape, weight.shape)
         scales, values = self._stored_scales(rows.scales), np.ascontiguousarray(rows.values.T)
         if not self._can_store(rows.scales):
@@ -76,18 +75,18 @@ class StandardLinear:
         return self._dequantized(weight, values, scales)
 
     def _int8(self, weight: Weight) -> ir.Value:
-        """One scale an output channel."""
+        """Round the weights to int8 with one scale per output channel."""
         matrix = weight.load().T  # [K, N]
         scales = self._stored_scales(np.abs(matrix).max(0) / 127)
         return self._dequantized(weight, _rounded_with(matrix, scales), scales)
 
     def _dequantized(self, weight: Weight, values: NDArray[np.int8], scales: NDArray[Any]) -> ir.Value:
-        """int8 `[K, N]` and a scale a column, as the MatMul reads them."""
+        """Dequantize int8 `[K, N]` with one scale per column."""
         inputs = [self._g.array(f"{weight.name}.int8", values), self._g.array(f"{weight.name}.int8.scales", scales)]
         return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=1)
 
     def _int4(self, weight: Weight, imported: ImportedRows | None) -> ir.Value:
-        """The integers that are there already where TensorRT takes them, or those nearest to the weights."""
+        """Use the layer's integers if TensorRT supports them, or round the weights to nearest."""
         if imported is not None and imported.blocks.symmetric and imported.input_order is None:
             rows, blocks = imported.rows, imported.blocks
             if blocks.bits == 8 and blocks.block_size == weight.shape[1]:
@@ -98,7 +97,7 @@ class StandardLinear:
         return self._int4_blocks(weight, nearest_rows(weight.load(), INT4_BLOCKS), INT4_BLOCKS)
 
     def _int4_blocks(self, weight: Weight, rows: QuantizedRows, blocks: Blocks) -> ir.Value:
-        """One scale a block of inputs of one output channel."""
+        """Dequantize int4 with one scale per block of inputs of an output channel."""
         n, k = weight.shape
         packed = _pack_int4(np.ascontiguousarray(signed_codes(rows, bits=4).T))
         stored = self._g.weight(f"{weight.name}.int4", self._g.write([packed]), ir.DataType.INT4, (k, n))
@@ -107,21 +106,21 @@ class StandardLinear:
         return self._g.op("DequantizeLinear", inputs, f"{weight.name}.wide", axis=0, block_size=blocks.block_size)
 
     def _stored_scales(self, scales: NDArray[np.float32]) -> NDArray[Any]:
-        """In the compute type, and never 0."""
+        """Scales in the compute type, never 0."""
         return np.maximum(scales, SMALLEST_SCALE).astype(self._dtype)
 
     def _can_store(self, scales: NDArray[np.float32]) -> bool:
-        """Whether scales that integers were made for survive in the compute type."""
+        """Whether the compute type represents the scales within _SCALE_ERROR."""
         stored = self._stored_scales(scales).astype(np.float32)
         return bool((np.abs(stored - scales) <= _SCALE_ERROR * scales).all())
 
 
 def _rounded_with(matrix: NDArray[np.float32], scales: NDArray[Any]) -> NDArray[np.int8]:
-    """`[K, N]` to the nearest multiples of its columns' scales, -127 to 127."""
+    """Round `[K, N]` to the nearest multiples of each column's scale, -127 to 127."""
     return np.clip(np.rint(matrix / scales.astype(np.float32)), -127, 127).astype(np.int8)
 
 
 def _pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two to a byte in row-major order, the first in the low half, as ONNX stores INT4."""
+    """Pack two values into a byte, in row-major order and the first in the low half, as ONNX stores INT4."""
     pairs = (values & 15).astype(np.uint8).reshape(-1, 2)
     return np.asarray(pairs[:, 0] | (pairs[:, 1] << 4), np.uint8)

@@ -1,7 +1,7 @@
 """Norm, rotary embedding, cache and attention in elementary operators, for TensorRT releases before 10.15.
 
-JetPack 6 ships TensorRT 10.3, which has neither IAttention nor IKVCacheUpdate, and whose parser ends at opset 21:
-MatMul, Softmax and ScatterND it is. Same interface and same numbers as Opset24 in attention.py.
+JetPack 6 has TensorRT 10.3, without IAttention and IKVCacheUpdate, and its parser supports opsets up to 21. The
+interface and the results are those of Opset24 in attention.py.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import GraphBuilder
-from export.graph.standard.attention import CachedValues, ElementaryAttention, Masks, Tables, layer_norm
-from export.model.description import Block, Norm, NormKind, Rotary
+from export.graph.operations import CachedValues
+from export.graph.standard.attention import ElementaryAttention, Masks, Tables
+from export.model.description import Block, Rotary
 
 
 class Opset21:
-    """The first opset with 4-bit integers; of its new operators nothing else is used."""
+    """Opset 21, the first with 4-bit integers."""
 
     opset = 21
     ir_version = 10
@@ -35,19 +36,17 @@ class Opset21:
         assert isinstance(kv_heads, int)
         self._scatter_idx = self._make_scatter_idx(tables, kv_heads)
 
-    def norm(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, norm: Norm, out: str) -> ir.Value:
-        """x / sqrt(mean(x^2) + epsilon) * weight, all float32."""
+    def rms_norm(self, x: ir.Value, weight: ir.Value, epsilon: float, out: str) -> ir.Value:
+        """x / sqrt(mean(x^2) + epsilon) * weight, in float32."""
         g = self._g
-        if norm.kind is NormKind.LAYER:
-            return layer_norm(g, x, weight, bias, norm, out)
         square = g.op("Mul", [x, x], f"{out}.square")
         mean = g.op("ReduceMean", [square, g.shape_constant(-1)], f"{out}.mean", keepdims=1)
-        epsilon = g.constant(f"epsilon.{norm.epsilon:g}", np.array(norm.epsilon, np.float32))
-        root = g.op("Sqrt", [g.op("Add", [mean, epsilon], f"{out}.mean_eps")], f"{out}.root")
+        added = g.constant(f"epsilon.{epsilon:g}", np.array(epsilon, np.float32))
+        root = g.op("Sqrt", [g.op("Add", [mean, added], f"{out}.mean_eps")], f"{out}.root")
         return g.op("Mul", [g.op("Div", [x, root], f"{out}.unit"), weight], out)
 
     def rotate(self, x: ir.Value, rotary: Rotary, out: str) -> ir.Value:
-        """Turn pairs of the first `dim` channels by their position's angle."""
+        """Rotate pairs of the first `dim` channels by their position's angle."""
         g, dim = self._g, rotary.dim
         cos, sin = self._angles[rotary]
         turning, rest = x, None
@@ -57,7 +56,8 @@ class Opset21:
         if rotary.interleaved:
             pairs = g.op("Reshape", [turning, g.shape_constant(0, 0, 0, dim // 2, 2)], f"{out}.pairs")
             halves = g.ops("Split", [pairs, g.shape_constant(1, 1)], [f"{out}.a5", f"{out}.b5"], axis=-1)
-            first, second = (g.op("Squeeze", [half, g.shape_constant(-1)], half.name[:-1]) for half in halves)  # type: ignore[index]
+            last = g.shape_constant(-1)
+            first, second = (g.op("Squeeze", [half, last], f"{out}.{x}") for half, x in zip(halves, "ab", strict=True))
         else:
             sizes = g.shape_constant(dim // 2, dim // 2)
             first, second = g.ops("Split", [turning, sizes], [f"{out}.a", f"{out}.b"], axis=-1)
@@ -66,7 +66,6 @@ class Opset21:
         b = g.op("Add", [g.op("Mul", [second, cos], f"{out}.bc"), g.op("Mul", [first, sin], f"{out}.as")],
                  f"{out}.second")  # fmt: skip
         if rotary.interleaved:
-            last = g.shape_constant(-1)
             columns = [g.op("Unsqueeze", [half, last], f"{half.name}.5d") for half in (a, b)]
             joined = g.op("Concat", columns, f"{out}.joined", axis=-1)
             turned = g.op("Reshape", [joined, g.shape_constant(0, 0, 0, dim)], out if rest is None else f"{out}.turned")

@@ -1,8 +1,8 @@
-"""Writes the graph of a standard dialect beside the `ort` one, sharing its weights where the bytes are the same.
+"""Writes the graph of a standard dialect. It shares weights with the `ort` dialect if the bytes are the same.
 
-fp32 and fp16 share everything but half-precision norms, w8a8 its integers. Weight-only precisions share nothing: ONNX
-Runtime's blocks are unsigned with a zero point and lie along the inputs of a row, TensorRT's are signed, without one,
-in the MatMul's order.
+fp32 and fp16 share everything except half-precision norms; w8a8 shares its integers. Weight-only schemes share nothing:
+ONNX Runtime's blocks are unsigned with a zero point and run along the inputs of a row, TensorRT's are signed, without
+zero point and in the MatMul's order.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ def write_standard_graph(
     weights: WeightFile,
     layers: QuantizedLayers,
 ) -> int:
-    """Write one graph; the bytes of weights that every run reads. `layers`: those that are integers already."""
+    """Write one graph. Returns the bytes of weights that every run reads."""
     import onnx
 
     kind = _DIALECTS[dialect]

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's config and checks its fields, text files and tensors, before any weight is read."""
+"""Reads and checks a checkpoint's config, text files and tensors, before any weight is read."""
 
 from dataclasses import replace
 
@@ -10,10 +10,10 @@ from export.model.families.architectures import as_described, parse_config
 
 
 def read_model(checkpoint: Checkpoint) -> ModelConfig:
-    """The checkpoint's config, after its fields, text files and tensors were found to fit each other.
+    """Read the config, and check that fields, text files and tensors fit each other.
 
-    The end-of-text ids are those of config.json, generation_config.json and the tokenizer's `eos_token`, or the default
-    of the family where none of them names any. InvalidCheckpoint, or UnsupportedModel for a model without a graph.
+    The end-of-text ids are those of config.json, generation_config.json and the tokenizer's `eos_token`, or the
+    family's default if there are none. Raises InvalidCheckpoint or UnsupportedModel.
     """
     config = parse_config(checkpoint.config)
     ends = check_texts(checkpoint.text_files(), config)

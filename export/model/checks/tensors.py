@@ -1,12 +1,11 @@
-"""Compares a checkpoint's tensors with those that its config means, before any weight is read.
+"""Compares a checkpoint's tensors with those that its config requires, before any weight is read.
 
-Every tensor is used, or known to have no effect, or named in an error. The graph and the numpy reference read the same
-config, so a bias that config.json does not mention would be missing in both, and the receipt would not show it.
+Every tensor is used, or has no effect, or is named in an error. The graph and the numpy reference read the same config,
+so without this check, a bias that config.json does not mention would be missing in both, and no gate would fail.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
 
 from export.checkpoint.config_fields import shown_names
 from export.checkpoint.protocol import Checkpoint
@@ -19,14 +18,14 @@ LM_HEAD = "lm_head.weight"
 _BUFFER = re.compile(
     r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|(masked_bias|causal_mask|position_ids)|h\.\d+\.attn\.bias)"
 )
-"""What older releases of transformers saved beside the weights: tables and masks that any reader computes itself."""
+"""Tables and masks that older releases of transformers saved with the weights. They are computed, not read."""
 
 _NO_WEIGHTS = re.compile(r"BOOL|[UIC]\d+|F64|F[468]_\w+")
-"""Stored types of safetensors that are not weights. Those of GGUF were checked when the file was opened."""
+"""Types of safetensors that no weight has. GGUF's types are checked when the file is opened."""
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a graph of this config reads, with its shape."""
+    """The name and shape of every tensor that a graph of this config reads."""
     tensors: dict[str, tuple[int, ...]] = {f"{config.embedding.name}.weight": (config.vocab_size, config.hidden_size)}
     if config.embedding.positions is not None:
         tensors[f"{config.embedding.positions}.weight"] = (config.embedding.num_positions, config.hidden_size)
@@ -43,10 +42,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """InvalidCheckpoint, naming them, for tensors that are missing, of another shape, or without a place in the model.
+    """InvalidCheckpoint names tensors that are missing, of another shape, or not part of the model.
 
-    Reads nothing but what decides whether an extra tensor has an effect: biases, which are zero in the files of some
-    quantization tools, and a second LM head where the config ties it to the embedding.
+    An extra tensor is read only to find out whether it has an effect: a bias may be zero, as some quantization tools
+    write it, and an LM head may equal the embedding that it is tied to.
     """
     expected = expected_tensors(config)
     found = checkpoint.tensors
@@ -86,9 +85,9 @@ def _has_no_effect(
 
 
 def _is_tied(checkpoint: Checkpoint, embedding: str) -> bool:
-    """Whether embedding and LM head hold the same numbers. Where they differ, releases of transformers differ too."""
+    """Whether embedding and LM head are equal. If not, releases of transformers differ in which one they use."""
     is_equal = checkpoint.tensors[embedding].shape == checkpoint.tensors[LM_HEAD].shape
-    # By hash, because only one of the two largest matrices of a model should be in memory.
+    # Compared by hash, so that only one of the two matrices is in memory.
     if is_equal and _hash_of(checkpoint, embedding) == _hash_of(checkpoint, LM_HEAD):
         return True
     raise InvalidCheckpoint(
@@ -102,54 +101,51 @@ def _hash_of(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 def _told(checkpoint: Checkpoint, config: ModelConfig, missing: list[str], unused: list[str]) -> str:
-    """What is missing, what is there instead, by the names in the files, and what to do about the most likely cause."""
+    """The message: missing and unused tensors, by their names in the files, and advice for the most likely cause."""
     gone, extra = (list(dict.fromkeys(map(checkpoint.stored_name, names))) for names in (missing, unused))
     parts = []
     if missing:
         parts.append(f"there is no tensor {shown_names(gone)}")
     if unused:
         parts.append(f"a {config.model_type} model with this config.json has no place for {shown_names(extra)}")
-    advice = next((text for applies, text in _CAUSES if applies(config, missing, unused)), None)
-    return "; ".join((*parts, advice or "config.json belongs to another model, or the checkpoint is not whole"))
+    return "; ".join((*parts, _advice(config, missing, unused)))
 
 
-def _any(names: Iterable[str], *parts: str) -> bool:
-    return any(part in name for name in names for part in parts)
+def _advice(config: ModelConfig, missing: list[str], unused: list[str]) -> str:
+    """What to do about the most likely cause."""
 
+    def has(names: list[str], *parts: str) -> bool:
+        return any(part in name for name in names for part in parts)
 
-def _is_too_deep(config: ModelConfig, missing: list[str], unused: list[str]) -> bool:
     layers = [int(match[1]) for name in unused if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
-    return any(layer >= config.num_layers for layer in layers)
-
-
-_CAUSES: tuple[tuple[Callable[[ModelConfig, list[str], list[str]], bool], str], ...] = (
-    (
-        lambda config, missing, unused: missing == [LM_HEAD],
-        "set tie_word_embeddings to true in config.json if the embedding is the LM head; else the checkpoint lacks it",
-    ),
-    (
-        lambda config, missing, unused: _any(unused, "lora_", "base_model.model."),
-        "that is an adapter: merge it into its base model",
-    ),
-    (
-        lambda config, missing, unused: _any(unused, ".qweight", ".weight_packed", "_scale", ".absmax", ".qzeros"),
-        "these are quantized weights that config.json's quantization_config does not describe",
-    ),
-    (
-        lambda config, missing, unused: _any(missing, "model.embed_tokens") and _any(unused, "embed_tokens", "wte"),
-        "the names are those of another class of model: save it as a causal language model with transformers "
-        "(AutoModelForCausalLM, then save_pretrained)",
-    ),
-    (_is_too_deep, "num_hidden_layers is too small, or those layers are for something else than the next token"),
-    (
-        lambda config, missing, unused: _any(unused, ".bias"),
-        "these biases are not zero: set attention_bias or mlp_bias in config.json if the model is to use them",
-    ),
-    (
-        lambda config, missing, unused: _any(unused, "_norm."),
-        "the model is of another family than model_type says, or of one that is not supported",
-    ),
-)
+    causes = (
+        (
+            missing == [LM_HEAD],
+            "set tie_word_embeddings to true in config.json if the embedding is the LM head; else the checkpoint lacks "
+            "it",
+        ),
+        (has(unused, "lora_", "base_model.model."), "that is an adapter: merge it into its base model"),
+        (
+            has(unused, ".qweight", ".weight_packed", "_scale", ".absmax", ".qzeros"),
+            "these are quantized weights that config.json's quantization_config does not describe",
+        ),
+        (
+            has(missing, "model.embed_tokens") and has(unused, "embed_tokens", "wte"),
+            "the names are those of another class of model: save it as a causal language model with transformers "
+            "(AutoModelForCausalLM, then save_pretrained)",
+        ),
+        (
+            any(layer >= config.num_layers for layer in layers),
+            "num_hidden_layers is too small, or those layers are for something else than the next token",
+        ),
+        (
+            has(unused, ".bias"),
+            "these biases are not zero: set attention_bias or mlp_bias in config.json if the model is to use them",
+        ),
+        (has(unused, "_norm."), "the model is of another family than model_type says, or of one that is not supported"),
+    )
+    default = "config.json belongs to another model, or the checkpoint is incomplete"
+    return next((text for applies, text in causes if applies), default)
 
 
 def _shape_advice(name: str, shape: tuple[int, ...], config: ModelConfig) -> str:

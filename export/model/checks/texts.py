@@ -19,10 +19,10 @@ GENERATION = "generation_config.json"
 
 
 def check_texts(texts: Mapping[str, str], config: ModelConfig) -> tuple[int, ...]:
-    """The token ids that end a text, from generation_config.json and the tokenizer's `eos_token`, sorted.
+    """Find the token ids that end a text, from generation_config.json and the tokenizer's `eos_token`, sorted.
 
-    InvalidCheckpoint if a file is no JSON object, has a field of another type, names ids outside the vocabulary, or if
-    the tokenizer or the chat template cannot be loaded by the server.
+    InvalidCheckpoint if a file is not a JSON object, has a field of a wrong type or an id outside the vocabulary, or if
+    the server could not load the tokenizer or the chat template.
     """
     objects = {
         name: parse_json_object(text, name)
@@ -32,7 +32,7 @@ def check_texts(texts: Mapping[str, str], config: ModelConfig) -> tuple[int, ...
     generation = objects.get(GENERATION, {})
     where = f"{GENERATION}: eos_token_id"
     ends = set(token_ids(generation.get("eos_token_id"), where, vocab_size=config.vocab_size))
-    special_tokens(objects)  # refuses other types
+    special_tokens(objects)  # checks their types
     settings, special = objects.get(TOKENIZER_CONFIG, {}), {}
     if TOKENIZER in texts:
         tokenizer = load_tokenizer(texts[TOKENIZER])
@@ -45,7 +45,7 @@ def check_texts(texts: Mapping[str, str], config: ModelConfig) -> tuple[int, ...
 
 
 def _eos_of(tokenizer: "HfTokenizer", objects: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> set[int]:
-    """The ids of `eos_token`. One that the tokenizer does not know can never be generated, and so ends nothing."""
+    """The ids of `eos_token`. One that the tokenizer does not know is ignored, because it is never generated."""
     found: set[int] = set()
     for file in FILES:
         text = special_token(objects.get(file, {}), "eos_token", file)
@@ -56,9 +56,9 @@ def _eos_of(tokenizer: "HfTokenizer", objects: Mapping[str, Mapping[str, Any]], 
 
 
 def _check_vocabulary(tokenizer: "HfTokenizer", config: ModelConfig) -> None:
-    """Ordinary tokens must have a row in the embedding.
+    """InvalidCheckpoint if an ordinary token has no row in the embedding.
 
-    Added ones may lie beyond it: many fine-tunes have a `[PAD]` behind the last row, which no text needs.
+    Added tokens may have none: many fine-tunes have a `[PAD]` after the last row, which no text contains.
     """
     highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if highest >= config.vocab_size:
@@ -69,7 +69,7 @@ def _check_vocabulary(tokenizer: "HfTokenizer", config: ModelConfig) -> None:
 
 
 def _loaded_as_served(tokenizer: "HfTokenizer", config: Mapping[str, Any]) -> dict[str, str]:
-    """Load a tokenizer as the server will; its special tokens. Better refused here than there."""
+    """Load a tokenizer as the server does, to find errors before it runs. Returns its special tokens."""
     from runtime.text.tokenizer import Tokenizer
 
     try:

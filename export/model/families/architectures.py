@@ -1,13 +1,12 @@
-"""The table of decoders this release exports, and how config.json becomes the description of one.
+"""The table of supported architectures, and `parse_config`, which makes a `ModelConfig` from config.json.
 
-A row (families/) says what sets a family apart; `parse_config` turns any config.json into a `ModelConfig`, and refuses
-by name what the graph could not honour. Reads no files.
-
-A field that is missing has transformers' default of the family, because tools leave out what equals it; the tests
-compare every default with `AutoConfig`.
+Each row is in a file of families/. A field that graphs would not honour is refused by name. A missing field has
+transformers' default of the family, because tools omit fields with the default; the tests compare every default with
+`AutoConfig`. Reads no files.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +19,7 @@ from export.model.families.cohere import COHERE
 from export.model.families.config_values import flag, integer, number, token_ids
 from export.model.families.gemma import GEMMA2
 from export.model.families.gpt2 import GPT2
-from export.model.families.layout import Tokens, describe
+from export.model.families.layout import describe
 from export.model.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from export.model.families.mixtral import MIXTRAL
 from export.model.families.phi3 import PHI3
@@ -57,10 +56,10 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Check a config.json and describe the decoder that it means.
+    """Check a config.json and describe its decoder.
 
-    UnsupportedModel names the model type or field that has no graph here and lists what has;
-    InvalidCheckpoint names a field that makes no sense.
+    UnsupportedModel names a model type or field that is not supported, and lists what is. InvalidCheckpoint names a
+    field with an invalid value.
     """
     arch = _architecture(raw)
     shared = _shared_names(raw, arch)
@@ -73,18 +72,18 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         arch.style(shared, sizes),
         arch.names,
         rope_config(shared, sizes.max_len, defaults.rope_theta, can_be_partial="partial_rotary_factor" in arch.fields),
-        Tokens(
-            _ids(shared, "eos_token_id", defaults.eos_id, sizes.vocab_size),
-            next(iter(_ids(shared, "bos_token_id", defaults.bos_id, sizes.vocab_size)), None),
-        ),
         is_tied=flag(shared, "tie_word_embeddings", default=defaults.is_tied),
     )
     _check_rotary(config, arch)
-    return config
+    return replace(
+        config,
+        eos_ids=_ids(shared, "eos_token_id", defaults.eos_id, sizes.vocab_size),
+        bos_id=next(iter(_ids(shared, "bos_token_id", defaults.bos_id, sizes.vocab_size)), None),
+    )
 
 
 def _check_rotary(config: ModelConfig, arch: Architecture) -> None:
-    """What the rotary embedding and the size of the heads must agree on."""
+    """Check that the rotary embedding fits the family and the size of the heads."""
     rotary = config.attention.rotary
     if rotary is None:
         return
@@ -95,17 +94,17 @@ def _check_rotary(config: ModelConfig, arch: Architecture) -> None:
         )
     if rotary.dim < 2 or rotary.dim % 2:
         raise UnsupportedModel(
-            f"config.json: {rotary.dim} of {rotary.head_dim} channels of a head would turn; supported: even numbers"
+            f"config.json: {rotary.dim} of {rotary.head_dim} channels of a head would rotate; supported: even numbers"
         )
     for name, factors in (("short_factor", rotary.rope.short_factors), ("long_factor", rotary.rope.long_factors)):
         if rotary.rope.kind == "longrope" and len(factors) != rotary.dim // 2:
             raise InvalidCheckpoint(
-                f"config.json: {name} has {len(factors)} numbers, and {rotary.dim // 2} pairs of channels turn"
+                f"config.json: {name} has {len(factors)} numbers, and {rotary.dim // 2} pairs of channels are rotated"
             )
 
 
 def as_described(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under the description's tensor names: fused matrices split, transposed ones turned.
+    """The checkpoint with the description's tensors: fused matrices are split, transposed ones transposed back.
 
     A checkpoint without its LM head, as GPT-2's own is, has names without the prefix of the others.
     """
@@ -119,9 +118,9 @@ def as_described(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _shared_names(raw: Mapping[str, Any], arch: Architecture) -> Mapping[str, Any]:
-    """config.json with the fields that this family calls otherwise under their shared names.
+    """config.json with the family's own field names replaced by the shared ones.
 
-    UnsupportedModel for a shared name that this family does not read; InvalidCheckpoint if the two names differ.
+    UnsupportedModel for a shared name that the family does not read; InvalidCheckpoint if two names' values differ.
     """
     own_names = {shared: own for own, shared in arch.aliases.items()}
     found: dict[str, Any] = {}
@@ -142,13 +141,13 @@ def _shared_names(raw: Mapping[str, Any], arch: Architecture) -> Mapping[str, An
 
 
 def _architecture(raw: Mapping[str, Any]) -> Architecture:
-    """The row of model_type, if `architectures` and `auto_map` do not name a class that computes something else."""
+    """The row of model_type. UnsupportedModel if `architectures` or `auto_map` name another kind of class."""
     model_type = raw.get("model_type")
     arch = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if arch is None:
         found = f"model_type {shown(model_type)} is not supported" if "model_type" in raw else "there is no model_type"
         raise UnsupportedModel(f"config.json: {found}; supported: {', '.join(sorted(ARCHITECTURES))}")
-    # A class of another family is a slip of a tool: transformers goes by model_type, and so do we.
+    # A class of another supported family is allowed: as in transformers, model_type decides.
     known = {row.class_name.lower() for row in ARCHITECTURES.values()}
     classes = raw.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -169,10 +168,10 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
 
 
 def _sizes(raw: Mapping[str, Any], defaults: Defaults) -> Sizes:
-    """Sizes, those of attention checked against each other."""
+    """Read all sizes, and check that those of attention fit each other."""
     hidden_size = integer(raw, "hidden_size", defaults.hidden_size)
     num_heads = integer(raw, "num_attention_heads", defaults.num_heads)
-    # transformers takes null as one key-value head a head, and a missing field as the family's number.
+    # In transformers, null means one key-value head per head, and a missing field the family's default.
     kv_default = num_heads if raw.get("num_key_value_heads", 0) is None else defaults.num_kv_heads or num_heads
     num_kv_heads = integer(_without_null(raw, "num_key_value_heads"), "num_key_value_heads", kv_default)
     if num_heads % num_kv_heads:
@@ -192,7 +191,7 @@ def _sizes(raw: Mapping[str, Any], defaults: Defaults) -> Sizes:
     head_dim = integer(values, "head_dim", defaults.head_dim or hidden_size // num_heads)
     if head_dim % 8:
         raise UnsupportedModel(f"config.json: head_dim {head_dim} is not supported; supported: multiples of 8")
-    # GPT-2 takes a null as four times the hidden size.
+    # For GPT-2, null means four times the hidden size.
     inner = raw if defaults.intermediate_size is not None else _without_null(raw, "intermediate_size")
     return Sizes(
         hidden_size=hidden_size,
@@ -218,11 +217,11 @@ def _activation(raw: Mapping[str, Any], defaults: Defaults) -> Activation:
 
 
 def _ids(raw: Mapping[str, Any], name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
-    if name not in raw:  # the family's default need not be in a small vocabulary
+    if name not in raw:  # a small vocabulary may lack the family's default
         return () if default is None or default >= vocab_size else (default,)
     return token_ids(raw[name], f"config.json: {name}", vocab_size=vocab_size)
 
 
 def _without_null(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The config without a field whose null means the same as its absence."""
+    """The config without a field that is null."""
     return {key: value for key, value in raw.items() if key != name} if raw.get(name, 0) is None else raw

@@ -1,4 +1,4 @@
-"""Cohere's Command R: attention and MLP side by side behind one layer norm without bias, neighbouring pairs turn."""
+"""Cohere's Command R: parallel attention and MLP after one layer norm without bias, interleaved rotary embedding."""
 
 from export.model.description import NormKind
 from export.model.families.config_values import flag, number

@@ -1,4 +1,4 @@
-"""Gemma 2: a norm in front of and behind both halves of a block, weights stored as w of 1 + w, capped logits."""
+"""Gemma 2: norms before and after attention and MLP, which multiply by 1 + w, and softcaps of scores and logits."""
 
 import math
 
@@ -24,17 +24,17 @@ _DEFAULTS = Defaults(
 
 
 def _style(raw: Raw, sizes: Sizes) -> Style:
-    """https://arxiv.org/abs/2408.00118; scores are scaled by query_pre_attn_scalar in place of the head's size."""
+    """Gemma 2 (arXiv:2408.00118) scales scores by query_pre_attn_scalar instead of head_dim."""
 
     def cap(name: str, default: float) -> float | None:
-        return optional_number(raw, name, field=name) if name in raw else default
+        return optional_number(raw, name) if name in raw else default
 
     bias = flag(raw, "attention_bias")
     return Style(
         norm_adds_one=True,
         qkv_bias=bias,
         o_bias=bias,
-        attention_scale=(optional_number(raw, "query_pre_attn_scalar", field="query_pre_attn_scalar") or 256) ** -0.5,
+        attention_scale=(optional_number(raw, "query_pre_attn_scalar") or 256) ** -0.5,
         attention_softcap=cap("attn_logit_softcapping", 50.0),
         embedding_scale=math.sqrt(sizes.hidden_size),
         logit_softcap=cap("final_logit_softcapping", 30.0),
@@ -51,7 +51,7 @@ GEMMA2 = Architecture(
         mlp_norm="pre_feedforward_layernorm",
         mlp_out_norm="post_feedforward_layernorm",
     ),
-    # Some releases of transformers wrote the activation under both names, and computed by hidden_activation.
+    # Some releases of transformers wrote both names, and used hidden_activation.
     aliases={"hidden_activation": "hidden_act"},
     fields={
         "attention_bias": (),

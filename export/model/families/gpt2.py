@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms with biases, an MLP without a gate, matrices stored inputs first (Conv1D)."""
+"""GPT-2: learned positions, layer norms with biases, an MLP without a gate, transposed matrices (Conv1D)."""
 
 from export.checkpoint.fused import Split
 from export.model.description import NormKind
@@ -58,8 +58,8 @@ GPT2 = Architecture(
         "layer_norm_epsilon": "rms_norm_eps",
         "activation_function": "hidden_act",
     },
-    # n_ctx is what n_positions was called before; the summary belongs to another class of model; the order of the
-    # products changes no number beyond rounding.
+    # n_ctx is an old name of n_positions; the summary fields belong to another class; reorder_and_upcast_attn changes
+    # results only by rounding.
     fields={
         "n_ctx": (),
         "scale_attn_weights": (True,),

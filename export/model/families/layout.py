@@ -1,7 +1,6 @@
-"""From a family's style and sizes to the description of its decoder: names, linear layers, norms, blocks."""
+"""Builds the description of a decoder from its family's style, names and sizes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from export.model.description import (
     LM_HEAD,
@@ -22,17 +21,10 @@ from export.model.description import (
 from export.model.families.row import Names, Sizes, Style
 
 
-class Tokens(NamedTuple):
-    """Ids with a meaning of their own."""
-
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
-
-
 def describe(
-    model_type: str, sizes: Sizes, style: Style, names: Names, rope: RopeConfig, tokens: Tokens, *, is_tied: bool
+    model_type: str, sizes: Sizes, style: Style, names: Names, rope: RopeConfig, *, is_tied: bool
 ) -> ModelConfig:
-    """The decoder that `style` makes of `sizes`."""
+    """Describe a decoder, without its special token ids."""
     layout = _Layout(sizes, style, names, rope)
     head = Part(names.embedding if is_tied else names.head, sizes.vocab_size)
     final_norm = layout.norm(names.final_norm)
@@ -61,8 +53,6 @@ def describe(
             scale=style.logit_scale,
             softcap=style.logit_softcap,
         ),
-        eos_ids=tokens.eos_ids,
-        bos_id=tokens.bos_id,
     )
 
 
@@ -115,10 +105,10 @@ class _Layout:
             self.norm(f"{prefix}.{name}", sizes.head_dim) if style.qk_norm else None
             for name in (names.q_norm, names.k_norm)
         )
-        o = self._down(layer, "o", f"{prefix}.{names.o}", q_rows, has_bias=style.o_bias)
+        o_parts = [Part(f"{prefix}.{names.o}", sizes.hidden_size)]
         return Attention(
-            qkv=self._reading(layer, "qkv", "qkv", parts, reads, has_bias=style.qkv_bias),
-            o=o,
+            qkv=self._linear(layer, "qkv", parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
+            o=self._linear(layer, "o", o_parts, q_rows, has_bias=style.o_bias, reads=None),
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
@@ -136,7 +126,7 @@ class _Layout:
             return self._mlp(layer, prefix, reads, "")
         router = Part(f"{prefix}.{names.router}", style.num_experts)
         return Experts(
-            router=self._reading(layer, "router", "router", [router], reads, has_bias=False),
+            router=self._linear(layer, "router", [router], self._sizes.hidden_size, has_bias=False, reads=reads),
             experts=tuple(
                 self._mlp(layer, f"{prefix}.{names.experts.format(expert=expert)}", reads, f".{expert}")
                 for expert in range(style.num_experts)
@@ -145,37 +135,29 @@ class _Layout:
         )
 
     def _mlp(self, layer: int, prefix: str, reads: Norm, number: str) -> Mlp:
-        """`number`: of an expert, behind its kinds."""
+        """`number`: an expert's suffix of its kinds, like ".3"."""
         sizes, style, names = self._sizes, self._style, self._names
-        inner = sizes.intermediate_size
-        role = "gate_up" if style.is_gated else "up"
-        parts = [Part(f"{prefix}.{name}", inner) for name in (names.gate, names.up)[not style.is_gated :]]
+        inner, hidden, bias = sizes.intermediate_size, sizes.hidden_size, style.mlp_bias
+        kind = "gate_up" if style.is_gated else "up"
+        up_parts = [Part(f"{prefix}.{name}", inner) for name in (names.gate, names.up)[not style.is_gated :]]
+        down_parts = [Part(f"{prefix}.{names.down}", hidden)]
         return Mlp(
-            up=self._reading(layer, f"{role}{number}", role, parts, reads, has_bias=style.mlp_bias),
-            down=self._down(layer, f"down{number}", f"{prefix}.{names.down}", inner, has_bias=style.mlp_bias),
+            up=self._linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=bias, reads=reads),
+            down=self._linear(layer, f"down{number}", down_parts, inner, has_bias=bias, reads=None),
             activation=sizes.activation,
             is_gated=style.is_gated,
         )
 
-    def _reading(
-        self, layer: int, kind: str, role: str, parts: Sequence[Part], reads: Norm, *, has_bias: bool
+    def _linear(
+        self, layer: int, kind: str, parts: Sequence[Part], num_inputs: int, *, has_bias: bool, reads: Norm | None
     ) -> Linear:
-        return Linear(
-            site=Site(layer, kind),
-            role=role,
-            parts=tuple(parts),
-            num_inputs=self._sizes.hidden_size,
-            has_bias=has_bias,
-            reads=reads,
-        )
-
-    def _down(self, layer: int, kind: str, name: str, num_inputs: int, *, has_bias: bool) -> Linear:
-        """A layer that writes to the residual stream."""
+        """A linear layer. One that does not read a norm writes to the residual stream."""
         return Linear(
             site=Site(layer, kind),
             role=kind.partition(".")[0],
-            parts=(Part(name, self._sizes.hidden_size),),
+            parts=tuple(parts),
             num_inputs=num_inputs,
             has_bias=has_bias,
-            writes_stream=True,
+            reads=reads,
+            writes_stream=reads is None,
         )

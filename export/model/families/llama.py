@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: RMS norms in front, a gated MLP with SiLU, rotary embedding of whole heads."""
+"""Llama, Mistral, Qwen2 and Qwen3: pre-norm blocks with RMS norms, a gated MLP with SiLU, rotary embedding."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ def _style(
     mlp_bias: bool | str = False,
     qk_norm: bool = False,
 ) -> Callable[[Raw, Sizes], Style]:
-    """sliding: see `windows`; the biases: True, False, or the name of the config field that decides."""
+    """sliding: see `windows`. Each bias is True, False, or the name of its config field."""
 
     def style(raw: Raw, sizes: Sizes) -> Style:
         def switch(value: bool | str) -> bool:

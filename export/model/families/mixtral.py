@@ -1,4 +1,4 @@
-"""Mixtral: Mistral's block with a mixture of experts in place of the MLP."""
+"""Mixtral: Mistral's block with a mixture of experts instead of the MLP."""
 
 from export.model.families.config_values import integer
 from export.model.families.row import Architecture, Defaults, Names, Raw, Sizes, Style

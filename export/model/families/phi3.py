@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4-mini: Llama's block with fused matrices, heads that turn in part, and two sets of frequencies."""
+"""Phi-3 and Phi-4-mini: Llama's block with fused matrices, partial rotary embedding and longrope."""
 
 from export.checkpoint.fused import Split
 from export.model.families.config_values import share

@@ -1,7 +1,7 @@
-"""The rotary embedding as config.json describes it: `rope_theta` and `rope_scaling`, or `rope_parameters`.
+"""Reads the rotary embedding from config.json: `rope_theta` and `rope_scaling`, or `rope_parameters`.
 
-transformers 4 writes the first two, transformers 5 the third, some tools all of them. A setting that is not understood
-is refused: plain rotary embedding in its place would give a model that only babbles beyond some length.
+transformers 4 writes the first two, transformers 5 the third, and some tools all of them. An unknown setting is
+refused: without it the model would write nonsense beyond some length.
 """
 
 from collections.abc import Mapping
@@ -30,25 +30,27 @@ _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-"""By rope type, beside rope_theta."""
+"""The fields of each rope type, besides rope_theta."""
 
-_NO_EFFECT = frozenset({"finetuned", "original_max_position_embeddings"})
-"""Of a type that does not read them: how the model was made."""
+_ORIGINAL = "original_max_position_embeddings"
+
+_NO_EFFECT = frozenset({"finetuned", _ORIGINAL})
+"""Allowed in every type: they tell how the model was made."""
 
 _NEUTRAL_ONE = frozenset({"factor", "partial_rotary_factor", "attention_factor", "attn_factor", "extrapolation_factor"})
 
 MAX_FACTOR = 65_536
-"""Of a stretch: published models have up to 128."""
+"""Limit of `factor`; published models have up to 128."""
 
 
 def rope_config(
     raw: Mapping[str, Any], max_len: int, default_theta: float, *, can_be_partial: bool = False
 ) -> RopeConfig:
-    """The rotary embedding of a config.json whose max_position_embeddings is `max_len`.
+    """Read the rotary embedding of a config.json whose max_position_embeddings is `max_len`.
 
-    can_be_partial: the family reads partial_rotary_factor, which transformers 5 writes into rope_parameters
-    UnsupportedModel for a type or field without a graph; InvalidCheckpoint for a value that makes no sense, and where
-    two fields say different things.
+    can_be_partial: whether the family reads partial_rotary_factor, which transformers 5 writes to rope_parameters
+    UnsupportedModel for a type or field that graphs do not have; InvalidCheckpoint for an invalid value, and for two
+    fields that differ.
     """
     top = number(raw, "rope_theta", default_theta)
     found = {
@@ -72,18 +74,17 @@ def rope_config(
 
 
 def _with_outer(raw: Mapping[str, Any], field: str, *, can_be_partial: bool) -> object:
-    """One of the two objects, with what a config has beside it and without what is read elsewhere."""
+    """One of the two objects, with the top-level original length, and without the field that the family reads."""
     values = raw[field]
     if not isinstance(values, dict):
         return values
-    name = "original_max_position_embeddings"
-    outer = {name: raw[name]} if raw.get(name) is not None and values.get(name) is None else {}
+    outer = {_ORIGINAL: raw[_ORIGINAL]} if raw.get(_ORIGINAL) is not None and values.get(_ORIGINAL) is None else {}
     skipped = ("partial_rotary_factor",) if can_be_partial else ()
     return {**{key: value for key, value in values.items() if key not in skipped}, **outer}
 
 
 def _parsed(values: object, field: str, top_theta: float, max_len: int) -> RopeConfig:
-    """One of the two objects."""
+    """Parse one of the two objects."""
     if not isinstance(values, dict):
         raise InvalidCheckpoint(f"config.json: {field} must be an object, got {shown(values)}")
     nested = [name for name, value in values.items() if isinstance(value, dict)]
@@ -94,26 +95,23 @@ def _parsed(values: object, field: str, top_theta: float, max_len: int) -> RopeC
         )
     kind = _kind(values, field)
     _refuse_fields(values, field, kind)
-    plain = RopeConfig(
-        theta=number(values, "rope_theta", top_theta, field=f"{field}.rope_theta"), original_max_len=max_len
-    )
+    plain = RopeConfig(theta=number(values, "rope_theta", top_theta, inside=field), original_max_len=max_len)
     if kind == "default":
         return plain
     if kind == "longrope":
         return _longrope(plain, values, field, max_len)
-    factor = number(values, "factor", field=f"{field}.factor")
+    factor = number(values, "factor", inside=field)
     if factor > MAX_FACTOR:
         raise InvalidCheckpoint(f"config.json: {field}.factor must be at most {MAX_FACTOR:,}, got {factor:g}")
     scaled = replace(plain, kind=kind, factor=factor)
     if kind == "linear":
         return scaled
-    name = "original_max_position_embeddings"
-    scaled = replace(scaled, original_max_len=integer(values, name, max_len, field=f"{field}.{name}"))
+    scaled = replace(scaled, original_max_len=integer(values, _ORIGINAL, max_len, inside=field))
     return _llama3(scaled, values, field) if kind == "llama3" else _yarn(scaled, values, field)
 
 
 def _kind(values: Mapping[str, Any], field: str) -> str:
-    """transformers 4 called it type, then rope_type."""
+    """The rope type; older releases of transformers call the field `type`."""
     kinds = {name: values[name] for name in ("rope_type", "type") if values.get(name) is not None}
     if not kinds and values.get("factor") not in (None, 1):
         raise InvalidCheckpoint(
@@ -144,7 +142,7 @@ def _refuse_fields(values: Mapping[str, Any], field: str, kind: str) -> None:
 
 
 def _llama3(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConfig:
-    low, high = (number(values, name, field=f"{field}.{name}") for name in ("low_freq_factor", "high_freq_factor"))
+    low, high = (number(values, name, inside=field) for name in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise InvalidCheckpoint(
             f"config.json: {field}.low_freq_factor {low:g} must be less than high_freq_factor {high:g}"
@@ -154,7 +152,7 @@ def _llama3(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConf
 
 def _yarn(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConfig:
     read = {
-        name: optional_number(values, name, field=f"{field}.{name}")
+        name: optional_number(values, name, inside=field)
         for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
     }
     fast, slow = read["beta_fast"] or rope.beta_fast, read["beta_slow"] or rope.beta_slow
@@ -178,17 +176,15 @@ def _yarn(rope: RopeConfig, values: Mapping[str, Any], field: str) -> RopeConfig
 
 
 def _longrope(rope: RopeConfig, values: Mapping[str, Any], field: str, max_len: int) -> RopeConfig:
-    """arXiv:2402.13753, as transformers reads it: without a factor, it is that of the two lengths."""
-    name = "original_max_position_embeddings"
-    original = integer(values, name, max_len, field=f"{field}.{name}")
-    short_factors = _factors(values, "short_factor", field)
+    """LongRoPE (arXiv:2402.13753); as in transformers, `factor` defaults to the quotient of the two lengths."""
+    original = integer(values, _ORIGINAL, max_len, inside=field)
     return replace(
         rope,
         kind="longrope",
         original_max_len=original,
-        factor=optional_number(values, "factor", field=f"{field}.factor") or max_len / original,
-        attention_factor=optional_number(values, "attention_factor", field=f"{field}.attention_factor"),
-        short_factors=short_factors,
+        factor=optional_number(values, "factor", inside=field) or max_len / original,
+        attention_factor=optional_number(values, "attention_factor", inside=field),
+        short_factors=_factors(values, "short_factor", field),
         long_factors=_factors(values, "long_factor", field),
     )
 
@@ -197,4 +193,4 @@ def _factors(values: Mapping[str, Any], name: str, field: str) -> tuple[float, .
     factors = values.get(name)
     if not isinstance(factors, list) or not factors:
         raise InvalidCheckpoint(f"config.json: {field}.{name} must be a list of numbers, got {shown(factors)}")
-    return tuple(number({name: factor}, name, field=f"{field}.{name}") for factor in factors)
+    return tuple(number({name: factor}, name, inside=field) for factor in factors)

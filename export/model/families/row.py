@@ -1,4 +1,4 @@
-"""What a row of the table of architectures holds: defaults, config fields, and how a family builds its blocks."""
+"""The dataclasses of a row in the table of architectures: defaults, sizes, tensor names, style, config fields."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from export.model.description import Activation, NormKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """transformers' values for fields that a config.json leaves out.
+    """transformers' values for fields that are missing in config.json.
 
-    num_kv_heads, head_dim, intermediate_size: None is as many as heads, hidden_size / num_attention_heads, and
+    num_kv_heads, head_dim, intermediate_size: None means num_attention_heads, hidden_size / num_attention_heads and
         4 * hidden_size
-    window: of sliding_window
+    window: default of sliding_window
     """
 
     vocab_size: int = 32_000
@@ -36,7 +36,7 @@ class Defaults:
 
 
 class Sizes(NamedTuple):
-    """Dimensions that every family has, read and checked against each other."""
+    """Dimensions that every family has, after they were checked against each other."""
 
     hidden_size: int
     intermediate_size: int
@@ -52,9 +52,9 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """The checkpoint's tensor names, without `.weight`. Those of a block stand below `block`.
+    """The checkpoint's tensor names, without `.weight`. Names of a block's tensors follow `block`.
 
-    gate: with `up`, one of two matrices of a gated MLP; router, experts: of a mixture, {expert} the number of each
+    gate, up: the two matrices of a gated MLP; router, experts: of a mixture, {expert} is an expert's number
     """
 
     block: str = "model.layers.{layer}"
@@ -79,11 +79,10 @@ class Names:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """How a family's blocks differ from Llama's; see the classes of description.py for what each field means.
+    """How a family's blocks differ from Llama's; description.py explains the fields.
 
-    rotary_dim: channels of a head that turn; None is all of them, and `has_rotary` False none
-    windows: of each layer
-    num_experts: 0 has one MLP a block
+    rotary_dim: channels of a head that rotate, None for all of them; has_rotary False: none
+    windows: the window of each layer; num_experts: 0 for an MLP without experts
     """
 
     norm_kind: NormKind = NormKind.RMS
@@ -110,19 +109,19 @@ class Style:
 
 
 Raw = Mapping[str, Any]
-"""config.json, its fields under the names that most families use."""
+"""config.json with shared field names (`Architecture.aliases`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """One family.
 
-    class_name: transformers' class for it
-    style: from its config fields and sizes
-    fields: config fields of this family beyond the shared ones, with the values that they may have; () is any
-    aliases: fields that this family calls otherwise: its own name to the shared one
-    rope_kinds: rotary settings that its code reads; () is all that are known
-    splits: for checkpoints that fuse or transpose matrices, how the description's tensors lie in theirs, by layer
+    class_name: its class in transformers
+    style: makes the style from config fields and sizes
+    fields: config fields that only some families have, with their supported values; () allows any value
+    aliases: the family's own field names, and the shared name of each
+    rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
+    splits: how matrices are fused or transposed in the checkpoint's layers
     """
 
     class_name: str

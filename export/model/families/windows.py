@@ -1,4 +1,4 @@
-"""Which layers attend to a sliding window, as config.json says it."""
+"""Reads from config.json which layers have a sliding window."""
 
 from export.checkpoint.config_fields import shown
 from export.model.families.config_values import flag, integer
@@ -7,12 +7,14 @@ from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 
 def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[int | None, ...]:
-    """The window of each layer, None where it attends to everything.
+    """The window of each layer, None for layers without one.
 
-    sliding: "always" (every layer, if sliding_window is set), "uniform" (the same, and no layer_types but such),
-        "flagged" (only with use_sliding_window, from layer
-        max_window_layers on), "alternating" (every second layer, the first one among them) or "never"; a `layer_types`
-        list in the config wins where there is a window
+    sliding: the family's rule, which a `layer_types` list in the config overrides:
+        always        every layer, if sliding_window is set
+        uniform       the same, and layer_types must agree
+        flagged       with use_sliding_window, from layer max_window_layers on
+        alternating   every second layer, beginning with the first
+        never         no layer
     """
     num_layers = sizes.num_layers
     layer_types = raw.get("layer_types")
@@ -49,10 +51,10 @@ def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[i
 
 
 def _window(raw: Raw, sliding: str, defaults: Defaults, *, is_on: bool) -> int | None:
-    """The window of the layers that have one; None if it is switched off. Refuses one that the family would not honour.
+    """The window length; None if the window is switched off.
 
-    Llama has no window, Mistral no switch: where a config of theirs has one all the same, transformers ignores it, and
-    others do not.
+    UnsupportedModel for a setting that the family does not have (a window for Llama, a switch for Mistral), because
+    transformers ignores it and other programs do not.
     """
     if raw.get("sliding_window", defaults.window) is None:
         return None

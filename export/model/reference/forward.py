@@ -1,9 +1,9 @@
-"""The decoder in numpy, float32, straight from the checkpoint: what every exported graph is compared with.
+"""The reference: the decoder in numpy and float32, from the checkpoint. Every exported graph is compared with it.
 
-Needs neither torch nor ONNX Runtime; the tests hold it against transformers. It shares the walker and the description
-with the graphs, so that an error in those is in both. Runs all sequences through one block before it reads the next:
-memory is one block's weights and the activations. Calibration runs the same blocks: it watches what goes into each
-matrix product, or puts another product in its place.
+Needs neither torch nor ONNX Runtime; the tests compare it with transformers. It shares the walker and the description
+with the graphs, so an error there is in both. All sequences run through one block before the next block is read, so
+memory holds one block's weights and the activations. Calibration runs the same blocks, and observes or replaces their
+matrix products.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +30,13 @@ from export.model.walker import Stream, walk_block
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStates:
-    """Final normed hidden states, float32 `[len, hidden]` a sequence, and the LM head."""
+    """Each sequence's hidden states after the final norm, float32 `[len, hidden]`, and the LM head."""
 
     hidden: list[Array]
     head: "HeadWeights"
 
     def logits(self, sequence_idx: int, start: int, stop: int) -> Array:
-        """Logits float32 `[stop - start, vocab]` of some positions of one sequence."""
+        """Logits of positions start .. stop of one sequence, float32 `[stop - start, vocab]`."""
         return self.head.logits(self.hidden[sequence_idx][start:stop])
 
 
@@ -49,11 +49,11 @@ class HeadWeights:
     head: Head
 
     def logits(self, x: Array) -> Array:
-        """Of normed hidden states `[n, hidden]`."""
+        """Logits of hidden states `[n, hidden]` after the final norm."""
         return self.finished(np.asarray(x @ self.matrix.T))
 
     def finished(self, products: Array) -> Array:
-        """The same from the matrix product: bias added, scaled and capped."""
+        """Logits from the matrix product: add the bias, scale and cap."""
         logits = products if self.bias is None else products + self.bias
         if self.head.scale is not None:
             logits = logits * np.float32(self.head.scale)
@@ -88,25 +88,25 @@ def load_head(checkpoint: Checkpoint, head: Head) -> HeadWeights:
 
 
 def rotary_tables(config: ModelConfig, length: int) -> dict[Rotary, RopeTables]:
-    """cos and sin of every rotary embedding that the blocks have."""
+    """cos and sin of every rotary embedding of the blocks, for `length` positions."""
     found = {block.attention.rotary: None for block in config.blocks}
     return {rotary: rope_tables(rotary.rope, rotary.dim, length) for rotary in found if rotary is not None}
 
 
 def embed(checkpoint: Checkpoint, embedding: Embedding, sequences: Sequence[Sequence[int]]) -> Array:
-    """Embeddings of all sequences end to end, `[tokens, hidden]`; each sequence begins at position 0."""
+    """Embed all sequences, concatenated, `[tokens, hidden]`; each begins at position 0."""
     return embedded(
         checkpoint.load(f"{embedding.name}.weight"), load_positions(checkpoint, embedding), embedding, sequences
     )
 
 
 def load_positions(checkpoint: Checkpoint, embedding: Embedding) -> Array | None:
-    """The table of learned positions, if there is one."""
+    """Read the table of learned positions; None if there is none."""
     return None if embedding.positions is None else checkpoint.load(f"{embedding.positions}.weight")
 
 
 def embedded(table: Array, positions: Array | None, embedding: Embedding, sequences: Sequence[Sequence[int]]) -> Array:
-    """The same from tables that are read already."""
+    """`embed` with tables that are already in memory."""
     x = table[np.concatenate([np.asarray(ids, np.int64) for ids in sequences])]
     if embedding.scale is not None:
         x = x * np.float32(embedding.scale)
@@ -116,7 +116,7 @@ def embedded(table: Array, positions: Array | None, embedding: Embedding, sequen
 
 
 def load_norm(checkpoint: Checkpoint, norm: Norm) -> NormWeights:
-    """A norm's weight and bias; InvalidCheckpoint if one is missing."""
+    """Read a norm's weight and bias; InvalidCheckpoint if one is missing."""
     weight = checkpoint.load(f"{norm.name}.weight")
     bias = checkpoint.load(f"{norm.name}.bias") if norm.has_bias else None
     return NormWeights(weight + np.float32(1) if norm.adds_one else weight, bias)
@@ -146,7 +146,7 @@ def run_block(
     product: Product | None = None,
     observe: Observe = lambda kind, array: None,
 ) -> Array:
-    """One block over sequences end to end: x `[tokens, hidden]`, cut at `edges`. `product`: instead of the block's."""
+    """Run one block over concatenated sequences, x `[tokens, hidden]` cut at `edges`. `product` replaces products."""
     stream = walk_block(NumpyOperations(weights, edges, tables, product, observe), block, Stream(x, None))
     assert stream.addend is not None
     return stream.value + stream.addend

@@ -1,4 +1,4 @@
-"""The walker's operations in numpy, float32: for the reference and for calibration, which watches their inputs."""
+"""The walker's operations in numpy and float32, for the reference and for calibration."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from export.model.walker import Stream
 
 Array = NDArray[np.float32]
 
-# Rows of a sequence whose attention scores are computed at once: half of the masked scores are never computed.
+# Rows of attention scores computed at once. Most masked scores are never computed.
 _ATTENTION_ROWS = 128
 
 
 class NormWeights(NamedTuple):
-    """float32 `[channels]`, the one of a 1 + w norm added."""
+    """A norm's float32 `[channels]`; for a 1 + w norm, weight is 1 + w."""
 
     weight: Array
     bias: Array | None
@@ -39,27 +39,27 @@ class BlockWeights:
 
 
 class Product(Protocol):
-    """Stands in for `BlockWeights.product`."""
+    """Replaces `BlockWeights.product`."""
 
     def __call__(self, kind: str, x: Array, rows: NDArray[np.int64] | None, /) -> Array:
-        """x `[n, K]` to `[n, N]`, without bias. rows: which tokens these are, where an expert gets some of them."""
+        """x `[n, K]` to `[n, N]`, without bias. rows: which tokens an expert gets; None means all tokens."""
         ...
 
 
 Observe = Callable[[str, Array], object]
-"""("k" or "v", what the KV cache would hold of one sequence: `[n, kv_heads, head_dim]`, k rotated)."""
+"""Gets "k" or "v", and one sequence's entries of that KV cache: `[n, kv_heads, head_dim]`, k rotated."""
 
 
 class NumpyOperations:
-    """Implements `walker.Operations` for one block, over sequences end to end: `[tokens, channels]`, cut at `edges`."""
+    """`walker.Operations` for one block, over concatenated sequences: `[tokens, channels]`, cut at `edges`."""
 
     def __init__(
         self,
         weights: BlockWeights,
         edges: NDArray[np.int64],
         tables: Mapping[Rotary, RopeTables],
-        product: Product | None = None,
-        observe: Observe = lambda kind, array: None,
+        product: Product | None,
+        observe: Observe,
     ) -> None:
         self._weights, self._edges, self._tables, self._observe = weights, edges, tables, observe
         self._product = product
@@ -118,27 +118,34 @@ class NumpyOperations:
         return out
 
     def _rotated(self, x: Array, rotary: Rotary | None) -> Array:
-        return x if rotary is None else _rotated(x, self._tables[rotary], rotary)
+        """Rotate pairs of the first `dim` channels of `[n, heads, head_dim]` by their position's angle."""
+        if rotary is None:
+            return x
+        half, tables = rotary.dim // 2, self._tables[rotary]
+        cos, sin = tables.cos[: len(x), None], tables.sin[: len(x), None]
+        if rotary.interleaved:
+            first, second = x[..., 0 : rotary.dim : 2], x[..., 1 : rotary.dim : 2]
+            turned = np.empty_like(x)
+            turned[..., 0 : rotary.dim : 2] = first * cos - second * sin
+            turned[..., 1 : rotary.dim : 2] = second * cos + first * sin
+            turned[..., rotary.dim :] = x[..., rotary.dim :]
+            return turned
+        first, second = x[..., :half], x[..., half : rotary.dim]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., rotary.dim :]], -1)
 
 
 def normed(x: Array, weights: NormWeights, norm: Norm) -> Array:
     """A norm over the last axis."""
     if norm.kind is NormKind.LAYER:
         x = x - x.mean(-1, keepdims=True)
-    out = rms_norm(x, weights.weight, norm.epsilon)
+    square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
+    out = np.asarray(x / np.sqrt(square + np.float32(norm.epsilon)))
+    out *= weights.weight
     return out if weights.bias is None else out + weights.bias
 
 
-def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
-    """Root mean square norm over the last axis (arXiv:1910.07467)."""
-    square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
-    out = x / np.sqrt(square + np.float32(epsilon))
-    out *= weight
-    return np.asarray(out)
-
-
 def _silu(x: Array) -> Array:
-    """x / (1 + exp(-x)); beyond float32's end exp is infinite, and the quotient 0, as it should be."""
+    """x / (1 + exp(-x)). If exp overflows to infinity, the quotient is 0, the right limit."""
     out = np.negative(x)
     with np.errstate(over="ignore"):
         np.exp(out, out=out)
@@ -158,25 +165,10 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
 }
 
 
-def _rotated(x: Array, tables: RopeTables, rotary: Rotary) -> Array:
-    """Pairs of the first `dim` channels of `[n, heads, head_dim]`, turned by their position's angle."""
-    half = rotary.dim // 2
-    cos, sin = tables.cos[: len(x), None], tables.sin[: len(x), None]
-    if rotary.interleaved:
-        first, second = x[..., 0 : rotary.dim : 2], x[..., 1 : rotary.dim : 2]
-        turned = np.empty_like(x)
-        turned[..., 0 : rotary.dim : 2] = first * cos - second * sin
-        turned[..., 1 : rotary.dim : 2] = second * cos + first * sin
-        turned[..., rotary.dim :] = x[..., rotary.dim :]
-        return turned
-    first, second = x[..., :half], x[..., half : rotary.dim]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., rotary.dim :]], -1)
-
-
 def _attention(q: Array, k: Array, v: Array, attention: Attention) -> Array:
     """Causal attention of one sequence; q `[n, heads, d]`, k and v `[n, kv_heads, d]`; returns `[n, heads * d]`.
 
-    The query heads that share a key-value head are rows of one product.
+    Query heads that share a key-value head are rows of one product.
     """
     n, num_heads, dim = q.shape
     num_kv, group, window = k.shape[1], num_heads // k.shape[1], attention.window
@@ -187,7 +179,7 @@ def _attention(q: Array, k: Array, v: Array, attention: Attention) -> Array:
     for start in range(0, n, _ATTENTION_ROWS):
         stop = min(start + _ATTENTION_ROWS, n)
         first = max(0, start - window + 1) if window else 0
-        masked = first if window else start  # without a window, all columns before this are seen by every row
+        masked = first if window else start  # without a window, every row attends to all columns before
         distance = np.arange(start, stop)[:, None] - np.arange(masked, stop)
         mask = np.where((distance < 0) | (distance >= (window or n)), np.float32(-np.inf), np.float32(0))
         rows = grouped[:, :, start:stop].reshape(num_kv, -1, dim)

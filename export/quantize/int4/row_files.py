@@ -1,4 +1,4 @@
-"""Rounded matrices on disk, a file for each linear layer: a model larger than memory can be rounded."""
+"""Keeps rounded matrices on disk, one file per linear layer, so that a model larger than memory can be rounded."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class RowFiles:
         directory.mkdir(parents=True, exist_ok=True)
 
     def put(self, site: Site, rows: QuantizedRows, blocks: Blocks) -> None:
-        """Write one matrix; the file appears whole or not at all."""
+        """Write one matrix atomically."""
         arrays: dict[str, NDArray[Any]] = {
             "values": rows.values,
             "scales": rows.scales,

@@ -1,9 +1,9 @@
 """Calibrated int8: from a checkpoint and a calibration set to a smoothed checkpoint, rounded weights and scales.
 
-    statistics and ranges -> what each layer costs -> which layers get two passes -> weights rounded
-    (calibrate)               (sensitivity)            (choose_wide)                  (round_weights)
+    statistics, ranges -> cost of each layer -> layers in two passes -> rounded weights
+    (calibrate)           (measure_costs)       (choose_two_pass)       (round_weights)
 
-What was found is a `Calibration`, kept in the artifact so that another export need not run the first three again.
+The first two make a `Calibration`. It is saved in the artifact, so that another export can reuse it.
 """
 
 import math
@@ -20,7 +20,7 @@ from export.quantize.int8.ranges import Range
 from export.quantize.int8.rotation import stream_obstacle
 from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights, smoothing_vectors
-from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_wide, measure_costs
+from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_two_pass, measure_costs
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config
 from export.quantize.rounding.layers import Int8Layer, Layers, undecided
 from export.quantize.statistics.collect import collect_statistics
@@ -28,7 +28,7 @@ from export.quantize.statistics.collect import collect_statistics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Options:
-    """max_ppl_increase: 0.005 is half a per cent; keep: layers that get two int8 passes whatever they cost."""
+    """max_ppl_increase: as a share, 0.005 is 0.5 %; keep: layers that get two int8 passes whatever they cost."""
 
     max_ppl_increase: float = DEFAULT_MAX_INCREASE
     keep: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Int8Options:
 
 @dataclass(frozen=True, slots=True)
 class Int8Model:
-    """What the decoder graph is built from."""
+    """Everything that a decoder graph is built from."""
 
     checkpoint: SmoothedCheckpoint
     config: ModelConfig
@@ -45,24 +45,26 @@ class Int8Model:
     calibration: Calibration
 
 
-def calibrate(checkpoint: Checkpoint, config: ModelConfig, material: CalibrationSet, workdir: Path) -> Calibration:
-    """Run the text, search the ranges, measure what each layer costs. `checkpoint` is rotated already.
+def calibrate(checkpoint: Checkpoint, config: ModelConfig, text: CalibrationSet, workdir: Path) -> Calibration:
+    """Collect statistics, search the ranges and measure the cost of each layer. `checkpoint` is already rotated.
 
-    CalibrationFailed if something is not finite.
+    CalibrationFailed if an activation is not finite.
     """
     search = RangeSearch(config)
-    statistics = collect_statistics(checkpoint, config, material.sequences, workdir, search)
+    statistics = collect_statistics(checkpoint, config, text.sequences, workdir, search)
     ranges = search.ranges
-    costs = measure_costs(checkpoint, config, material.sequences, statistics, ranges)
-    return Calibration(statistics, ranges, costs, material.sequences, material.provenance, is_rotated=True)
+    costs = measure_costs(checkpoint, config, text.sequences, statistics, ranges)
+    return Calibration(statistics, ranges, costs, text.sequences, text.provenance, is_rotated=True)
 
 
 def int8_model(
     checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration, options: Int8Options, workdir: Path
 ) -> Int8Model:
-    """Choose the layers in two passes and round all weights, into `workdir`, where they stay until the export ends."""
-    wide = choose_wide(calibration.costs, max_increase=options.max_ppl_increase, keep=options.keep)
-    ranges = {site: found.wide if site in wide else found.narrow for site, found in calibration.ranges.items()}
+    """Choose the layers in two passes, and round all weights. `workdir` is read until the graphs are written."""
+    two_pass = choose_two_pass(calibration.costs, max_increase=options.max_ppl_increase, keep=options.keep)
+    ranges = {
+        site: found.two_pass if site in two_pass else found.one_pass for site, found in calibration.ranges.items()
+    }
     vectors = smoothing_vectors(checkpoint, config, calibration.statistics, ranges)
     smoothed, own_config = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
     rounded = RoundedWeights(workdir / "rounded")
@@ -73,8 +75,8 @@ def int8_model(
     return Int8Model(smoothed, own_config, layers, ranges, calibration)
 
 
-def summary(model: Int8Model) -> dict[str, Any]:
-    """The receipt's account of what was quantized how; JSON-able."""
+def int8_report(model: Int8Model) -> dict[str, Any]:
+    """The receipt's quantization report; JSON-able."""
     costs, head = model.calibration.costs, model.config.head.linear.site
     two_pass = [cost for cost in costs if model.ranges[cost.site].fine_scale is not None]
     counted = [cost for cost in costs if cost.site != head]
@@ -90,7 +92,7 @@ def summary(model: Int8Model) -> dict[str, Any]:
 
 
 def _left_out(model: Int8Model) -> dict[str, Any]:
-    """What could not be done exactly for this decoder, or not at all."""
+    """Rotations, smoothing vectors and int8 layers that this decoder cannot have; keys only where there are some."""
     config = model.config
     found: dict[str, Any] = {}
     if (obstacle := stream_obstacle(config)) is not None:

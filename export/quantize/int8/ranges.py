@@ -1,12 +1,11 @@
-"""Choose how one layer's input becomes int8: how strongly it is smoothed, and where its range ends.
+"""Choose how one layer's input is quantized to int8: its smoothing strength and its clip ratio.
 
-Every candidate is judged by the error of the layer's output on tokens of sequences that the range was *not* taken
-from: maxima of a few ten thousand tokens are exceeded by the next text, the more so the more evenly smoothing has
-spread them, and a search that judges on its own maxima picks strengths and cuts that fail on unseen text (measured on
-SmolLM2-135M's down_proj: KL 0.067 against 0.010). Knows nothing about checkpoints or graphs.
+A candidate is judged by the error of the layer's output on sequences that its range was *not* taken from. New text
+exceeds the maxima of a few ten thousand tokens, and more often the more evenly smoothing has spread them. A search that
+judges on the same sequences chooses strengths and clip ratios that fail on unseen text (SmolLM2-135M's down_proj: KL
+0.067 instead of 0.010). Knows nothing about checkpoints or graphs.
 """
 
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,30 +15,32 @@ from export.model.description import ModelConfig, Site
 from export.quantize.int8.smoothquant import smoothing_vector
 from export.quantize.rounding.int8 import rounded_activations, rounded_to_nearest
 from export.quantize.statistics.activation_stats import NUM_FOLDS
+from export.quantize.statistics.collect import Seen
 
 Array = NDArray[np.float32]
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
-WIDE_STRENGTHS = (0.2, 0.35, 0.5, 0.65)
-"""With 16 bits the input needs little smoothing, and its weights stay the flatter for it."""
+TWO_PASS_STRENGTHS = (0.2, 0.35, 0.5, 0.65)
+"""An input with 16 bits needs little smoothing, and less smoothing is better for the weights."""
 
-ENDS = (1.15, 1.0, 0.9, 0.8, 0.65)
-"""Where the range ends, in shares of the largest magnitude seen; what lies beyond saturates."""
+CLIP_RATIOS = (1.15, 1.0, 0.9, 0.8, 0.65)
+"""Highest value that int8 represents, as a share of the largest magnitude seen. Larger values saturate."""
 
-# A coarse step is cut into 254, so that what the first pass leaves (half a step either way) fits the second.
+# The second pass has 254 steps in one step of the first, so it covers the first pass's error of half a step either way.
 FINE_STEPS = 254
-# With 16 bits there is room to spare: unseen text may exceed the calibration text by this factor before it saturates.
-WIDE_END = 1.5
+# 16 bits have room to spare, so unseen text may exceed the calibration text's maximum by this factor.
+TWO_PASS_CLIP_RATIO = 1.5
 
-# Output rows judged on: candidates differ alike in all of them, and the LM head has more than all other layers.
+# Output rows that the error is computed on. An LM head has more rows than all other layers together.
 MAX_OUTPUTS = 1024
-# Every second fold is held out in turn: the others only add the time.
+# Folds that are held out in turn. Holding out all four takes twice the time.
 _HELD_OUT = (0, 1)
 
 
 class Range(NamedTuple):
-    """A site's int8 form: the smoothing strength, the end of the range, one scale or two (see `rounded_activations`).
+    """How a site's input becomes int8. The field names are those of calibration.json.
 
+    strength: of smoothing; end: the clip ratio; scale, fine_scale: see `rounded_activations`
     error: output error on held-out tokens, relative to the residual stream (o, down) or to the output
     """
 
@@ -50,90 +51,71 @@ class Range(NamedTuple):
     error: float
 
 
-class Sample(NamedTuple):
-    """Some tokens of one layer's input.
-
-    x: float32 `[n, K]`; fold: the sequence that each came from, `[n]`
-    residual: mean square of the residual stream behind the block, `[n]`, for a layer that writes to it: the next norm
-        divides by its root. None compares errors with the output
-    """
-
-    x: Array
-    fold: NDArray[np.int64]
-    residual: Array | None
-
-
 def search_range(
-    site: Site, sample: Sample, absmax: Array, weight: Array, config: ModelConfig, *, is_wide: bool
+    site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig, *, is_two_pass: bool
 ) -> Range:
-    """The best range; absmax `[NUM_FOLDS, K]` as in SiteStatistics, weight `[N, K]`. `is_wide`: two int8 passes."""
-    judge = _Judge(site, sample, absmax, weight, config, is_wide=is_wide)
-    if is_wide:
-        strength = judge.best((strength, WIDE_END) for strength in WIDE_STRENGTHS)[0]
-        return judge.finish(strength, WIDE_END)
-    ranked = judge.rank((strength, 1.0) for strength in STRENGTHS)
-    best = judge.best((strength, end) for strength, _ in ranked[:2] for end in ENDS)
-    return judge.finish(*best)
+    """Find the best range; absmax `[NUM_FOLDS, K]` as in SiteStatistics, weight `[N, K]`."""
+    search = _Search(site, seen, absmax, weight, config, is_two_pass=is_two_pass)
+    if is_two_pass:
+        candidates = [(strength, TWO_PASS_CLIP_RATIO) for strength in TWO_PASS_STRENGTHS]
+    else:
+        ranked = sorted(((strength, 1.0) for strength in STRENGTHS), key=search.error)
+        candidates = [(strength, clip_ratio) for strength, _ in ranked[:2] for clip_ratio in CLIP_RATIOS]
+    return search.range_of(*min(candidates, key=search.error))
 
 
-def scale_of(absmax: Array, vector: Array, end: float) -> float:
-    """The scale whose 127 steps reach `end` times the largest smoothed magnitude; 1 for an input that is always 0."""
-    highest = float((absmax / vector).max()) * end
+def scale_of(absmax: Array, vector: Array, clip_ratio: float) -> float:
+    """The scale that makes `clip_ratio` times the largest smoothed magnitude 127 steps; 1 if the input is always 0."""
+    highest = float((absmax / vector).max()) * clip_ratio
     return highest / 127 if highest > 0 else 1.0
 
 
-class _Judge:
-    """Output errors of candidates (strength, end) for one site, each computed once."""
+class _Search:
+    """Computes the output error of each candidate (strength, clip ratio) of one site, once."""
 
     def __init__(
-        self, site: Site, sample: Sample, absmax: Array, weight: Array, config: ModelConfig, *, is_wide: bool
+        self, site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig, *, is_two_pass: bool
     ) -> None:
-        self.site, self.sample, self.absmax, self.config, self.is_wide = site, sample, absmax, config, is_wide
+        self.site, self.seen, self.absmax, self.config, self.is_two_pass = site, seen, absmax, config, is_two_pass
         self.weight = weight[:: -(-len(weight) // MAX_OUTPUTS)]
         self.weight_highest = np.abs(weight).max(0)
-        self.exact = sample.x @ self.weight.T
-        scale = np.square(self.exact).mean() if sample.residual is None else sample.residual
-        self.token_weight = np.broadcast_to(1 / np.maximum(scale, np.float32(1e-12)), len(sample.x))
+        self.exact = seen.inputs @ self.weight.T
+        scale = seen.residual if config.by_site[site].writes_stream else np.square(self.exact).mean()
+        self.token_weight = np.broadcast_to(1 / np.maximum(scale, np.float32(1e-12)), len(seen.inputs))
         self.errors: dict[tuple[float, float], float] = {}
         self._smoothed: dict[tuple[float, int], tuple[Array, Array, Array]] = {}
 
-    def rank(self, candidates: Iterable[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-        return sorted(candidates, key=self.error)
-
-    def best(self, candidates: Iterable[tuple[float, float]]) -> tuple[float, float]:
-        return min(candidates, key=self.error)
-
-    def finish(self, strength: float, end: float) -> Range:
-        """The range that all folds' maxima give."""
+    def range_of(self, strength: float, clip_ratio: float) -> Range:
+        """A candidate's range, from the maxima of all folds."""
         highest = self.absmax.max(0)
-        scale = scale_of(highest, self._vector(highest, strength), end)
-        fine = scale / FINE_STEPS if self.is_wide else None
-        return Range(strength, end, scale, fine, self.error((strength, end)))
+        scale = scale_of(highest, self._vector(highest, strength), clip_ratio)
+        fine = scale / FINE_STEPS if self.is_two_pass else None
+        return Range(strength, clip_ratio, scale, fine, self.error((strength, clip_ratio)))
 
     def error(self, candidate: tuple[float, float]) -> float:
         if candidate not in self.errors:
             self.errors[candidate] = sum(self._fold_error(fold, *candidate) for fold in _HELD_OUT) / len(_HELD_OUT)
         return self.errors[candidate]
 
-    def _fold_error(self, fold: int, strength: float, end: float) -> float:
-        rows = np.flatnonzero(self.sample.fold % NUM_FOLDS == fold)
-        if len(rows) == 0:  # fewer sequences than folds: judge on all there are
-            rows = np.arange(len(self.sample.fold))
-        x, weight, highest = self._at(strength, fold, rows)
-        scale = scale_of(highest, np.ones_like(highest), end)
-        out = rounded_activations(x, scale, scale / FINE_STEPS if self.is_wide else None) @ weight.T
+    def _fold_error(self, fold: int, strength: float, clip_ratio: float) -> float:
+        rows = np.flatnonzero(self.seen.fold % NUM_FOLDS == fold)
+        if len(rows) == 0:  # fewer sequences than folds: use all of them
+            rows = np.arange(len(self.seen.fold))
+        x, weight, highest = self._smooth(strength, fold, rows)
+        scale = scale_of(highest, np.ones_like(highest), clip_ratio)
+        out = rounded_activations(x, scale, scale / FINE_STEPS if self.is_two_pass else None) @ weight.T
         per_token = np.square(out - self.exact[rows]).mean(1)
         return float((per_token * self.token_weight[rows]).mean())
 
-    def _at(self, strength: float, fold: int, rows: NDArray[np.int64]) -> tuple[Array, Array, Array]:
-        """Smoothed input, rounded weight and maxima, with ranges from the other folds."""
+    def _smooth(self, strength: float, fold: int, rows: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+        """Smoothed input, rounded weight and smoothed maxima; the vector comes from the other folds' maxima."""
         key = (strength, fold)
         if key not in self._smoothed:
             others = np.delete(self.absmax, fold, axis=0).max(0)
             others = others if others.any() else self.absmax.max(0)
             vector = self._vector(others, strength)
             weight = rounded_to_nearest(self.weight * vector).dequantized()
-            self._smoothed[key] = (self.sample.x[rows] / vector, weight, others / vector)
+            self._smoothed[key] = (self.seen.inputs[rows] / vector, weight, others / vector)
         return self._smoothed[key]
 
     def _vector(self, highest: Array, strength: float) -> Array:

@@ -1,8 +1,7 @@
-"""calibration.json and calibration.npz: what calibration found, in the artifact and to be used again.
+"""Saves a calibration in the artifact, as calibration.json and calibration.npz, so that other exports can reuse it.
 
-The .npz holds the statistics, and the token ids of the text if the user asked to keep it; the .json says where that
-came from, which ranges were found, and what each layer costs: everything a reader or a plot wants. Another precision
-or target reads both and does not search again.
+The .npz holds the statistics, and the text's token ids if the user asked to keep them. The .json holds the text's
+origin, the ranges and the cost of each layer, for readers and plots.
 """
 
 import json
@@ -18,7 +17,7 @@ from export.model.description import Site
 from export.quantize.int8.search import SiteRanges, ranges_from_json, ranges_to_json
 from export.quantize.int8.sensitivity import LayerCost
 from export.quantize.statistics.activation_stats import Statistics
-from export.quantize.statistics.store import load_arrays, load_statistics, save_arrays, save_statistics
+from export.quantize.statistics.store import load_arrays, save_arrays, statistics_from_arrays, statistics_to_arrays
 from runtime.artifact.manifest import CALIBRATION, CALIBRATION_ARRAYS
 from runtime.errors import CalibrationFailed
 
@@ -30,9 +29,10 @@ MAX_KEPT = 128
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Statistics, ranges and costs by site, empty if the precision needs none; the sequences, empty if they were not
-    kept, and their origin.
+    """The result of a calibration run.
 
+    statistics, ranges, costs: by site, empty if the precision needs none
+    sequences: token ids of the text, empty if they were not kept; provenance: their origin
     is_rotated: statistics, ranges and costs are those of the rotated checkpoint (rotation.py)
     """
 
@@ -45,7 +45,7 @@ class Calibration:
 
 
 def save_calibration(directory: Path, calibration: Calibration, vocab_size: int) -> None:
-    """Write both files; `vocab_size` is the model's."""
+    """Write both files."""
     costs = {cost.site: cost for cost in calibration.costs}
     write_json(
         directory / CALIBRATION,
@@ -66,15 +66,14 @@ def save_calibration(directory: Path, calibration: Calibration, vocab_size: int)
             ],
         },
     )
-    save_statistics(directory / CALIBRATION_ARRAYS, calibration.statistics)
-    arrays = load_arrays(directory / CALIBRATION_ARRAYS)
+    arrays = statistics_to_arrays(calibration.statistics)
     for idx, sequence in enumerate(calibration.sequences[:MAX_KEPT]):
         arrays[f"sequence/{idx}"] = np.asarray(sequence, np.int32)
     save_arrays(directory / CALIBRATION_ARRAYS, arrays)
 
 
 def load_calibration(path: Path, vocab_size: int) -> Calibration:
-    """Read an artifact's calibration, or that of a calibration.json; CalibrationFailed says what is wrong."""
+    """Read the calibration of an artifact or of a calibration.json; CalibrationFailed says what is wrong."""
     file = path / CALIBRATION if path.is_dir() else path
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -82,8 +81,9 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
         raise CalibrationFailed(f"{file} cannot be read as a calibration: {error}") from error
     if not isinstance(raw, dict) or raw.get("version") != _VERSION:
         raise CalibrationFailed(f"{file} is not a calibration of this release (version {_VERSION}); calibrate again")
-    statistics = load_statistics(file.with_name(CALIBRATION_ARRAYS))
-    arrays = load_arrays(file.with_name(CALIBRATION_ARRAYS))
+    arrays_file = file.with_name(CALIBRATION_ARRAYS)
+    arrays = load_arrays(arrays_file)
+    statistics = statistics_from_arrays(arrays, arrays_file)
     try:
         ranges = ranges_from_json(raw["layers"])
         costs = [LayerCost(Site(item["layer"], item["kind"]), item["kl"], item["macs"]) for item in raw["layers"]]
@@ -93,14 +93,14 @@ def load_calibration(path: Path, vocab_size: int) -> Calibration:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationFailed(f"{file} is damaged: {error!r}; calibrate again") from error
     highest = max((max(ids, default=0) for ids in sequences), default=0)
-    # Releases before this one did not write the size.
+    # Earlier releases did not write vocab_size.
     if highest >= vocab_size or raw.get("vocab_size", vocab_size) != vocab_size:
         raise CalibrationFailed(f"{file} was made for another vocabulary than this model's {vocab_size:,} tokens")
     return Calibration(statistics, ranges, costs, sequences, provenance, raw.get("is_rotated") is True)
 
 
 def _without_path(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Releases before this one wrote where the text's file lay: its name is enough."""
+    """Reduce the path of the text's file, which earlier releases wrote, to its name."""
     source = provenance.get("source")
     if isinstance(source, str) and source.startswith(("/", "~")):
         return {**provenance, "source": Path(source).name}

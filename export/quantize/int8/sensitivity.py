@@ -1,15 +1,19 @@
-"""What each linear layer costs when it alone takes its input in int8, and which layers therefore get two int8 passes.
+"""Measure how much each linear layer alone loses with its input in int8, and choose the layers that get two passes.
 
-The cost is KL(float model || model with that one input in int8), in nats a token, on calibration text: for a model
-that has learnt the text it is also what the mean negative log-likelihood grows by, so costs add up to a perplexity
-increase: exp(sum) - 1. The weights stay exact here, because a second pass mends the input's rounding and not theirs.
-Counting both spent passes on qkv, whose weights error compensation mends for nothing: on 4,608 held-out tokens of
-SmolLM2-135M KL 0.0053 and 95.5 % of the likeliest tokens, against 0.0043 and 96.2 %. Ordered by cost and not by cost a
-multiply-add, so that the budget goes to down but for a hundredth: 0.0032 and 96.8 % (from 0.0039 and 96.5 %).
+A layer's cost is KL(float model || model with that one input in int8), in nats per token, on calibration text. For text
+that the model predicts well, the mean negative log-likelihood grows by as much, so costs add up to a perplexity
+increase of exp(sum) - 1. The weights stay exact here, because a second pass corrects the rounding of the input and not
+of the weights. Measured on 4,608 held-out tokens of SmolLM2-135M:
+
+    costs of input and weights    KL 0.0053, top-1 agreement 95.5 %    spends passes on qkv, whose weights GPTQ corrects
+    costs of the input alone      KL 0.0043, 96.2 %
+    ordered by cost per MAC       KL 0.0039, 96.5 %
+    ordered by cost               KL 0.0032, 96.8 %                    nearly all passes go to down
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -27,25 +31,24 @@ from runtime.errors import InvalidSetting
 from runtime.progress import progress_bar
 from runtime.session.scoring import log_softmax
 
-# Beginnings of sequences: enough to rank layers whose costs span three orders of magnitude.
+# Sequences, and tokens of each: enough to rank layers whose costs span three orders of magnitude.
 NUM_SEQUENCES, LENGTH = 3, 40
-# Sequences of this fold, with ranges from the others: unseen text goes beyond the range it is judged with, too.
+# The sequences come from this fold and the ranges from the others, so that they are judged on text they have not seen.
 FOLD = 1
 
 DEFAULT_MAX_INCREASE = 0.005
-"""Perplexity increase that layers in one int8 pass may add up to: half of what a reader is promised at most (1 %)."""
+"""Predicted perplexity increase of all layers in one pass. It is half of the promised maximum of 1 %."""
 
-MAX_WIDE_SHARE = 0.25
-"""Of the linear layers' multiply-adds, the LM head aside: a layer in two passes takes twice the time."""
-
+MAX_TWO_PASS_SHARE = 0.25
+"""Share of the multiply-adds, LM head excluded, that layers in two passes may have: they take twice the time."""
 
 _HEAD_SHARE = 0.1
-"""An LM head that costs less than this share of the budget stays in one pass."""
+"""An LM head that costs less than this share of the limit stays in one pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """A site's cost in nats a token, and its multiply-adds a token."""
+    """A site's cost in nats per token, and its multiply-adds per token."""
 
     site: Site
     kl: float
@@ -59,41 +62,42 @@ def measure_costs(
     statistics: Statistics,
     ranges: Mapping[Site, SiteRanges],
 ) -> list[LayerCost]:
-    """Costs of all sites with their narrow ranges.
+    """Measure the cost of every site in one int8 pass.
 
-    All variants run side by side: at layer l there are the float model and one stream for every site before it, so
-    each layer is read once.
+    All variants of the model run together, so that each block is read once: at block l, there are the float model and a
+    variant for every site of the blocks before.
     """
     heads = [sequence[:LENGTH] for sequence in (sequences[FOLD::NUM_FOLDS] or sequences)[-NUM_SEQUENCES:]]
     edges = np.cumsum([0, *map(len, heads)])
     tables = rotary_tables(config, LENGTH)
     streams = [embed(checkpoint, config.embedding, heads)]
     sites: list[Site] = []
+
+    def run_changed(block: Block, weights: BlockWeights, exact: Array, site: Site) -> Array:
+        int8_product = _int8_product(site, weights.matrices[site.kind], statistics, ranges, config)
+
+        def product(kind: str, x: Array, rows: object) -> Array:
+            return int8_product(x) if kind == site.kind else weights.product(kind, x)
+
+        return run_block(weights, block, exact, edges, tables, product=product)
+
     with progress_bar("sensitivity", total=config.num_layers * (config.num_layers + 1) // 2) as bar:
         for block in config.blocks:
             weights = load_block(checkpoint, block)
-            exact = streams[0]
-
-            def run(x: Array, block: Block = block, weights: BlockWeights = weights) -> Array:
-                return run_block(weights, block, x, edges, tables)
-
-            def run_changed(
-                site: Site, exact: Array = exact, block: Block = block, weights: BlockWeights = weights
-            ) -> Array:
-                product = _int8_product(site, weights.matrices[site.kind], statistics, ranges, config)
-                changed = _Changed(weights, site.kind, product)
-                return run_block(weights, block, exact, edges, tables, product=changed)
-
+            run = partial(run_block, weights, block, edges=edges, tables=tables)
             own = [linear.site for linear in block.linears if linear.site in ranges]
-            streams = [*in_order(run, streams), *in_order(run_changed, own)]
+            changed = partial(run_changed, block, weights, streams[0])
+            streams = [*in_order(run, streams), *in_order(changed, own)]
             sites += own
             bar.update(block.layer + 1)
     return _costs(checkpoint, config, streams, sites, statistics, ranges)
 
 
-def choose_wide(costs: Sequence[LayerCost], *, max_increase: float, keep: Collection[str] = ()) -> set[Site]:
-    """Sites for two passes: those of `keep` (as in `layers.11.down`), then the costliest until the rest stays inside
-    ln(1 + max_increase) nats; never more than MAX_WIDE_SHARE of the multiply-adds but for those asked for.
+def choose_two_pass(costs: Sequence[LayerCost], *, max_increase: float, keep: Collection[str] = ()) -> set[Site]:
+    """Choose the sites that get two passes.
+
+    First those that `keep` names (`layers.11.down`), then the most expensive ones, until the others cost no more than
+    ln(1 + max_increase) nats together. Except for `keep`, they have at most MAX_TWO_PASS_SHARE of the multiply-adds.
     """
     named = {str(cost.site): cost.site for cost in costs}
     unknown = sorted(set(keep) - set(named))
@@ -101,53 +105,34 @@ def choose_wide(costs: Sequence[LayerCost], *, max_increase: float, keep: Collec
         raise InvalidSetting(
             f"--two-pass-layers: there is no layer {unknown[0]!r}; layers are called like {next(iter(named))}"
         )
-    wide = {named[name] for name in keep}
+    chosen = {named[name] for name in keep}
     layers = [cost for cost in costs if cost.site.kind != LM_HEAD]
-    budget = MAX_WIDE_SHARE * sum(cost.macs for cost in layers) - sum(c.macs for c in layers if c.site in wide)
-    left = sum(cost.kl for cost in costs if cost.site not in wide)
+    budget = MAX_TWO_PASS_SHARE * sum(cost.macs for cost in layers) - sum(c.macs for c in layers if c.site in chosen)
+    left = sum(cost.kl for cost in costs if cost.site not in chosen)
     limit = float(np.log1p(max_increase))
-    for cost in costs:  # the head runs once a token that is asked for, never over a prompt: spared first
+    for cost in costs:  # the head comes first: it does not run over a prompt, so its second pass is cheap
         if cost.site.kind == LM_HEAD and left > limit and cost.kl > _HEAD_SHARE * limit:
-            wide.add(cost.site)
+            chosen.add(cost.site)
             left -= cost.kl
     for cost in sorted(layers, key=lambda cost: cost.kl, reverse=True):
         if left <= limit:
             break
-        if cost.site not in wide and cost.macs <= budget:
-            wide.add(cost.site)
+        if cost.site not in chosen and cost.macs <= budget:
+            chosen.add(cost.site)
             budget, left = budget - cost.macs, left - cost.kl
-    return wide
-
-
-class _Changed:
-    """A block's products, one of them replaced."""
-
-    def __init__(self, weights: BlockWeights, kind: str, product: "_Int8Product") -> None:
-        self._weights, self._kind, self._product = weights, kind, product
-
-    def __call__(self, kind: str, x: Array, rows: object) -> Array:
-        return self._product(x) if kind == self._kind else self._weights.product(kind, x)
-
-
-class _Int8Product:
-    """x `[n, K]`, rounded as in the int8 graph, times the exact weights."""
-
-    def __init__(self, weight: Array, vector: Array, scale: float) -> None:
-        self._weight = weight * vector
-        self._vector, self._scale = vector, scale
-
-    def __call__(self, x: Array) -> Array:
-        return np.asarray(rounded_activations(x / self._vector, self._scale) @ self._weight.T)
+    return chosen
 
 
 def _int8_product(
     site: Site, weight: Array, statistics: Statistics, ranges: Mapping[Site, SiteRanges], config: ModelConfig
-) -> _Int8Product:
-    chosen = ranges[site].narrow
+) -> Callable[[Array], Array]:
+    """The product of x `[n, K]`, fake-quantized as in the int8 graph, and the exact weights."""
+    chosen = ranges[site].one_pass
     others = np.delete(statistics[site].absmax, FOLD, axis=0).max(0)
     seen = others if others.any() else statistics[site].highest
     vector = smoothing_vector(seen, np.asarray(np.abs(weight).max(0)), chosen.strength, site=site, config=config)
-    return _Int8Product(weight, vector, scale_of(seen, vector, chosen.end))
+    scale, smoothed = scale_of(seen, vector, chosen.end), weight * vector
+    return lambda x: np.asarray(rounded_activations(x / vector, scale) @ smoothed.T)
 
 
 def _costs(
@@ -158,6 +143,7 @@ def _costs(
     statistics: Statistics,
     ranges: Mapping[Site, SiteRanges],
 ) -> list[LayerCost]:
+    """Compare the logits of every variant with those of the float model, streams[0]; the LM head's cost comes last."""
     site = config.head.linear.site
     head = load_head(checkpoint, config.head)
     norm = load_norm(checkpoint, config.final_norm)
@@ -183,9 +169,9 @@ def _costs(
 def _kl(p: Array, change: Array) -> float:
     """KL(p || softmax(log p + change)), mean over the rows of `[n, V]`, in nats: log E[exp(change - E[change])].
 
-    `change` is overwritten. A fifth of the time of two log-softmaxes, and no large numbers that cancel.
+    `change` is overwritten. This takes a fifth of the time of two log-softmaxes, and no large numbers cancel.
     """
     change -= (p * change).sum(-1, keepdims=True)
-    np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # beyond, float32 ends
+    np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # exp overflows float32 beyond 88
     change *= p
     return float(np.log(change.sum(-1, dtype=np.float64)).mean())

@@ -1,18 +1,16 @@
-"""Move magnitude from activations into weights, exactly: SmoothQuant (arXiv:2211.10438) folded into the checkpoint.
+"""SmoothQuant (arXiv:2211.10438): move magnitude from activations into weights, exactly, in the checkpoint.
 
-Every linear layer's input is divided by a vector, channel by channel, and the layer's columns multiplied by it. The
-division costs nothing at run time, because it is folded into what makes the input:
+Each linear layer's input is divided by a vector, one value per channel, and the layer's columns are multiplied by it.
+The division is folded into the tensor that produces the input, so it costs nothing at run time:
 
     a norm that this layer alone reads    the norm's weight, and its bias
     attention's values (o)                the rows of v: one value for all query heads that share a key-value head
     a gated MLP's activations (down)      the rows of up
 
-Where none of these makes the input, the layer is not smoothed. The product is the same checkpoint in other units: run
-in float32 it computes what the original computes.
+A layer with another input is not smoothed. In float32, the smoothed checkpoint computes the same as the original.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +23,15 @@ Array = NDArray[np.float32]
 
 _HEAD = f"{LM_HEAD}.weight"
 
-# Vectors stay within these powers of ten, so that no weight leaves half precision's normal numbers for another.
+# Lower bound of magnitudes and vectors, so that smoothed weights stay normal numbers in half precision.
 _FLOOR = np.float32(1e-5)
 
 
 def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
-    """What makes a site's input and can take a division, exactly: a norm, or rows of another matrix.
+    """The norm or matrix that produces a site's input and that a division can be folded into, exactly.
 
-    None where nothing can: a norm that several sites read would have to be divided by the vector of each, and an
-    activation without a gate is not linear in anything.
+    None if there is none: a norm that several sites read would have to be divided by several vectors, and an MLP
+    without a gate is not linear in any matrix.
     """
     linear = config.by_site[site]
     if linear.reads is not None:
@@ -51,17 +49,17 @@ def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
 def smoothing_vector(
     highest: Array, weight_highest: Array, strength: float, *, site: Site, config: ModelConfig
 ) -> Array:
-    """What a site's input is divided by, `[K]`: highest^strength / weight_highest^(1 - strength).
+    """The vector that divides a site's input, `[K]`: highest^strength / weight_highest^(1 - strength).
 
-    highest: largest magnitude of each input channel; weight_highest: of each weight column. Channels that are dead
-    on either side keep 1, and so does an input that nothing can divide. For attention's output the channels of the
-    heads that share a key-value head get their largest value.
+    highest: largest magnitude of each input channel; weight_highest: of each weight column. The value is 1 for channels
+    that are 0 in either, and for an input without a producer. Query heads that share a key-value head get the largest
+    of their values.
     """
     if producer_of(config, site) is None:
         return np.ones_like(highest)
     dead = (highest < _FLOOR) | (weight_highest < _FLOOR)
-    wide = np.maximum(highest, _FLOOR) ** strength / np.maximum(weight_highest, _FLOOR) ** (1 - strength)
-    vector = np.where(dead, np.float32(1), np.maximum(wide, _FLOOR)).astype(np.float32)
+    ratio = np.maximum(highest, _FLOOR) ** strength / np.maximum(weight_highest, _FLOOR) ** (1 - strength)
+    vector = np.where(dead, np.float32(1), np.maximum(ratio, _FLOOR)).astype(np.float32)
     if config.by_site[site].role != "o":
         return vector
     grouped = vector.reshape(config.num_kv_heads, -1, config.head_dim).max(1, keepdims=True)
@@ -70,24 +68,18 @@ def smoothing_vector(
     ).reshape(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fold:
-    """How one tensor changes: rows (or a vector) divided, columns multiplied. adds_one: it is w of a 1 + w norm."""
-
-    divide: Array | None
-    multiply: Array | None
-    adds_one: bool
-
-
 class SmoothedCheckpoint(CheckpointView):
-    """A checkpoint whose tensors carry the smoothing vectors of some sites; the others are left as they are.
+    """A checkpoint with the smoothing vectors of some sites folded into its tensors.
 
-    With a vector for the LM head, a tied head becomes a matrix of its own: the embedding cannot take the vector.
+    If the LM head has a vector, a tied head becomes a matrix of its own, because the embedding must not change.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
         super().__init__(checkpoint)
-        self._folds = _folds(smoothed_config(config, vectors), vectors)
+        self._divide: dict[str, Array] = {}  # by tensor name: of its rows
+        self._multiply: dict[str, Array] = {}  # of its columns
+        self._adds_one: set[str] = set()
+        self._fold(smoothed_config(config, vectors), vectors)
         self._embedding = f"{config.embedding.name}.weight"
         self._unties = config.tie_word_embeddings and config.head.linear.site in vectors
 
@@ -98,45 +90,31 @@ class SmoothedCheckpoint(CheckpointView):
 
     def load(self, name: str) -> Array:
         array = self._base.load(self._embedding if self._unties and name == _HEAD else name)
-        fold = self._folds.get(name)
-        if fold is None:
-            return array
-        if fold.adds_one and fold.divide is not None:
-            return (array + np.float32(1)) / fold.divide - np.float32(1)
-        if fold.divide is not None:
-            array = array / (fold.divide if array.ndim == 1 else fold.divide[:, None])
-        return array if fold.multiply is None else array * fold.multiply
+        divide, multiply = self._divide.get(name), self._multiply.get(name)
+        if divide is not None and name in self._adds_one:
+            return (array + np.float32(1)) / divide - np.float32(1)
+        if divide is not None:
+            array = array / (divide if array.ndim == 1 else divide[:, None])
+        return array if multiply is None else array * multiply
+
+    def _fold(self, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
+        for site, vector in vectors.items():
+            linear, producer = config.by_site[site], producer_of(config, site)
+            if producer is None:
+                continue
+            self._multiply |= dict.fromkeys(linear.weight_names, vector)
+            rows = vector
+            if linear.role == "o":  # all query heads of a key-value head have the same vector
+                rows = vector.reshape(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)
+            self._divide |= {f"{producer.name}.weight": rows, f"{producer.name}.bias": rows}
+            if isinstance(producer, Norm) and producer.adds_one:
+                self._adds_one.add(f"{producer.name}.weight")
 
     def row_divisor(self, name: str) -> Array | None:
-        """What the rows of a tensor were divided by, None if they were not."""
-        fold = self._folds.get(name)
-        return None if fold is None else fold.divide
+        """The vector that divides a tensor's rows; None if nothing does."""
+        return self._divide.get(name)
 
 
 def smoothed_config(config: ModelConfig, vectors: Mapping[Site, Array]) -> ModelConfig:
-    """The configuration of the smoothed checkpoint: its LM head is no longer tied if it has a vector."""
+    """The smoothed checkpoint's configuration: an LM head with a smoothing vector is not tied."""
     return config.untied() if config.tie_word_embeddings and config.head.linear.site in vectors else config
-
-
-def _folds(config: ModelConfig, vectors: Mapping[Site, Array]) -> dict[str, _Fold]:
-    """By tensor name."""
-    divide: dict[str, Array] = {}
-    multiply: dict[str, Array] = {}
-    adds_one: set[str] = set()
-    for site, vector in vectors.items():
-        linear, producer = config.by_site[site], producer_of(config, site)
-        if producer is None:
-            continue
-        multiply |= dict.fromkeys(linear.weight_names, vector)
-        rows = _shared(vector, config) if linear.role == "o" else vector
-        divide |= {f"{producer.name}.weight": rows, f"{producer.name}.bias": rows}
-        if isinstance(producer, Norm) and producer.adds_one:
-            adds_one.add(f"{producer.name}.weight")
-    return {
-        name: _Fold(divide.get(name), multiply.get(name), name in adds_one) for name in divide.keys() | multiply.keys()
-    }
-
-
-def _shared(o: Array, config: ModelConfig) -> Array:
-    """One value for each row of the values: the vector is the same for all query heads of a key-value head."""
-    return o.reshape(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)

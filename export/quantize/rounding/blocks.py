@@ -1,35 +1,33 @@
-"""Weights in blocks of small integers, rounded together rather than each alone: int4 that is worth having.
+"""Round weights to int4 or int8 in blocks that share a scale, to nearest or with GPTQ.
 
-Each block's grid (scale, zero point) is chosen first, by the squared errors of its weights, each counted by the energy
-of its input; error_compensation.py then rounds the columns against the calibration text's inputs. Symmetric blocks are
-TensorRT's: codes from -8 to 7, no zero point, and scales that half precision holds.
+Each block's scale and zero point are chosen first, by its weights' squared errors, weighted by the energy of their
+inputs; gptq.py then rounds the columns. Symmetric blocks are TensorRT's: codes from -8 to 7, no zero point, and scales
+that half precision can represent.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.rounding.gptq import Grid, Moments, problem_of, rounded_codes
+from export.quantize.rounding.gptq import GramMatrices, Grid, gptq_factors, rounded_codes
 from export.schemes.forms import Blocks
 from export.storage.blocks import QuantizedRows, best_range, pack
 
 Array = NDArray[np.float32]
 
 SHRINKAGE = 0.1
-"""Of correlations between inputs, see problem_of. Less follows the few directions of massive activations better, more
-does where tokens are few: on 1,500 tokens 0.03, 0.1, 0.3 and 0.5 leave SmolLM2-135M's layer 11 (down) with 0.0019,
-0.0026, 0.0051, 0.0099 nats and layer 5 (gate_up) with 0.0013, 0.0011, 0.0011, 0.0011; a rounding has 12,000."""
-
+"""Reduces correlations between inputs, see gptq_factors. A low value is better for massive activations, a high one for
+few tokens: with 1,500 tokens, 0.03, 0.1, 0.3 and 0.5 give KL 0.0019, 0.0026, 0.0051, 0.0099 nats in SmolLM2-135M's
+layer 11 (down) and 0.0013, 0.0011, 0.0011, 0.0011 in layer 5 (gate_up). An export uses 12,000 tokens."""
 
 SMALLEST_SCALE = np.float32(np.finfo(np.float16).tiny)
-"""Of the normal half-precision numbers: below it a scale loses digits, and at 0 a block of zeros divides by it."""
+"""The smallest normal half-precision number. A smaller scale loses digits, and a scale of 0 is divided by."""
 
-# Candidates for the end of a symmetric block's range, as shares of its largest magnitude: clipping one value a little
-# often costs less than coarser steps for the others.
-_SHRINK = np.linspace(0.75, 1.0, 11, dtype=np.float32)
+# Clip ratios tried for a symmetric block: clipping one value a little often costs less than a coarser step for all.
+_CLIP_RATIOS = np.linspace(0.75, 1.0, 11, dtype=np.float32)
 
 
 def block_grid(weight: Array, blocks: Blocks, importance: Array | None = None) -> Grid:
-    """The grid of float32 `[N, K]`; importance `[K]`: what an input's squared error counts."""
+    """Choose the grid of float32 `[N, K]`; importance `[K]` weights the squared errors of each input's weights."""
     n, k = weight.shape
     top = (1 << blocks.bits) - 1
     counts = None if importance is None else importance.reshape(-1, blocks.block_size)
@@ -39,22 +37,23 @@ def block_grid(weight: Array, blocks: Blocks, importance: Array | None = None) -
         middle = np.float32(1 << (blocks.bits - 1))
         return Grid(scales, np.full_like(scales, -middle), np.full_like(scales, middle - 1), blocks.block_size)
     scales, zeros = best_range(grouped, top, counts)
-    # A block of zeros has the scale 0 and whatever codes: any other scale leaves it at zero and can be divided by.
+    # A block of zeros gets the scale 0, which cannot be divided by. With 1 it stays zero.
     scales = np.where(scales == 0, np.float32(1), scales)
     return Grid(np.ascontiguousarray(scales.T), -zeros.T, top - zeros.T, blocks.block_size)
 
 
 def symmetric_scales(blocks: Array, bits: int, importance: Array | None = None) -> Array:
-    """Scales, half-precision numbers, with the least squared error for `[..., block]`; its largest magnitude becomes
-    either end of the codes, and is clipped at the upper one where coarser steps for the others would cost more.
+    """Half-precision scales with the least squared error for `[..., block]`.
+
+    Each clip ratio is tried with the largest magnitude at the highest code and at the lowest.
     """
     middle = 1 << (bits - 1)
     counts = np.float32(1) if importance is None else importance
     highest = np.abs(blocks).max(-1)
     best_error, best = np.full(highest.shape, np.inf, np.float32), np.zeros_like(highest)
-    for shrink in _SHRINK:
+    for clip_ratio in _CLIP_RATIOS:
         for steps in (middle - 1, middle):
-            scale = np.maximum(highest * shrink / steps, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+            scale = np.maximum(highest * clip_ratio / steps, SMALLEST_SCALE).astype(np.float16).astype(np.float32)
             codes = np.clip(np.rint(blocks / scale[..., None]), -middle, middle - 1)
             error = (np.square(codes * scale[..., None] - blocks) * counts).sum(-1)
             is_better = error < best_error
@@ -63,7 +62,7 @@ def symmetric_scales(blocks: Array, bits: int, importance: Array | None = None) 
 
 
 def packed_rows(codes: NDArray[np.int8], grid: Grid, blocks: Blocks) -> QuantizedRows:
-    """Codes `[N, K]` in the layout of MatMulNBits."""
+    """Pack codes `[N, K]` in the layout of MatMulNBits."""
     n, k = codes.shape
     zeros = -grid.lowest.T
     values = codes.reshape(n, k // blocks.block_size, blocks.block_size) + zeros[..., None]
@@ -72,16 +71,16 @@ def packed_rows(codes: NDArray[np.int8], grid: Grid, blocks: Blocks) -> Quantize
 
 
 def nearest_rows(weight: Array, blocks: Blocks) -> QuantizedRows:
-    """float32 `[N, K]`, each weight rounded for itself."""
+    """Round float32 `[N, K]` to nearest."""
     grid = block_grid(weight, blocks)
     return packed_rows(grid.codes(weight), grid, blocks)
 
 
-def compensated_rows(weight: Array, moments: Moments, blocks: Blocks) -> QuantizedRows:
-    """float32 `[N, K]` rounded so that its product with the calibrated input stays near the exact one."""
-    problem = problem_of(moments, shrinkage=SHRINKAGE, heaviest_first=True)
-    if problem is None:  # the input was always 0: nothing tells which weights matter
+def gptq_blocks(weight: Array, gram: GramMatrices, blocks: Blocks) -> QuantizedRows:
+    """Round float32 `[N, K]` with GPTQ."""
+    factors = gptq_factors(gram, shrinkage=SHRINKAGE, act_order=True)
+    if factors is None:
         return nearest_rows(weight, blocks)
-    target = problem.target(weight)
-    grid = block_grid(target, blocks, np.diagonal(moments.rounded))
-    return packed_rows(rounded_codes(target, problem, grid), grid, blocks)
+    target = factors.target(weight)
+    grid = block_grid(target, blocks, np.diagonal(gram.rounded))
+    return packed_rows(rounded_codes(target, factors, grid), grid, blocks)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are integers already, by site: what calibration or the checkpoint hands to a graph."""
+"""The quantized linear layers that calibration, or a quantized checkpoint, hands to a graph, by site."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from runtime.errors import CalibrationFailed
 
 @dataclass(frozen=True, slots=True)
 class Int8Layer:
-    """A layer that multiplies in int8: its input's scale, and its rounded weights, read when asked for.
+    """A layer that multiplies in int8.
 
-    fine_scale: of the second pass over the input; None has one pass
+    scale: of the input; fine_scale: of the second pass over the input, None for one pass
+    load: reads the int8 weights
     """
 
     scale: float
@@ -24,42 +25,42 @@ class Int8Layer:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayer:
-    """A layer whose weights are blocks of integers; `load` gives None where the checkpoint holds it as floats."""
+    """A layer whose weights are blocks of integers; `load` returns None for a layer stored as floats."""
 
     load: Callable[[], ImportedRows | None]
 
 
 Layers = Mapping[Site, Int8Layer | BlockLayer | None]
-"""Every linear layer of a model but routers, or none at all. None: stored as floats or as the precision says."""
+"""Every linear layer of a model except routers, or no layer at all. A value of None: the scheme's form is used."""
 
 
 class QuantizedLayers:
-    """Hands the layers to one graph, each once; both sides must agree on which there are."""
+    """Hands each layer to one graph, and checks that the graph and quantization have the same layers."""
 
     def __init__(self, layers: Layers) -> None:
         self._layers, self._left = layers, set(layers)
 
     def take(self, linear: Linear) -> Int8Layer | ImportedRows | None:
-        """The layer's integers; None if there are none. CalibrationFailed for a layer that nobody decided about."""
+        """The layer's integers; None if it has none. CalibrationFailed for a layer that quantization did not see."""
         if self._layers and linear.is_quantizable and linear.site not in self._layers:
-            raise CalibrationFailed(f"the graph has a layer {linear.site}, and quantization knew of none")
+            raise CalibrationFailed(f"the graph has the layer {linear.site}, which quantization did not see")
         self._left.discard(linear.site)
         found = self._layers.get(linear.site)
         return found.load() if isinstance(found, BlockLayer) else found
 
     def check_all_taken(self) -> None:
-        """CalibrationFailed, naming one, if the graph has no place for a layer that was quantized."""
+        """CalibrationFailed if a layer was quantized and the graph did not take it; the message names one."""
         if left := sorted(site for site in self._left if self._layers[site] is not None):
             raise CalibrationFailed(f"{left[0]} was quantized, and the graph has no such layer")
 
 
 def undecided(config: ModelConfig) -> dict[Site, Int8Layer | BlockLayer | None]:
-    """Every layer that can be quantized, with no integers yet."""
+    """A `Layers` with every layer that can be quantized, and no integers yet."""
     return {linear.site: None for linear in config.linears if linear.is_quantizable}
 
 
 def layers_of_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> Layers:
-    """Of a checkpoint that a GPTQ or AWQ tool has quantized."""
+    """The layers of a checkpoint that a GPTQ or AWQ tool has quantized."""
 
     def layer(linear: Linear) -> BlockLayer:
         def load() -> ImportedRows | None:

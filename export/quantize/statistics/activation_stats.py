@@ -1,7 +1,7 @@
-"""What calibration keeps of the activations: per-channel maxima and a histogram, updated batch by batch.
+"""Statistics of activations: per-channel maxima, sums of squares and a histogram, updated sequence by sequence.
 
-Its size is that of the model's layers; it does not grow with the number of samples. Knows nothing about graphs or
-integers. A NaN or an infinity is an error at once: a range that holds one would make every other number 0.
+Their size does not grow with the number of samples. A NaN or an infinity raises an error at once, because a range that
+contains one would make every other number 0. Knows nothing about graphs or integers.
 """
 
 from dataclasses import dataclass, field
@@ -13,19 +13,20 @@ from export.model.description import Site
 from runtime.errors import CalibrationFailed
 
 NUM_FOLDS = 4
-"""Maxima are kept apart for every fourth sequence, so that a search can try ranges on text they did not come from."""
+"""Sequence i belongs to fold i % NUM_FOLDS. Each fold has its own maxima, so that a search can judge a range on text
+that the range does not come from."""
 
 # Magnitudes from 2^-20 to 2^20 in steps of 2^(1/4), 19 %: fine enough to see how far an outlier stands out.
 _LOWEST, _BINS_PER_OCTAVE, _NUM_BINS = -20, 4, 160
-# Every so many tokens go into the histogram: logarithms of all would take longer than the products.
+# One token in 16 goes into the histogram: the logarithms of all would take longer than the matrix products.
 _HISTOGRAM_STRIDE = 16
 
 
 @dataclass(slots=True)
 class SiteStatistics:
-    """Of one input with K channels.
+    """Statistics of one input with K channels.
 
-    absmax: float32 `[NUM_FOLDS, K]`, largest magnitude a channel; square_sum: float64 `[K]`
+    absmax: float32 `[NUM_FOLDS, K]`, largest magnitude of each channel; square_sum: float64 `[K]`
     histogram: int64 `[bins]` of magnitudes, see `percentile`
     """
 
@@ -39,13 +40,10 @@ class SiteStatistics:
         return cls(np.zeros((NUM_FOLDS, num_channels), np.float32), np.zeros(num_channels, np.float64))
 
     def update(self, x: NDArray[np.float32], fold: int, site: Site) -> None:
-        """Add rows `[n, K]` of one sequence. CalibrationFailed names the site if one is not finite."""
+        """Add tokens `[n, K]` of one sequence. CalibrationFailed, with the site's name, if one is not finite."""
         highest = np.maximum(x.max(0), -x.min(0))
         if not np.isfinite(highest).all():
-            raise CalibrationFailed(
-                f"the input of {site} is not finite on the calibration text (channel "
-                f"{int(np.argmin(np.isfinite(highest)))}): the checkpoint is broken, or float32 too narrow for it"
-            )
+            raise not_finite(f"channel {int(np.argmin(np.isfinite(highest)))} of the input", site)
         np.maximum(self.absmax[fold % NUM_FOLDS], highest, out=self.absmax[fold % NUM_FOLDS])
         self.square_sum += np.einsum("nk,nk->k", x, x)
         self.num_tokens += len(x)
@@ -55,7 +53,7 @@ class SiteStatistics:
         self.histogram += counts
 
     def merge(self, other: "SiteStatistics") -> None:
-        """Add what was gathered apart."""
+        """Add the statistics of other tokens."""
         np.maximum(self.absmax, other.absmax, out=self.absmax)
         self.square_sum += other.square_sum
         self.num_tokens += other.num_tokens
@@ -63,14 +61,21 @@ class SiteStatistics:
 
     @property
     def highest(self) -> NDArray[np.float32]:
-        """Largest magnitude a channel over all folds, `[K]`."""
+        """Largest magnitude of each channel over all folds, `[K]`."""
         return np.asarray(self.absmax.max(0))
 
     def percentile(self, share: float) -> float:
-        """A magnitude that `share` of the values do not exceed, right within a bin (19 %)."""
+        """The magnitude that `share` of the values do not exceed, with an error of at most one bin (19 %)."""
         total = np.cumsum(self.histogram)
         idx = int(np.searchsorted(total, share * total[-1]))
         return float(2.0 ** (_LOWEST + (idx + 1) / _BINS_PER_OCTAVE))
 
 
 Statistics = dict[Site, SiteStatistics]
+
+
+def not_finite(what: str, site: Site) -> CalibrationFailed:
+    """The error for a NaN or an infinity in `what`."""
+    return CalibrationFailed(
+        f"{what} of {site} is not finite on the calibration text: the checkpoint is damaged, or it exceeds float32"
+    )

@@ -1,9 +1,9 @@
 """Run the calibration text through the float model once, layer by layer, and keep statistics of every layer's input.
 
-Layer outside, chunks of sequences inside: memory is one layer's weights, some chunks' activations and the statistics,
-whatever the number of samples; the hidden states between two layers lie on disk. A finished layer is saved, so an
-interrupted run goes on where it stopped. Chooses nothing itself: a `Follower` may, from a few tokens of each layer,
-while that layer's weights are at hand; see int8_search.py.
+The outer loop runs over layers, the inner one over chunks of sequences. Memory holds one layer's weights, some chunks'
+activations and the statistics, whatever the number of samples; hidden states between two layers are on disk. Each
+finished layer is saved, so an interrupted run continues there. A `LayerObserver` gets some tokens and the weights of
+each layer (int8/search.py is one).
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from export.calibration.dataset import sequences_digest
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig, Rotary, Site
 from export.model.reference.forward import embedded, load_block, load_norm, load_positions, rotary_tables, run_block
@@ -25,27 +26,26 @@ from export.model.rope import RopeTables
 from export.quantize.statistics.activation_stats import SiteStatistics, Statistics
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.spool import HiddenSpool
-from export.quantize.statistics.store import load_statistics, save_statistics
+from export.quantize.statistics.store import load_arrays, save_arrays, statistics_from_arrays, statistics_to_arrays
 from export.storage.whole_file import write_whole
 from runtime.progress import progress_bar
 
-# Activations one worker holds at once: about one sequence of 512 tokens of SmolLM2-135M. More of them take a tenth
-# longer, in page faults. The widest is the stacked gate and up projection, and a few copies of its halves.
+# Activations that one worker holds: about 512 tokens of SmolLM2-135M. With more, page faults cost a tenth of the time.
+# The largest activation is that of the stacked gate and up projection; there are a few copies of its halves.
 CHUNK_BYTES = 26 << 20
 _COPIES = 3.0
 
-# Tokens of a sequence that searches judge on, its first among them: it is where the massive activations are; and the
-# sequences they are taken from.
+# Observers get this many tokens of each of the first sequences. The first token of a sequence is one of them, because
+# it has the massive activations.
 _TOKENS_A_SEQUENCE = 28
-NUM_SAMPLED = 24
-
+_NUM_SAMPLED = 24
 
 Tables = dict[Rotary, RopeTables]
 """cos and sin of every rotary embedding."""
 
 
 class Chunk(NamedTuple):
-    """Some whole sequences: their numbers, their first and last row, and their edges counted from the first row."""
+    """Some whole sequences: their numbers, rows `start` to `stop`, and where each begins, counted from `start`."""
 
     sequence_idx: range
     start: int
@@ -55,10 +55,10 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Some tokens' inputs of one linear layer, float32 `[n, K]`.
+    """Inputs of one linear layer for some tokens, float32 `[n, K]`.
 
-    fold: of each token, the number of the sequence it comes from
-    residual: mean square of the residual stream behind the block, `[n]`
+    fold: the number of each token's sequence, `[n]`
+    residual: mean square of the residual stream after the block, `[n]`; the next norm divides by its root
     """
 
     inputs: Array
@@ -68,9 +68,9 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class LayerSample:
-    """Some tokens of one decoder layer (or, by the number of layers, of the LM head).
+    """Some tokens of one decoder layer, or of the LM head, whose `layer` is the number of decoder layers.
 
-    seen: by kind of linear layer; an expert saw the tokens that chose it. matrices: by kind, `[N, K]`
+    seen: by kind of linear layer; for an expert, tokens that chose it. matrices: by kind, `[N, K]`
     """
 
     layer: int
@@ -78,19 +78,19 @@ class LayerSample:
     matrices: Mapping[str, Array]
 
 
-class Follower(Protocol):
-    """Goes along with a calibration, layer by layer. What it found is kept with the run, and given back to it."""
+class LayerObserver(Protocol):
+    """Observes a calibration run. Its state is saved with the run."""
 
-    def follow(self, sample: LayerSample, statistics: Statistics) -> None:
-        """A layer's statistics are complete."""
+    def observe(self, sample: LayerSample, statistics: Statistics) -> None:
+        """Called for each layer when its statistics are complete."""
         ...
 
     def state(self) -> Any:
-        """What it found so far, JSON-able."""
+        """The results so far, JSON-able."""
         ...
 
     def restore(self, state: Any) -> None:
-        """Go on from what `state` returned in an interrupted run."""
+        """Continue from the `state` of an interrupted run."""
         ...
 
 
@@ -99,16 +99,17 @@ def collect_statistics(
     config: ModelConfig,
     sequences: Sequence[Sequence[int]],
     workdir: Path,
-    follower: Follower | None = None,
+    observer: LayerObserver | None = None,
 ) -> Statistics:
-    """Statistics of every linear layer's input and of the KV cache; CalibrationFailed if something is not finite.
+    """Collect statistics of every linear layer's input and of the KV cache; CalibrationFailed if one is not finite.
 
-    `workdir` holds the hidden states (two layers of `[tokens, hidden]` float32) and what is finished; a workdir left
-    by an interrupted run over the same text and model is continued, any other is started anew.
+    `workdir` holds hidden states (two layers of float32 `[tokens, hidden]`) and finished layers. A run over the same
+    text and model that was interrupted in `workdir` is continued.
     """
     chunks = list(chunks_of(sequences, config))
     tables = rotary_tables(config, max(map(len, sequences)))
-    run = _Run(checkpoint, config, workdir, _fingerprint(checkpoint, config, sequences), follower)
+    digest = hashlib.sha256(fingerprint_of(checkpoint, config) + sequences_digest(sequences).encode())
+    run = _Run(checkpoint, config, workdir, digest.hexdigest(), observer)
     num_tokens = sum(map(len, sequences))
     with progress_bar("calibrate", total=num_tokens * config.num_layers, unit="token") as bar:
         bar.update(num_tokens * run.layers_done)
@@ -120,10 +121,9 @@ def collect_statistics(
 
 
 def chunks_of(sequences: Sequence[Sequence[int]], config: ModelConfig, *, limit: int | None = None) -> Iterator[Chunk]:
-    """Whole sequences in order, at least one at once, else at most `limit` tokens: as many as CHUNK_BYTES allow."""
+    """Cut into chunks of whole sequences, at most `limit` tokens (default: CHUNK_BYTES) but at least one sequence."""
     limit = limit or max(1, CHUNK_BYTES // token_bytes(config))
-    first, size = 0, 0
-    begin = 0
+    first, begin, size = 0, 0, 0
     for idx, sequence in enumerate(sequences):
         if size and size + len(sequence) > limit:
             yield _chunk(sequences, first, idx, begin)
@@ -133,7 +133,7 @@ def chunks_of(sequences: Sequence[Sequence[int]], config: ModelConfig, *, limit:
 
 
 def token_bytes(config: ModelConfig) -> int:
-    """Bytes of activations a token takes while it passes a layer."""
+    """Bytes of activations per token in one layer."""
     widest = max(linear.num_outputs for linear in config.linears if linear.role in ("gate_up", "up"))
     return int(4 * (widest * _COPIES + 6 * config.hidden_size))
 
@@ -143,8 +143,8 @@ def _chunk(sequences: Sequence[Sequence[int]], first: int, last: int, begin: int
     return Chunk(range(first, last), begin, begin + int(edges[-1]), edges)
 
 
-class _Passed(NamedTuple):
-    """What one chunk leaves: its hidden states, its share of the statistics, and its share of the samples."""
+class _ChunkResult(NamedTuple):
+    """One chunk's hidden states after a layer, its statistics and its sampled tokens."""
 
     hidden: Array
     statistics: Statistics
@@ -152,12 +152,17 @@ class _Passed(NamedTuple):
 
 
 class _Run:
-    """The state of one calibration, and its copy on disk."""
+    """The state of one calibration run, in memory and on disk."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, workdir: Path, fingerprint: str, follower: Follower | None
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        workdir: Path,
+        fingerprint: str,
+        observer: LayerObserver | None,
     ) -> None:
-        self.checkpoint, self.config, self.workdir, self.follower = checkpoint, config, workdir, follower
+        self.checkpoint, self.config, self.workdir, self.observer = checkpoint, config, workdir, observer
         self.fingerprint = fingerprint
         self.spool = HiddenSpool(workdir, config.hidden_size)
         self.statistics: Statistics = {}
@@ -165,12 +170,13 @@ class _Run:
         state = workdir / "state.json"
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
-            # Whoever follows needs every layer: a run that nobody followed is no beginning.
-            if found["fingerprint"] == fingerprint and (follower is None or found.get("follower") is not None):
+            # An observer needs every layer, so it cannot continue a run without one.
+            if found["fingerprint"] == fingerprint and (observer is None or found.get("observer") is not None):
                 self.layers_done = found["layers_done"]
-                self.statistics = load_statistics(workdir / "statistics.npz")
-                if follower is not None:
-                    follower.restore(found["follower"])
+                file = workdir / "statistics.npz"
+                self.statistics = statistics_from_arrays(load_arrays(file), file)
+                if observer is not None:
+                    observer.restore(found["observer"])
         workdir.mkdir(parents=True, exist_ok=True)
 
     def embed(self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> None:
@@ -181,36 +187,36 @@ class _Run:
             self.spool.append(0, x, is_first=chunk.start == 0)
 
     def layer(self, layer: int, chunks: Sequence[Chunk], tables: Tables, *, on_tokens: Any) -> None:
-        """All chunks through one layer; then its follower, and the disk: the state last, so that it never names what
-        is not there."""
+        """Run all chunks through one layer, call the observer, and save. The state is saved last: it names only layers
+        whose files are complete."""
         block = load_block(self.checkpoint, self.config.blocks[layer])
         is_last = layer + 1 == self.config.num_layers
         norm = load_norm(self.checkpoint, self.config.final_norm) if is_last else None
         samples: dict[str, list[Seen]] = {}
-        for chunk, passed in zip(
+        for chunk, result in zip(
             chunks, in_order(lambda chunk: self._chunk(block, layer, chunk, tables, norm), chunks), strict=True
         ):
-            self.spool.append(layer + 1, passed.hidden, is_first=chunk.start == 0)
-            for site, part in passed.statistics.items():
+            self.spool.append(layer + 1, result.hidden, is_first=chunk.start == 0)
+            for site, part in result.statistics.items():
                 self.statistics.setdefault(site, SiteStatistics.empty(part.absmax.shape[1])).merge(part)
-            for kind, seen in passed.seen.items():
+            for kind, seen in result.seen.items():
                 samples.setdefault(kind, []).append(seen)
             on_tokens(chunk.stop - chunk.start)
-        if self.follower is not None:
-            self._follow(self.follower, layer, block, {kind: _joined(parts) for kind, parts in samples.items()})
+        if self.observer is not None:
+            self._observe(self.observer, layer, block, {kind: _joined(parts) for kind, parts in samples.items()})
         self.layers_done = layer + 1
-        save_statistics(self.workdir / "statistics.npz", self.statistics)
+        save_arrays(self.workdir / "statistics.npz", statistics_to_arrays(self.statistics))
         state = {
             "fingerprint": self.fingerprint,
             "layers_done": self.layers_done,
-            "follower": self.follower and self.follower.state(),
+            "observer": self.observer and self.observer.state(),
         }
         write_whole(self.workdir / "state.json", json.dumps(state).encode())
 
     def _chunk(
         self, weights: BlockWeights, layer: int, chunk: Chunk, tables: Tables, norm: NormWeights | None
-    ) -> _Passed:
-        """One chunk through one layer; `norm`: the final norm behind the last one."""
+    ) -> _ChunkResult:
+        """Run one chunk through one layer; `norm` is the final norm if the layer is the last."""
         statistics: Statistics = {}
         inputs: dict[str, tuple[Array, NDArray[np.int64] | None]] = {}
         sampled, fold = _sampled_rows(chunk)
@@ -232,7 +238,7 @@ class _Run:
 
         num_seen = {"k": 0, "v": 0}
 
-        def observe(kind: str, heads: Array) -> None:
+        def observe_kv(kind: str, heads: Array) -> None:
             flat = heads.reshape(len(heads), -1)
             site = Site(layer, kind)
             entry = statistics.setdefault(site, SiteStatistics.empty(flat.shape[1]))
@@ -240,7 +246,7 @@ class _Run:
             num_seen[kind] += 1
 
         x = self.spool.read(layer, chunk.start, chunk.stop)
-        x = run_block(weights, self.config.blocks[layer], x, chunk.edges, tables, product=product, observe=observe)
+        x = run_block(weights, self.config.blocks[layer], x, chunk.edges, tables, product=product, observe=observe_kv)
         if norm is not None:
             update(self.config.head.linear.site, normed(x, norm, self.config.final_norm), None)
         residual = np.square(x[sampled]).mean(1)
@@ -249,19 +255,19 @@ class _Run:
             for kind, (some, which) in inputs.items()
             if len(sampled)
         }
-        return _Passed(x, statistics, seen)
+        return _ChunkResult(x, statistics, seen)
 
-    def _follow(self, follower: Follower, layer: int, weights: BlockWeights, seen: dict[str, Seen]) -> None:
+    def _observe(self, observer: LayerObserver, layer: int, weights: BlockWeights, seen: dict[str, Seen]) -> None:
         head = self.config.head.linear
         last = {head.site.kind: seen.pop(head.site.kind)} if head.site.kind in seen else {}
-        follower.follow(LayerSample(layer, seen, weights.matrices), self.statistics)
+        observer.observe(LayerSample(layer, seen, weights.matrices), self.statistics)
         if last:
             matrix = {head.site.kind: self.checkpoint.load(head.weight_names[0])}
-            follower.follow(LayerSample(head.site.layer, last, matrix), self.statistics)
+            observer.observe(LayerSample(head.site.layer, last, matrix), self.statistics)
 
 
 def _joined(parts: Sequence[Seen]) -> Seen:
-    """What several chunks saw, end to end."""
+    """Concatenate the samples of several chunks."""
     inputs, fold, residual = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("inputs", "fold", "residual")
     )
@@ -269,25 +275,17 @@ def _joined(parts: Sequence[Seen]) -> Seen:
 
 
 def _sampled_rows(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of a chunk that go into samples, and the sequence of each: some of the first sequences' tokens."""
+    """The rows of a chunk that observers get, and the sequence number of each."""
     rows, fold = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for idx, (start, stop) in zip(chunk.sequence_idx, pairwise(chunk.edges), strict=True):
-        if idx < NUM_SAMPLED:
+        if idx < _NUM_SAMPLED:
             rows.append(np.unique(np.linspace(start, stop - 1, _TOKENS_A_SEQUENCE).astype(np.int64)))
             fold.append(np.full(len(rows[-1]), idx))
     return np.concatenate(rows), np.concatenate(fold)
 
 
-def _fingerprint(checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]]) -> str:
-    """What a run must share with an interrupted one to go on with it: the text, the dimensions, and some weights."""
-    digest = hashlib.sha256(fingerprint_of(checkpoint, config))
-    for sequence in sequences:
-        digest.update(np.asarray(sequence, np.int64).tobytes() + b"|")
-    return digest.hexdigest()
-
-
 def fingerprint_of(checkpoint: Checkpoint, config: ModelConfig) -> bytes:
-    """What tells one model from another: its description, and a matrix of its first and of its last block."""
+    """A hash of a model's description, and of one matrix each of its first and last block."""
     digest = hashlib.sha256(repr(config).encode())
     for block in (config.blocks[0], config.blocks[-1]):
         digest.update(checkpoint.load(block.attention.qkv.weight_names[1]).tobytes())

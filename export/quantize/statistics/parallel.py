@@ -1,7 +1,7 @@
-"""Run numpy work on all cores at once: each worker one BLAS thread, results in order, few of them waiting.
+"""Run numpy functions in parallel, one BLAS thread per worker, and yield the results in order.
 
-A layer's products keep every core busy by themselves, but what lies between them (norms, SiLU, softmax, maxima) is
-single-threaded numpy: whole chunks side by side use the cores for both.
+Matrix products alone would keep every core busy, but norms, SiLU, softmax and maxima are single-threaded in numpy.
+Running whole chunks in parallel uses all cores for both.
 """
 
 import os
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MOST_WORKERS = 8
-"""More chunks at once would cost more memory than they save time."""
+"""More would cost much memory and save little time."""
 
 
 def num_workers() -> int:
@@ -23,10 +23,10 @@ def num_workers() -> int:
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of each item, computed side by side, handed out in the items' order.
+    """Yield `function` of each item in the items' order, computed in parallel.
 
-    At most one result more than there are workers is waiting, so memory does not grow with the items. What the function
-    raises is raised here; what has not begun by then never does.
+    At most `num_workers() + 1` results are held, so memory does not grow with the number of items. An exception of the
+    function is raised here, and items that have not started are dropped.
     """
     from threadpoolctl import threadpool_limits
 

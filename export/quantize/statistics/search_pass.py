@@ -1,6 +1,6 @@
-"""Run some calibration sequences through the float model and hand each layer's inputs to whoever asks.
+"""Run some calibration sequences through the float model and yield the inputs of each layer's linear layers.
 
-The tokens are few enough for memory (`search_sequences`), so nothing lies on disk. Knows nothing about integers.
+The tokens fit in memory (`search_sequences`), so nothing is written to disk. Knows nothing about integers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,17 @@ from export.quantize.statistics.collect import Chunk, Tables, chunks_of, token_b
 from export.quantize.statistics.parallel import in_order
 
 NUM_SEQUENCES = 16
-"""Sequences of a search pass: 8,000 tokens of 512 are five for each channel of SmolLM2-135M's widest layer."""
+"""Sequences of a search pass. With 512 tokens each, that is five tokens per channel of SmolLM2-135M's widest layer."""
 
 MOST_BYTES = 512 << 20
 
 
 class LayerInputs(NamedTuple):
-    """What enters each linear layer of one decoder layer, end to end, and the matrices.
+    """Inputs and matrices of the linear layers of one decoder layer, by kind.
 
-    inputs, matrices: by kind; token_weight: by kind, `[tokens]`, 1 / mean square of the residual stream that the
-    output is added to: the norm behind it divides by just that. 1 / mean square of the output for other layers.
+    inputs: float32 `[tokens, K]`; matrices: float32 `[N, K]`
+    token_weight: `[tokens]`. For layers that write to the residual stream, 1 / mean square of the stream: the next norm
+        divides by its root. For other layers, 1 / mean square of all outputs
     """
 
     layer: int
@@ -34,39 +35,28 @@ class LayerInputs(NamedTuple):
     matrices: Mapping[str, Array]
     token_weight: Mapping[str, Array]
 
-    def num_inputs(self, kind: str) -> int:
-        """K of a kind's matrix."""
-        return int(self.matrices[kind].shape[1])
 
-
-class SearchPass:
-    """Sequences to search on; iterate to get one `LayerInputs` a layer, the LM head's last."""
-
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]]) -> None:
-        self._checkpoint, self._config = checkpoint, config
-        self.sequences = search_sequences(sequences, config)
-
-    def __iter__(self) -> Iterator[LayerInputs]:
-        config = self._config
-        tables = rotary_tables(config, max(map(len, self.sequences)))
-        x = embed(self._checkpoint, config.embedding, self.sequences)
-        chunks = list(chunks_of(self.sequences, config))
-        for block in config.blocks:
-            weights = load_block(self._checkpoint, block)
-            x, inputs, token_weight = _through(weights, block, x, chunks, tables)
-            yield LayerInputs(block.layer, inputs, weights.matrices, token_weight)
-        yield self._head(x)
-
-    def _head(self, x: Array) -> LayerInputs:
-        config, head = self._config, self._config.head.linear
-        kind = head.site.kind
-        h = normed(x, load_norm(self._checkpoint, config.final_norm), config.final_norm)
-        matrix = self._checkpoint.load(head.weight_names[0])
-        return LayerInputs(head.site.layer, {kind: h}, {kind: matrix}, {kind: np.ones(len(h), np.float32)})
+def search_pass(
+    checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[Sequence[int]]
+) -> Iterator[LayerInputs]:
+    """Yield the inputs of each decoder layer, and of the LM head last."""
+    chosen = search_sequences(sequences, config)
+    tables = rotary_tables(config, max(map(len, chosen)))
+    x = embed(checkpoint, config.embedding, chosen)
+    chunks = list(chunks_of(chosen, config))
+    for block in config.blocks:
+        weights = load_block(checkpoint, block)
+        x, inputs, token_weight = _through(weights, block, x, chunks, tables)
+        yield LayerInputs(block.layer, inputs, weights.matrices, token_weight)
+    head = config.head.linear
+    layer, kind = head.site
+    hidden = normed(x, load_norm(checkpoint, config.final_norm), config.final_norm)
+    matrix = checkpoint.load(head.weight_names[0])
+    yield LayerInputs(layer, {kind: hidden}, {kind: matrix}, {kind: np.ones(len(hidden), np.float32)})
 
 
 class _Part(NamedTuple):
-    """What one product saw of a chunk: its inputs, the mean square of each output, and the tokens' rows."""
+    """One linear layer over one chunk: its inputs, the mean square of each token's output, the tokens' rows."""
 
     inputs: Array
     squares: Array
@@ -76,8 +66,7 @@ class _Part(NamedTuple):
 def _through(
     weights: BlockWeights, block: Block, x: Array, chunks: Sequence[Chunk], tables: Tables
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    """All tokens through one block, chunks side by side: the stream behind it, each product's inputs, and the weight
-    of each of their tokens."""
+    """Run all tokens through one block, chunks in parallel. Returns the residual stream, inputs and token weights."""
     following = np.empty_like(x)
 
     def run(chunk: Chunk) -> dict[str, _Part]:
@@ -110,7 +99,7 @@ def _through(
 
 
 def search_sequences(sequences: Sequence[Sequence[int]], config: ModelConfig) -> list[Sequence[int]]:
-    """The first NUM_SEQUENCES, fewer where the model is so wide that their activations exceed MOST_BYTES."""
+    """The first NUM_SEQUENCES; fewer if the activations of a wide model would exceed MOST_BYTES."""
     limit = max(1, MOST_BYTES // token_bytes(config))
     chosen: list[Sequence[int]] = []
     for sequence in sequences[:NUM_SEQUENCES]:

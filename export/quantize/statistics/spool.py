@@ -1,7 +1,7 @@
-"""Hidden states of all calibration sequences on disk, two layers at a time, so that memory holds a chunk of them.
+"""Keeps the hidden states of all calibration sequences on disk, for two layers at a time.
 
-Two files take turns: one is read while the next layer's states are written to the other. A run that was interrupted
-therefore finds the last whole layer, and goes on from there.
+There are two files: one is read while the next layer's states are written to the other. After an interruption, the
+states of the last complete layer are still there.
 """
 
 from pathlib import Path
@@ -19,12 +19,12 @@ class HiddenSpool:
         self._directory, self._hidden_size = directory, hidden_size
 
     def read(self, layer: int, start: int, stop: int) -> Array:
-        """Rows start .. stop of what enters `layer`."""
+        """Read the hidden states that enter `layer`, rows start .. stop."""
         count, offset = (stop - start) * self._hidden_size, start * self._hidden_size * 4
         return np.fromfile(self._file(layer), np.float32, count, offset=offset).reshape(-1, self._hidden_size)
 
     def append(self, layer: int, rows: Array, *, is_first: bool) -> None:
-        """Write what enters `layer`, chunk after chunk; the first one starts the file anew."""
+        """Write hidden states that enter `layer`, chunk after chunk; the first chunk truncates the file."""
         with self._file(layer).open("wb" if is_first else "ab") as file:
             file.write(np.ascontiguousarray(rows).data)
 

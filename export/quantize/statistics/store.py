@@ -1,6 +1,6 @@
-"""Statistics and smoothing vectors as one .npz file: names of arrays are `WHAT/layer/kind`.
+"""Saves statistics in an .npz file of a few kilobytes per layer, its arrays named `FIELD/layer/kind`.
 
-A few kilobytes a layer. Reading checks that every array is there and finite.
+Reading checks that every array is there and finite.
 """
 
 import zipfile
@@ -19,24 +19,23 @@ from runtime.errors import CalibrationFailed
 _FIELDS = ("absmax", "square_sum", "num_tokens", "histogram")
 
 
-def save_statistics(file: Path, statistics: Statistics) -> None:
-    """Write all sites; the file appears whole or not at all."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for site, entry in statistics.items():
-        for name in _FIELDS:
-            arrays[f"{name}/{site.layer}/{site.kind}"] = np.asarray(getattr(entry, name))
-    save_arrays(file, arrays)
+def statistics_to_arrays(statistics: Statistics) -> dict[str, NDArray[Any]]:
+    """The arrays of all sites."""
+    return {
+        f"{name}/{site.layer}/{site.kind}": np.asarray(getattr(entry, name))
+        for site, entry in statistics.items()
+        for name in _FIELDS
+    }
 
 
 def save_arrays(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write an .npz file; it appears whole or not at all."""
+    """Write an .npz file atomically."""
     with whole_file(file) as handle:
         np.savez(handle, allow_pickle=False, **arrays)
 
 
-def load_statistics(file: Path) -> Statistics:
-    """Read all sites; CalibrationFailed if the file is not one of ours."""
-    arrays = load_arrays(file)
+def statistics_from_arrays(arrays: Mapping[str, NDArray[Any]], file: Path) -> Statistics:
+    """The statistics of all sites; CalibrationFailed, with the file's name, if an array is missing or damaged."""
     sites = {tuple(name.split("/")[1:]) for name in arrays if name.startswith("absmax/")}
     statistics: Statistics = {}
     try:
@@ -52,7 +51,7 @@ def load_statistics(file: Path) -> Statistics:
 
 
 def load_arrays(file: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an .npz file; CalibrationFailed if it cannot be read."""
+    """Read all arrays of an .npz file; CalibrationFailed if it cannot be read."""
     try:
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
