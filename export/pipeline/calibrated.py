@@ -41,7 +41,7 @@ from export.quantize.kv_cache import (
     with_kv_statistics,
 )
 from export.quantize.rounding.layers import Layers
-from export.schemes.scheme import Calibration as Need
+from export.schemes.scheme import CalibrationNeed as Need
 from export.schemes.scheme import Scheme, Storage
 from runtime.errors import InvalidSetting
 

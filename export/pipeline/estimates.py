@@ -3,7 +3,7 @@
 from export.model.description import Linear, ModelConfig
 from export.quantize.int4.model import keeps_8_bits
 from export.schemes.registry import SCHEMES
-from export.schemes.scheme import Calibration, Storage
+from export.schemes.scheme import CalibrationNeed, Storage
 from runtime.artifact.manifest import Estimate
 
 
@@ -25,7 +25,7 @@ def estimates_of(config: ModelConfig) -> dict[str, dict[str, Estimate]]:
     found: dict[str, dict[str, Estimate]] = {"ort": {}, "trt": {}}
     for name, scheme in SCHEMES.items():
         # Calibrated int8 has an LM head of its own: a tied one cannot take the smoothing of its input.
-        own = config.untied() if scheme.calibration is Calibration.INT8 else config
+        own = config.untied() if scheme.calibration is CalibrationNeed.INT8 else config
         for kind, storage in (("ort", scheme.ort), ("trt", scheme.standard)):
             if storage is not None:
                 found[kind][name] = Estimate(weights=weight_bytes(own, storage), kv=storage.compute)

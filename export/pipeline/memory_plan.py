@@ -26,7 +26,7 @@ from export.quantize.statistics.collect import CHUNK_BYTES, token_bytes
 from export.quantize.statistics.parallel import num_workers
 from export.quantize.statistics.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.quantize.statistics.search_pass import NUM_SEQUENCES
-from export.schemes.scheme import Calibration, Scheme
+from export.schemes.scheme import CalibrationNeed, Scheme
 from export.verify.graph_run import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.errors import InvalidSetting
 from runtime.machine.available_memory import available_memory
@@ -48,7 +48,7 @@ _SEEN = 14  # the input, rounded in two passes and weighted
 # Bytes per logit
 _COMPARED = 24  # both models' logits, their logarithms, and the terms of the divergence
 # Memory of a running graph, as a multiple of its weights: the kernel has its own copy of int8 and of packed blocks.
-_RUN = {Calibration.INT8: 1.3, Calibration.BLOCKS: 2.5}
+_RUN = {CalibrationNeed.INT8: 1.3, CalibrationNeed.BLOCKS: 2.5}
 # Bytes per element of the embedding in a TensorRT graph, which ONNX Runtime executes without fusions
 _HALF_TABLE = 6  # half precision, and float32 for the product
 _HEAD = 9  # the same with an untied LM head: int8, and float32 for the product
@@ -97,7 +97,7 @@ def phases(
     sizes = _Sizes(config, workers or num_workers())
     assert scheme.calibration is not None
     found = _PHASES[scheme.calibration]
-    overhead = _PROCESS + _WORKER * (sizes.workers if scheme.calibration is Calibration.INT8 else 0)
+    overhead = _PROCESS + _WORKER * (sizes.workers if scheme.calibration is CalibrationNeed.INT8 else 0)
     verification = _verification(sizes, config, scheme, dialects)
     sizes_of = {**found(sizes, config, num_samples, length), "verification": verification}
     return [Phase(name, int(size + overhead)) for name, size in sizes_of.items()]
@@ -133,7 +133,7 @@ def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
     return {"rounding": streams + max(4 * s.head, working, s.layer + tokens * 2 * s.inputs + rounded)}
 
 
-_PHASES = {Calibration.INT8: _int8_phases, Calibration.BLOCKS: _int4_phases}
+_PHASES = {CalibrationNeed.INT8: _int8_phases, CalibrationNeed.BLOCKS: _int4_phases}
 
 
 def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequence[str]) -> float:
@@ -144,7 +144,7 @@ def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequ
     # The KV cache: one slot with a window, and all slots with a prompt and its continuation.
     cache = (WINDOW + BATCH * (MAX_PROMPT + NUM_GREEDY)) * per_token
     assert scheme.calibration is not None
-    own = config.untied() if scheme.calibration is Calibration.INT8 else config
+    own = config.untied() if scheme.calibration is CalibrationNeed.INT8 else config
     reference = 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
     ort = weight_bytes(own, scheme.ort) if "ort" in dialects and scheme.ort is not None else 0
     trt = 0

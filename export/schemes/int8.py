@@ -2,7 +2,7 @@
 
 from export.schemes.forms import Channels, Int8Products
 from export.schemes.gate import BATCH, BATCH_TOKENS, Gate, chunks_rounded
-from export.schemes.scheme import Calibration, Scheme, Storage
+from export.schemes.scheme import CalibrationNeed, Scheme, Storage
 from export.schemes.weight_only import INT8_BLOCKS
 
 _KL = Gate("kl", 0.03, "the perplexity limit's worth of nats, three times over: the text is short")
@@ -13,7 +13,7 @@ _PERPLEXITY = Gate(
 W8A8 = Scheme(
     name="w8a8",
     summary="8-bit weights and activations, calibrated: the fastest on a CPU with VNNI",
-    calibration=Calibration.INT8,
+    calibration=CalibrationNeed.INT8,
     ort=Storage(
         compute="float32",
         linear=Int8Products(fallback=INT8_BLOCKS),

@@ -8,7 +8,7 @@ from export.schemes.forms import Blocks, Channels, Floats, Form, Int8Products
 from export.schemes.gate import Gate
 
 
-class Calibration(Enum):
+class CalibrationNeed(Enum):
     """The purpose of a scheme's calibration text."""
 
     INT8 = "static int8 ranges of each linear layer's input (quantize/int8/)"
@@ -66,7 +66,7 @@ class Scheme:
     summary: str
     ort: Storage | None
     standard: Storage | None
-    calibration: Calibration | None = None
+    calibration: CalibrationNeed | None = None
     keeps_stored: bool = False
 
     def storage_of(self, dialect: str) -> Storage | None:

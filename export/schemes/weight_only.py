@@ -2,7 +2,7 @@
 
 from export.schemes.forms import Blocks, Channels
 from export.schemes.gate import BATCH, BATCH_ROUNDED, BATCH_TOKENS, Gate, chunks_rounded
-from export.schemes.scheme import Calibration, Scheme, Storage
+from export.schemes.scheme import CalibrationNeed, Scheme, Storage
 
 INT8_BLOCKS = Blocks(bits=8, block_size=32, symmetric=True)
 """ONNX Runtime's MatMulNBits."""
@@ -49,7 +49,7 @@ W8A16 = Scheme(
 W4A16 = Scheme(
     name="w4a16",
     summary="4-bit weights, rounded with GPTQ on calibration text; q, k, v, embedding and LM head in 8 bits",
-    calibration=Calibration.BLOCKS,
+    calibration=CalibrationNeed.BLOCKS,
     ort=Storage(
         compute="float32",
         linear=Blocks(bits=4, block_size=32, symmetric=False),

@@ -12,8 +12,7 @@ import onnx_ir as ir
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.operations import CachedValues
 from export.graph.rotary import RotaryTables
-from export.model.description import Attention as AttentionConfig
-from export.model.description import Block, Rotary
+from export.model.description import Attention, Block, Rotary
 
 
 class CacheInputs(NamedTuple):
@@ -31,7 +30,7 @@ class CacheInputs(NamedTuple):
     tables: Mapping[Rotary, RotaryTables]
 
 
-class Attention(Protocol):
+class AttentionStep(Protocol):
     """Adds a block's attention to the graph; its output is [B, S, heads * head_dim]."""
 
     def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
@@ -40,15 +39,15 @@ class Attention(Protocol):
         ...
 
 
-class Rotation:
+class RotaryStep:
     """Rotary embedding before the attention kernel: for chunks over an int8 cache, and for sizes the kernel lacks."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
         self._g, self._inputs = g, inputs
         self._positions: ir.Value | None = None
 
-    def __call__(self, query: Sequence[ir.Value | None], a: AttentionConfig, name: str) -> list[ir.Value | None]:
-        """Returns q, k and v [B, S, heads * head_dim], q and k rotated; `query` as in `Attention.attend`."""
+    def __call__(self, query: Sequence[ir.Value | None], a: Attention, name: str) -> list[ir.Value | None]:
+        """Returns q, k and v [B, S, heads * head_dim], q and k rotated; `query` as in `AttentionStep.attend`."""
         g = self._g
         packed, k, v = query
         assert packed is not None
@@ -71,7 +70,7 @@ class Rotation:
             self._positions = g.op("Add", [first, g.op("Range", [zero, size, one], "row.range")], "row.positions")
         return self._positions
 
-    def _rotate(self, x: ir.Value, a: AttentionConfig, num_heads: int, out: str) -> ir.Value:
+    def _rotate(self, x: ir.Value, a: Attention, num_heads: int, out: str) -> ir.Value:
         assert a.rotary is not None
         attributes: dict[str, Any] = {} if a.rotary.is_whole else {"rotary_embedding_dim": a.rotary.dim}
         if a.rotary.interleaved:
@@ -84,10 +83,10 @@ class FloatAttention:
     """GroupQueryAttention over a float cache, for prefill and decode alike."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
-        self._g, self._inputs, self._rotation = g, inputs, Rotation(g, inputs)
+        self._g, self._inputs, self._rotation = g, inputs, RotaryStep(g, inputs)
 
     def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
-        """As `Attention.attend`."""
+        """As `AttentionStep.attend`."""
         shared, name = self._inputs, f"layers.{block.layer}.attention"
         rotates = kernel_rotates(block.attention)
         if not rotates:
@@ -104,19 +103,19 @@ class FloatAttention:
         return CachedValues(*values)
 
 
-def kernel_rotates(attention: AttentionConfig) -> bool:
+def kernel_rotates(attention: Attention) -> bool:
     """Whether the kernel can apply the rotary embedding: it supports multiples of 16 channels."""
     return attention.rotary is None or attention.rotary.dim % 16 == 0
 
 
-def tables_of(attention: AttentionConfig, inputs: CacheInputs) -> Sequence[ir.Value | None]:
+def tables_of(attention: Attention, inputs: CacheInputs) -> Sequence[ir.Value | None]:
     """cos and sin for the kernel; None if it does not rotate."""
     return (
         (None, None) if attention.rotary is None or not kernel_rotates(attention) else inputs.tables[attention.rotary]
     )
 
 
-def kernel_attributes(attention: AttentionConfig, *, rotates: bool) -> dict[str, Any]:
+def kernel_attributes(attention: Attention, *, rotates: bool) -> dict[str, Any]:
     """The kernel's attributes, without those that equal its defaults."""
     found: dict[str, Any] = {
         "num_heads": attention.num_heads,

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import GraphBuilder
-from export.graph.ort.attention import Attention, CacheInputs, FloatAttention
+from export.graph.ort.attention import AttentionStep, CacheInputs, FloatAttention
 from export.graph.ort.int8_attention import Int8Attention
 from export.graph.ort.linear import embedding, tied_lm_head
 from export.graph.ort.operations import OrtOperations
@@ -101,7 +101,7 @@ class DecoderGraph:
             capacity,
             rotary_initializers(g, c, self.max_len, numpy_type(self.storage.compute)),
         )
-        attention: Attention = (
+        attention: AttentionStep = (
             FloatAttention(g, inputs) if self.kv_scales is None else Int8Attention(g, inputs, self.kv_scales)
         )
         return OrtOperations(

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.operations import CachedValues
-from export.graph.ort.attention import CacheInputs, Rotation, kernel_attributes, kernel_rotates, tables_of
+from export.graph.ort.attention import CacheInputs, RotaryStep, kernel_attributes, kernel_rotates, tables_of
 from export.model.description import Block
 from export.quantize.statistics.kv_scales import KvScales
 
@@ -37,7 +37,7 @@ class Int8Attention:
     """Builds both branches of every layer; values that layers share are computed once per run."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Sequence[KvScales]) -> None:
-        self._g, self._inputs, self._scales, self._rotation = g, inputs, scales, Rotation(g, inputs)
+        self._g, self._inputs, self._scales, self._rotation = g, inputs, scales, RotaryStep(g, inputs)
         # Outside the branches, because both may read the positions.
         self._rotation.make_positions()
         one = g.constant("one", np.array(1, np.int64))
@@ -51,7 +51,7 @@ class Int8Attention:
         self._total = g.op("Cast", [total], "chunk.capacity", to=ir.DataType.INT32)
 
     def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
-        """As `Attention.attend`."""
+        """As `AttentionStep.attend`."""
         g, layer, types = self._g, block.layer, (ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT8)
         names = [f"layers.{layer}.attention", f"present.{layer}.k", f"present.{layer}.v"]
         one = g.branch(f"decode.{layer}", types, lambda: self._one_token(block, query, past))

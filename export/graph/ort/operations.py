@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.operations import GraphOperations
-from export.graph.ort.attention import Attention
+from export.graph.ort.attention import AttentionStep
 from export.graph.ort.int8_linear import int8_linear
 from export.graph.ort.linear import float_or_block_linear, imported_linear
 from export.graph.types import onnx_type
@@ -31,7 +31,7 @@ class OrtOperations(GraphOperations):
         weights: GraphWeights,
         storage: Storage,
         layers: QuantizedLayers,
-        attention: Attention,
+        attention: AttentionStep,
         *,
         past: Sequence[Mapping[str, ir.Value]],
         token_idx: ir.Value,

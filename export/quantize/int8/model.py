@@ -16,7 +16,7 @@ from typing import Any
 from export.calibration.dataset import CalibrationSet
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig, Site
-from export.quantize.int8.ranges import Range
+from export.quantize.int8.ranges import InputRange
 from export.quantize.int8.rotation import stream_obstacle
 from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights, smoothing_vectors
@@ -41,7 +41,7 @@ class Int8Model:
     checkpoint: SmoothedCheckpoint
     config: ModelConfig
     layers: Layers
-    ranges: Mapping[Site, Range]
+    ranges: Mapping[Site, InputRange]
     calibration: Calibration
 
 

@@ -37,7 +37,7 @@ MAX_OUTPUTS = 1024
 _HELD_OUT = (0, 1)
 
 
-class Range(NamedTuple):
+class InputRange(NamedTuple):
     """How a site's input becomes int8. The field names are those of calibration.json.
 
     strength: of smoothing; end: the clip ratio; scale, fine_scale: see `rounded_activations`
@@ -53,7 +53,7 @@ class Range(NamedTuple):
 
 def search_range(
     site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig, *, is_two_pass: bool
-) -> Range:
+) -> InputRange:
     """Find the best range; absmax `[NUM_FOLDS, K]` as in SiteStatistics, weight `[N, K]`."""
     search = _Search(site, seen, absmax, weight, config, is_two_pass=is_two_pass)
     if is_two_pass:
@@ -85,12 +85,12 @@ class _Search:
         self.errors: dict[tuple[float, float], float] = {}
         self._smoothed: dict[tuple[float, int], tuple[Array, Array, Array]] = {}
 
-    def range_of(self, strength: float, clip_ratio: float) -> Range:
+    def range_of(self, strength: float, clip_ratio: float) -> InputRange:
         """A candidate's range, from the maxima of all folds."""
         highest = self.absmax.max(0)
         scale = scale_of(highest, self._vector(highest, strength), clip_ratio)
         fine = scale / FINE_STEPS if self.is_two_pass else None
-        return Range(strength, clip_ratio, scale, fine, self.error((strength, clip_ratio)))
+        return InputRange(strength, clip_ratio, scale, fine, self.error((strength, clip_ratio)))
 
     def error(self, candidate: tuple[float, float]) -> float:
         if candidate not in self.errors:

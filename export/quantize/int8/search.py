@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig, Site
-from export.quantize.int8.ranges import Range, search_range
+from export.quantize.int8.ranges import InputRange, search_range
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothing_vector
 from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, GramMatrices
 from export.quantize.rounding.int8 import Int8Rows, gptq_int8, rounded_activations, rounded_to_nearest
@@ -35,8 +35,8 @@ MAX_SIDE_BY_SIDE = 2048
 class SiteRanges:
     """The ranges found for one site: for one int8 pass, and for two."""
 
-    one_pass: Range
-    two_pass: Range
+    one_pass: InputRange
+    two_pass: InputRange
 
 
 class RangeSearch:
@@ -76,12 +76,13 @@ def ranges_to_json(ranges: Mapping[Site, SiteRanges]) -> list[Any]:
 def ranges_from_json(items: Sequence[Any]) -> dict[Site, SiteRanges]:
     """Read what `ranges_to_json` wrote; other keys are ignored. KeyError or TypeError if an object is damaged."""
     return {
-        Site(item["layer"], item["kind"]): SiteRanges(Range(**item["narrow"]), Range(**item["wide"])) for item in items
+        Site(item["layer"], item["kind"]): SiteRanges(InputRange(**item["narrow"]), InputRange(**item["wide"]))
+        for item in items
     }
 
 
 def smoothing_vectors(
-    checkpoint: Checkpoint, config: ModelConfig, statistics: Statistics, ranges: Mapping[Site, Range]
+    checkpoint: Checkpoint, config: ModelConfig, statistics: Statistics, ranges: Mapping[Site, InputRange]
 ) -> dict[Site, Array]:
     """Each site's smoothing vector at its strength, from the maxima of all folds."""
 
@@ -115,7 +116,7 @@ def round_weights(
     smoothed: SmoothedCheckpoint,
     config: ModelConfig,
     sequences: Sequence[Sequence[int]],
-    ranges: Mapping[Site, Range],
+    ranges: Mapping[Site, InputRange],
     rounded: RoundedWeights,
 ) -> None:
     """Round the smoothed weights of every site in `ranges`; `config` is that of the smoothed checkpoint."""
@@ -134,7 +135,7 @@ def round_weights(
             bar.update(1)
 
 
-def _rounded(layer: LayerInputs, ranges: Mapping[Site, Range], kind: str) -> Int8Rows:
+def _rounded(layer: LayerInputs, ranges: Mapping[Site, InputRange], kind: str) -> Int8Rows:
     """Round one site's weights."""
     matrix, inputs, chosen = layer.matrices[kind], layer.inputs[kind], ranges[Site(layer.layer, kind)]
     if matrix.shape[1] > MAX_GPTQ_INPUTS:
