@@ -14,9 +14,10 @@ from runtime.errors import Overloaded
 from runtime.machine.freed_memory import give_back_freed
 
 if TYPE_CHECKING:
+    import numpy as np
     from llguidance import LLMatcher
+    from numpy.typing import NDArray
 
-    from runtime.grammar.guide import Mask
 
 GrammarKey = tuple[ConstraintKind, str]
 
@@ -74,7 +75,7 @@ class Compiled(NamedTuple):
     """A matcher at the beginning of a grammar, copied for each request; its first mask; its size and state."""
 
     matcher: "LLMatcher"
-    first: "Mask"
+    first: "NDArray[np.bool_]"
     lexer: SharedLexer
 
 

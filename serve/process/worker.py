@@ -43,6 +43,7 @@ class DrainingWorker(BoundedWorker):
             sys.exit(0)
         if not self._is_draining:
             self._is_draining = True
+            self._exit_if_quiet(0)
             if not self._start("drain", self._drain, 0):
                 super().handle_exit(signal.SIGTERM, None)
 
@@ -87,7 +88,7 @@ class DrainingWorker(BoundedWorker):
             self._exit(code)
 
     def _exit_if_quiet(self, code: int) -> None:
-        """In the thread of gunicorn's loop: end the process unless a request is running, or waits in the kernel."""
+        """In the main thread: end the process unless a request is running, or waits in the kernel."""
         if self.num_busy == 0 and not self.poller.select(0):
             self._exit(code)
 
