@@ -61,6 +61,16 @@ def test_an_idle_server_ends_at_once() -> None:
         assert server.wait()[0] == 0
 
 
+def test_the_port_of_an_idle_server_is_free_when_it_has_ended() -> None:
+    with running_server() as server:
+        port = int(server.url.rpartition(":")[2])
+        server.signal(signal.SIGTERM, is_group=True)
+        assert server.process.wait(PATIENCE_S) == 0
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", port))
+
+
 def test_a_second_ctrl_c_does_not_wait() -> None:
     with running_server("--step-s", "0.2", "--drain-timeout", "600") as server:
         caller = Caller(server.url, max_tokens=200)
