@@ -259,7 +259,7 @@ class HeadraceArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         deadline_s = time.monotonic() + QUICK_STOP_S
         while self.WORKERS and time.monotonic() < deadline_s:
             if all(has_finished(worker) for worker in self.WORKERS.values()):
-                self.WORKERS.clear()  # the system takes 30 ms to free a gigabyte, for which nobody needs to wait
+                self.WORKERS.clear()  # nobody needs to wait while its memory is freed
             else:
                 self.reap_workers()
                 time.sleep(STOP_POLL_S)

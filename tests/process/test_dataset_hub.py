@@ -5,13 +5,9 @@ The library reads its settings when it is imported, so every case runs in a proc
 
 import io
 import json
-import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +16,7 @@ from pyarrow import parquet
 
 from export.calibration.hub_dataset import MAX_DOWNLOAD_BYTES, _chosen, _Listed, is_dataset_id
 from runtime.errors import InvalidSetting
+from tests.support.hub_server import hub_environment, hub_server
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
@@ -54,11 +51,15 @@ FILES: Mapping[str, bytes] = {
 
 def load(home: Path, source: str, **settings: str) -> str:
     """What `load_calibration_set` gives in a fresh process whose hub cache is under `home`."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | settings
     command = [sys.executable, "-c", LOAD, source]
     result = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=hub_environment(home, **settings),
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -109,54 +110,8 @@ def test_an_unreachable_hub_says_so(tmp_path: Path) -> None:
     assert "\n" not in printed
 
 
-@contextmanager
-def hub_server(*, error: tuple[int, str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """The routes of the hub's API that a download of a dataset uses, or one error for all; address and paths."""
-    asked: list[str] = []
-
-    class Hub(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            asked.append(self.path)
-            path = self.path.partition("?")[0]
-            name = path.partition(f"/resolve/{COMMIT}/")[2]
-            status, body, headers = 200, b"", {}
-            if error is not None:
-                status, headers = error[0], {"X-Error-Code": error[1], "X-Error-Message": "no"}
-            elif path.startswith(f"/api/datasets/{REPO}/tree/"):
-                tree = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in FILES.items()]
-                body = json.dumps(tree).encode()
-            elif path.startswith(f"/api/datasets/{REPO}"):
-                siblings = [{"rfilename": n, "size": len(b)} for n, b in FILES.items()]
-                body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
-            elif name in FILES:
-                body, headers = FILES[name], {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT}
-            else:
-                status = 404
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_GET = do_HEAD = answer
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-            """Keep the test's output clean."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_only_the_files_that_are_read_are_downloaded(tmp_path: Path) -> None:
-    with hub_server() as (endpoint, asked):
+    with hub_server("datasets", REPO, COMMIT, FILES) as (endpoint, asked):
         found = json.loads(load(tmp_path, REPO, HF_ENDPOINT=endpoint))
     assert found["provenance"]["commit"] == COMMIT
     assert all("trained" in text for text in found["texts"])
@@ -172,7 +127,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_what_the_hub_refuses_is_one_line(tmp_path: Path, error: tuple[int, str]) -> None:
-    with hub_server(error=error) as (endpoint, _):
+    with hub_server("datasets", REPO, COMMIT, FILES, error=error) as (endpoint, _):
         printed = load(tmp_path, f"{REPO}@v9", HF_ENDPOINT=endpoint)
     assert printed.startswith(f"refused: {REPO}@v9")
     assert ERRORS[error].format(endpoint=endpoint) in printed

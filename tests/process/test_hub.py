@@ -3,20 +3,17 @@
 The library reads its settings when it is imported, so every case runs in a process of its own.
 """
 
-import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
 
 from runtime.artifact.manifest import open_artifact
+from tests.support.hub_server import hub_environment, hub_server
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -44,15 +41,15 @@ except InvalidCheckpoint as error:
 
 def open_model(home: Path, *, revision: str = "", **settings: str) -> str:
     """What `open_checkpoint` says in a fresh process whose hub cache is under `home`."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    } | settings
     command = [sys.executable, "-c", OPEN, REPO, revision]
     result = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=hub_environment(home, **settings),
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -106,58 +103,8 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path) -> None:
     assert "\n" not in printed
 
 
-@contextmanager
-def hub_server(*, error: tuple[int, str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """The routes of the hub's API that a download uses, or one error for all; yields address and paths."""
-    asked: list[str] = []
-
-    class Hub(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            asked.append(self.path)
-            path = self.path.partition("?")[0]
-            name = path.rpartition("/")[2]
-            body, headers = b"", {}
-            if error is not None:
-                self.send_response(error[0])
-                headers = {"X-Error-Code": error[1], "X-Error-Message": "no"}
-            elif path.startswith(f"/api/models/{REPO}/tree/"):
-                self.send_response(200)
-                tree = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in FILES.items()]
-                body = json.dumps(tree).encode()
-            elif path.startswith(f"/api/models/{REPO}"):
-                self.send_response(200)
-                siblings = [{"rfilename": known} for known in FILES]
-                body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
-            elif path.startswith(f"/{REPO}/resolve/") and name in FILES:
-                self.send_response(200)
-                body = FILES[name]
-                headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
-            else:
-                self.send_response(404)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_GET = do_HEAD = answer
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-            """Keep the test's output clean."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_only_weights_config_and_text_are_downloaded(tmp_path: Path) -> None:
-    with hub_server() as (endpoint, asked):
+    with hub_server("models", REPO, COMMIT, FILES) as (endpoint, asked):
         printed = open_model(tmp_path, HF_ENDPOINT=endpoint)
     assert printed == f"{REPO} {{'model_type': 'llama'}} 15 {COMMIT}"
     downloaded = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
@@ -165,19 +112,19 @@ def test_only_weights_config_and_text_are_downloaded(tmp_path: Path) -> None:
 
 
 def test_a_gated_model_asks_for_a_token(tmp_path: Path) -> None:
-    with hub_server(error=(403, "GatedRepo")) as (endpoint, _):
+    with hub_server("models", REPO, COMMIT, FILES, error=(403, "GatedRepo")) as (endpoint, _):
         printed = open_model(tmp_path, HF_ENDPOINT=endpoint)
     advice = f"accept its terms at {endpoint}/{REPO} and set HF_TOKEN to your access token"
     assert printed == f"refused: {REPO} is gated: {advice}"
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
-    with hub_server(error=(401, "RepoNotFound")) as (endpoint, _):
+    with hub_server("models", REPO, COMMIT, FILES, error=(401, "RepoNotFound")) as (endpoint, _):
         printed = open_model(tmp_path, HF_ENDPOINT=endpoint)
     assert printed.startswith(f"refused: {REPO} is neither a local directory nor a model on {endpoint}")
 
 
 def test_a_revision_that_does_not_exist(tmp_path: Path) -> None:
-    with hub_server(error=(404, "RevisionNotFound")) as (endpoint, _):
+    with hub_server("models", REPO, COMMIT, FILES, error=(404, "RevisionNotFound")) as (endpoint, _):
         printed = open_model(tmp_path, revision="v9", HF_ENDPOINT=endpoint)
     assert printed == f"refused: {REPO}@v9: the model has no such branch, tag or commit"

@@ -15,20 +15,20 @@ On SmolLM2-135M, all layers in int8 and down in two passes, weights rounded to n
 KL 0.0059 with rotation and 0.0073 without; 0.0048 with rotation and GPTQ.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
-from export.model.description import LM_HEAD, ModelConfig, Norm, NormKind
+from export.model.description import ModelConfig, Norm, NormKind
 from export.model.reference.forward import load_norm
+from export.quantize.int8.untied import untied_as
 
 Array = NDArray[np.float32]
 
-_HEAD = f"{LM_HEAD}.weight"
 
 # Largest Kronecker factor: a Hadamard matrix of 4096 becomes two factors of 64.
 _LARGEST_FACTOR = 64
@@ -103,24 +103,18 @@ class RotatedCheckpoint(CheckpointView):
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        super().__init__(checkpoint)
-        self._embedding, self._head_dim = f"{config.embedding.name}.weight", config.head_dim
-        self._stream, self._values = Rotation(config.hidden_size), Rotation(config.head_dim)
         rotated = rotated_config(config)
-        self._unties = config.tie_word_embeddings and not rotated.tie_word_embeddings
+        super().__init__(untied_as(checkpoint, config, rotated))
+        self._head_dim = config.head_dim
+        self._stream, self._values = Rotation(config.hidden_size), Rotation(config.head_dim)
         self._changes: dict[str, list[_Change]] = {}
         self._norm_of: dict[str, Norm] = {}
         self._units: dict[str, Norm] = {}
         for name, change in self._planned(rotated):
             self._changes.setdefault(name, []).append(change)
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        tensors = self._base.tensors
-        return {**tensors, _HEAD: tensors[self._embedding]} if self._unties else tensors
-
     def load(self, name: str) -> Array:
-        array = self._base.load(self._embedding if self._unties and name == _HEAD else name)
+        array = self._base.load(name)
         for change in self._changes.get(name, []):
             array = self._changed(array, name, change)
         return array

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
-from export.model.description import LM_HEAD, Mlp, ModelConfig, Norm, Part, Site
+from export.model.description import Mlp, ModelConfig, Norm, Part, Site
+from export.quantize.int8.untied import untied_as
 
 Array = NDArray[np.float32]
 
-_HEAD = f"{LM_HEAD}.weight"
 
 # Lower bound of magnitudes and vectors, so that smoothed weights stay normal numbers in half precision.
 _FLOOR = np.float32(1e-5)
@@ -75,21 +75,15 @@ class SmoothedCheckpoint(CheckpointView):
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
-        super().__init__(checkpoint)
+        smoothed = smoothed_config(config, vectors)
+        super().__init__(untied_as(checkpoint, config, smoothed))
         self._divide: dict[str, Array] = {}  # by tensor name: of its rows
         self._multiply: dict[str, Array] = {}  # of its columns
         self._adds_one: set[str] = set()
-        self._fold(smoothed_config(config, vectors), vectors)
-        self._embedding = f"{config.embedding.name}.weight"
-        self._unties = config.tie_word_embeddings and config.head.linear.site in vectors
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        tensors = self._base.tensors
-        return {**tensors, _HEAD: tensors[self._embedding]} if self._unties else tensors
+        self._fold(smoothed, vectors)
 
     def load(self, name: str) -> Array:
-        array = self._base.load(self._embedding if self._unties and name == _HEAD else name)
+        array = self._base.load(name)
         divide, multiply = self._divide.get(name), self._multiply.get(name)
         if divide is not None and name in self._adds_one:
             return (array + np.float32(1)) / divide - np.float32(1)
