@@ -26,7 +26,6 @@ from runtime.grammar.guide import GrammarGuide, Mask, mask_of
 from runtime.grammar.helper import MAX_FORESEEN_CHARS
 from runtime.grammar.kept import Compiled, KeptGrammars, SharedLexer
 from runtime.grammar.limits import checked, is_simple, refused
-from runtime.grammar.notation import JSON_WHITESPACE as JSON_WHITESPACE  # noqa: PLC0414 - for who writes grammars
 from runtime.grammar.notation import Vocabulary, new_matcher, problem_of, to_lark
 from runtime.grammar.trial import GrammarTrials, Lane, Tried
 from runtime.text.tokenizer import Tokenizer
