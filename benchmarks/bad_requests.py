@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from benchmarks.serving import Server, served, tiny_artifact
 from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from serve.api.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from serve.fields.requests import CHAT_FIELDS, COMPLETION_FIELDS
 

@@ -20,7 +20,7 @@ from runtime.commands.bench_runs import opened
 from runtime.commands.roofline import describe_machine
 from runtime.core import SamplingParams
 from runtime.errors import HeadraceError
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.text.tokenizer import Tokenizer
 from runtime.text_model import TextModel
 

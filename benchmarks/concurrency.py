@@ -28,7 +28,7 @@ from runtime.commands.bench_runs import EngineRun, opened, random_ids, run_reque
 from runtime.commands.roofline import describe_machine
 from runtime.core import SamplingParams
 from runtime.errors import HeadraceError
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 START_S = 300
 """Longest wait for the server. Hashing and loading a large artifact from a slow disk takes minutes."""

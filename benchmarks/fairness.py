@@ -32,7 +32,7 @@ from runtime.commands.roofline import describe_machine
 from runtime.core import Request, SamplingParams, TokenEvent
 from runtime.engine.engine import Engine
 from runtime.errors import HeadraceError
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.session.session import Batch
 
 CHUNK = 128

@@ -25,7 +25,7 @@ from runtime.backends.ort.session import OrtSession
 from runtime.commands.bench_runs import decode, prefill
 from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError, InvalidArtifact
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 NUM_SLOTS, CAPACITY = 32, 1024
 # Set on our side only where somebody tunes numpy; a peer is to choose its threads as it does for everyone.

@@ -23,7 +23,7 @@ from runtime.commands.roofline import describe_machine
 from runtime.core import Request, SamplingParams
 from runtime.engine.engine import Engine
 from runtime.errors import HeadraceError
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 COLD_REQUESTS, COLD_PROMPT, COLD_TOKENS = 16, 256, 8
 COLD_SLOTS = 8

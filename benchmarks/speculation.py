@@ -27,7 +27,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.speculation.speculator import Speculator
 from runtime.errors import HeadraceError
 from runtime.grammar.grammar import GrammarCompiler
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.text.chat.template import TEMPLATE_FILE, load_chat_template
 from runtime.text.tokenizer import Tokenizer
 

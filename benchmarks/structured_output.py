@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator
 
 from runtime.commands.roofline import describe_machine
 from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParams, Usage
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.settings import EngineSettings
 from runtime.text_model import TextModel, open_text_model
 from tests.support.schemas.graded import Graded, graded_schemas

@@ -32,7 +32,7 @@ from benchmarks.serving import Server, served, tiny_artifact
 from benchmarks.shots import BAD, COMPLETIONS, LATE, MISSING, OK, Shot, is_whole, make_shot
 from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 REPLY_S = 120
 """A reply that takes longer counts as lost."""

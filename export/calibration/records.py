@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import InvalidSetting
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.text.text_file import check_readable, pieces_of
 
 FLAG = "--calibration-text"

@@ -11,7 +11,7 @@ from runtime.backends.ort.session import OrtSession
 from runtime.core import Request, SamplingParams, TokenEvent
 from runtime.engine.engine import Engine
 from runtime.errors import EngineFailed
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.session.session import Session
 
 # Rows decoded together: weights are read once for all of them, and a slot of 512 tokens costs 12 MB of SmolLM2-135M.

@@ -20,7 +20,7 @@ from export.verify.references import check_reference
 from runtime.artifact.manifest import CHOICE, Artifact
 from runtime.commands.roofline import describe_machine
 from runtime.errors import GateFailed, InvalidSetting, UnsupportedModel
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 WORKLOADS = {
     # One person waits for one answer: a page of context, a paragraph of reply.

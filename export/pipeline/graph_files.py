@@ -24,7 +24,7 @@ from export.quantize.statistics.kv_scales import KvScales
 from export.schemes.scheme import Scheme, Storage
 from export.storage.quantized_rows import ImportedRows
 from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS, Estimate
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

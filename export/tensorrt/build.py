@@ -31,7 +31,7 @@ from runtime.artifact.plan_files import (
 )
 from runtime.backends.tensorrt.library import TrtLibrary, TrtLogger, open_library
 from runtime.errors import InvalidPlan, PlanBuildFailed
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 SMALLEST_SHARE = 0.9
 """Smallest complete plan, as a share of the weight bytes. A plan holds all weights in their own width: SmolLM2-135M's

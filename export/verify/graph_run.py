@@ -16,7 +16,7 @@ from export.model.description import ModelConfig
 from export.verify.parity import four_ways, run_rows
 from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.session import OrtSession
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.session.scoring import Distance, score, windows_of
 from runtime.session.session import Batch, Session
 

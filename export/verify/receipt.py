@@ -20,7 +20,7 @@ from export.verify.parity import HEAD, figure_name, parity_figures, reference_wa
 from export.verify.references import Reference, ReferenceLogits
 from export.verify.upcast_bf16 import runnable
 from runtime.artifact.manifest import Artifact
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.session.scoring import Distance
 
 ALL_TEXTS = "all"

@@ -20,7 +20,7 @@ from export.model.description import ModelConfig
 from export.model.reference.forward import run_reference
 from export.sources.open import DEFAULT_MODEL
 from runtime.errors import InvalidCheckpoint, InvalidSetting
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 NUMPY, TRANSFORMERS = "numpy", "transformers"
 REFERENCES = (NUMPY, TRANSFORMERS)

@@ -115,7 +115,7 @@ def measure(artifact: "Artifact", plan: Plan) -> dict[str, Any]:
     """
     from runtime.commands.bench_runs import opened, peak_memory, prefill
     from runtime.commands.roofline import describe_machine
-    from runtime.progress import progress_bar
+    from runtime.machine.progress import progress_bar
 
     batch, num_cases = max(plan.batches), 2 + len(plan.prompts) + 2 * len(plan.batches)
     with (

@@ -23,7 +23,7 @@ from runtime.text.text_file import check_readable, pieces_of
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
     from runtime.backends.ort.session import OrtSession
-    from runtime.progress import Progress
+    from runtime.machine.progress import Progress
     from runtime.session.scoring import Distance, Likelihood
     from runtime.text.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def evaluate(
     bar alone.
     """
     from runtime.backends.ort.session import OrtSession
-    from runtime.progress import progress_bar
+    from runtime.machine.progress import progress_bar
 
     with ExitStack() as stack:
         sessions = []
@@ -185,7 +185,7 @@ def _check_comparable(artifact: "Artifact", against: "Artifact") -> None:
 
 def count_ids(text: Path, tokenizer: "Tokenizer", *, limit: int | None, vocab_size: int) -> int:
     """Tokens of a file, at most `limit`. Raises InvalidSetting; InvalidArtifact for an id the model does not have."""
-    from runtime.progress import progress_bar
+    from runtime.machine.progress import progress_bar
 
     num_ids = 0
     with progress_bar("read", total=text.stat().st_size, unit="B") as bar:

@@ -28,7 +28,7 @@ from export.quantize.statistics.collect import fingerprint_of, token_bytes
 from export.quantize.statistics.store import load_arrays, save_arrays
 from export.schemes.forms import Blocks
 from export.storage.blocks import QuantizedRows, dequantize_rows, quantize_rows
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 PIECE = 128
 """Tokens of a piece of calibration text. Pieces are short because massive activations are at a piece's first token."""

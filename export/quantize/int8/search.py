@@ -23,7 +23,7 @@ from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.collect import LayerSample
 from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.search_pass import LayerInputs, search_pass
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 Array = NDArray[np.float32]
 

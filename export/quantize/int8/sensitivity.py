@@ -28,7 +28,7 @@ from export.quantize.rounding.int8 import rounded_activations
 from export.quantize.statistics.activation_stats import NUM_FOLDS, Statistics
 from export.quantize.statistics.parallel import in_order
 from runtime.errors import InvalidSetting
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 from runtime.session.scoring import log_softmax
 
 # Sequences, and tokens of each: enough to rank layers whose costs span three orders of magnitude.

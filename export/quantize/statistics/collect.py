@@ -28,7 +28,7 @@ from export.quantize.statistics.parallel import in_order
 from export.quantize.statistics.spool import HiddenSpool
 from export.quantize.statistics.store import load_arrays, save_arrays, statistics_from_arrays, statistics_to_arrays
 from export.storage.whole_file import write_whole
-from runtime.progress import progress_bar
+from runtime.machine.progress import progress_bar
 
 # Activations that one worker holds: about 512 tokens of SmolLM2-135M. With more, page faults cost a tenth of the time.
 # The largest activation is that of the stacked gate and up projection; there are a few copies of its halves.
