@@ -14,9 +14,10 @@ import numpy as np
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.engine.drafter import Drafter
+from runtime.engine.planning.run import Run
 from runtime.engine.prefix_cache import PrefixCache, block_keys
 from runtime.engine.sampling.logits import Row
-from runtime.engine.scheduler import Run, Scheduler
+from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import LiveSequence
 from runtime.errors import InvalidRequest, PromptTooLong
 from runtime.session.session import Session, TopRow, TopSession
@@ -132,7 +133,7 @@ class Engine:
         """Counts at this moment; any thread may call this."""
         slots = self._scheduler.slots
         return EngineStats(
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             num_running=slots.num_used,
             num_slots=slots.num_slots,
             kv_used_tokens=slots.used_tokens,

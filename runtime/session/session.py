@@ -19,7 +19,7 @@ class Batch:
     Row b holds `query_len[b]` new tokens, left-aligned in `token_ids[b]`, which follow the `past_len[b]`
     tokens already in its slot. Their K and V are written at `past_len[b]`. The run may also write garbage
     *behind* the valid tokens of a row (padding), never before; the caller keeps
-    `past_len[b] + S <= capacity` for every row.
+    `past_len[b] + S <= capacity` for every row. A sparse session writes no padding, see `SessionInfo.is_sparse`.
 
     A row with `query_len[b] == 0` is idle: nothing of it is read, its logits are undefined.
 
@@ -56,6 +56,9 @@ class SessionInfo:
     """Whether K, V and logits of a token are the same, bit for bit, wherever its prompt is cut into runs of two tokens
     or more. Not with an int8 cache, where a run sees its own tokens in float32 and those before it rounded: there the
     prefix cache reuses whole chunks only, and nothing is speculated."""
+    is_sparse: bool = False
+    """Whether a run costs its tokens alone: idle rows between running ones cost nothing, and nothing is written as
+    padding. So a run may span all slots, and `past_len[b] + query_len[b] <= capacity` is enough."""
 
 
 class KvRows(Protocol):

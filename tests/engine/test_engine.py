@@ -69,7 +69,7 @@ def prompts(draw: st.DrawFn) -> list[int]:
 
 @settings(max_examples=120, deadline=None)
 @given(
-    is_ragged=st.booleans(),
+    kind=st.sampled_from(["ragged", "sparse", "full rows"]),
     prefix_cache=st.sampled_from([0, 600, 100_000]),  # bytes: none, two blocks, all
     min_gain=st.sampled_from([None, 0.0, 1.0]),  # no drafts, every draft, those that pay in a fake session's time
     memory=st.sampled_from([None, 1, 2]),
@@ -88,7 +88,7 @@ def prompts(draw: st.DrawFn) -> list[int]:
     ),
 )
 def test_random_traces_give_every_request_what_it_gets_alone(
-    is_ragged: bool,
+    kind: str,
     prefix_cache: int,
     min_gain: float | None,
     memory: int | None,
@@ -97,7 +97,14 @@ def test_random_traces_give_every_request_what_it_gets_alone(
     prefill_chunk: int,
     arrivals: list[tuple[int, list[int], SamplingParams, int | None]],
 ) -> None:
-    session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, is_ragged=is_ragged, memory=memory)
+    session = FakeSession(
+        num_slots=num_slots,
+        capacity=CAPACITY,
+        vocab_size=VOCAB,
+        is_ragged=kind != "full rows",
+        is_sparse=kind == "sparse",
+        memory=memory,
+    )
     draft_model = None
     if draft_memory is not None:
         draft_session = FakeSession(num_slots=num_slots, capacity=CAPACITY, vocab_size=VOCAB, memory=draft_memory)
@@ -130,6 +137,7 @@ def test_random_traces_give_every_request_what_it_gets_alone(
         step += 1
         assert step < 1000
     check_batches(session)
+    assert not (session.info.is_sparse and session.copies), "a sparse session has nothing to gain from it"
     assert engine._scheduler.slots.num_free == num_slots
     assert not engine.live
     for request_id, recorder in recorders.items():
@@ -175,6 +183,21 @@ def test_prompts_share_a_ragged_run_as_far_as_the_chunk_goes_but_not_with_a_sing
         add(engine, name, [1] * length, greedy(2))
     engine.step()
     assert [b.query_len.tolist() for b in session.batches] == [[10, 9, 2], [1]]
+
+
+def test_prompts_of_any_slots_share_a_run_of_a_sparse_session_and_no_row_moves() -> None:
+    session = FakeSession(num_slots=5, is_sparse=True)
+    engine = Engine(session, prefill_chunk=24)
+    for name, length, num_new in (("a", 2, 1), ("b", 2, 9), ("c", 2, 1), ("d", 2, 9)):
+        add(engine, name, [1] * length, greedy(num_new))
+    engine.step()
+    for name in ("e", "f"):  # they take the slots of "a" and "c"
+        add(engine, name, [2] * 12, greedy(1))
+    engine.step()
+    assert session.batches[-1].query_len.tolist() == [12, 0, 12]
+    while engine.has_work:
+        engine.step()
+    assert not session.copies
 
 
 def test_padding_is_bounded_for_it_takes_memory() -> None:

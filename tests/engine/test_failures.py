@@ -87,7 +87,7 @@ def test_what_breaks_the_engine_ends_every_request_with_the_reason_and_readiness
     engine = Engine(session, prefill_chunk=32, prefix_cache=10**6, drafter=speculator)
     thread = EngineThread(engine, max_waiting=10)
     if isinstance(speculator, BrokenSpeculator):
-        engine._scheduler._drafter = None
+        engine._scheduler._decode._drafter = None
     pairs = [make_request("short", [5], greedy(2)), make_request("long", HEAD, greedy(60))]
     pairs += [make_request("other", [*HEAD[:40], 1], greedy(60)), make_request("waiting", HEAD, greedy(60))]
     # All are in the inbox when the thread starts; what fails is armed when the first token comes.
@@ -96,7 +96,7 @@ def test_what_breaks_the_engine_ends_every_request_with_the_reason_and_readiness
     def arm(event: Any) -> None:
         session.is_armed = True
         if isinstance(speculator, BrokenSpeculator):
-            engine._scheduler._drafter = speculator
+            engine._scheduler._decode._drafter = speculator
         first_sink(event)
 
     pairs[0][0].sink = arm

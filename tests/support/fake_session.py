@@ -32,12 +32,20 @@ class FakeSession:
         capacity: int = 64,
         vocab_size: int = 50,
         is_ragged: bool = True,
+        is_sparse: bool = False,
         is_cut_exact: bool = True,
         memory: int | None = None,
         on_run: Callable[[Batch], None] | None = None,
     ) -> None:
         self._info = SessionInfo(
-            "fake", num_slots, capacity, vocab_size, is_ragged, kv_bytes_per_token=8, is_cut_exact=is_cut_exact
+            "fake",
+            num_slots,
+            capacity,
+            vocab_size,
+            is_ragged,
+            kv_bytes_per_token=8,
+            is_cut_exact=is_cut_exact,
+            is_sparse=is_sparse,
         )
         self.cache = np.full((num_slots, capacity), GARBAGE, np.int64)
         self.batches: list[Batch] = []
@@ -68,7 +76,8 @@ class FakeSession:
         for row in range(num_rows):
             slot, past, query = batch.first_slot + row, int(batch.past_len[row]), int(batch.query_len[row])
             self.cache[slot, past : past + query] = batch.token_ids[row, :query]
-            self.cache[slot, past + query : past + width] = GARBAGE
+            if not self.info.is_sparse:
+                self.cache[slot, past + query : past + width] = GARBAGE
         return np.stack([self._logits_at(batch, *divmod(int(index), width)) for index in batch.logits_idx])
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
@@ -108,7 +117,8 @@ class FakeSession:
         assert batch.past_len.shape == batch.query_len.shape == (num_rows,)
         assert batch.token_ids.min() >= 0 and batch.token_ids.max() < self.info.vocab_size
         assert batch.query_len.min() >= 0 and batch.query_len.max() <= width
-        assert batch.past_len.min() >= 0 and int(batch.past_len.max()) + width <= self.info.capacity
+        places = batch.query_len if self.info.is_sparse else width
+        assert batch.past_len.min() >= 0 and int((batch.past_len + places).max()) <= self.info.capacity
         assert len(batch.logits_idx) >= 1
         assert batch.logits_idx.min() >= 0 and batch.logits_idx.max() < num_rows * width
         if not self.info.is_ragged:

@@ -1,0 +1,118 @@
+"""The rows that decode: what their next run reads, and where they stand. Knows no prompts."""
+
+import numpy as np
+
+from runtime.engine.drafter import Drafter
+from runtime.engine.kv_slots import KvSlots
+from runtime.engine.planning.run import MAX_PLACES, Run
+from runtime.engine.sequence import LiveSequence
+from runtime.session.session import Batch, Session
+
+
+class DecodeRows:
+    """The decoding sequences by slot, and the runs over slots [0, highest decoding + 1), with drafts where they
+    pay."""
+
+    def __init__(self, session: Session, slots: KvSlots, *, prefill_chunk: int, drafter: Drafter | None) -> None:
+        info = session.info
+        self._copy_slot = session.copy_slot
+        self._drafter = drafter
+        self._is_ragged = info.is_ragged
+        self._max_places = MAX_PLACES * prefill_chunk
+        self._slots = slots
+        self._sequences: list[LiveSequence | None] = [None] * info.num_slots
+        # What the next decode run reads, by slot; the batches below are views of these.
+        self._next_ids = np.zeros((info.num_slots, 1), np.int64)
+        self._is_decoding = np.zeros(info.num_slots, np.int32)
+        self._run: Run | None = None  # kept until a row joins, leaves or moves
+
+    @property
+    def sequences(self) -> list[LiveSequence]:
+        """Those that decode, by slot."""
+        return [sequence for sequence in self._sequences if sequence is not None]
+
+    def add(self, sequence: LiveSequence) -> None:
+        """Its prompt is in the cache: it decodes from now on."""
+        assert sequence.slot is not None
+        self._sequences[sequence.slot] = sequence
+        self._is_decoding[sequence.slot] = 1
+        self._run = None
+
+    def remove(self, sequence: LiveSequence) -> bool:
+        """Drop a sequence; False if it does not decode."""
+        if sequence.slot is None or self._sequences[sequence.slot] is not sequence:
+            return False
+        self._clear_row(sequence.slot)
+        return True
+
+    def set_next(self, sequence: LiveSequence, token_id: int) -> None:
+        """The token that a sequence runs through the model next."""
+        self._next_ids[sequence.slot, 0] = token_id
+
+    def advance(self, run: Run) -> None:
+        """The next token of each row is in the cache."""
+        span = len(run.batch.past_len)
+        self._slots.past_len[:span] += self._is_decoding[:span]
+
+    def compact(self) -> None:
+        """Move the highest decoding rows into free slots below; what waits has been admitted by now."""
+        while (target := self._slots.lowest_free) is not None:
+            source = self._span() - 1
+            if source < target:
+                return
+            sequence = self._sequences[source]
+            assert sequence is not None
+            num_tokens = int(self._slots.past_len[source])
+            self._copy_slot(source, target, num_tokens)
+            self._slots.take()
+            self._slots.past_len[target] = num_tokens
+            self._sequences[target], self._is_decoding[target] = sequence, 1
+            self._next_ids[target] = self._next_ids[source]
+            sequence.slot = target
+            self._clear_row(source)
+            self._slots.release(source)
+
+    def plan(self) -> Run | None:
+        """The run of this step; None if nothing decodes."""
+        span = self._span()
+        if self._run is None and span:
+            rows = np.flatnonzero(self._is_decoding)
+            # A session that is not ragged runs every row: those that do not decode write one garbage token
+            # behind their valid ones, where the next chunk overwrites it.
+            query_len = self._is_decoding[:span] if self._is_ragged else np.ones(span, np.int32)
+            batch = Batch(0, self._next_ids[:span], self._slots.past_len[:span], query_len, rows.astype(np.int64))
+            sequences = [s for s in self._sequences[:span] if s is not None]
+            self._run = Run(batch, sequences, num_decode=len(sequences))
+        if self._run is not None and self._drafter is not None:
+            room = self._slots.capacity - int(self._slots.past_len[:span].max())
+            width = min(room, self._max_places // span)
+            drafts = self._drafter.draft(self._run.sequences, max(0, width - 1))
+            if drafts is not None:
+                return self._with_drafts(self._run, drafts)
+        return self._run
+
+    def _with_drafts(self, plain: Run, drafts: list[list[int]]) -> Run:
+        """A decode run whose rows contain their drafts, with logits for each draft token."""
+        width = 1 + max(map(len, drafts))
+        token_ids = np.zeros((len(plain.batch.past_len), width), np.int64)
+        token_ids[:, 0] = plain.batch.token_ids[:, 0]
+        query_len, wanted = plain.batch.query_len.copy(), list[int]()
+        for sequence, draft in zip(plain.sequences, drafts, strict=True):
+            slot = sequence.slot
+            assert slot is not None
+            token_ids[slot, 1 : 1 + len(draft)] = draft
+            query_len[slot] += len(draft)
+            wanted.extend(range(slot * width, slot * width + len(draft) + 1))
+        batch = Batch(0, token_ids, plain.batch.past_len, query_len, np.array(wanted, np.int64))
+        return plain._replace(batch=batch, drafts=tuple(drafts))
+
+    def _clear_row(self, slot: int) -> None:
+        self._sequences[slot] = None
+        self._is_decoding[slot] = 0
+        self._next_ids[slot, 0] = 0
+        self._run = None
+
+    def _span(self) -> int:
+        """One more than the highest decoding slot."""
+        rows = np.flatnonzero(self._is_decoding)
+        return int(rows[-1]) + 1 if len(rows) else 0
