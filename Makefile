@@ -35,7 +35,7 @@ EXPORT_FLAGS = --precision $(PRECISION) --out '$(OUT)' $(if $(MAX_LEN),--max-len
 PARALLEL = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 FAST_TIERS = tests/unit tests/engine tests/http --ignore tests/http/process
 
-.PHONY: help run test test-fast test-gpu lint bench bench-gpu export engine bundle serve setup clean
+.PHONY: help run test test-fast test-gpu lint bench bench-gpu export engine native bundle serve setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -73,6 +73,9 @@ engine: $(VENV)/.installed  ## compile an artifact for TensorRT: make engine ART
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[rtx]'
 	@$(BIN)/headrace engine '$(ARTIFACT)' --target '$(TARGET)' $(if $(GPU),--gpu '$(GPU)') \
 	  $(if $(filter-out file default,$(origin MODEL)),--model '$(MODEL)')
+
+native: $(VENV)/.installed  ## compile the native operators, for --device native: needs g++ or clang++
+	@$(BIN)/python -m runtime.native.build
 
 bundle: $(VENV)/.installed  ## pack an artifact for a device: make bundle ARTIFACT=... DEVICE=jetson-orin|jetson-thor|rtx|cpu
 	@$(BIN)/python -c 'import uv' 2>/dev/null || \

@@ -1,5 +1,6 @@
 """What every tier shares: the order in which the tiers run, and the default model, exported once a run."""
 
+import ctypes
 import fcntl
 import os
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.native.build import build, find_compiler
+from runtime.native.library import load_library
 from tests.support.tiny.artifact import TinyExports
 
 # Longest files first: what begins last must be short, or one worker runs it alone while the others are done.
-TIERS = ("real", "graph", "process", "device", "http", "engine", "unit")
+TIERS = ("real", "graph", "native", "process", "device", "http", "engine", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,3 +47,15 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyExports:
     """Tiny models, each exported once for all the tests of a pytest worker."""
     return TinyExports(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def native_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library of native operators, compiled by whichever pytest worker comes first; skips without a compiler."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler: the native operators are not tested")
+    root = tmp_path_factory.getbasetemp()
+    with ((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "native.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build()
+    return load_library()

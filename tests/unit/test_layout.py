@@ -20,7 +20,7 @@ MAY_IMPORT = {
 # The rooms of each package, low to high: a module imports from its own room and from those before it. A room is a
 # folder, or a single module beside the folders; what no row names belongs to the folder above it.
 ROOMS = {
-    "runtime": """errors machine settings core artifact session text grammar grammar.schema text.tools
+    "runtime": """errors machine settings core native artifact session text grammar grammar.schema text.tools
         text.chat engine engine.speculation backends.cuda backends.environment backends.backend backends.nvidia
         backends.ort backends.openvino backends.tensorrt backends text_model commands""",
     "export": """schemes storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model

@@ -1,0 +1,77 @@
+// headrace.AddNorm and headrace.GateUp.
+#pragma once
+
+#include "../norm.h"
+#include "operator.h"
+
+namespace headrace {
+namespace ort {
+
+// x and skip [..., size], weight and bias [size] -> norm of x + skip, and x + skip. Without skip: the norm of x.
+class AddNormOp {
+ public:
+  static constexpr const char* NAME = "AddNorm";
+  static constexpr Port INPUTS[] = {{FLOAT}, {FLOAT, OPTIONAL}, {FLOAT}, {FLOAT, OPTIONAL}};
+  static constexpr Port OUTPUTS[] = {{FLOAT}, {FLOAT, OPTIONAL}};
+
+  explicit AddNormOp(const Info& info)
+      : kernels_(norm_kernels()),
+        epsilon_(info.number("epsilon")),
+        is_layer_norm_(info.integer("is_layer_norm", 0) != 0) {}
+
+  void compute(Context& run) {
+    const Tensor x = run.input(0), skip = run.input(1), weight = run.input(2), bias = run.input(3);
+    if (x.shape.count == 0 || weight.shape.num_elements() != x.shape.last()) {
+      throw Failure("the weight's size is not that of the last axis");
+    }
+    if (skip && skip.shape.num_elements() != x.shape.num_elements()) throw Failure("x and skip differ in size");
+    AddNorm job;
+    job.x = x.data<float>();
+    job.skip = skip.data<float>();
+    job.weight = weight.data<float>();
+    job.bias = bias.data<float>();
+    job.normed = run.output<float>(0, x.shape);
+    job.sum = run.output<float>(1, x.shape);
+    job.num_rows = static_cast<size_t>(x.shape.num_rows());
+    job.size = static_cast<size_t>(x.shape.last());
+    job.epsilon = epsilon_;
+    job.is_layer_norm = is_layer_norm_;
+    kernels_.add_norm(job, run.parallel());
+  }
+
+ private:
+  const NormKernels& kernels_;
+  float epsilon_;
+  bool is_layer_norm_;
+};
+
+// stacked [..., 2 * size], gate before up -> activation(gate) * up, [..., size]
+class GateUpOp {
+ public:
+  static constexpr const char* NAME = "GateUp";
+  static constexpr Port INPUTS[] = {{FLOAT}};
+  static constexpr Port OUTPUTS[] = {{FLOAT}};
+
+  explicit GateUpOp(const Info& info)
+      : kernels_(norm_kernels()), activation_(info.integer("gelu", 0) != 0 ? Gate::gelu_tanh : Gate::silu) {}
+
+  void compute(Context& run) {
+    const Tensor stacked = run.input(0);
+    if (stacked.shape.count == 0 || stacked.shape.last() % 2 != 0) throw Failure("the last axis is not even");
+    const int64_t size = stacked.shape.last() / 2;
+    GateUp job;
+    job.stacked = stacked.data<float>();
+    job.gated = run.output<float>(0, stacked.shape.with_last(size));
+    job.num_rows = static_cast<size_t>(stacked.shape.num_rows());
+    job.size = static_cast<size_t>(size);
+    job.activation = activation_;
+    kernels_.gate_up(job, run.parallel());
+  }
+
+ private:
+  const NormKernels& kernels_;
+  Gate activation_;
+};
+
+}  // namespace ort
+}  // namespace headrace
