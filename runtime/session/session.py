@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.machine.kv_pages import PageLayout, plain_layout
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -59,6 +61,26 @@ class SessionInfo:
     is_sparse: bool = False
     """Whether a run costs its tokens alone: idle rows between running ones cost nothing, and nothing is written as
     padding. So a run may span all slots, and `past_len[b] + query_len[b] <= capacity` is enough."""
+    is_run_exact: bool = False
+    """Whether K, V and logits of a token are the same, bit for bit, in a run by itself and in a run with others of its
+    row. If so, tokens that decode runs had computed may be computed again by a prefill."""
+    kv_layout: PageLayout | None = None
+    """How the tokens of a slot commit memory. None: the pool is allocated whole."""
+    kv_budget: int | None = None
+    """Bytes that all slots together may commit; the scheduler keeps to it. None: all slots may be full."""
+    threads: int | None = None
+    """Threads of the processor that run the model; None on a GPU."""
+
+    @property
+    def layout(self) -> PageLayout:
+        """How tokens count as bytes."""
+        return self.kv_layout or plain_layout(self.kv_bytes_per_token)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Most bytes of K and V."""
+        all_full = self.num_slots * self.layout.committed(self.capacity)
+        return all_full if self.kv_budget is None else min(self.kv_budget, all_full)
 
 
 class KvRows(Protocol):
@@ -88,6 +110,10 @@ class Session(Protocol):
 
     def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
         """Put what `read_slot` gave into a slot, bit for bit, from position `start` on."""
+        ...
+
+    def drop_slot(self, slot: int) -> None:
+        """Forget what a slot holds, and give its memory back if it can be taken page by page."""
         ...
 
     def close(self) -> None:

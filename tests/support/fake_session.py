@@ -51,6 +51,7 @@ class FakeSession:
         self.batches: list[Batch] = []
         self.copies: list[tuple[int, int, int]] = []
         self.restored: list[tuple[int, int, int]] = []
+        self.dropped: list[int] = []
         self.is_closed = False
         self._memory = memory
         self._on_run = on_run
@@ -98,6 +99,10 @@ class FakeSession:
         assert (self.cache[slot, :start] != GARBAGE).all(), "leaves a gap"
         self.restored.append((slot, start, len(rows)))
         self.cache[slot, start : start + len(rows)] = rows
+
+    def drop_slot(self, slot: int) -> None:
+        self.dropped.append(slot)
+        self.cache[slot] = GARBAGE
 
     def close(self) -> None:
         self.is_closed = True

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact.manifest import Artifact
+from runtime.artifact.manifest import Artifact, ModelDims
 from runtime.backends.openvino.graph import BLOCK, POSITIONS, GraphReader, cache_shape, num_blocks
 from runtime.errors import DeviceUnavailable, InvalidSetting
-from runtime.machine.kv_pages import lazy_zeros
+from runtime.machine.cpu_limits import is_limited, model_threads
+from runtime.machine.kv_pages import PAGE_BYTES, LazyArrays, PageLayout
 from runtime.session.feeds import packed_inputs
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Batch, KvRows, SessionInfo
@@ -39,20 +40,26 @@ class OpenVinoSession:
         self._blocks = num_blocks(info.capacity)
         self._request: Any = model.create_infer_request()
         shape = cache_shape(dims, info.num_slots, info.capacity)
-        by_slot = (info.num_slots, self._blocks, *shape[1:])
-        self._pool: list[NDArray[Any]] = []
-        for names in artifact.manifest.kv.cache_names(dims.num_layers):
-            array = lazy_zeros(shape, np.float32)
-            self._request.set_tensor(names.past, library.Tensor(array, shared_memory=True))
-            self._pool.append(array.reshape(by_slot))
+        all_names = artifact.manifest.kv.cache_names(dims.num_layers)
+        self._memory = LazyArrays(len(all_names), (info.num_slots, self._blocks, *shape[1:]), np.float32)
+        self._pool = self._memory.arrays
+        for names, array in zip(all_names, self._pool, strict=True):
+            self._request.set_tensor(names.past, library.Tensor(array.reshape(shape), shared_memory=True))
 
     @classmethod
     def open(
-        cls, artifact: Artifact, *, num_slots: int, capacity: int, threads: int | None = None
+        cls,
+        artifact: Artifact,
+        *,
+        num_slots: int,
+        capacity: int,
+        kv_budget: int | None = None,
+        threads: int | None = None,
     ) -> "OpenVinoSession":
         """Load the `ort` graph. InvalidArtifact if OpenVINO cannot read it, DeviceUnavailable if it is not there.
 
-        threads: None is one a physical core
+        kv_budget: bytes that all slots together may commit; None: all may be full
+        threads: None is one a physical core, or as many as this process may use
         """
         dims = artifact.manifest.dims
         if not 1 <= capacity <= dims.max_len:
@@ -64,6 +71,8 @@ class OpenVinoSession:
         reader = GraphReader(library, artifact)
         # In float32 like ONNX Runtime: by default OpenVINO would take half precision where the processor has it.
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        if threads is None and is_limited():
+            threads = model_threads()
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         model = library.Core().compile_model(reader.read(), "CPU", options)
@@ -75,6 +84,9 @@ class OpenVinoSession:
             is_ragged=True,
             kv_bytes_per_token=dims.kv_bytes_per_token("float32"),
             is_cut_exact=False,  # its kernels for one token and for several round differently
+            kv_layout=_layout(dims),
+            kv_budget=kv_budget,
+            threads=threads or model_threads(),
         )
         return cls(library, reader, model, info, artifact)
 
@@ -140,10 +152,24 @@ class OpenVinoSession:
             for pool, array in zip(self._pool, rows.arrays, strict=True):
                 pool[slot, block, :, inside] = array[:, low - start : high - start]
 
+    def drop_slot(self, slot: int) -> None:
+        """Give the pages of a slot's blocks back to the system."""
+        self._memory.drop_slot(slot)
+
     def close(self) -> None:
         """Drop the model and the cache. Idempotent."""
         self._request = None
-        self._pool.clear()
+        self._memory.free()
+
+
+def _layout(dims: ModelDims) -> PageLayout:
+    """Tokens fill the part of one head in a block, then that of the next block. If such a part does not fill whole
+    pages, whole blocks count."""
+    token_bytes, num_tensors = dims.head_dim * np.dtype(np.float32).itemsize, 2 * dims.num_layers
+    if BLOCK * token_bytes % PAGE_BYTES == 0:
+        return PageLayout(token_bytes, num_tensors * dims.num_kv_heads)
+    token_bytes *= dims.num_kv_heads
+    return PageLayout(token_bytes, num_tensors, page_bytes=BLOCK * token_bytes)
 
 
 def _begins(counts: NDArray[Any]) -> NDArray[np.int32]:

@@ -4,13 +4,14 @@ The library is imported here, so that a command without it ends with the extra t
 """
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.artifact.manifest import Artifact
 from runtime.backends.environment import version_numbers
 from runtime.backends.ort.drop_inputs import without_inputs
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.machine.cpu_features import int8_options
+from runtime.machine.cpu_limits import is_limited, model_threads
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -52,6 +53,23 @@ def load_library(floor: tuple[int, int] | None = None) -> Any:
     return onnxruntime
 
 
+class CpuThreads(NamedTuple):
+    """Threads of a session on the CPU: the number asked of ONNX Runtime (0: its own choice, one a physical core, which
+    it binds to cores), how many that likely are, and the most they can be."""
+
+    asked: int
+    likely: int
+    most: int
+
+
+def cpu_threads(threads: int | None) -> CpuThreads:
+    """The number that --threads gives, or as many as this process may use."""
+    if threads is not None or is_limited():
+        count = threads or model_threads()
+        return CpuThreads(count, count, count)
+    return CpuThreads(0, model_threads(), os.cpu_count() or 1)
+
+
 def load_cpu_graph(
     artifact: Artifact, dialect: str, *, threads: int | None, saves_memory: bool, keeps_rows_whole: bool
 ) -> Any:
@@ -61,7 +79,7 @@ def load_cpu_graph(
     """
     library = load_library(CPU_FLOOR)
     options = _options(library)
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = cpu_threads(threads).asked
     if saves_memory:
         # Level "all" widens half-precision weights while loading, and so does constant folding. Widened one at a
         # time, just before its use, each is freed after it, where the default order widens all of them first.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.artifact.manifest import CacheNames
 from runtime.backends.cuda.rows import RowCopier, RowStage
-from runtime.machine.kv_pages import lazy_zeros
+from runtime.machine.kv_pages import LazyArrays
 from runtime.session.host_rows import HostRows
 
 
@@ -44,40 +44,54 @@ class Pool(Protocol):
         """Put such a copy into a slot, from position `start` on."""
         ...
 
+    def drop_slot(self, slot: int) -> None:
+        """Forget what a slot holds; see `Session.drop_slot`."""
+        ...
+
     def free(self) -> None:
         """Give the memory back. Idempotent."""
         ...
 
 
 class HostPool:
-    """The pool in the host's memory, which is committed page by page as tokens are written."""
+    """The pool in the host's memory, which is committed page by page as tokens are written, and given back by slot.
+
+    A slot's length must fill whole pages (`aligned_len`)."""
 
     def __init__(self, names: Sequence[CacheNames], shape: PoolShape, dtype: str) -> None:
         from onnxruntime import OrtValue
 
         self._value = OrtValue.ortvalue_from_numpy
         self._names = names
-        self._arrays: list[NDArray[Any]] = [lazy_zeros(shape, dtype) for _ in names]
+        self._memory = LazyArrays(len(names), shape, dtype)
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """The whole pool, an array for each cache tensor."""
+        return self._memory.arrays
 
     def bind(self, binding: Any, first_slot: int, num_rows: int) -> None:
-        for names, array in zip(self._names, self._arrays, strict=True):
+        for names, array in zip(self._names, self.arrays, strict=True):
             value = self._value(array[first_slot : first_slot + num_rows])
             binding.bind_ortvalue_input(names.past, value)
             binding.bind_ortvalue_output(names.present, value)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        for array in self._arrays:
+        for array in self.arrays:
             array[target, :, :num_tokens] = array[source, :, :num_tokens]
 
     def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
-        return HostRows([array[slot, :, start:stop].copy() for array in self._arrays])
+        return HostRows([array[slot, :, start:stop].copy() for array in self.arrays])
 
     def write_slot(self, slot: int, start: int, rows: HostRows) -> None:
-        for array, part in zip(self._arrays, rows.arrays, strict=True):
+        for array, part in zip(self.arrays, rows.arrays, strict=True):
             array[slot, :, start : start + part.shape[1]] = part
 
+    def drop_slot(self, slot: int) -> None:
+        self._memory.drop_slot(slot)
+
     def free(self) -> None:
-        self._arrays.clear()
+        self._memory.free()
 
 
 class DeviceCopier(RowCopier, Protocol):
@@ -124,6 +138,9 @@ class DevicePool:
 
     def write_slot(self, slot: int, start: int, rows: HostRows) -> None:
         self._stage.write(self._addresses(slot), start, rows)
+
+    def drop_slot(self, slot: int) -> None:
+        """The pool was allocated whole and stays so."""
 
     def free(self) -> None:
         self._stage.free()

@@ -3,7 +3,6 @@
 Knows the tensor names of an artifact's graph through the manifest, and nothing of requests or text.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.graph import load_cpu_graph
+from runtime.backends.ort.graph import cpu_threads, load_cpu_graph
 from runtime.backends.ort.pools import DeviceCopier, DevicePool, HostPool, Pool, PoolShape
 from runtime.errors import InvalidSetting
+from runtime.machine.kv_pages import PageLayout, aligned_len
+from runtime.machine.sizes import item_bytes
 from runtime.session.feeds import packed_inputs, padded_inputs
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Batch, KvRows, SessionInfo
@@ -48,6 +49,7 @@ class OrtSession:
         *,
         num_slots: int,
         capacity: int,
+        kv_budget: int | None = None,
         threads: int | None = None,
         saves_memory: bool = False,
         is_run_exact: bool = False,
@@ -55,7 +57,8 @@ class OrtSession:
     ) -> "OrtSession":
         """Load the graph on the CPU; InvalidArtifact if ONNX Runtime refuses it, DeviceUnavailable if it is not there.
 
-        threads: None is one a physical core
+        kv_budget: bytes that all slots together may commit; None: all may be full
+        threads: None is one a physical core, or as many as this process may use
         saves_memory: keep half-precision weights as they are, and widen them for this CPU at every run instead of
             once at load; slower, and half the memory
         is_run_exact: a token gets the same logits, bit for bit, in a run by itself as in one with others of its row, so
@@ -70,12 +73,16 @@ class OrtSession:
                 f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
                 f"{dims.max_len:,} (export it again with a larger --max-len)"
             )
-        keeps_rows_whole = is_run_exact or (threads or os.cpu_count() or 1) > dims.num_heads
+        keeps_rows_whole = is_run_exact or cpu_threads(threads).most > dims.num_heads
         graph = load_cpu_graph(
             artifact, dialect, threads=threads, saves_memory=saves_memory, keeps_rows_whole=keeps_rows_whole
         )
-        # One position more, for the copy of a single token when the slot is full (`packed_inputs`).
-        shape = PoolShape(num_slots, dims.num_kv_heads, capacity + is_run_exact, dims.head_dim)
+        # One position more, for the copy of a single token (`packed_inputs`), when the slot is full too.
+        layout = PageLayout(
+            dims.head_dim * item_bytes(kv.dtype), 2 * dims.num_layers * dims.num_kv_heads, num_spare=int(is_run_exact)
+        )
+        slot_len = aligned_len(capacity + is_run_exact, layout.token_bytes)
+        shape = PoolShape(num_slots, dims.num_kv_heads, slot_len, dims.head_dim)
         inputs = partial(packed_inputs, doubles_singles=is_run_exact) if dialect == "ort" else padded_inputs
         info = SessionInfo(
             device="cpu",
@@ -85,6 +92,10 @@ class OrtSession:
             is_ragged=True,
             kv_bytes_per_token=dims.kv_bytes_per_token(kv.dtype),
             is_cut_exact=kv.dtype != "int8",
+            is_run_exact=is_run_exact,
+            kv_layout=layout,
+            kv_budget=kv_budget,
+            threads=cpu_threads(threads).likely,
         )
         return cls(graph, HostPool(kv.cache_names(dims.num_layers), shape, kv.dtype), inputs, info)
 
@@ -165,6 +176,10 @@ class OrtSession:
         """Copy them back, to the same place or another."""
         assert isinstance(rows, HostRows), "rows of another session"
         self._pool.write_slot(slot, start, rows)
+
+    def drop_slot(self, slot: int) -> None:
+        """Give a slot's pages back to the system."""
+        self._pool.drop_slot(slot)
 
     def close(self) -> None:
         """Drop the bindings, the cache and the model. Idempotent."""

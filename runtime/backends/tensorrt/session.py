@@ -130,6 +130,9 @@ class TrtSession:
         self._kv.write_slot(slot, start, rows)
         self._ends.note_copy(slot, start + rows.arrays[0].shape[1])
 
+    def drop_slot(self, slot: int) -> None:
+        """Forget what a slot holds; its memory was allocated with the pool and stays."""
+
     def close(self) -> None:
         """Wait for the device, then release graphs, contexts, memory and the stream. Idempotent."""
         self._contexts = {}
