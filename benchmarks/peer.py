@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from export.pipeline.export_model import ExportOptions, export_model
 from export.schemes.registry import SCHEMES
-from export.sources.default_model import cache_dir
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.session import OrtSession
 from runtime.commands.bench_runs import decode, prefill
 from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError, InvalidArtifact
 from runtime.machine.progress import progress_bar
+from runtime.machine.user_cache import cache_dir
 
 NUM_SLOTS, CAPACITY = 32, 1024
 # Set on our side only where somebody tunes numpy; a peer is to choose its threads as it does for everyone.

@@ -48,7 +48,7 @@ def _index() -> dict[str, str]:
 
 def write_checksum(archive: Path) -> Path:
     """Write NAME.sha256 beside a file, in the format of `sha256sum --check`; return its path."""
-    from runtime.artifact.manifest import sha256_of
+    from runtime.artifact.known_hashes import sha256_of
 
     file = archive.with_name(f"{archive.name}.sha256")
     file.write_text(f"{sha256_of(archive)}  {archive.name}\n")

@@ -5,12 +5,14 @@ Knows nothing about HTTP or terminals.
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from runtime.artifact.manifest import open_artifact
+from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.artifact.model_card import model_card
 from runtime.backends.backend import Backend
 from runtime.backends.draft_session import beside_draft, open_draft, open_draft_session
@@ -30,17 +32,16 @@ from runtime.engine.speculation.draft_model import DraftModel
 from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
-from runtime.grammar.grammar import GrammarCompiler
 from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget
 from runtime.machine.sizes import format_bytes
+from runtime.model_text import ModelText
 from runtime.session.session import Session
 from runtime.settings import EngineSettings
 from runtime.text.chat.options import DEFAULT_CHAT, REASONING, ChatOptions
-from runtime.text.chat.prompt import ChatPrompts
-from runtime.text.chat.template import TEMPLATE_FILE, ChatTemplate, load_chat_template
+from runtime.text.chat.template import TEMPLATE_FILE, load_chat_template
 from runtime.text.stop_strings import RequestText
 from runtime.text.tokenizer import Tokenizer
-from runtime.text.tools.formats import TOOL_FORMATS, Tool, detect_format
+from runtime.text.tools.formats import Tool
 from runtime.text.tools.one_call import OneCallText
 from runtime.text.tools.parser import ToolCallParser
 
@@ -69,8 +70,7 @@ class TextModel:
         facts: ModelFacts,
         *,
         session: Session,
-        tokenizer: Tokenizer,
-        chat_template: ChatTemplate | None,
+        text: ModelText,
         settings: EngineSettings,
         observer: EngineObserver | None = None,
         draft_session: Session | None = None,
@@ -81,15 +81,10 @@ class TextModel:
         self.vocab_size = session.info.vocab_size
         self._session = session
         self._draft_session = draft_session
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._text = text
+        self._tokenizer, self._chat_template = text.tokenizer, text.chat_template
+        self.tool_format = text.tool_format
         self._facts = facts
-        template = None if chat_template is None else chat_template.with_tools.source
-        self.tool_format = TOOL_FORMATS.get(settings.tool_format) or detect_format(template)
-        self._chats = None
-        if chat_template is not None:
-            trusts = settings.trust_special_tokens
-            self._chats = ChatPrompts(tokenizer, chat_template, self.tool_format, trust_special_tokens=trusts)
         self._draft_model = None if draft_session is None else DraftModel(draft_session)
         self._engine = Engine(
             session,
@@ -102,7 +97,6 @@ class TextModel:
         self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
         self._prefix_cache_bytes = settings.prefix_cache or 0
-        self._grammars = GrammarCompiler(tokenizer, vocab_size=self.vocab_size, eos_ids=facts.eos_ids)
         self._request_numbers = itertools.count()
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
@@ -126,12 +120,12 @@ class TextModel:
         (runtime/text/chat/prompt.py). InvalidRequest without a chat template, or for options that cannot be had with
         it; PromptTooLong for a chat that certainly has more than `max_tokens`, by default those of the context.
         """
-        if self._chats is None:
+        if self._text.chats is None:
             raise InvalidRequest(
                 f"the model {self.name} has no chat template; use /v1/completions with a prompt",
                 param="messages",
             )
-        return self._chats.encode(messages, tools=tools, options=options, max_tokens=max_tokens or self.max_len)
+        return self._text.chats.encode(messages, tools=tools, options=options, max_tokens=max_tokens or self.max_len)
 
     @property
     def has_short_call_ids(self) -> bool:
@@ -196,7 +190,7 @@ class TextModel:
             text=self._text_stream(prompt_ids, params, named, one_call_of),
             options=self._bounded(options),
             usage=generation.usage,
-            guide=None if params.constraint is None else self._grammars.guide(params.constraint),
+            guide=None if params.constraint is None else self._text.grammars.guide(params.constraint),
         )
         self._thread.submit(request)
         return generation
@@ -267,12 +261,6 @@ class TextModel:
         text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
         return ", ".join(filter(None, (text, self._facts.precision, f"on {info.device}")))
 
-    def prepare_constraints(self) -> None:
-        """Prepare for requests with constraints; otherwise the first one holds up all others."""
-        self._grammars.prepare()
-        if self._chats is not None:
-            self._chats.prepare()
-
     def start(self) -> None:
         """Start the engine's thread. Once only."""
         self._thread.start()
@@ -284,7 +272,7 @@ class TextModel:
     def close(self) -> None:
         """Cancel everything, end the thread and release the model. Idempotent."""
         self._thread.close()
-        self._grammars.close()
+        self._text.close()
         self._session.close()
         if self._draft_model is not None:
             self._draft_model.close()
@@ -296,11 +284,14 @@ def open_text_model(
     *,
     name: str | None = None,
     allow_failed: bool = False,
+    prepares: bool = False,
     observer: EngineObserver | None = None,
     backends: Sequence[Backend] | None = None,
 ) -> TextModel:
     """Open an artifact for text generation; the result is not started.
 
+    Tokenizer and grammars are made while the model loads, which takes a core and does not hold Python's lock.
+    prepares: also makes now what the first request with a constraint would wait for
     `backends` are those of runtime/backends/registry.py unless given. Raises InvalidArtifact, InvalidSetting if the
     settings do not fit the model or the memory, DeviceUnavailable or DeviceFailed if the device cannot be used.
     """
@@ -319,21 +310,36 @@ def open_text_model(
     if settings.draft is not None:
         draft = open_draft(settings.draft, artifact, settings)
         settings = beside_draft(settings, artifact, draft)
-    tokenizer = Tokenizer.from_artifact(artifact)
-    template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
-    session = open_session(artifact, settings, backends=BACKENDS if backends is None else backends)
-    try:
+    with ExitStack() as unfinished, ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
+        loading = loader.submit(open_session, artifact, settings, backends=BACKENDS if backends is None else backends)
+        unfinished.callback(_close_loaded, loading)
+        text = _text_of(artifact, settings)
+        unfinished.callback(text.close)
+        if prepares:
+            text.prepare()
+        session = loading.result()
         check_speculation(artifact, settings, session.info)
-    except InvalidSetting:
-        session.close()
-        raise
+        draft_session = None if draft is None else open_draft_session(draft, session.info, settings)
+        unfinished.pop_all()
     precision = manifest.precision + ("" if artifact.passed else ", which FAILED its accuracy gate")
     return TextModel(
         ModelFacts(name or manifest.name, frozenset(manifest.eos_ids), precision, model_card(artifact)),
         session=session,
-        tokenizer=tokenizer,
-        chat_template=template,
+        text=text,
         settings=settings,
         observer=observer,
-        draft_session=None if draft is None else open_draft_session(draft, session.info, settings),
+        draft_session=draft_session,
+    )
+
+
+def _close_loaded(loading: "Future[Session]") -> None:
+    if loading.exception() is None:
+        loading.result().close()
+
+
+def _text_of(artifact: Artifact, settings: EngineSettings) -> ModelText:
+    manifest, tokenizer = artifact.manifest, Tokenizer.from_artifact(artifact)
+    template = load_chat_template(artifact.listed(TEMPLATE_FILE), tokenizer.config, tokenizer.special_tokens)
+    return ModelText(
+        tokenizer, template, settings, vocab_size=manifest.dims.vocab_size, eos_ids=frozenset(manifest.eos_ids)
     )

@@ -69,9 +69,8 @@ def _source(
 
         settings = like_before(engine, opened[-1]) if opened else engine
         model = open_text_model(
-            path, settings, name=name, allow_failed=allow_failed, observer=metrics, backends=backends
+            path, settings, name=name, allow_failed=allow_failed, prepares=True, observer=metrics, backends=backends
         )
-        model.prepare_constraints()
         opened[:] = [model.memory_use()]
         return model
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from export.artifact.identity import present_at
 from export.storage.whole_file import explaining_full_disk, write_whole
-from runtime.artifact.manifest import MANIFEST, FileEntry, Manifest, sha256_of
+from runtime.artifact.known_hashes import sha256_of
+from runtime.artifact.manifest import MANIFEST, FileEntry, Manifest
 from runtime.errors import InvalidSetting
 
 _STAGING = ".{name}.partial-{pid}"

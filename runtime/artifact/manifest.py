@@ -13,7 +13,6 @@ Nothing is opened that the manifest does not list with its hash. Reading only; `
 Nothing here loads a model.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import Annotated, Any, NamedTuple
 from msgspec import Meta
 
 from runtime.artifact.json_shape import parse_json, read_json, shaped
+from runtime.artifact.known_hashes import known_sha256_of
 from runtime.artifact.onnx_files import external_files
 from runtime.artifact.shapes import read_receipt
 from runtime.errors import InvalidArtifact
@@ -309,16 +309,10 @@ def _check_file(root: Path, name: str, entry: FileEntry, *, check_hashes: bool) 
         if not file.is_file():
             raise InvalidArtifact(f"{file} is missing; export the model again")
         size = file.stat().st_size
-        found = sha256_of(file) if check_hashes and size == entry.size else entry.sha256
+        found = known_sha256_of(file) if check_hashes and size == entry.size else entry.sha256
     except OSError as error:
         raise InvalidArtifact(f"{file} cannot be read: {error.strerror or error}") from error
     if size != entry.size:
         raise InvalidArtifact(f"{file} has {size:,} bytes, the manifest says {entry.size:,}; export the model again")
     if found != entry.sha256:
         raise InvalidArtifact(f"{file} has changed: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...")
-
-
-def sha256_of(file: Path) -> str:
-    """Hex sha256 of a file, read once."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.artifact.json_shape import parse_json, shaped
-from runtime.artifact.manifest import MANIFEST, Artifact, FileEntry, Manifest, read_manifest, sha256_of
+from runtime.artifact.known_hashes import sha256_of
+from runtime.artifact.manifest import MANIFEST, Artifact, FileEntry, Manifest, read_manifest
 from runtime.errors import InvalidArtifact, InvalidPlan
 
 ENGINES = "engines"

@@ -20,6 +20,7 @@ from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
 from runtime.machine.memory import default_budget
 from runtime.machine.sizes import format_bytes
+from runtime.model_text import ModelText
 from runtime.session.session import Batch, Session
 from runtime.settings import EngineSettings
 from runtime.text.tokenizer import Tokenizer
@@ -126,16 +127,22 @@ def opened(
             f"{batch} rows of {capacity:,} tokens take {format_bytes(wanted)} of KV cache and {format_bytes(room)} "
             "may be used; ask for fewer rows or tokens"
         )
-    tokenizer, times = Tokenizer.from_artifact(artifact), StepTimes()
+    times, eos_ids = StepTimes(), frozenset(artifact.manifest.eos_ids)
     settings = EngineSettings(
         device=device, max_batch=batch, max_waiting=batch, max_len=capacity, threads=threads, kv_memory=wanted
     )
+    text = ModelText(
+        Tokenizer.from_artifact(artifact),
+        None,
+        settings,
+        vocab_size=artifact.manifest.dims.vocab_size,
+        eos_ids=eos_ids,
+    )
     session = open_session(artifact, settings)
     model = TextModel(
-        ModelFacts(artifact.manifest.name, frozenset(artifact.manifest.eos_ids)),
+        ModelFacts(artifact.manifest.name, eos_ids),
         session=session,
-        tokenizer=tokenizer,
-        chat_template=None,
+        text=text,
         settings=settings,
         observer=times,
     )

@@ -10,11 +10,12 @@ with the limit three times, the cheapest way first:
 All texts together take at most `MAX_BYTES_AT_ONCE` bytes at any moment. Knows nothing of models or requests.
 """
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong
 
@@ -132,7 +133,7 @@ def num_bytes_of(text: str) -> int:
 
 def _longest_token(tokenizer: "HfTokenizer") -> int | None:
     """Most bytes of text that a token can stand for; None where text can vanish, so that no length is too long."""
-    parts: dict[str, Any] = json.loads(tokenizer.to_str())
+    parts: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
     added = parts.get("added_tokens") or []
     if any(token.get("lstrip") or token.get("rstrip") for token in added):  # they absorb any amount of space
         return None
@@ -144,7 +145,7 @@ def _longest_token(tokenizer: "HfTokenizer") -> int | None:
     if shrinks is None:
         return None
     # In a byte-level vocabulary a character is a byte; in another, U+2581 counts as three where it may be one space.
-    is_byte_level = "ByteLevel" in json.dumps(parts.get("decoder"))
+    is_byte_level = "ByteLevel" in str(parts.get("decoder"))
     own = tokenizer.get_vocab(with_added_tokens=False)
     lengths = [len(token) if is_byte_level else len(token.encode()) for token in own]
     return shrinks * max([*lengths, *(len(token["content"].encode()) for token in added)])

@@ -4,10 +4,11 @@ Everything else is the same, ids included. So the library encodes a text as befo
 around control tokens, and `<|im_end|>` is ordinary text.
 """
 
-import json
 import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from runtime.errors import InvalidArtifact
 from runtime.text.bounded_encoding import BoundedEncoder
@@ -28,7 +29,8 @@ class SecretSpelling:
         """`ids`: the tokens to respell, by their text. Raises InvalidArtifact if the library gives them other ids."""
         secret = "".join(chr(_FIRST_PRIVATE + secrets.randbelow(_NUM_PRIVATE)) for _ in range(_SECRET_LEN))
         self.spelling = {text: secret + chr(_FIRST_PRIVATE + i) for i, text in enumerate(sorted(ids))}
-        respelled = type(tokenizer).from_str(json.dumps(_respelled(json.loads(tokenizer.to_str()), self.spelling)))
+        parts = _respelled(msgspec.json.decode(tokenizer.to_str()), self.spelling)
+        respelled = type(tokenizer).from_str(msgspec.json.encode(parts).decode())
         wrong = [text for text, token_id in ids.items() if respelled.token_to_id(self.spelling[text]) != token_id]
         if wrong:
             raise InvalidArtifact(f"tokenizer.json: the added token {wrong[0]!r} has an id that is not its own")

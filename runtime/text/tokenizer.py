@@ -10,10 +10,11 @@ An artifact with another decoder is refused.
 """
 
 import codecs
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from runtime.artifact.json_shape import read_json
 from runtime.artifact.manifest import Artifact
@@ -55,9 +56,9 @@ class Tokenizer:
         self._hf.no_truncation()
         self._hf.no_padding()
         self._encoder = BoundedEncoder(tokenizer)
-        decoder = json.loads(tokenizer.to_str()).get("decoder")
+        decoder = msgspec.json.decode(tokenizer.to_str()).get("decoder")
         self._decode_steps = _flatten_decoder(decoder, where)
-        self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
+        self._is_byte_level = any(step["type"] == "ByteLevel" for step in self._decode_steps)
         added = tokenizer.get_added_tokens_decoder().items()
         self._special_ids = frozenset(i for i, token in added if token.special)
         self.special_id_of: Mapping[str, int] = {token.content: i for i, token in added if token.special}
@@ -171,10 +172,6 @@ class Tokenizer:
         return Detokenizer(token_bytes, strip_first=is_beginning and self._strips_first)
 
     @property
-    def _is_byte_level(self) -> bool:
-        return any(step["type"] == "ByteLevel" for step in self._decode_steps)
-
-    @property
     def _strips_first(self) -> bool:
         return any(
             (step["type"] == "Strip" and step.get("start", 0) > 0)
@@ -188,8 +185,8 @@ class Tokenizer:
             return b""
         if self._is_byte_level:
             try:
-                return bytes(self._byte_of[char] for char in token)
-            except KeyError:  # an added token, written as it is
+                return str(token).translate(_BYTE_CHARS).encode("latin-1")
+            except UnicodeEncodeError:  # an added token, written as it is
                 return str(token).encode()
         for step in self._decode_steps:
             if step["type"] == "Replace":
@@ -275,11 +272,15 @@ def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:
     return list(steps)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the rest for characters from U+0100 on."""
+def _byte_level_alphabet() -> dict[int, int]:
+    """GPT-2's table, for `str.translate`: printable bytes stand for themselves, the rest for characters from U+0100 on.
+    Each becomes the character of its byte; those that stand for no byte become U+FFFD, which Latin-1 lacks."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict.fromkeys(others, 0xFFFD) | {0x100 + i: byte for i, byte in enumerate(others)}
+
+
+_BYTE_CHARS = _byte_level_alphabet()
 
 
 def _byte_token(token: str) -> bytes | None:

@@ -211,6 +211,16 @@ def test_speculation_where_auto_found_a_gpu_is_refused_and_the_gpu_let_go(
     open_text_model(artifact.path, settings(device="cpu", speculate=True)).close()
 
 
+def test_a_model_that_was_loaded_beside_a_bad_tokenizer_is_let_go(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "checkpoint", config_of("llama"))
+    artifact = export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", dialects=("ort", "trt")))
+    write_plan_files(artifact, max_batch=2, chunk=8)
+    sim = SimCuda()
+    with pytest.raises(InvalidArtifact, match=r"has no tokenizer\.json"):
+        open_text_model(artifact.path, settings(device="auto"), backends=[simulated_tensorrt(sim)])
+    sim.assert_all_freed()
+
+
 def test_speculation_over_an_int8_cache_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "checkpoint", config_of("llama", num_hidden_layers=1))
     text = QuantizationOptions(text=CalibrationOptions(num_samples=4, length=32))

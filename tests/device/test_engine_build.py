@@ -20,7 +20,8 @@ from export.tensorrt.build import PlanOptions, build_plan, check_plausible
 from export.tensorrt.network import read_graph
 from export.tensorrt.profiles import PlanLimits
 from headrace import main
-from runtime.artifact.manifest import MANIFEST, RECEIPT, Artifact, open_artifact, sha256_of
+from runtime.artifact.known_hashes import sha256_of
+from runtime.artifact.manifest import MANIFEST, RECEIPT, Artifact, open_artifact
 from runtime.artifact.plan_files import find_plan, plans_of
 from runtime.backends.tensorrt.library import TrtLibrary, open_library
 from runtime.errors import InvalidArtifact, InvalidSetting, PlanBuildFailed

@@ -8,6 +8,7 @@ from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParam
 from runtime.engine.engine import Engine
 from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
+from runtime.model_text import ModelText
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text_model import ModelFacts, TextModel
@@ -239,14 +240,9 @@ def test_bad_requests_are_refused_before_they_are_queued() -> None:
 
 
 def test_a_model_that_is_not_started_is_unavailable() -> None:
-    session = FakeSession(vocab_size=VOCAB_SIZE)
-    model = TextModel(
-        ModelFacts("fake", frozenset(), "fp32"),
-        session=session,
-        tokenizer=byte_tokenizer(),
-        chat_template=None,
-        settings=EngineSettings(),
-    )
+    session, settings = FakeSession(vocab_size=VOCAB_SIZE), EngineSettings()
+    text = ModelText(byte_tokenizer(), None, settings, vocab_size=VOCAB_SIZE, eos_ids=frozenset())
+    model = TextModel(ModelFacts("fake", frozenset(), "fp32"), session=session, text=text, settings=settings)
     with pytest.raises(Unavailable, match="starting"):
         model.generate([1], greedy_to_the_end(1))
     assert model.describe() == "4 KV slots of 64 tokens, 2.0 kB at most, fp32, on fake"

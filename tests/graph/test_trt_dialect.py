@@ -11,6 +11,7 @@ from export.cli import main
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.model import Int8Options
+from runtime.artifact.known_hashes import sha256_of
 from runtime.artifact.manifest import (
     DIALECT_FILES,
     TRT_WEIGHTS,
@@ -18,7 +19,6 @@ from runtime.artifact.manifest import (
     Artifact,
     dialect_name,
     open_artifact,
-    sha256_of,
 )
 from runtime.backends.ort.session import OrtSession
 from runtime.errors import InvalidSetting

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from export.sources.default_model import PinnedFile, cache_dir, default_model_file
+from export.sources.default_model import PinnedFile, default_model_file
 from export.sources.open import DEFAULT_MODEL, open_checkpoint
 from runtime.errors import InvalidCheckpoint, InvalidSetting
+from runtime.machine.user_cache import cache_dir
 from tests.support.tiny.gguf import TinyGguf
 
 CONTENT = b"GGUF and then some" * 1000

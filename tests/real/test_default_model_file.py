@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from export.checkpoint.gguf.file import GgufCheckpoint
 from export.sources.default_model import SMOLLM2, default_model_file
 from export.sources.open import open_checkpoint
-from runtime.artifact.manifest import sha256_of
+from runtime.artifact.known_hashes import sha256_of
 
 pytestmark = pytest.mark.real
 

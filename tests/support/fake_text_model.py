@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from runtime.core import EngineObserver, SamplingParams
+from runtime.model_text import ModelText
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text.chat.template import ChatTemplate
+from runtime.text.tokenizer import Tokenizer
 from runtime.text_model import ModelFacts, TextModel
 from tests.support.byte_tokenizer import EOS, byte_tokenizer
 from tests.support.fake_session import FakeSession, ScriptedSession
@@ -55,6 +57,10 @@ def fake_text_model(
     session = FakeSession(**options)
     if script is not None:
         session = ScriptedSession([*tokenizer.encode(script), EOS_ID], tokenizer.encode(PROMPT_END), **options)
+    chat_template = ChatTemplate(template, {"eos_token": EOS}) if has_template else None
+    engine = EngineSettings(
+        max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings
+    )
     return TextModel(
         ModelFacts(
             name,
@@ -62,25 +68,28 @@ def fake_text_model(
             card={"precision": "fp32", "context_length": capacity, "receipt": {"passed": True, "checks": []}},
         ),
         session=session,
-        tokenizer=tokenizer,
-        chat_template=ChatTemplate(template, {"eos_token": EOS}) if has_template else None,
-        settings=EngineSettings(
-            max_batch=num_slots, max_waiting=max_waiting, prefill_chunk=64, prefix_cache=prefix_cache, **settings
-        ),
+        text=_text(tokenizer, chat_template, engine, vocab_size=VOCAB_SIZE),
+        settings=engine,
         observer=observer,
     )
+
+
+def _text(
+    tokenizer: Tokenizer, template: ChatTemplate | None, settings: EngineSettings, *, vocab_size: int
+) -> ModelText:
+    return ModelText(tokenizer, template, settings, vocab_size=vocab_size, eos_ids=frozenset([EOS_ID]))
 
 
 @contextmanager
 def running(session: FakeSession, *, max_waiting: int = 64, template: str | None = None) -> Iterator[TextModel]:
     """A text model over the session, started; closed when the block ends."""
-    tokenizer = byte_tokenizer()
+    tokenizer, settings = byte_tokenizer(), EngineSettings(max_waiting=max_waiting)
+    chat_template = None if template is None else ChatTemplate(template, tokenizer.special_tokens)
     model = TextModel(
         ModelFacts(NAME, frozenset({EOS_ID})),
         session=session,
-        tokenizer=tokenizer,
-        chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
-        settings=EngineSettings(max_waiting=max_waiting),
+        text=_text(tokenizer, chat_template, settings, vocab_size=session.info.vocab_size),
+        settings=settings,
     )
     model.start()
     try:

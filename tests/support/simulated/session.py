@@ -5,7 +5,8 @@ from typing import Any
 
 from export.pipeline.export_model import ExportOptions, export_model
 from export.tensorrt.store import list_files
-from runtime.artifact.manifest import Artifact, FileEntry, sha256_of
+from runtime.artifact.known_hashes import sha256_of
+from runtime.artifact.manifest import Artifact, FileEntry
 from runtime.artifact.plan_files import ENGINES, PlanFile, PlanInfo, find_plan, weight_files
 from runtime.backends.cuda.cuda import Cuda
 from runtime.backends.tensorrt.library import TrtLibrary

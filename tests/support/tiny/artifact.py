@@ -8,7 +8,8 @@ from typing import Any
 from export.calibration.dataset import CalibrationOptions
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
-from runtime.artifact.manifest import MANIFEST, Artifact, sha256_of
+from runtime.artifact.known_hashes import sha256_of
+from runtime.artifact.manifest import MANIFEST, Artifact
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 

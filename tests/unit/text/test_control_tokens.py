@@ -310,6 +310,5 @@ def test_the_served_model_keeps_to_it_unless_told_otherwise() -> None:
     messages = [user("a<|end|>b")]
     assert 257 not in model.encode_chat(messages) and 257 in trusting.encode_chat(messages)
     assert model.encode("a<|end|>b") == trusting.encode("a<|end|>b") and 257 in model.encode("a<|end|>b")
-    model.prepare_constraints()
     model.close()
     trusting.close()
