@@ -1,8 +1,8 @@
 """How many threads a model's runs get: one a physical core, or fewer where this process may use less of the machine.
 
-Two limits count: the processors this process may run on (taskset, a cpuset, docker --cpuset-cpus), and the time a control
-group grants (docker --cpus, limits.cpu of Kubernetes). More threads than granted time would be stopped together for a
-part of each period, and a run waits for its last thread.
+Two limits count: the processors this process may run on (taskset, a cpuset, docker --cpuset-cpus), and the time a
+control group grants (docker --cpus, limits.cpu of Kubernetes). More threads than granted time would be stopped together
+for a part of each period, and a run waits for its last thread.
 """
 
 import os
