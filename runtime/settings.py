@@ -47,7 +47,11 @@ class EngineSettings:
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
     max_queue_wait: float | None = setting(None, "seconds a request may wait for a slot before it fails")
     request_timeout: float | None = setting(None, "seconds after which a request fails; a request can ask for less")
-    prefill_chunk: int = setting(128, "most prompt tokens run between two decode steps")
+    ttft: int = setting(1000, "milliseconds to a prompt's first token; where it would be later, streams wait longer")
+    tpot: int = setting(200, "milliseconds between two tokens of a stream that prompts may take up with its own step")
+    prefill_chunk: int | None = setting(
+        None, "most prompt tokens run between two decode steps, by default what --ttft and --tpot leave time for"
+    )
     threads: int | None = setting(None, "threads of the model, by default one per core")
     kv_memory: int | None = setting(
         None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
@@ -78,6 +82,8 @@ class EngineSettings:
         check_at_least("max_waiting", self.max_waiting, 0)
         check_at_least("max_queue_wait", self.max_queue_wait, 0)
         check_at_least("request_timeout", self.request_timeout, 0)
+        check_at_least("ttft", self.ttft, 1)
+        check_at_least("tpot", self.tpot, 1)
         check_at_least("prefill_chunk", self.prefill_chunk, 1)
         check_at_least("threads", self.threads, 1)
         check_at_least("kv_memory", self.kv_memory, 1)

@@ -28,6 +28,7 @@ from runtime.core import (
 )
 from runtime.engine.engine import Engine
 from runtime.engine.generation import Generation
+from runtime.engine.planning.chunk import LatencyBounds
 from runtime.engine.speculation.draft_model import DraftModel
 from runtime.engine.speculation.speculator import Speculator
 from runtime.engine.thread import EngineThread
@@ -89,6 +90,7 @@ class TextModel:
         self._engine = Engine(
             session,
             prefill_chunk=settings.prefill_chunk,
+            bounds=LatencyBounds(settings.ttft / 1000, settings.tpot / 1000),
             prefix_cache=settings.prefix_cache or 0,
             max_queue_wait_s=settings.max_queue_wait,
             drafter=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,

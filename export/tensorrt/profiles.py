@@ -26,7 +26,7 @@ class PlanLimits:
     """What an engine can run. Raises InvalidSetting for a value out of range."""
 
     max_batch: int = setting(_SETTINGS.max_batch, "most requests decoded together")
-    prefill_chunk: int = setting(_SETTINGS.prefill_chunk, "most prompt tokens of a request in one run")
+    prefill_chunk: int = setting(128, "most prompt tokens of a request in one run")
     max_len: int | None = setting(
         None, f"tokens of a KV slot, fixed in the engine; by default the artifact's limit, at most {DEFAULT_MAX_LEN}"
     )

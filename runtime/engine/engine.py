@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
 from runtime.engine.drafter import Drafter
+from runtime.engine.planning.chunk import DEFAULT_BOUNDS, LatencyBounds
 from runtime.engine.planning.run import Run
 from runtime.engine.prefix_cache import PrefixCache, block_keys
 from runtime.engine.sampling.logits import Row
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs requests on a session in steps; they join and leave between two steps.
 
-    prefill_chunk: most prompt tokens run between two decode steps
+    prefill_chunk: most prompt tokens run between two decode steps; None: as many as the bounds leave time for
     max_queue_wait_s: a request without a slot this many seconds after its submission ends with QUEUE_TIMEOUT
     prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
     drafter: proposes draft tokens; unused (one token a row and step) with a session that is not ragged and cut-exact
@@ -38,7 +39,8 @@ class Engine:
         self,
         session: Session,
         *,
-        prefill_chunk: int = 128,
+        prefill_chunk: int | None = None,
+        bounds: LatencyBounds = DEFAULT_BOUNDS,
         prefix_cache: int = 0,
         max_queue_wait_s: float | None = None,
         drafter: Drafter | None = None,
@@ -49,7 +51,7 @@ class Engine:
         self._session = session
         self._top_session = session if isinstance(session, TopSession) else None
         self._observer = observer
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk, self._bounds = prefill_chunk, bounds
         self._prefix_cache = prefix_cache
         self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
         self._next_expiry_s = math.inf
@@ -148,8 +150,9 @@ class Engine:
             self._expire(started_s)
         num_decode = num_prefill_tokens = 0
         for run in self._scheduler.plan():
-            rows = self._run(run)
-            self._scheduler.advance(run)
+            rows, model_s = self._run(run)
+            self._model_s += model_s
+            self._scheduler.advance(run, model_s)
             self._score(run, rows)
             if run.drafts:
                 self._emit_drafted(run, rows)
@@ -167,9 +170,9 @@ class Engine:
                 model_s=self._model_s,
             )
 
-    def _run(self, run: Run) -> Iterable[Row | TopRow]:
-        """Run the model: whole rows of logits, or their most likely tokens where those are enough for every
-        sequence."""
+    def _run(self, run: Run) -> tuple[Iterable[Row | TopRow], float]:
+        """Run the model: whole rows of logits, or their most likely tokens where those are enough for every sequence;
+        and the seconds that it took."""
         for sequence, draft in zip(run.sequences, run.drafts or repeat(()), strict=False):
             sequence.prepare(draft)
         started_s = time.perf_counter()
@@ -180,11 +183,10 @@ class Engine:
         else:
             rows = self._session.run(run.batch)
         model_s = time.perf_counter() - started_s
-        self._model_s += model_s
         if self._drafter is not None and run.num_decode:
             num_drafted = sum(map(len, run.drafts))
             self._drafter.observe_run(num_rows=run.num_decode, num_drafted=num_drafted, seconds=model_s)
-        return rows
+        return rows, model_s
 
     def _score(self, run: Run, rows: Iterable[Row | TopRow]) -> None:
         """Give scored prompts the logits of their positions. The last of them goes out before the first token."""
@@ -271,7 +273,9 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         cache = PrefixCache(self._session, self._prefix_cache)
-        return Scheduler(self._session, cache, prefill_chunk=self._prefill_chunk, drafter=self._drafter)
+        return Scheduler(
+            self._session, cache, prefill_chunk=self._prefill_chunk, bounds=self._bounds, drafter=self._drafter
+        )
 
 
 def _suffices(num_top: int, sequences: Iterable[LiveSequence]) -> bool:

@@ -6,19 +6,21 @@ Two queues: waiting and, by slot, those that prefill or decode. A step is
     compact    decoding rows move down into free slots, so that they stay a tight span (not if idle rows cost nothing)
     decode     one run over slots [0, highest decoding + 1), with drafts where they pay
     reuse      prompts skip the blocks that the prefix cache has
-    prefill    runs of at most `prefill_chunk` tokens in all
+    prefill    runs of as many tokens in all as planning/chunk.py says
 
 so a long prompt never holds up running streams, nor they the prompt. Each part has a module: admission.py here, the
 others in planning/. Knows nothing about sampling, text or threads.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from runtime.engine.admission import Admission
 from runtime.engine.drafter import Drafter
 from runtime.engine.kv_slots import KvSlots
+from runtime.engine.planning.chunk import DEFAULT_BOUNDS, ChunkSize, LatencyBounds
 from runtime.engine.planning.decode import DecodeRows
-from runtime.engine.planning.prefill import PrefillPlanner
+from runtime.engine.planning.prefill import FIXED_CUT, PrefillPlanner
 from runtime.engine.planning.reuse import PrefixReuse
 from runtime.engine.planning.run import Run
 from runtime.engine.prefix_cache import PrefixCache
@@ -27,19 +29,34 @@ from runtime.session.session import Session
 
 
 class Scheduler:
-    """Owns the slots and the queues. Uses the session only to copy K and V between slots."""
+    """Owns the slots and the queues. Uses the session only to copy K and V between slots.
+
+    prefill_chunk: most prompt tokens of a step; None: as the bounds say
+    clock: gives seconds
+    """
 
     def __init__(
-        self, session: Session, cache: PrefixCache, *, prefill_chunk: int, drafter: Drafter | None = None
+        self,
+        session: Session,
+        cache: PrefixCache,
+        *,
+        prefill_chunk: int | None = None,
+        bounds: LatencyBounds = DEFAULT_BOUNDS,
+        drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         info = session.info
+        limit = info.capacity if info.max_chunk is None else info.max_chunk
+        chunk = ChunkSize(bounds, fixed=prefill_chunk, limit=limit)
+        cut = min(prefill_chunk or FIXED_CUT, limit)
         self.cache = cache
         self._is_sparse = info.is_sparse
         self.slots = KvSlots(info.num_slots, info.capacity)
         self._admission = Admission(self.slots)
-        self._decode = DecodeRows(session, self.slots, prefill_chunk=prefill_chunk, drafter=drafter)
-        self._reuse = PrefixReuse(cache, self.slots, prefill_chunk=prefill_chunk, is_cut_exact=info.is_cut_exact)
-        self._prefill = PrefillPlanner(info, self.slots, prefill_chunk=prefill_chunk)
+        self._decode = DecodeRows(session, self.slots, prefill_chunk=cut, drafter=drafter)
+        self._reuse = PrefixReuse(cache, self.slots, prefill_chunk=cut, is_cut_exact=info.is_cut_exact)
+        self._prefill = PrefillPlanner(info, self.slots, chunk=chunk, cut=cut)
+        self._clock = clock
 
     @property
     def num_waiting(self) -> int:
@@ -55,6 +72,7 @@ class Scheduler:
 
     def plan(self) -> Iterator[Run]:
         """The runs of one step. `advance` each before taking the next."""
+        started_s = self._clock()
         for sequence in self._admission.admit(self._running):
             self._prefill.sequences.append(sequence)
         if not self._is_sparse:
@@ -62,14 +80,16 @@ class Scheduler:
         if (run := self._decode.plan()) is not None:
             yield run
         unfinished = self._reuse.restore(self._prefill.sequences)
-        yield from self._prefill.plan(unfinished)
+        has_streams = bool(self._decode.sequences)
+        yield from self._prefill.plan(unfinished, has_streams=has_streams, started_s=started_s, now_s=self._clock())
 
-    def advance(self, run: Run) -> None:
-        """Note that a run is done: its tokens are in the cache, and finished prompts decode from now on."""
+    def advance(self, run: Run, seconds: float) -> None:
+        """Note that a run is done, in so many seconds: its tokens are in the cache, and finished prompts decode from
+        now on."""
         if run.num_decode:
             self._decode.advance(run)
             return
-        self._prefill.advance(run)
+        self._prefill.advance(run, seconds)
         for sequence in run.prefilled:
             self._reuse.keep(sequence)
         for sequence in run.sequences:

@@ -52,6 +52,8 @@ class SessionInfo:
     kv_bytes_per_token: int
     max_scored: int | None = None
     """Most tokens of a row if all of them are to give logits; None: as many as fit."""
+    max_chunk: int | None = None
+    """Most tokens of a row of a run; None: as many as fit."""
     dialect: str = "ort"
     """Which of the artifact's graphs it runs."""
     is_cut_exact: bool = True

@@ -104,7 +104,7 @@ class TensorRt(Backend):
 def _check_limits(artifact: "Artifact", settings: "EngineSettings", plan: "PlanFile") -> int:
     """Tokens of a slot; InvalidSetting if chunks are longer than the plan takes."""
     assert plan.info is not None
-    if settings.prefill_chunk > plan.info.prefill_chunk:
+    if settings.prefill_chunk is not None and settings.prefill_chunk > plan.info.prefill_chunk:
         raise InvalidSetting(
             f"--prefill-chunk {settings.prefill_chunk} is beyond the {plan.info.prefill_chunk} tokens that "
             f"{plan.info.stem} was built for; lower it, or build an engine with a larger --prefill-chunk"

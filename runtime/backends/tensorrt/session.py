@@ -225,6 +225,7 @@ class _Opening:
             kv_bytes_per_token=per_token,
             is_cut_exact=False,
             max_scored=info.verify_tokens,
+            max_chunk=info.prefill_chunk,
             dialect=info.dialect,
         )
         return cls(

@@ -1,42 +1,80 @@
 """The prompts that prefill: in which order, cut into which pieces, and which of them share a run."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime.engine.admission import priority_of
 from runtime.engine.kv_slots import KvSlots
+from runtime.engine.planning.chunk import LEAST, ChunkSize, PendingPrompt, Piece
 from runtime.engine.planning.run import MAX_PLACES, Run
+from runtime.engine.prefix_cache import BLOCK_LEN
 from runtime.engine.sequence import LiveSequence
 from runtime.session.session import Batch, SessionInfo
 
+FIXED_CUT = 128
+"""Tokens of a piece where tokens depend on the cuts, unless `--prefill-chunk` says otherwise."""
+MAX_SCORED = 128
+"""Most rows of logits of a run: one of 512 would hold 300 MB of them with a vocabulary of 150,000."""
+
+
+class _Row(NamedTuple):
+    """The next tokens of a prompt."""
+
+    sequence: LiveSequence
+    slot: int
+    num: int
+
 
 class PrefillPlanner:
-    """The sequences in slots whose prompts are not in the cache yet. `sequences` are in order of admission."""
+    """The sequences in slots whose prompts are not in the cache yet. `sequences` are in order of admission.
 
-    def __init__(self, info: SessionInfo, slots: KvSlots, *, prefill_chunk: int) -> None:
+    cut: tokens of every piece but a prompt's last, where the session is not cut-exact
+    """
+
+    def __init__(self, info: SessionInfo, slots: KvSlots, *, chunk: ChunkSize, cut: int) -> None:
         self.sequences: list[LiveSequence] = []
         self._slots = slots
-        self._prefill_chunk = prefill_chunk
+        self._chunk = chunk
+        self._cut = None if info.is_cut_exact else cut
         self._is_oldest_turn = False
         self._is_ragged, self._is_sparse = info.is_ragged, info.is_sparse
-        self._max_scored = info.capacity if info.max_scored is None else info.max_scored
+        self._max_scored = min(MAX_SCORED, chunk.limit, info.capacity if info.max_scored is None else info.max_scored)
 
-    def plan(self, unfinished: Collection[LiveSequence]) -> Iterator[Run]:
-        """The runs of a step, all but for `unfinished` ones. Advance `past_len` by each before taking the next."""
-        budget = self._prefill_chunk
+    def plan(
+        self, unfinished: Collection[LiveSequence], *, has_streams: bool, started_s: float, now_s: float
+    ) -> Iterator[Run]:
+        """The runs of a step that began at `started_s`, all but for `unfinished` ones. Advance `past_len` by each
+        before taking the next."""
         pending = [sequence for sequence in self._in_order() if sequence not in unfinished]
-        while pending and self._piece(pending[0]) <= budget:
-            rows = self._share_run(pending, budget)
+        if not pending:
+            return
+        prompts = [self._prompt(sequence, now_s) for sequence in pending]
+        budget = self._chunk.of_step(prompts, has_streams=has_streams, elapsed_s=now_s - started_s)
+        if self._cut is None:  # as many steps as it takes, but even ones: 2 of 77 tokens, not 128 and 26
+            num_left = sum(prompt.left.num_tokens for prompt in prompts)
+            budget = -(-num_left // -(-num_left // budget))
+        is_first = True
+        while rows := self._share_run(pending, budget, is_first=is_first):
             run = self._run_of(rows)
             budget -= run.num_prefill_tokens
-            pending = [s for s in pending if s not in rows]
+            known = {key for row in rows for key in self._blocks_of(row)}
+            pending = [s for s in pending if s not in run.prefilled and self._next_block(s) not in known]
+            is_first = False
             yield run
 
-    def advance(self, run: Run) -> None:
-        """Note that the tokens of a run are in the cache."""
+    def advance(self, run: Run, seconds: float) -> None:
+        """Note that the tokens of a run are in the cache, and how long it took."""
         batch = run.batch
-        self._slots.past_len[batch.first_slot : batch.first_slot + len(batch.query_len)] += batch.query_len
+        past_len = self._slots.past_len[batch.first_slot : batch.first_slot + len(batch.query_len)]
+        pieces = zip(batch.query_len.tolist(), past_len.tolist(), strict=True)
+        self._chunk.observe([Piece(num, past) for num, past in pieces if num], seconds)
+        past_len += batch.query_len
+
+    def _prompt(self, sequence: LiveSequence, now_s: float) -> PendingPrompt:
+        left = self._left(sequence)
+        return PendingPrompt(Piece(left, sequence.num_prompt - left), sequence.num_prompt, now_s - sequence.submitted_s)
 
     def _in_order(self) -> list[LiveSequence]:
         """Prompts in the order in which they run: by priority, then by turns the oldest or the shortest rest first. So
@@ -46,79 +84,102 @@ class PrefillPlanner:
             return sorted(self.sequences, key=priority_of)
         return sorted(self.sequences, key=lambda s: (priority_of(s), self._left(s)))
 
-    def _share_run(self, pending: list[LiveSequence], budget: int) -> list[LiveSequence]:
-        """The first pending sequence, and those that fit in its run, by slot; neighbours alone, unless the session is
-        sparse."""
-        rows = [pending[0]]
-        if self._is_sparse:
-            for sequence in pending[1:]:
-                if self._fits([*rows, sequence], budget):
-                    rows.append(sequence)
-            return sorted(rows, key=lambda s: s.slot or 0)
-        if not self._is_ragged:
-            return rows
-        by_slot = {s.slot: s for s in pending}
-        assert pending[0].slot is not None
-        for direction in (1, -1):
-            slot = pending[0].slot + direction
-            while slot in by_slot and self._fits([*rows, by_slot[slot]], budget):
-                rows.append(by_slot[slot])
-                slot += direction
-        return sorted(rows, key=lambda s: s.slot or 0)
-
-    def _fits(self, rows: list[LiveSequence], budget: int) -> bool:
-        """Whether the next pieces of these prompts may go in one run."""
-        lens = [self._piece(s) for s in rows]
-        width = max(lens)
-        if min(lens) == 1 < width:
-            return False  # another kernel, see `_piece`
-        if width > self._max_scored and any(s.wants_prompt_logits for s in rows):
-            return False
-        if sum(lens) > budget or self._is_sparse:
-            return sum(lens) <= budget
-        ends = [self._slots.past_len[s.slot] + width for s in rows]
-        return len(rows) * width <= MAX_PLACES * budget and bool(max(ends) <= self._slots.capacity)
-
     def _left(self, sequence: LiveSequence) -> int:
         """Prompt tokens not yet in the cache."""
         return sequence.num_prompt - int(self._slots.past_len[sequence.slot])
 
-    def _piece(self, sequence: LiveSequence) -> int:
-        """Tokens of its next chunk; never a single one of a longer prompt. A run of one token takes another attention
-        kernel than longer runs, whose sums do not depend on where the prompt is cut. So a request gets the same tokens
-        alone and in a batch, with its beginning computed or cached."""
-        left = self._left(sequence)
-        chunk = min(self._prefill_chunk, self._max_scored) if sequence.wants_prompt_logits else self._prefill_chunk
-        if left == chunk + 1 > 2:
-            return chunk - 1
-        return min(left, chunk)
-
-    def _run_of(self, rows: list[LiveSequence]) -> Run:
-        """A run of the next pieces of these prompts, ordered by slot. Slots between them are idle."""
-        first_slot, last_slot = rows[0].slot, rows[-1].slot
-        assert first_slot is not None and last_slot is not None
-        lens = [self._piece(s) for s in rows]
-        width, span = max(lens), last_slot - first_slot + 1
-        token_ids = np.zeros((span, width), np.int64)
-        past_len, query_len = np.zeros(span, np.int32), np.zeros(span, np.int32)
-        wanted, scored, done = [], [], []
-        for sequence, num in zip(rows, lens, strict=True):
+    def _share_run(self, pending: Sequence[LiveSequence], budget: int, *, is_first: bool) -> list[_Row]:
+        """Pieces of pending prompts for one run of at most `budget` tokens, by slot: the first one, and those after it
+        that fit in its run. A step's later runs begin no prompt with less than what is worth a run."""
+        rows: list[_Row] = []
+        blocks = set[bytes | None]()
+        for sequence in pending:
             assert sequence.slot is not None
-            row, past = sequence.slot - first_slot, int(self._slots.past_len[sequence.slot])
-            token_ids[row, :num] = sequence.request.prompt_ids[past : past + num]
-            past_len[row], query_len[row] = past, num
+            if self._next_block(sequence) in blocks:
+                continue  # it will find that block in the prefix cache
+            num = self._piece(sequence, budget, must=is_first and not rows)
+            is_crumb = not is_first and not rows and num < min(LEAST, self._left(sequence))
+            if (not num or is_crumb) and not rows:
+                return []  # none overtakes the first one
+            row = _Row(sequence, sequence.slot, num)
+            blocks |= self._blocks_of(row)
+            if not num or (rows and not self._fits([*rows, row])):
+                continue
+            rows.append(row)
+            budget -= num
+            if not self._is_ragged or budget <= 0:
+                break
+        return sorted(rows, key=lambda row: row.slot)
+
+    def _blocks_of(self, row: _Row) -> set[bytes | None]:
+        """The blocks for the prefix cache that a piece computes, to their end or not; at least the next one."""
+        past = int(self._slots.past_len[row.slot])
+        return set(row.sequence.prefix_keys[past // BLOCK_LEN : -(-(past + max(1, row.num)) // BLOCK_LEN)])
+
+    def _next_block(self, sequence: LiveSequence) -> bytes | None:
+        """The block that the prefix cache could give it next."""
+        idx, offset = divmod(int(self._slots.past_len[sequence.slot]), BLOCK_LEN)
+        return None if offset or idx >= len(sequence.prefix_keys) else sequence.prefix_keys[idx]
+
+    def _piece(self, sequence: LiveSequence, budget: int, *, must: bool) -> int:
+        """Tokens of its next piece, 0 for none; never a single one of a longer prompt. A run of one token takes another
+        attention kernel than longer runs, whose sums do not depend on where the prompt is cut. So a request gets the
+        same tokens alone and in a batch, with its beginning computed or cached.
+
+        must: take a piece in any case
+        """
+        left = self._left(sequence)
+        most = budget if self._cut is None else self._cut
+        if sequence.wants_prompt_logits:
+            most = min(most, self._max_scored)
+        num = min(left, most)
+        if left - num == 1 and num > 1:
+            num -= 1
+        if num > 1 or left == 1:
+            return num if num <= budget or must else 0
+        return num if must else 0
+
+    def _fits(self, rows: Sequence[_Row]) -> bool:
+        """Whether these pieces may go in one run."""
+        width = max(row.num for row in rows)
+        if min(row.num for row in rows) == 1 < width:
+            return False  # another kernel, see `_piece`
+        scored = [row.num for row in rows if row.sequence.wants_prompt_logits]
+        if scored and (sum(scored) > self._max_scored or width > self._max_scored):
+            return False
+        if self._is_sparse:
+            return True
+        # Slots between them cost little beside a run of their own: 5 % for seven.
+        first, last = min(row.slot for row in rows), max(row.slot for row in rows)
+        num_places = (last - first + 1) * width
+        ends = self._slots.past_len[first : last + 1] + width
+        return num_places <= MAX_PLACES * self._chunk.limit and bool(ends.max() <= self._slots.capacity)
+
+    def _run_of(self, rows: Sequence[_Row]) -> Run:
+        """A run of these pieces, ordered by slot. Slots between them are idle."""
+        first, last = rows[0].slot, rows[-1].slot
+        width, span = max(row.num for row in rows), last - first + 1
+        token_ids, query_len = np.zeros((span, width), np.int64), np.zeros(span, np.int32)
+        past_len = self._slots.past_len[first : last + 1].copy()
+        wanted, scored, done = [], list[tuple[LiveSequence, int]](), []
+        for sequence, slot, num in rows:
+            place, past = slot - first, int(past_len[slot - first])
+            token_ids[place, :num] = sequence.request.prompt_ids[past : past + num]
+            query_len[place] = num
             if past + num == sequence.num_prompt:
-                wanted.append(row * width + num - 1)
+                wanted.append(place * width + num - 1)
                 done.append(sequence)
-        for sequence, num in zip(rows, lens, strict=True):
+        for sequence, slot, num in rows:
             if sequence.wants_prompt_logits:
-                assert sequence.slot is not None
                 num_scored = num - (sequence in done)  # the token after the last one is not in the prompt
                 scored.append((sequence, num_scored))
-                start = (sequence.slot - first_slot) * width
+                start = (slot - first) * width
                 wanted.extend(range(start, start + num_scored))
         # A run must be asked for at least one row of logits; a chunk in mid-prompt asks for its last and
         # ignores it.
-        wanted = wanted or [lens[0] - 1]
-        batch = Batch(first_slot, token_ids, past_len, query_len, np.array(wanted, np.int64))
-        return Run(batch, done, num_prefill_tokens=sum(lens), prefilled=tuple(rows), scored=tuple(scored))
+        wanted = wanted or [rows[0].num - 1]
+        batch = Batch(first, token_ids, past_len, query_len, np.array(wanted, np.int64))
+        prefilled = tuple(row.sequence for row in rows)
+        return Run(
+            batch, done, num_prefill_tokens=sum(row.num for row in rows), prefilled=prefilled, scored=tuple(scored)
+        )
