@@ -17,12 +17,14 @@ VOCABULARY = (1000, 40_000)
 def save(gguf: str, out: str) -> None:
     """What the model builder wants: a directory with safetensors and a tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = Path(gguf)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    # Older releases always dequantize; newer ones only when told to.
+    config = getattr(transformers, "GgufConfig", None)
+    how = {"quantization_config": config(dequantize=True)} if config else {}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **how)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 

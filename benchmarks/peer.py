@@ -1,35 +1,33 @@
-"""What the comparisons with other tools share: the peer's environment and process, cases run in turn, the table.
+"""What the comparisons with other tools share: cases run in turn on both sides, and the table.
 
-A peer lives in a virtual environment of its own and runs as a process of its own, which works only while it is asked:
-JSON lines in, JSON lines out. Its worker first says {"version": v}, then answers {"batch": b, "prompt": p,
-"new_tokens": n} with {"prefill_s": s, "step_s": s, "settings": what it chose}. Both sides are greedy and run the same
-prompt lengths; ours is the session and the choice of a token, without the engine around it, as the peers have none.
+A peer's worker (benchmarks/peer_process.py) answers {"batch": b, "prompt": p, "new_tokens": n} with {"prefill_s": s,
+"step_s": s, "settings": what it chose}. Both sides are greedy and run the same prompt lengths; ours is the session and
+the choice of a token, without the engine around it, as the peers have none.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.peer_models import SHAPES, SMOLLM2, checkpoint_of
+from benchmarks.peer_process import PeerProcess, environment_python, running_worker
 from export.pipeline.export_model import ExportOptions, export_model
 from export.schemes.registry import SCHEMES
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.ort.session import OrtSession
+from runtime.backends.registry import AUTO, BACKENDS, open_session
 from runtime.commands.bench_runs import decode, prefill
 from runtime.commands.roofline import describe_machine
 from runtime.errors import HeadraceError, InvalidArtifact
 from runtime.machine.progress import progress_bar
 from runtime.machine.user_cache import cache_dir
+from runtime.session.session import Session
+from runtime.settings import EngineSettings
 
 NUM_SLOTS, CAPACITY = 32, 1024
-# Set on our side only where somebody tunes numpy; a peer is to choose its threads as it does for everyone.
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Case(NamedTuple):
@@ -69,7 +67,7 @@ class PeerTool(NamedTuple):
     packages: what pip installs, with `environment` set while it does; worker: the script its Python runs
     counterpart: our precision to the one of its own that it is compared with
     wanted: by our kind and the case, the ratio asked for
-    model: the peer's file or directory of a precision, made in the cache if it is not there
+    model: the peer's file or directory, by its Python, the cache, the shape and its precision; made if it is not there
     """
 
     key: str
@@ -79,125 +77,75 @@ class PeerTool(NamedTuple):
     worker: Path
     counterpart: Mapping[str, str]
     wanted: Mapping[tuple[str, str], float]
-    model: Callable[[Path, Path, str], Path]
-
-
-def run(what: str, *command: str | Path, environment: Mapping[str, str] | None = None) -> None:
-    """Run a step of the preparation; HeadraceError with the end of what it said if it fails."""
-    sys.stderr.write(f"{what} ...\n")
-    parts = [str(part) for part in command]
-    done = subprocess.run(parts, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})})
-    if done.returncode:
-        raise HeadraceError(f"{what} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+    model: Callable[[Path, Path, str, str], Path]
 
 
 def peer_python(tool: PeerTool, cache: Path) -> Path:
     """The peer's interpreter, its environment made if it is missing or was left half made."""
     venv = cache / f"{tool.key}-venv"
-    python, mark = venv / "bin" / "python", venv / "complete"
-    if not mark.exists():
-        run(f"making {tool.column}'s virtual environment", sys.executable, "-m", "venv", "--clear", venv)
-        install = ("-m", "pip", "install", "--quiet", *tool.packages)
-        run(f"installing {tool.column} (minutes)", python, *install, environment=tool.environment)
-        mark.touch()
-    return python
+    return environment_python(venv, tool.column, tool.packages, environment=tool.environment)
 
 
-def our_artifacts(wanted: str, cache: Path) -> list[Ours]:
+def our_artifacts(wanted: str, cache: Path, shape: str) -> list[Ours]:
     """`w8a8,mine=PATH`: artifacts by path, or exported into the cache under the precision's name if not there."""
     found = []
     for part in wanted.split(","):
         name, is_path, path = part.partition("=")
         if is_path:
-            found.append(Ours(name, open_artifact(path)))
+            found.append(Ours(name, open_artifact(path, allow_failed=True)))
         elif part in SCHEMES:
-            found.append(Ours(part, _exported(cache / f"headrace-{part}", part)))
+            found.append(Ours(part, _exported(cache / f"headrace-{shape}-{part}", part, checkpoint_of(shape, cache))))
         else:
             raise HeadraceError(f"--ours {part!r} is neither NAME=ARTIFACT nor one of {', '.join(SCHEMES)}")
     return found
 
 
-def _exported(out: Path, precision: str) -> Artifact:
+def _exported(out: Path, precision: str, model: str) -> Artifact:
+    """Also one that fails its accuracy gates: speed does not depend on them, and random weights have none to lose."""
     try:
-        return open_artifact(out)
+        return open_artifact(out, allow_failed=True)
     except InvalidArtifact:
-        return export_model(ExportOptions(model="smollm2-135m-instruct", out=out, precision=precision, max_len=2048))
+        return export_model(ExportOptions(model=model, out=out, precision=precision, max_len=2048, force=True))
 
 
-class Peer:
-    """The peer's process; asked one thing at a time."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-        self.settings: dict[str, str] = {}
-        self.version: str = self._answer()["version"]
-
-    def measure(self, case: Case) -> float:
-        """Seconds of the prefill, or of a decode step. HeadraceError if the process has ended."""
-        question = {"batch": case.batch, "prompt": case.prompt, "new_tokens": case.steps}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        self.settings[case.name] = answer.get("settings", "")
-        return float(answer["step_s" if case.steps else "prefill_s"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise HeadraceError(f"the peer ended with exit code {self._process.wait()}; it says why above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+def seconds_of(peer: PeerProcess, case: Case) -> tuple[float, str]:
+    """The peer's seconds of the prefill, or of a decode step, and the settings it chose."""
+    answer = peer.ask({"batch": case.batch, "prompt": case.prompt, "new_tokens": case.steps})
+    return float(answer["step_s" if case.steps else "prefill_s"]), answer.get("settings", "")
 
 
-@contextmanager
-def running_peer(python: Path, worker: Path, model: Path) -> Iterator[Peer]:
-    """The peer with its model loaded; ended by closing its input, killed if that does not end it."""
-    environment = {key: value for key, value in os.environ.items() if key not in _THREAD_VARIABLES}
-    process = subprocess.Popen(
-        [str(python), str(worker), str(model)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield Peer(process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def compare(session: OrtSession, peer: Peer, repeat: int) -> list[dict[str, Any]]:
+def compare(session: Session, peer: PeerProcess, cases: Sequence[Case], repeat: int) -> list[dict[str, Any]]:
     """One row a case: tokens a second of both sides, medians of runs taken in turn, and the median of their ratios."""
-    longest = max(case.prompt for case in CASES if case.steps)
-    for slot in range(NUM_SLOTS):  # decoding is to read a cache that was written
-        prefill(session, longest, slot=slot)
+    decoded = [case for case in cases if case.steps]
+    for slot in range(max((case.batch for case in decoded), default=0)):  # decoding is to read a cache that was written
+        prefill(session, max(case.prompt for case in decoded), slot=slot)
     rows = []
-    with progress_bar("in turn", total=len(CASES) * (repeat + 1), unit="pair") as bar:
-        for case in CASES:
-            pairs = []
+    with progress_bar("in turn", total=len(cases) * (repeat + 1), unit="pair") as bar:
+        for case in cases:
+            pairs, settings = [], ""
             for _ in range(repeat + 1):
-                pairs.append((_measure_ours(session, case), peer.measure(case)))
+                ours = _measure_ours(session, case)
+                theirs, settings = seconds_of(peer, case)
+                pairs.append((ours, theirs))
                 bar.update(1)
-            pairs = pairs[1:]  # the first warms up
-            tokens = case.batch if case.steps else case.prompt
-            ours_s, peer_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-            ratios = sorted(theirs / our for our, theirs in pairs)
-            rows.append({
-                "case": case.name, "ours": tokens / ours_s, "peer": tokens / peer_s, "ratio": statistics.median(ratios),
-                "lowest_ratio": ratios[0], "highest_ratio": ratios[-1], "settings": peer.settings[case.name],
-            })  # fmt: skip
+            rows.append({"case": case.name, **_figures(case, pairs[1:]), "settings": settings})  # the first warms up
     return rows
 
 
-def _measure_ours(session: OrtSession, case: Case) -> float:
+def _figures(case: Case, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    tokens = case.batch if case.steps else case.prompt
+    ours_s, peer_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratios = sorted(theirs / our for our, theirs in pairs)
+    return {
+        "ours": tokens / ours_s,
+        "peer": tokens / peer_s,
+        "ratio": statistics.median(ratios),
+        "lowest_ratio": ratios[0],
+        "highest_ratio": ratios[-1],
+    }
+
+
+def _measure_ours(session: Session, case: Case) -> float:
     """Seconds of the prefill, or of a decode step."""
     return decode(session, case.batch, case.prompt, case.steps) if case.steps else prefill(session, case.prompt)
 
@@ -212,23 +160,38 @@ def versus(tool: PeerTool, description: str, *, default_ours: str) -> None:
         help="comma-separated precisions of ours, exported if they are not in the cache, or NAME=ARTIFACT; "
         "default: %(default)s",
     )
+    add_common_flags(parser)
     parser.add_argument("--repeat", type=int, default=5, help="pairs of runs of each case; default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=cache_dir() / "benchmarks", help="default: %(default)s")
+    names = [case.name for case in CASES]
+    parser.add_argument(
+        "--cases", default=",".join(names), metavar="LIST", help="comma-separated cases; default: %(default)s"
+    )
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has the peer installed")
     args = parser.parse_args()
     if args.repeat < 1:
         parser.error("--repeat must be at least 1")
+    if not set(args.cases.split(",")) <= set(names):
+        parser.error(f"--cases must be of {', '.join(names)}")
     try:
         _compare_all(tool, args)
     except HeadraceError as error:
         sys.exit(f"versus_{tool.key}: {error}")
 
 
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, what runs ours, and where everything is kept."""
+    parser.add_argument("--shape", choices=SHAPES, default=SMOLLM2, help="the model; default: %(default)s")
+    devices = [AUTO, *(backend.name for backend in BACKENDS)]
+    parser.add_argument("--device", choices=devices, default="cpu", help="what runs ours; default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=cache_dir() / "benchmarks", help="default: %(default)s")
+
+
 def _compare_all(tool: PeerTool, args: argparse.Namespace) -> None:
     args.cache.mkdir(parents=True, exist_ok=True)
     python = args.peer_python or peer_python(tool, args.cache)
+    cases = [case for case in CASES if case.name in args.cases.split(",")]
     results, version = {}, ""
-    ours = our_artifacts(args.ours, args.cache)
+    ours = our_artifacts(args.ours, args.cache, args.shape)
     for one in ours:
         if one.artifact.manifest.precision not in tool.counterpart:
             raise HeadraceError(
@@ -236,17 +199,19 @@ def _compare_all(tool: PeerTool, args: argparse.Namespace) -> None:
                 f"{', '.join(tool.counterpart)}"
             )
     print(f"{'':32}{'headrace':>10}{tool.column:>10}{'ratio':>8}{'(range)':>14}{'wanted':>8}   tokens/s")
+    settings = EngineSettings(device=args.device, max_batch=NUM_SLOTS, max_len=CAPACITY, kv_memory=10**11)
     for one in ours:
         theirs = tool.counterpart[one.artifact.manifest.precision]
-        session = OrtSession.open(one.artifact, num_slots=NUM_SLOTS, capacity=CAPACITY)
-        with running_peer(python, tool.worker, tool.model(python, args.cache, theirs)) as peer:
-            rows, version = compare(session, peer, args.repeat), peer.version
+        session = open_session(one.artifact, settings)
+        with running_worker(python, tool.worker, tool.model(python, args.cache, args.shape, theirs)) as peer:
+            rows, version = compare(session, peer, cases, args.repeat), peer.version
         session.close()
         for row in rows:
             row["wanted"] = tool.wanted.get((one.kind, row["case"]))
             _print_row(f"{one.name} / {theirs}", row)
         results[one.name] = {"precision": one.kind, "peer_precision": theirs, "cases": rows}
     head = {"benchmark": f"versus_{tool.key}", "peer": f"{tool.column} {version}", "repeat": args.repeat}
+    head |= {"shape": args.shape, "device": args.device}
     print(json.dumps({**head, "machine": describe_machine()._asdict(), "results": results}))
 
 
