@@ -25,6 +25,7 @@ from export.model.families.architectures import ARCHITECTURES, parse_config
 from export.schemes.registry import SCHEMES
 from runtime.artifact.manifest import open_artifact
 from runtime.backends.registry import BACKENDS
+from runtime.native.library import is_built
 from tests.support.tiny.architectures import BEYOND_LLAMA, RandomCheckpoint
 from tests.support.tiny.checkpoint import VARIANTS, config_of
 
@@ -123,7 +124,8 @@ assert set(ARCHITECTURES) <= {*BEYOND_LLAMA, *VARIANTS}, "every family has a tin
 def _found(source: Path, precision: str, usable: Sequence[str]) -> Iterator[tuple[str, str]]:
     """What works of one checkpoint in one precision: pairs of a key of Facts and a name."""
     out = source.with_name("artifact")
-    dialects = [name for name in ("ort", "trt") if SCHEMES[precision].storage_of(name) is not None]
+    names = ("ort", "native", "trt") if is_built() else ("ort", "trt")
+    dialects = [name for name in names if SCHEMES[precision].storage_of(name) is not None]
     options = ["--precision", precision, "--dialect", ",".join(dialects), "--out", str(out), "--force", "--replace"]
     if SCHEMES[precision].calibration is not None:
         options += ["--calibration-samples", "8", "--calibration-length", "48", "--ignore-memory"]

@@ -44,10 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dialect",
-        default="ort",
         metavar="LIST",
-        help="comma-separated graphs to write: ort (ONNX Runtime's own operators), standard (standard ONNX, opset 24; "
-        "TensorRT 10.15 and later), standard-21 (opset 21; TensorRT 10.3); default: %(default)s",
+        help="comma-separated graphs to write: ort (ONNX Runtime's own operators), native (operators of make native), "
+        "standard (standard ONNX, opset 24; TensorRT 10.15 and later), standard-21 (opset 21; TensorRT 10.3); default: "
+        "ort, and native where its operators are built and the precision has it",
     )
     parser.add_argument(
         "--kv",
@@ -141,11 +141,11 @@ def main(argv: list[str]) -> int:
     suffix = "-kv-int8" if args.kv == "int8" else ""
     out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
     wanted = identity_of(args.model, revision=args.revision, precision=args.precision, has_int8_kv=args.kv == "int8")
-    names = (part.strip() for part in args.dialect.split(","))
-    dialects = tuple(dict.fromkeys(DIALECT_NAMES.get(name, name) for name in names))
+    dialects = _dialects(args)
     present = check_replaceable(out, wanted, replaces_any=args.replace)
     if args.if_missing and present is not None and wanted.is_same(present.identity):
-        if (lack := _lack(out, present, dialects, args.max_len)) is None:
+        needed = dialects if args.dialect else ("ort",)
+        if (lack := _lack(out, present, needed, args.max_len)) is None:
             sys.stdout.write(f"{out} is there already\n")
             return 0
         sys.stdout.write(f"{out} {lack}: it is exported again\n")
@@ -158,6 +158,18 @@ def main(argv: list[str]) -> int:
         artifact = _export(args, out, dialects)
     _print(artifact, out)
     return 0
+
+
+def _dialects(args: argparse.Namespace) -> tuple[str, ...]:
+    """The graphs that are asked for, or those that suit this machine."""
+    from runtime.native.library import is_built
+
+    if args.dialect:
+        names = (part.strip() for part in args.dialect.split(","))
+        return tuple(dict.fromkeys(DIALECT_NAMES.get(name, name) for name in names))
+    scheme = SCHEMES.get(args.precision)  # imported and auto are decided later
+    has_native = scheme is None or scheme.storage_of("native") is not None
+    return ("ort", "native") if has_native and is_built() else ("ort",)
 
 
 def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "Artifact":

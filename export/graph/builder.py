@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from export.artifact.weight_file import Extent, WeightFile, external_value
 
 MICROSOFT = "com.microsoft"
+NATIVE = "headrace"
+"""The domain of the operators in runtime/native/."""
 ORT_OPSETS = {"": 23, MICROSOFT: 1}  # 23 is the first with RMSNormalization
+NATIVE_OPSETS = {**ORT_OPSETS, NATIVE: 1}
 IR_VERSION = 11
 
 # By operator, inputs of which a run reads only some rows: embeddings and rotary tables.
@@ -21,6 +24,9 @@ _GATHERED = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
     "GroupQueryAttention": (7, 8),
+    "Attention": (6, 7),
+    "AttentionFloat16": (6, 7),
+    "AttentionInt8": (6, 7),
     "RotaryEmbedding": (1, 2),
 }
 

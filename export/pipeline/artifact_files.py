@@ -14,7 +14,7 @@ from export.pipeline.graph_files import ExportPlan, write_graphs
 from export.quantize.int8.saved import save_calibration
 from export.quantize.statistics.kv_scales import PER_CHANNEL
 from export.schemes.registry import SCHEMES
-from runtime.artifact.manifest import DIALECT_FILES, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims
+from runtime.artifact.manifest import DIALECT_FILES, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims, kind_of
 
 _VERSIONED = ("headrace", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
@@ -49,8 +49,8 @@ def sampler(directory: Path, plan: ExportPlan) -> Generate:
 
 def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Manifest:
     config = plan.config
-    others = [dialect for dialect in plan.dialects if dialect != "ort"]
-    kv = KvContract(dtype=plan.storage_of(plan.dialects[0] if "ort" not in plan.dialects else "ort").compute)
+    others = [dialect for dialect in plan.dialects if kind_of(dialect) != "ort"]
+    kv = KvContract(dtype=plan.storage_of("ort" if len(others) < len(plan.dialects) else plan.dialects[0]).compute)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=_name_of(plan.checkpoint),

@@ -43,6 +43,7 @@ from export.quantize.kv_cache import (
 from export.quantize.rounding.layers import Layers
 from export.schemes.scheme import CalibrationNeed as Need
 from export.schemes.scheme import Scheme, Storage
+from runtime.artifact.manifest import kind_of
 from runtime.errors import InvalidSetting
 
 
@@ -124,7 +125,7 @@ def calibrated_model(
     """Calibrate, or read a calibration, then choose and round. `scheme` is one that needs calibration."""
     assert scheme.calibration is not None
     checkpoint, config, workdir = given.checkpoint, given.config, given.workdir
-    kinds = {"ort" if dialect == "ort" else "trt": scheme.storage_of(dialect) for dialect in dialects}
+    kinds = {kind_of(dialect): scheme.storage_of(dialect) for dialect in dialects}
     stores: dict[str, Storage] = {kind: storage for kind, storage in kinds.items() if storage is not None}
     # Before the text is read, because this may refuse the model.
     plans = {dialect: plan_of(config, row) for dialect, row in stores.items()}

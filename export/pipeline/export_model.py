@@ -31,8 +31,9 @@ from export.verify.gates import check_limits, failure
 from export.verify.receipt import verify
 from export.verify.references import NUMPY, check_reference, reference_named
 from runtime.artifact.json_shape import finite
-from runtime.artifact.manifest import DIALECT_FILES, DIALECT_NAMES, RECEIPT, Artifact
+from runtime.artifact.manifest import DIALECT_FILES, DIALECT_NAMES, RECEIPT, Artifact, kind_of
 from runtime.errors import CalibrationFailed, GateFailed, InvalidSetting
+from runtime.native.library import load_library
 
 # Rotary tables cost 4 bytes * head_dim a position; longer contexts than this are asked for with --max-len.
 DEFAULT_MAX_LEN = 32_768
@@ -155,14 +156,19 @@ def _calibrated(plan: ExportPlan, given: CalibrationInput, options: ExportOption
 
 
 def check_dialects(dialects: Sequence[str], precision: str) -> None:
-    """InvalidSetting, before anything is read, for an unknown dialect or one without this precision."""
+    """Before anything is read: InvalidSetting for an unknown dialect or one without this precision, DeviceUnavailable
+    for the native one where its operators are not built, because its graph could not be verified."""
     for dialect in dialects:
+        if dialect == "native":
+            load_library()
         if dialect not in DIALECT_FILES:
             raise InvalidSetting(f"--dialect {dialect!r} is unknown; choose from {', '.join(DIALECT_NAMES)}")
         if precision != IMPORTED:  # that one the checkpoint decides
             check_dialect(scheme_named(precision), dialect)
-        elif dialect != "ort":
-            raise InvalidSetting(f"--precision {IMPORTED} is for the ort dialect alone; choose another for {dialect}")
+        elif kind_of(dialect) != "ort":
+            raise InvalidSetting(
+                f"--precision {IMPORTED} is for the ort and native dialects; choose another for {dialect}"
+            )
 
 
 def _check_quantization(options: ExportOptions, scheme: Scheme) -> None:

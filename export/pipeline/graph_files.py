@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from export.artifact.weight_file import WeightFile
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
-from export.graph.builder import ORT_OPSETS, GraphBuilder
+from export.graph.builder import NATIVE_OPSETS, ORT_OPSETS, GraphBuilder
+from export.graph.native.decoder import NativeDecoderGraph
 from export.graph.ort.decoder import DecoderGraph
 from export.graph.ort.int8_attention import INT8_KV_OPSETS
 from export.graph.standard.writer import write_standard_graph
@@ -23,7 +24,7 @@ from export.quantize.rounding.layers import Layers, QuantizedLayers, layers_of_c
 from export.quantize.statistics.kv_scales import KvScales
 from export.schemes.scheme import Scheme, Storage
 from export.storage.quantized_rows import ImportedRows
-from runtime.artifact.manifest import ORT_MODEL, TRT_WEIGHTS, Estimate
+from runtime.artifact.manifest import DIALECT_FILES, TRT_WEIGHTS, Estimate, kind_of
 from runtime.machine.progress import progress_bar
 
 
@@ -55,8 +56,8 @@ class ExportPlan:
 
     def layers_of(self, dialect: str) -> QuantizedLayers:
         """The layers that are integers already: from calibration, or as a GPTQ or AWQ tool has left them."""
-        key = "ort" if dialect == "ort" else "trt"
-        takes_stored = dialect != "ort" or self.scheme.keeps_stored
+        key = kind_of(dialect)
+        takes_stored = key != "ort" or self.scheme.keeps_stored
         if not self.layers and takes_stored and self.checkpoint.stored_bits is not None:
             return QuantizedLayers(layers_of_checkpoint(self.checkpoint, self.config))
         return QuantizedLayers(self.layers.get(key, {}))
@@ -64,15 +65,16 @@ class ExportPlan:
 
 def write_graphs(directory: Path, plan: ExportPlan) -> int:
     """Write the weights and each dialect's graph; the bytes of weights that every run of the first dialect reads."""
-    others = [dialect for dialect in plan.dialects if dialect != "ort"]
+    others = [dialect for dialect in plan.dialects if kind_of(dialect) != "ort"]
     num_reads = sum(name.endswith((".weight", ".bias")) for name in plan.checkpoint.tensors) * len(plan.dialects)
     step_weight_bytes: dict[str, int] = {}
     with (
-        WeightFile(directory, is_shared=bool(others)) as weights,
+        WeightFile(directory, is_shared=len(plan.dialects) > 1) as weights,
         progress_bar("export", total=num_reads, unit="tensor") as bar,
     ):
-        if "ort" in plan.dialects:
-            step_weight_bytes["ort"] = _write_ort_graph(directory, plan, _Counting(plan.checkpoint, bar), weights)
+        for dialect in (name for name in plan.dialects if name not in others):
+            checkpoint = _Counting(plan.checkpoint, bar)
+            step_weight_bytes[dialect] = _write_ort_graph(directory, dialect, plan, checkpoint, weights)
         if others:
             with WeightFile(directory, TRT_WEIGHTS, shares=weights) as rest:
                 for dialect in others:
@@ -89,16 +91,21 @@ def write_graphs(directory: Path, plan: ExportPlan) -> int:
     return step_weight_bytes[plan.dialects[0]]
 
 
-def _write_ort_graph(directory: Path, plan: ExportPlan, checkpoint: Checkpoint, weights: WeightFile) -> int:
-    """Write model.onnx and weights.bin; the bytes of weights that every run reads."""
+def _write_ort_graph(
+    directory: Path, dialect: str, plan: ExportPlan, checkpoint: Checkpoint, weights: WeightFile
+) -> int:
+    """Write the `ort` or the `native` graph, and weights.bin; the bytes of weights that every run reads."""
     import onnx
 
     scales, config = plan.kv_scales, plan.config
-    graph = GraphBuilder(weights, opsets=ORT_OPSETS if scales is None else INT8_KV_OPSETS)
-    DecoderGraph(graph, checkpoint, config, plan.storage_of("ort"), plan.max_len, plan.layers_of("ort"), scales).build()
-    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), directory / ORT_MODEL)
+    is_native = dialect == "native"
+    kind = NativeDecoderGraph if is_native else DecoderGraph
+    opsets = NATIVE_OPSETS if is_native else ORT_OPSETS if scales is None else INT8_KV_OPSETS
+    graph, file = GraphBuilder(weights, opsets=opsets), directory / DIALECT_FILES[dialect]
+    kind(graph, checkpoint, config, plan.storage_of(dialect), plan.max_len, plan.layers_of(dialect), scales).build()
+    ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), file)
     weights.flush()
-    onnx.checker.check_model(str(directory / ORT_MODEL), full_check=True)
+    onnx.checker.check_model(str(file), full_check=True)
     return graph.step_weight_bytes()
 
 

@@ -28,6 +28,7 @@ from export.quantize.statistics.search_pass import MOST_BYTES as MOST_SEARCHED
 from export.quantize.statistics.search_pass import NUM_SEQUENCES
 from export.schemes.scheme import CalibrationNeed, Scheme
 from export.verify.graph_run import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
+from runtime.artifact.manifest import kind_of
 from runtime.errors import InvalidSetting
 from runtime.machine.available_memory import available_memory
 from runtime.machine.sizes import format_bytes, kv_bytes_per_token
@@ -146,9 +147,9 @@ def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequ
     assert scheme.calibration is not None
     own = config.untied() if scheme.calibration is CalibrationNeed.INT8 else config
     reference = 4 * s.weights + 4 * s.head + _COMPARED * CHUNK * s.vocab
-    ort = weight_bytes(own, scheme.ort) if "ort" in dialects and scheme.ort is not None else 0
+    ort = weight_bytes(own, scheme.ort) if "ort" in map(kind_of, dialects) and scheme.ort is not None else 0
     trt = 0
-    if set(dialects) - {"ort"} and scheme.standard is not None:
+    if "trt" in map(kind_of, dialects) and scheme.standard is not None:
         table = s.head * (_HALF_TABLE if config.tie_word_embeddings else _HEAD)
         trt = layer_bytes(config, scheme.standard) + table
     # After a graph is closed, the allocator keeps about its weights' size.

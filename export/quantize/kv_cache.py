@@ -15,7 +15,7 @@ from export.quantize.int8.smoothquant import SmoothedCheckpoint
 from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.collect import collect_statistics
 from export.quantize.statistics.kv_scales import KvScales, kv_scales
-from runtime.artifact.manifest import dialect_name
+from runtime.artifact.manifest import dialect_name, kind_of
 from runtime.errors import InvalidSetting
 
 COMPUTE, INT8 = "compute", "int8"
@@ -35,9 +35,9 @@ def check_kv(kv: str, dialects: Sequence[str], precision: str) -> None:
         raise InvalidSetting(f"--kv {kv} is unknown; choose from {', '.join(KV_TYPES)}")
     if kv == COMPUTE:
         return
-    if others := [dialect for dialect in dialects if dialect != "ort"]:
+    if others := [dialect for dialect in dialects if kind_of(dialect) != "ort"]:
         raise InvalidSetting(
-            f"--kv {INT8} is for the ort dialect alone, not for {', '.join(map(dialect_name, others))}: TensorRT's "
+            f"--kv {INT8} is for ort and native graphs, not for {', '.join(map(dialect_name, others))}: TensorRT's "
             f"cache update takes fp32, fp16 and bf16; leave --kv out, or export the dialects separately"
         )
     if precision in ("fp16", "bf16"):

@@ -71,4 +71,6 @@ class Scheme:
 
     def storage_of(self, dialect: str) -> Storage | None:
         """The storage of a dialect's graph."""
+        if dialect == "native":  # its kernels compute in float32
+            return self.ort if self.ort is not None and self.ort.compute == "float32" else None
         return self.ort if dialect == "ort" else self.standard

@@ -6,6 +6,7 @@ from typing import Any
 
 from export.schemes.gate import BATCH, BATCH_TOKENS, Gate, chunks_rounded
 from export.schemes.registry import SCHEMES
+from runtime.artifact.manifest import kind_of
 from runtime.errors import InvalidSetting
 
 # What an int8 cache may add. Keys and values keep seven bits of each channel's range, and every layer reads them: about
@@ -21,6 +22,12 @@ _KV_OF_FLOATS = (
     BATCH_TOKENS,
     chunks_rounded(0.005),
 )
+
+_SAME_BITS = (
+    Gate("batch_logit_error", 0.0, "a token's result is the same to the bit in any batch"),
+    Gate("chunk_logit_error", 0.0, "a token's result is the same to the bit however its prompt is cut"),
+)
+"""The native operators add every token's floats in one order, and the engine relies on it (NativeSession)."""
 
 
 def gates_of(
@@ -48,16 +55,19 @@ def check_limits(limits: Mapping[str, float], dialects: Sequence[str], precision
 def _gates_of(dialect: str, precision: str, kv_dtype: str) -> tuple[Gate, ...]:
     storage = SCHEMES[precision].storage_of(dialect)
     assert storage is not None, (precision, dialect)
-    if dialect != "ort" or kv_dtype != "int8":
-        return storage.gates
-    if precision == "fp32":
-        return _KV_OF_FLOATS
-    return tuple(
-        replace(gate, limit=gate.limit + _KV_ADDS[gate.figure], reason=gate.reason + _KV_REASON)
-        if gate.figure in _KV_ADDS
-        else gate
-        for gate in storage.gates
-    )
+    gates = storage.gates
+    if kv_dtype == "int8" and kind_of(dialect) == "ort":
+        gates = _KV_OF_FLOATS if precision == "fp32" else tuple(map(_with_int8_kv, gates))
+    if dialect != "native":
+        return gates
+    return (*(gate for gate in gates if not gate.figure.startswith(("batch_logit", "chunk_"))), *_SAME_BITS)
+
+
+def _with_int8_kv(gate: Gate) -> Gate:
+    """A scheme's gate where the KV cache is int8 as well."""
+    if gate.figure not in _KV_ADDS:
+        return gate
+    return replace(gate, limit=gate.limit + _KV_ADDS[gate.figure], reason=gate.reason + _KV_REASON)
 
 
 def failure(receipt: Mapping[str, Any]) -> str:

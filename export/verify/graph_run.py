@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 import calibration_data
 from export.model.description import ModelConfig
 from export.verify.parity import four_ways, run_rows
-from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.session import OrtSession
+from runtime.artifact.manifest import Artifact, kind_of
+from runtime.backends.ort.native_session import open_cpu_session
 from runtime.machine.progress import progress_bar
 from runtime.session.scoring import Distance, score, windows_of
 from runtime.session.session import Batch, Session
@@ -82,8 +82,8 @@ class GraphRun(NamedTuple):
 
 def run_graph(artifact: Artifact, dialect: str, material: Material, spool: IO[bytes]) -> GraphRun:
     capacity = min(artifact.manifest.dims.max_len, max(WINDOW, MAX_PROMPT + NUM_GREEDY))
-    session = OrtSession.open(artifact, num_slots=BATCH, capacity=capacity, saves_memory=True, dialect=dialect)
-    is_exact, is_ort = artifact.manifest.is_exact, dialect == "ort"
+    session = open_cpu_session(artifact, dialect, num_slots=BATCH, capacity=capacity, saves_memory=True)
+    is_exact, is_ort = artifact.manifest.is_exact, kind_of(dialect) == "ort"
     wanted = NUM_GREEDY_COMPARED if is_exact and len(artifact.manifest.dialects) > 1 else NUM_GREEDY
     # A quantized graph for TensorRT dequantizes its weights at every run on the CPU: a second or two for 135M of them.
     prompts = material.prompts if is_exact or is_ort else material.prompts[:BATCH]

@@ -2,6 +2,7 @@
 
     manifest.json     this module's `Manifest`: dimensions, KV contract, tensor names, sha256 of every file
     model.onnx        graph for ONNX Runtime; weights.bin holds its tensors
+    model.native.onnx graph for the native operators of runtime/native/, with the same weights
     model.trt.onnx    graph in standard ONNX, opset 24; model.trt-plain.onnx in opset 21: in weights.bin what they share
                       with model.onnx, in weights.trt.bin the rest
     tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
@@ -39,8 +40,13 @@ WEIGHTS = "weights.bin"
 TRT_WEIGHTS = "weights.trt.bin"
 ORT_MODEL = "model.onnx"
 CHOICE = "choice.json"
-DIALECT_FILES = {"ort": ORT_MODEL, "trt": "model.trt.onnx", "trt-plain": "model.trt-plain.onnx"}
-DIALECT_NAMES = {"ort": "ort", "standard": "trt", "standard-21": "trt-plain"}
+DIALECT_FILES = {
+    "ort": ORT_MODEL,
+    "native": "model.native.onnx",
+    "trt": "model.trt.onnx",
+    "trt-plain": "model.trt-plain.onnx",
+}
+DIALECT_NAMES = {"ort": "ort", "native": "native", "standard": "trt", "standard-21": "trt-plain"}
 """Names for people, and the key of each in manifests and receipts, which keep the names of their first reader."""
 CALIBRATION = "calibration.json"
 CALIBRATION_ARRAYS = "calibration.npz"
@@ -131,7 +137,7 @@ class Manifest:
     dims: ModelDims
     kv: KvContract
     dialects: Mapping[str, str]
-    """Dialect (`ort`, `trt`, `trt-plain`) to the file that holds its graph; `files` has its hash."""
+    """Dialect (`ort`, `native`, `trt`, `trt-plain`) to the file that holds its graph; `files` has its hash."""
     is_tied: bool
     """Whether embedding and LM head are one matrix, stored once."""
     eos_ids: tuple[TokenId, ...]
@@ -153,7 +159,7 @@ class Manifest:
 
     def kv_of(self, dialect: str) -> KvContract:
         """How one dialect's cache tensors look."""
-        return self.kv if dialect == "ort" or self.trt_kv is None else self.trt_kv
+        return self.kv if self.trt_kv is None or kind_of(dialect) == "ort" else self.trt_kv
 
     @property
     def is_exact(self) -> bool:
@@ -179,6 +185,11 @@ class Manifest:
         manifest = shaped(raw, cls, where)
         _check_fields(manifest, where)
         return manifest
+
+
+def kind_of(dialect: str) -> str:
+    """`ort` or `trt`: graphs of one kind store weights and cache alike, and have the same calibrated layers."""
+    return "trt" if dialect.startswith("trt") else "ort"
 
 
 def dialect_name(dialect: str) -> str:

@@ -41,6 +41,7 @@ class Backend(ABC):
     packages: the distributions that it can come from, under every name they are published as
     dialects: the graphs that it reads, the first that an artifact has
     flags: fields of EngineSettings that only some backends act on, and this one does
+    is_extra: whether most artifacts have no graph for it, so that `auto` passes over it without a warning then
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class Backend(ABC):
     packages: ClassVar[tuple[str, ...]]
     dialects: ClassVar[tuple[str, ...]]
     flags: ClassVar[frozenset[str]] = frozenset()
+    is_extra: ClassVar[bool] = False
 
     def missing_hardware(self, env: Environment) -> Problem | None:
         """Why no package could make it work on this machine; None if one could."""

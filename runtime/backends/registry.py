@@ -14,6 +14,7 @@ from runtime.backends.environment import Environment
 from runtime.backends.openvino.backend import OpenVino
 from runtime.backends.ort.cpu import OrtCpu
 from runtime.backends.ort.cuda import OrtCuda
+from runtime.backends.ort.native import Native
 from runtime.backends.tensorrt.backend import TensorRt
 from runtime.errors import DeviceUnavailable, HeadraceError, InvalidSetting
 from runtime.settings import EngineSettings, add_flags, flag_name, from_namespace
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-BACKENDS: Sequence[Backend] = (TensorRt(), OrtCuda(), OrtCpu(), OpenVino())
+BACKENDS: Sequence[Backend] = (TensorRt(), OrtCuda(), Native(), OrtCpu(), OpenVino())
 """GPUs first. OpenVINO last: it is slower than ONNX Runtime for a request alone, and nothing is speculated on it."""
 
 
@@ -129,7 +130,9 @@ def open_session(
         try:
             return _opened(backend, artifact, settings)
         except HeadraceError as error:
-            log.warning("not serving on %s: %s", backend.name, error)
+            lacks_graph = not set(backend.dialects) & set(artifact.manifest.dialects)
+            level = logging.INFO if backend.is_extra and lacks_graph else logging.WARNING
+            log.log(level, "not serving on %s: %s", backend.name, error)
     return _opened(candidates[-1], artifact, settings)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, Estimate, ModelDims, open_artifact
+from runtime.artifact.manifest import TRT_WEIGHTS, WEIGHTS, Artifact, Estimate, ModelDims, kind_of, open_artifact
 from runtime.artifact.plan_files import largest_plan
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import DEVICE_FREE_FRACTION, FREE_FRACTION, fitting_slots, kv_budget
@@ -44,7 +44,8 @@ class Row:
 def rows(artifact: Artifact, memory: int, max_batch: int) -> list[Row]:
     """The artifact's dialects as they are, then other precisions of the same dialects."""
     manifest = artifact.manifest
-    dialects = ["ort"] * ("ort" in manifest.dialects) + ["trt"] * any(name != "ort" for name in manifest.dialects)
+    has_standard = any(kind_of(name) == "trt" for name in manifest.dialects)
+    dialects = ["ort"] * ("ort" in manifest.dialects) + ["trt"] * has_standard
     found = []
     for dialect in dialects:
         size = Estimate(weights=_file_bytes(artifact, dialect), kv=manifest.kv_of(dialect).dtype)

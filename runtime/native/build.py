@@ -15,7 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from runtime.errors import DeviceUnavailable, HeadraceError
-from runtime.native.library import BUILD, FLAGS, VARIANTS, is_built, library_file, load_library, sources, variant_of
+from runtime.native.library import (
+    BUILD,
+    FLAGS,
+    VARIANTS,
+    is_built,
+    library_file,
+    load_library,
+    sources,
+    variant_of,
+)
 
 VARIANT_MACRO = "HEADRACE_VARIANT"
 
@@ -55,7 +64,8 @@ def compilations(compiler: Sequence[str], folder: Path) -> Iterator[tuple[list[s
     for source in (file for file in sources() if file.suffix == ".cc"):
         is_kernel = f"namespace {VARIANT_MACRO}" in source.read_text()
         for variant, flags in VARIANTS.items() if is_kernel else [("", ())]:
-            target = folder / f"{source.stem}.{variant}.o"
+            name = f"{source.parent.name}-{source.stem}"
+            target = folder / f"{name}.{variant}.o"
             macro = [f"-D{VARIANT_MACRO}={variant}"] if variant else []
             yield [*compiler, *FLAGS, *flags, *macro, "-c", str(source), "-o", str(target)], target
 

@@ -11,13 +11,14 @@ from export.calibration.dataset import CalibrationOptions
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort.session import OrtSession
+from runtime.backends.ort.native_session import open_cpu_session
+from runtime.session.session import Session
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny.architectures import BEYOND_LLAMA
 
 pytestmark = pytest.mark.oracle
 
-DIALECTS = ("ort", "trt", "trt-plain")
+DIALECTS = ("ort", "native", "trt", "trt-plain")
 # Longer than the window of 24 and than phi3's first 64 positions.
 NUM_TOKENS = 120
 
@@ -57,19 +58,21 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module", params=DIALECTS)
 def exported(request: pytest.FixtureRequest, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if request.param == "native":
+        request.getfixturevalue("native_library")
     out = tmp_path_factory.mktemp("fp32") / request.param
     artifact = export_model(ExportOptions(model=str(model.path), out=out, dialects=(request.param,)))
     assert artifact.passed
-    yield OrtSession.open(artifact, num_slots=8, capacity=128, dialect=request.param)
+    yield open_cpu_session(artifact, request.param, num_slots=8, capacity=128)
 
 
 @pytest.mark.parametrize("sizes", [[NUM_TOKENS], [1] * NUM_TOKENS, [50, 1, 33, 36]], ids=["whole", "steps", "chunks"])
-def test_logits_are_those_of_transformers(model: Model, exported: OrtSession, sizes: list[int]) -> None:
+def test_logits_are_those_of_transformers(model: Model, exported: Session, sizes: list[int]) -> None:
     logits = run_in_pieces(exported, model.ids, sizes)
     assert np.abs(logits - model.logits).max() < LOGIT_TOLERANCE
 
 
-def test_rows_of_different_lengths_share_a_run(model: Model, exported: OrtSession) -> None:
+def test_rows_of_different_lengths_share_a_run(model: Model, exported: Session) -> None:
     cuts = [1, 119, 60, 7, 33, 100, 2, 90]
     heads = run_ragged(exported, [model.ids[:cut] for cut in cuts], [0] * 8)
     tails = run_ragged(exported, [model.ids[cut:] for cut in cuts], cuts)

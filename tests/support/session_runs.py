@@ -4,14 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.ort.session import OrtSession
-from runtime.session.session import Batch
+from runtime.session.session import Batch, Session
 
 # float32 sums of a few hundred terms near 1, in another order; a wrong rotation or mask costs whole units.
 LOGIT_TOLERANCE = 1e-4
 
 
-def run_in_pieces(session: OrtSession, ids: np.ndarray[Any, Any], sizes: list[int]) -> np.ndarray[Any, Any]:
+def run_in_pieces(session: Session, ids: np.ndarray[Any, Any], sizes: list[int]) -> np.ndarray[Any, Any]:
     """Logits of every position; the sequence is fed in pieces to slot 3."""
     done, out = 0, []
     for size in sizes:
@@ -23,7 +22,7 @@ def run_in_pieces(session: OrtSession, ids: np.ndarray[Any, Any], sizes: list[in
     return np.concatenate(out)
 
 
-def run_ragged(session: OrtSession, rows: list[np.ndarray[Any, Any]], past: list[int]) -> np.ndarray[Any, Any]:
+def run_ragged(session: Session, rows: list[np.ndarray[Any, Any]], past: list[int]) -> np.ndarray[Any, Any]:
     """Last logits of rows of different lengths in one run; padded only as far as the slots allow."""
     chunk = max(map(len, rows))
     if max(past) + chunk > session.info.capacity:
@@ -36,7 +35,7 @@ def run_ragged(session: OrtSession, rows: list[np.ndarray[Any, Any]], past: list
     return session.run(Batch(0, ids, np.array(past, np.int32), lengths, wanted)).copy()
 
 
-def run_row(session: OrtSession, slot: int, row: np.ndarray[Any, Any], past: int) -> np.ndarray[Any, Any]:
+def run_row(session: Session, slot: int, row: np.ndarray[Any, Any], past: int) -> np.ndarray[Any, Any]:
     batch = Batch(
         slot,
         row[None].astype(np.int64),

@@ -25,7 +25,7 @@ ROOMS = {
         backends.ort backends.openvino backends.tensorrt backends model_text text_model commands""",
     "export": """schemes storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
         model.families model.checks model.reference artifact verify calibration quantize.rounding quantize.statistics
-        quantize.int8 quantize.int4 quantize graph graph.ort graph.standard pipeline tensorrt cli""",
+        quantize.int8 quantize.int4 quantize graph graph.ort graph.native graph.standard pipeline tensorrt cli""",
     "serve": "hosts fields replies settings access observe model_registry api app process cli",
 }
 MAX_ENTRIES = 13

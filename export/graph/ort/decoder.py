@@ -24,7 +24,7 @@ from export.graph.builder import GraphBuilder
 from export.graph.ort.attention import AttentionStep, CacheInputs, FloatAttention
 from export.graph.ort.int8_attention import Int8Attention
 from export.graph.ort.linear import embedding, tied_lm_head
-from export.graph.ort.operations import OrtOperations
+from export.graph.ort.operations import OrtOperations, PackedOperations
 from export.graph.rotary import rotary_initializers
 from export.graph.types import numpy_type, onnx_type
 from export.graph.weights import GraphWeights
@@ -75,7 +75,7 @@ class DecoderGraph:
                 g.output(present[kv], self.kv_dtype, self._cache_shape())
         self.layers.check_all_taken()
 
-    def _declare_inputs(self) -> OrtOperations:
+    def _declare_inputs(self) -> PackedOperations:
         g, c = self.g, self.config
         self.ids = g.input("input_ids", ir.DataType.INT64, ["N"])
         token_idx = g.input("token_idx", ir.DataType.INT64, ["B", "S"])

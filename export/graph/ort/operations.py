@@ -1,5 +1,6 @@
 """The walker's operations in ONNX Runtime's fused operators."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,12 +19,47 @@ from export.quantize.rounding.layers import Int8Layer, QuantizedLayers
 from export.schemes.scheme import Storage
 
 
-class OrtOperations(GraphOperations):
+class PackedOperations(GraphOperations):
     """A value is packed: `[tokens of all rows, channels]`. Only `attend` sees rows.
 
-    token_idx int64 [B, S], place_idx int64 [N, 2]: from packed tokens to rows and back
     present: by layer, the caches with the new tokens
     """
+
+    def __init__(self, g: GraphBuilder, weights: GraphWeights, storage: Storage, layers: QuantizedLayers) -> None:
+        super().__init__(g, weights, onnx_type(storage.compute))
+        self._storage, self._layers = storage, layers
+        self.present: list[dict[str, ir.Value]] = []
+
+    @abstractmethod
+    def norm(self, x: ir.Value, norm: Norm) -> ir.Value: ...
+
+    @abstractmethod
+    def add_norm(self, stream: Stream[ir.Value], norm: Norm) -> tuple[ir.Value, ir.Value]: ...
+
+    @abstractmethod
+    def attend(self, qkv: ir.Value, block: Block) -> ir.Value: ...
+
+    def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
+        stored = self._layers.take(linear)
+        if isinstance(stored, Int8Layer):
+            return int8_linear(self.g, x, weight, stored, out)
+        if stored is not None:
+            return imported_linear(self.g, x, weight, stored, out)
+        return float_or_block_linear(self.g, x, weight, self._storage, out)
+
+    def norm_weights(self, norm: Norm) -> list[ir.Value]:
+        """The weight, and the bias if there is one. A layer norm always has one, because the fused kernel needs it."""
+        weight, bias = self.weights.norm(norm)
+        arrays = [(f"{norm.name}.weight", weight)]
+        if bias is not None:
+            arrays.append((f"{norm.name}.bias", bias))
+        elif norm.kind is NormKind.LAYER:
+            arrays.append((f"{norm.name}.bias", np.zeros_like(weight)))
+        return [self.g.array(name, array) for name, array in arrays]
+
+
+class OrtOperations(PackedOperations):
+    """token_idx int64 [B, S], place_idx int64 [N, 2]: from packed tokens to rows and back."""
 
     def __init__(
         self,
@@ -37,31 +73,22 @@ class OrtOperations(GraphOperations):
         token_idx: ir.Value,
         place_idx: ir.Value,
     ) -> None:
-        super().__init__(g, weights, onnx_type(storage.compute))
-        self._storage, self._layers, self._attention = storage, layers, attention
-        self._past, self._token_idx, self._place_idx = past, token_idx, place_idx
-        self.present: list[dict[str, ir.Value]] = []
+        super().__init__(g, weights, storage, layers)
+        self._attention, self._past = attention, past
+        self._token_idx, self._place_idx = token_idx, place_idx
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
         kind = "RMSNormalization" if norm.kind is NormKind.RMS else "LayerNormalization"
-        inputs = [x, *self._norm_weights(norm)]
+        inputs = [x, *self.norm_weights(norm)]
         return self.g.op(kind, inputs, f"{x.name}/{norm.name}", axis=-1, epsilon=norm.epsilon, stash_type=1)
 
     def add_norm(self, stream: Stream[ir.Value], norm: Norm) -> tuple[ir.Value, ir.Value]:
         """Sum and norm in one kernel."""
         kind = "SkipSimplifiedLayerNormalization" if norm.kind is NormKind.RMS else "SkipLayerNormalization"
-        inputs = [stream.value, stream.addend, *self._norm_weights(norm)]
+        inputs = [stream.value, stream.addend, *self.norm_weights(norm)]
         names = [norm.name, "", "", f"{norm.name}.residual"]
         normed, _, _, total = self.g.ops(kind, inputs, names, domain=MICROSOFT, epsilon=norm.epsilon)
         return normed, total
-
-    def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
-        rounded = self._layers.take(linear)
-        if isinstance(rounded, Int8Layer):
-            return int8_linear(self.g, x, weight, rounded, out)
-        if rounded is not None:
-            return imported_linear(self.g, x, weight, rounded, out)
-        return float_or_block_linear(self.g, x, weight, self._storage, out)
 
     def silu(self, x: ir.Value, out: str) -> ir.Value:
         """QuickGelu with alpha 1 is SiLU in one kernel, for float32 only."""
@@ -87,13 +114,3 @@ class OrtOperations(GraphOperations):
         heads = g.op("Reshape", [x, g.shape_constant(0, 0, num_heads, norm.size)], f"{x.name}.heads")
         return g.op("Reshape", [self.norm(heads, norm), g.shape_constant(0, 0, num_heads * norm.size)],
                     f"{x.name}.normed")  # fmt: skip
-
-    def _norm_weights(self, norm: Norm) -> list[ir.Value]:
-        weight, bias = self.weights.norm(norm)
-        arrays = [(f"{norm.name}.weight", weight)]
-        # The fused layer norm requires a bias.
-        if bias is not None:
-            arrays.append((f"{norm.name}.bias", bias))
-        elif norm.kind is NormKind.LAYER:
-            arrays.append((f"{norm.name}.bias", np.zeros_like(weight)))
-        return [self.g.array(name, array) for name, array in arrays]

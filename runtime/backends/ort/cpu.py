@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the backend that works everywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.backends.backend import Backend, Problem, host_budget, slots_for
@@ -23,16 +23,7 @@ class OrtCpu(Backend):
     flags = frozenset({"threads", "speculate", "draft"})
 
     def missing_software(self, env: Environment) -> Iterator[Problem]:
-        found = {name: env.packages[name] for name in self.packages if name in env.packages}
-        if not found:
-            yield Problem("onnxruntime is not installed", "pip install 'headrace[cpu]'")
-        elif all(version_numbers(version)[:2] < CPU_FLOOR for version in found.values()):
-            name, version = next(iter(found.items()))
-            floor = ".".join(map(str, CPU_FLOOR))
-            yield Problem(
-                f"{name} {version} is too old for the CPU, {floor} is the first that will do",
-                f"pip uninstall -y {name}; pip install 'headrace[cpu]'",
-            )
+        yield from runtime_problems(env, self.packages)
 
     def open(self, artifact: "Artifact", settings: "EngineSettings") -> "Session":
         from runtime.backends.ort.session import OrtSession
@@ -44,4 +35,18 @@ class OrtCpu(Backend):
             capacity=capacity,
             threads=settings.threads,
             is_run_exact=artifact.manifest.kv.dtype != "int8" and (settings.speculate or settings.draft is not None),
+        )
+
+
+def runtime_problems(env: Environment, packages: Sequence[str]) -> Iterator[Problem]:
+    """ONNX Runtime is missing, or too old for the CPU. packages: its distributions"""
+    found = {name: env.packages[name] for name in packages if name in env.packages}
+    if not found:
+        yield Problem("onnxruntime is not installed", "pip install 'headrace[cpu]'")
+    elif all(version_numbers(version)[:2] < CPU_FLOOR for version in found.values()):
+        name, version = next(iter(found.items()))
+        floor = ".".join(map(str, CPU_FLOOR))
+        yield Problem(
+            f"{name} {version} is too old for the CPU, {floor} is the first that will do",
+            f"pip uninstall -y {name}; pip install 'headrace[cpu]'",
         )

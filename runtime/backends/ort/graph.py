@@ -6,12 +6,13 @@ The library is imported here, so that a command without it ends with the extra t
 import os
 from typing import Any, NamedTuple
 
-from runtime.artifact.manifest import Artifact
+from runtime.artifact.manifest import Artifact, kind_of
 from runtime.backends.environment import version_numbers
 from runtime.backends.ort.drop_inputs import without_inputs
 from runtime.errors import DeviceUnavailable, InvalidArtifact
 from runtime.machine.cpu_features import int8_options
 from runtime.machine.cpu_limits import is_limited, model_threads
+from runtime.native.library import operators_for
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -86,9 +87,11 @@ def load_cpu_graph(
         options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.execution_order = library.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    if dialect != "ort":
+    if kind_of(dialect) != "ort":
         # As written, without int8 kernels and fusions: it is TensorRT that will choose those.
         options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if dialect == "native":
+        options.register_custom_ops_library(str(operators_for(cpu_threads(threads).most)))
     if keeps_rows_whole:
         os.environ[WHOLE_ROWS] = "1"
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact.manifest import Artifact
+from runtime.artifact.manifest import Artifact, KvContract, ModelDims
 from runtime.backends.ort.graph import cpu_threads, load_cpu_graph
 from runtime.backends.ort.pools import DeviceCopier, DevicePool, HostPool, Pool, PoolShape
 from runtime.errors import InvalidSetting
@@ -68,22 +68,14 @@ class OrtSession:
         """
         manifest = artifact.manifest
         dims, kv = manifest.dims, manifest.kv_of(dialect)
-        if not 1 <= capacity <= dims.max_len:
-            raise InvalidSetting(
-                f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
-                f"{dims.max_len:,} (export it again with a larger --max-len)"
-            )
+        check_capacity(artifact, capacity)
         keeps_rows_whole = is_run_exact or cpu_threads(threads).most > dims.num_heads
         graph = load_cpu_graph(
             artifact, dialect, threads=threads, saves_memory=saves_memory, keeps_rows_whole=keeps_rows_whole
         )
         # One position more, for the copy of a single token (`packed_inputs`), when the slot is full too.
-        layout = PageLayout(
-            dims.head_dim * item_bytes(kv.dtype), 2 * dims.num_layers * dims.num_kv_heads, num_spare=int(is_run_exact)
-        )
-        slot_len = aligned_len(capacity + is_run_exact, layout.token_bytes)
-        shape = PoolShape(num_slots, dims.num_kv_heads, slot_len, dims.head_dim)
-        inputs = partial(packed_inputs, doubles_singles=is_run_exact) if dialect == "ort" else padded_inputs
+        pool, layout = host_pool(dims, kv, num_slots=num_slots, capacity=capacity, num_spare=int(is_run_exact))
+        packed = partial(packed_inputs, doubles_singles=is_run_exact)
         info = SessionInfo(
             device="cpu",
             num_slots=num_slots,
@@ -97,7 +89,7 @@ class OrtSession:
             kv_budget=kv_budget,
             threads=cpu_threads(threads).likely,
         )
-        return cls(graph, HostPool(kv.cache_names(dims.num_layers), shape, kv.dtype), inputs, info)
+        return cls(graph, pool, packed if dialect == "ort" else padded_inputs, info)
 
     @classmethod
     def on_device(
@@ -186,3 +178,24 @@ class OrtSession:
         self._bindings.clear()
         self._pool.free()
         self._graph = None
+
+
+def host_pool(
+    dims: ModelDims, kv: KvContract, *, num_slots: int, capacity: int, num_spare: int = 0
+) -> tuple[HostPool, PageLayout]:
+    """The KV cache in the host's memory, and how its tokens fill pages. num_spare: positions behind a slot's last"""
+    layout = PageLayout(
+        dims.head_dim * item_bytes(kv.dtype), 2 * dims.num_layers * dims.num_kv_heads, num_spare=num_spare
+    )
+    slot_len = aligned_len(capacity + num_spare, layout.token_bytes)
+    shape = PoolShape(num_slots, dims.num_kv_heads, slot_len, dims.head_dim)
+    return HostPool(kv.cache_names(dims.num_layers), shape, kv.dtype), layout
+
+
+def check_capacity(artifact: Artifact, capacity: int) -> None:
+    """InvalidSetting if the artifact's rotary tables do not cover a slot of so many tokens."""
+    if not 1 <= capacity <= artifact.manifest.dims.max_len:
+        raise InvalidSetting(
+            f"a slot of {capacity:,} tokens does not fit: {artifact.path} was exported for 1 to "
+            f"{artifact.manifest.dims.max_len:,} (export it again with a larger --max-len)"
+        )

@@ -1,0 +1,138 @@
+"""The walker's operations in the native operators of runtime/native/, and in ONNX Runtime's where there is none."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+
+from export.graph.builder import NATIVE, GraphBuilder
+from export.graph.ort.operations import PackedOperations
+from export.graph.rotary import RotaryTables
+from export.graph.weights import GraphWeights
+from export.model.description import Activation, Block, Mlp, Norm, NormKind, Rotary
+from export.model.walker import Stream
+from export.quantize.rounding.layers import QuantizedLayers
+from export.quantize.statistics.kv_scales import KvScales
+from export.schemes.scheme import Storage
+
+_ATTENTION = {
+    ir.DataType.FLOAT: "Attention",
+    ir.DataType.FLOAT16: "AttentionFloat16",
+    ir.DataType.INT8: "AttentionInt8",
+}
+"""The operator for each type of cache."""
+
+
+class CacheInputs(NamedTuple):
+    """Inputs of every layer's attention.
+
+    past: by layer, the whole pool of k and of v; slot, past_len, query_len int32 [B]
+    scales: of an int8 cache, by layer
+    """
+
+    past: Sequence[Mapping[str, ir.Value]]
+    slot: ir.Value
+    past_len: ir.Value
+    query_len: ir.Value
+    tables: Mapping[Rotary, RotaryTables]
+    scales: Sequence[KvScales] | None
+
+
+class NativeOperations(PackedOperations):
+    """Of what has no native operator, ONNX Runtime's operators."""
+
+    def __init__(
+        self, g: GraphBuilder, weights: GraphWeights, storage: Storage, layers: QuantizedLayers, inputs: CacheInputs
+    ) -> None:
+        super().__init__(g, weights, storage, layers)
+        self._inputs = inputs
+
+    def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
+        return self._add_norm([x, None], norm, [f"{x.name}/{norm.name}"])[0]
+
+    def add_norm(self, stream: Stream[ir.Value], norm: Norm) -> tuple[ir.Value, ir.Value]:
+        """Sum and norm in one kernel."""
+        normed, total = self._add_norm([*stream], norm, [norm.name, f"{norm.name}.residual"])
+        return normed, total
+
+    def _add_norm(self, inputs: list[ir.Value | None], norm: Norm, names: Sequence[str]) -> list[ir.Value]:
+        return self.g.ops(
+            "AddNorm",
+            [*inputs, *self.norm_weights(norm)],
+            names,
+            domain=NATIVE,
+            epsilon=norm.epsilon,
+            is_layer_norm=int(norm.kind is NormKind.LAYER),
+        )
+
+    def silu(self, x: ir.Value, out: str) -> ir.Value:
+        return self.g.op("Mul", [x, self.g.op("Sigmoid", [x], f"{out}.sigmoid")], out)
+
+    def activate(self, up: ir.Value, mlp: Mlp) -> ir.Value:
+        """Split, activation and product in one kernel."""
+        if not mlp.is_gated:
+            return super().activate(up, mlp)
+        is_gelu = int(mlp.activation is Activation.GELU_TANH)
+        return self.g.op("GateUp", [up], f"{mlp.down.site}.gated", domain=NATIVE, gelu=is_gelu)
+
+    def attend(self, qkv: ir.Value, block: Block) -> ir.Value:
+        g, a, shared, name = self.g, block.attention, self._inputs, f"layers.{block.layer}"
+        past = shared.past[block.layer]
+        tables: Sequence[ir.Value | None] = (None, None) if a.rotary is None else shared.tables[a.rotary]
+        norms: list[ir.Value | None] = [None, None]
+        attributes: dict[str, Any] = {
+            "num_heads": a.num_heads,
+            "kv_num_heads": a.num_kv_heads,
+            "scale": a.head_dim**-0.5 if a.scale is None else a.scale,
+        }
+        if a.q_norm is not None and a.k_norm is not None:
+            if _kernel_norms(a.q_norm, a.k_norm):
+                norms = [self._head_weight(a.q_norm), self._head_weight(a.k_norm)]
+                attributes["epsilon"] = a.q_norm.epsilon
+            else:
+                qkv = self._norm_heads(qkv, block)
+        if a.softcap is not None:
+            attributes["softcap"] = a.softcap
+        if a.window is not None:
+            attributes["local_window_size"] = a.window
+        if a.rotary is not None and a.rotary.interleaved:
+            attributes["rotary_interleaved"] = 1
+        out, key, value = g.ops(
+            _ATTENTION[past["k"].dtype or ir.DataType.UNDEFINED],
+            [qkv, past["k"], past["v"], shared.slot, shared.past_len, shared.query_len, *tables, *norms,
+             *self._scales(block.layer)],
+            [f"{name}.attention", f"present.{block.layer}.k", f"present.{block.layer}.v"],
+            domain=NATIVE,
+            **attributes,
+        )  # fmt: skip
+        self.present.append({"k": key, "v": value})
+        return out
+
+    def _scales(self, layer: int) -> list[ir.Value]:
+        if self._inputs.scales is None:
+            return []
+        scales = self._inputs.scales[layer]
+        return [self.g.constant(f"present.{layer}.{kv}.scale", scales.of(kv).reshape(-1)) for kv in "kv"]
+
+    def _head_weight(self, norm: Norm) -> ir.Value:
+        return self.g.array(f"{norm.name}.weight", self.weights.norm(norm).weight)
+
+    def _norm_heads(self, qkv: ir.Value, block: Block) -> ir.Value:
+        """Norms over each head that the kernel has not, before it."""
+        g, a, name = self.g, block.attention, f"layers.{block.layer}"
+        sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
+        q, k, v = g.ops("Split", [qkv, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
+        parts = []
+        for x, norm, num_heads in ((q, a.q_norm, a.num_heads), (k, a.k_norm, a.num_kv_heads)):
+            assert norm is not None
+            heads = g.op("Reshape", [x, g.shape_constant(-1, num_heads, a.head_dim)], f"{x.name}.heads")
+            normed = self.norm(heads, norm)
+            parts.append(g.op("Reshape", [normed, g.shape_constant(-1, num_heads * a.head_dim)], f"{x.name}.normed"))
+        return g.op("Concat", [*parts, v], f"{name}.qkv.normed", axis=-1)
+
+
+def _kernel_norms(q_norm: Norm, k_norm: Norm) -> bool:
+    """Whether the attention kernel has such norms."""
+    return all(
+        norm.kind is NormKind.RMS and not norm.has_bias and norm.epsilon == q_norm.epsilon for norm in (q_norm, k_norm)
+    )
