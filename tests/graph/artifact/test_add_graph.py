@@ -24,7 +24,7 @@ def model(tmp_path: Path) -> Path:
 
 def exported(model: Path, *flags: str, fails: bool = False) -> Artifact:
     out = model.parent.parent / "artifact"
-    assert main(["export", str(model), "--out", str(out), *flags]) == 0
+    assert main(["export", str(model), "--out", str(out), "--dialect", "ort", *flags]) == 0
     return open_artifact(out, allow_failed=fails)
 
 
