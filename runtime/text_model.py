@@ -35,11 +35,11 @@ from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from runtime.machine.memory import PREFIX_CACHE_FRACTION, default_budget
 from runtime.machine.sizes import format_bytes
-from runtime.model_text import ModelText
 from runtime.session.session import Session
 from runtime.settings import EngineSettings
 from runtime.text.chat.options import DEFAULT_CHAT, REASONING, ChatOptions
 from runtime.text.chat.template import TEMPLATE_FILE, load_chat_template
+from runtime.text.model_text import ModelText
 from runtime.text.stop_strings import RequestText
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tools.formats import Tool

@@ -20,9 +20,9 @@ from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
 from runtime.machine.memory import default_budget
 from runtime.machine.sizes import format_bytes
-from runtime.model_text import ModelText
 from runtime.session.session import Batch, Session
 from runtime.settings import EngineSettings
+from runtime.text.model_text import ModelText
 from runtime.text.tokenizer import Tokenizer
 from runtime.text_model import ModelFacts, TextModel
 

@@ -8,9 +8,9 @@ from runtime.core import Constraint, ConstraintKind, FinishReason, SamplingParam
 from runtime.engine.engine import Engine
 from runtime.engine.thread import EngineThread
 from runtime.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
-from runtime.model_text import ModelText
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
+from runtime.text.model_text import ModelText
 from runtime.text_model import ModelFacts, TextModel
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.engine_requests import make_request

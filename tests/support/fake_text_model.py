@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from runtime.core import EngineObserver, SamplingParams
-from runtime.model_text import ModelText
 from runtime.session.session import Batch
 from runtime.settings import EngineSettings
 from runtime.text.chat.template import ChatTemplate
+from runtime.text.model_text import ModelText
 from runtime.text.tokenizer import Tokenizer
 from runtime.text_model import ModelFacts, TextModel
 from tests.support.byte_tokenizer import EOS, byte_tokenizer

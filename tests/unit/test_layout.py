@@ -21,8 +21,8 @@ MAY_IMPORT = {
 # folder, or a single module beside the folders; what no row names belongs to the folder above it.
 ROOMS = {
     "runtime": """errors machine settings core native artifact session text grammar grammar.schema text.tools
-        text.chat engine engine.speculation backends.cuda backends.environment backends.backend backends.nvidia
-        backends.ort backends.openvino backends.tensorrt backends model_text text_model commands""",
+        text.chat text.model_text engine engine.speculation backends.cuda backends.environment backends.backend
+        backends.nvidia backends.ort backends.openvino backends.tensorrt backends text_model commands""",
     "export": """schemes storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
         model.families model.checks model.reference artifact verify calibration quantize.rounding quantize.statistics
         quantize.int8 quantize.int4 quantize graph graph.ort graph.native graph.standard pipeline tensorrt cli""",
