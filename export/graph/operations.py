@@ -130,8 +130,11 @@ class GraphOperations(ABC):
     def finished(self, logits: ir.Value, head: Head) -> ir.Value:
         """Scale and cap logits; returns float32 `[R, vocab]`."""
         g = self.g
-        wide = g.op("Cast", [logits], "logits" if head.scale is head.softcap is None else "logits.wide",
-                    to=ir.DataType.FLOAT)  # fmt: skip
+        # ONNX Runtime copies a Cast that changes nothing: 0.7 ms of 32 rows of 49,152 logits.
+        is_wide = self.compute == ir.DataType.FLOAT
+        wide = logits if is_wide else g.op("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT)
+        if head.scale is head.softcap is None:
+            wide.name = "logits"
         if head.scale is not None:
             scale = g.constant("logits.scale", np.array(head.scale, np.float32))
             wide = g.op("Mul", [wide, scale], "logits" if head.softcap is None else "logits.scaled")

@@ -12,7 +12,6 @@ from export.calibration.self_samples import artifact_generator
 from export.checkpoint.protocol import Checkpoint
 from export.pipeline.graph_files import ExportPlan, write_graphs
 from export.quantize.int8.saved import save_calibration
-from export.quantize.statistics.kv_scales import PER_CHANNEL
 from export.schemes.registry import SCHEMES
 from runtime.artifact.manifest import DIALECT_FILES, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims, kind_of
 
@@ -50,7 +49,7 @@ def sampler(directory: Path, plan: ExportPlan) -> Generate:
 def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Manifest:
     config = plan.config
     others = [dialect for dialect in plan.dialects if kind_of(dialect) != "ort"]
-    kv = KvContract(dtype=plan.storage_of("ort" if len(others) < len(plan.dialects) else plan.dialects[0]).compute)
+    first = "ort" if "ort" in plan.dialects else plan.dialects[0]
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=_name_of(plan.checkpoint),
@@ -67,7 +66,8 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
             vocab_size=config.vocab_size,
             max_len=plan.max_len,
         ),
-        kv=kv if plan.kv_scales is None else KvContract(dtype="int8", scales=PER_CHANNEL),
+        kv=plan.kv_of(first),
+        native_kv=plan.kv_of("native") if "native" in plan.dialects else None,
         trt_kv=KvContract(dtype=plan.storage_of(others[0]).compute) if others else None,
         dialects={dialect: DIALECT_FILES[dialect] for dialect in plan.dialects},
         is_tied=config.tie_word_embeddings,

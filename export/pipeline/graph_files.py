@@ -14,17 +14,17 @@ from export.artifact.weight_file import WeightFile
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
 from export.graph.builder import NATIVE_OPSETS, ORT_OPSETS, GraphBuilder
-from export.graph.native.decoder import NativeDecoderGraph
+from export.graph.native.decoder import NATIVE_CACHE, NativeDecoderGraph
 from export.graph.ort.decoder import DecoderGraph
 from export.graph.ort.int8_attention import INT8_KV_OPSETS
 from export.graph.standard.writer import write_standard_graph
 from export.model.description import ModelConfig
 from export.quantize.int8.saved import Calibration
 from export.quantize.rounding.layers import Layers, QuantizedLayers, layers_of_checkpoint
-from export.quantize.statistics.kv_scales import KvScales
+from export.quantize.statistics.kv_scales import PER_CHANNEL, KvScales
 from export.schemes.scheme import Scheme, Storage
 from export.storage.quantized_rows import ImportedRows
-from runtime.artifact.manifest import DIALECT_FILES, TRT_WEIGHTS, Estimate, kind_of
+from runtime.artifact.manifest import DIALECT_FILES, TRT_WEIGHTS, Estimate, KvContract, kind_of
 from runtime.machine.progress import progress_bar
 
 
@@ -53,6 +53,13 @@ class ExportPlan:
         storage = self.scheme.storage_of(dialect)
         assert storage is not None, (self.scheme.name, dialect)
         return storage
+
+    def kv_of(self, dialect: str) -> KvContract:
+        """How a dialect's cache looks."""
+        if self.kv_scales is not None:
+            return KvContract(dtype="int8", scales=PER_CHANNEL)
+        compute = self.storage_of(dialect).compute
+        return KvContract(dtype=NATIVE_CACHE if dialect == "native" and self.scheme.name != "fp32" else compute)
 
     def layers_of(self, dialect: str) -> QuantizedLayers:
         """The layers that are integers already: from calibration, or as a GPTQ or AWQ tool has left them."""
@@ -102,7 +109,9 @@ def _write_ort_graph(
     kind = NativeDecoderGraph if is_native else DecoderGraph
     opsets = NATIVE_OPSETS if is_native else ORT_OPSETS if scales is None else INT8_KV_OPSETS
     graph, file = GraphBuilder(weights, opsets=opsets), directory / DIALECT_FILES[dialect]
-    kind(graph, checkpoint, config, plan.storage_of(dialect), plan.max_len, plan.layers_of(dialect), scales).build()
+    storage, layers = plan.storage_of(dialect), plan.layers_of(dialect)
+    kv = plan.kv_of(dialect).dtype
+    kind(graph, checkpoint, config, storage, plan.max_len, layers, kv=kv, kv_scales=scales).build()
     ir.save(graph.model(config.model_type, importlib.metadata.version("headrace")), file)
     weights.flush()
     onnx.checker.check_model(str(file), full_check=True)

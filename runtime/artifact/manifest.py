@@ -148,6 +148,8 @@ class Manifest:
     """Bytes of weights that every run reads whole; None in artifacts written before it was counted."""
     trt_kv: KvContract | None = None
     """The TensorRT dialects' cache, whose dtype is their compute type; None where there is no such dialect."""
+    native_kv: KvContract | None = None
+    """The `native` dialect's cache; None where there is no such dialect."""
     commit: str | None = None
     """Of the hub, which `source` stood at when it was exported; None for what has none."""
     origin: str | None = None
@@ -159,7 +161,8 @@ class Manifest:
 
     def kv_of(self, dialect: str) -> KvContract:
         """How one dialect's cache tensors look."""
-        return self.kv if self.trt_kv is None or kind_of(dialect) == "ort" else self.trt_kv
+        own = self.native_kv if dialect == "native" else None if dialect == "ort" else self.trt_kv
+        return own or self.kv
 
     @property
     def is_exact(self) -> bool:

@@ -234,9 +234,9 @@ def test_inspect_shows_the_scales_and_older_manifests_are_read(root: Path, tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--dialect", "ort,trt"], "--kv int8 is for the ort dialect alone"),
+        (["--dialect", "ort,trt"], "--kv int8 is for ort and native graphs"),
         (["--precision", "fp16"], "--kv int8 needs float32 attention"),
-        (["--precision", "bf16", "--dialect", "trt"], "--kv int8 is for the ort dialect alone"),
+        (["--precision", "bf16", "--dialect", "trt"], "--kv int8 is for ort and native graphs"),
         (["--reuse-calibration", "nowhere"], "nowhere cannot be read as a calibration"),
     ],
 )

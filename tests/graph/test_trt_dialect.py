@@ -201,4 +201,4 @@ def test_the_command_line_takes_a_list(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([str(source), "--out", str(tmp_path / "a"), "--dialect", "ort,standard,trt"]) == 0
     assert "trt.ragged_error" in capsys.readouterr().out
     assert set(open_artifact(tmp_path / "a").manifest.dialects) == {"ort", "trt"}
-    assert [dialect_name(dialect) for dialect in DIALECT_FILES] == ["ort", "standard", "standard-21"]
+    assert [dialect_name(dialect) for dialect in DIALECT_FILES] == ["ort", "native", "standard", "standard-21"]

@@ -20,6 +20,9 @@ from export.graph.ort.decoder import DecoderGraph
 from export.graph.rotary import rotary_initializers
 from export.graph.types import numpy_type
 
+NATIVE_CACHE = "float32"
+"""Type of the KV cache of quantized precisions, if --kv does not say int8."""
+
 
 class NativeDecoderGraph(DecoderGraph):
     """Builds the `native` dialect of one checkpoint."""

@@ -46,12 +46,14 @@ class DecoderGraph:
         storage: Storage,
         max_len: int,
         layers: QuantizedLayers,
+        *,
+        kv: str,
         kv_scales: Sequence[KvScales] | None = None,
     ) -> None:
-        """kv_scales: scales of an int8 cache, by layer; None for a cache in the compute type."""
+        """kv: type of the cache, by numpy's name; kv_scales: scales of an int8 cache, by layer."""
         self.g, self.config, self.storage, self.max_len = g, config, storage, max_len
         self.layers, self.kv_scales = layers, kv_scales
-        self.kv_dtype = onnx_type(storage.compute) if kv_scales is None else ir.DataType.INT8
+        self.kv_dtype = onnx_type(kv)
         self.weights = GraphWeights(checkpoint, numpy_type(storage.compute))
 
     def build(self) -> None:
