@@ -1,4 +1,4 @@
-"""The engine on a native session: every request gets, bit for bit, what it gets alone, drafts and cached prompts too."""
+"""The engine on a native session: a request gets, bit for bit, what it gets alone; drafts and cached prompts too."""
 
 import ctypes
 from collections.abc import Iterator
