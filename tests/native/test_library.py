@@ -70,7 +70,7 @@ def test_a_variants_code_is_in_its_own_namespace(tmp_path: Path) -> None:
     assert compiler is not None
     for command, target in building.compilations(compiler, tmp_path):
         variant = target.name.split(".")[1]
-        if variant in ("", "generic"):
+        if variant != "avx2":  # names do not depend on which
             continue
         subprocess.run(command, check=True, capture_output=True)
         listed = subprocess.run(["nm", "-C", "--defined-only", target], check=True, capture_output=True, text=True)

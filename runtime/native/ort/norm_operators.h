@@ -16,11 +16,13 @@ class AddNormOp {
 
   explicit AddNormOp(const Info& info)
       : kernels_(norm_kernels()),
+        weight_(info, 2),
+        bias_(info, 3),
         epsilon_(info.number("epsilon")),
         is_layer_norm_(info.integer("is_layer_norm", 0) != 0) {}
 
   void compute(Context& run) {
-    const Tensor x = run.input(0), skip = run.input(1), weight = run.input(2), bias = run.input(3);
+    const Tensor x = run.input(0), skip = run.input(1), weight = weight_.of(run), bias = bias_.of(run);
     if (x.shape.count == 0 || weight.shape.num_elements() != x.shape.last()) {
       throw Failure("the weight's size is not that of the last axis");
     }
@@ -41,6 +43,7 @@ class AddNormOp {
 
  private:
   const NormKernels& kernels_;
+  Weight weight_, bias_;
   float epsilon_;
   bool is_layer_norm_;
 };

@@ -180,6 +180,18 @@ class Context {
   int num_threads_;
 };
 
+// An input that is a constant in most graphs, like a norm's weight: then it is asked for once, not in every run.
+class Weight {
+ public:
+  Weight(const Info& info, size_t index) : index_(index), constant_(info.constant(index)) {}
+  // Empty if the input is left out.
+  Tensor of(const Context& run) const { return constant_ ? constant_ : run.input(index_); }
+
+ private:
+  size_t index_;
+  Tensor constant_;
+};
+
 // How many threads sessions have that are made from now on: ONNX Runtime does not tell an operator.
 int session_threads();
 
