@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from runtime.artifact.manifest import Artifact
+from runtime.backends.ort.native import has_native_graph
 from runtime.backends.ort.native_session import open_cpu_session
 from runtime.machine.memory import default_budget
-from runtime.native.library import is_built
 
 # Timed decode steps. The mean settles within a few, and a step of a large model takes a second.
 _TIMED_STEPS = 16
@@ -50,8 +50,8 @@ def measure_speed(artifact: Artifact, work: Workload) -> Speed:
 
     capacity = min(work.prompt_len + max(work.new_tokens, 1), artifact.manifest.dims.max_len)
     rows = max(1, min(work.rows, int(default_budget() // (capacity * artifact.kv_bytes_per_token))))
-    has_native = "native" in artifact.manifest.dialects and is_built()
-    session = open_cpu_session(artifact, "native" if has_native else "ort", num_slots=rows, capacity=capacity)
+    dialect = "native" if has_native_graph(artifact) else "ort"
+    session = open_cpu_session(artifact, dialect, num_slots=rows, capacity=capacity)
     try:
         prefill(session, work.prompt_len)  # the first run of a length allocates
         for slot in range(1, rows):  # a cache that was never written costs no bandwidth to read

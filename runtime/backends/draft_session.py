@@ -1,13 +1,14 @@
 """Opens a draft model beside its target model: checks that they fit each other, and divides the memory.
 
-Both run on ONNX Runtime's CPU backend. Speculation needs logits that do not depend on how a run is cut, bit for bit,
-and the other backends do not give that.
+Both run on ONNX Runtime's CPU, with the native operators where they are built and in the artifact. Speculation needs
+logits that do not depend on how a run is cut, bit for bit, and the other backends do not give that.
 """
 
 from dataclasses import replace
 
 from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.backends.ort.cpu import OrtCpu
+from runtime.backends.ort.native import Native, has_native_graph
 from runtime.errors import InvalidSetting
 from runtime.machine.memory import default_budget
 from runtime.session.session import Session, SessionInfo
@@ -37,11 +38,16 @@ def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) ->
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
     ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token
-    return replace(settings, device=OrtCpu.name, kv_memory=max(1, budget * ours // (ours + its)))
+    is_native = settings.device != OrtCpu.name and has_native_graph(target)
+    device = Native.name if is_native or settings.device == Native.name else OrtCpu.name
+    return replace(settings, device=device, kv_memory=max(1, budget * ours // (ours + its)))
 
 
 def open_draft_session(draft: Artifact, target: SessionInfo, settings: EngineSettings) -> Session:
     """The draft model's session, with as many slots as the target's, and as long."""
-    from runtime.backends.ort.session import OrtSession
+    from runtime.backends.ort.native_session import open_cpu_session
 
-    return OrtSession.open(draft, num_slots=target.num_slots, capacity=target.capacity, threads=settings.threads)
+    dialect = "native" if has_native_graph(draft) else "ort"
+    return open_cpu_session(
+        draft, dialect, num_slots=target.num_slots, capacity=target.capacity, threads=settings.threads
+    )

@@ -22,9 +22,9 @@ from runtime.text.text_file import check_readable, pieces_of
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
-    from runtime.backends.ort.session import OrtSession
     from runtime.machine.progress import Progress
     from runtime.session.scoring import Distance, Likelihood
+    from runtime.session.session import Session
     from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 512
@@ -86,17 +86,19 @@ def evaluate(
     """Figures of one artifact on windows of token ids, of two if `against` is the reference; a JSON-able dict.
 
     Perplexity is exp of the mean negative log-likelihood in nats per predicted token; KL(against || artifact) is in
-    nats per token. `window` is the longest of the windows. `num_tokens`, the number of predictions, is for the progress
-    bar alone.
+    nats per token. Each runs its native graph where it can, else the `ort` one. `window` is the longest of the windows.
+    `num_tokens`, the number of predictions, is for the progress bar alone.
     """
-    from runtime.backends.ort.session import OrtSession
+    from runtime.backends.ort.native import has_native_graph
+    from runtime.backends.ort.native_session import open_cpu_session
     from runtime.machine.progress import progress_bar
 
     with ExitStack() as stack:
         sessions = []
         for one in (artifact, against):
             if one is not None:
-                sessions.append(OrtSession.open(one, num_slots=1, capacity=window, threads=threads))
+                dialect = "native" if has_native_graph(one) else "ort"
+                sessions.append(open_cpu_session(one, dialect, num_slots=1, capacity=window, threads=threads))
                 stack.callback(sessions[-1].close)
         bar = stack.enter_context(progress_bar("eval", total=num_tokens, unit="token"))
         if against is None:
@@ -105,7 +107,7 @@ def evaluate(
         return _distance_figures(_distance(sessions[0], sessions[1], windows, bar), against)
 
 
-def _likelihood(session: "OrtSession", windows: Iterator[list[int]], bar: "Progress") -> "Likelihood":
+def _likelihood(session: "Session", windows: Iterator[list[int]], bar: "Progress") -> "Likelihood":
     from runtime.session.scoring import Likelihood, log_softmax, score
 
     likelihood = Likelihood()
@@ -116,9 +118,7 @@ def _likelihood(session: "OrtSession", windows: Iterator[list[int]], bar: "Progr
     return likelihood
 
 
-def _distance(
-    session: "OrtSession", reference: "OrtSession", windows: Iterator[list[int]], bar: "Progress"
-) -> "Distance":
+def _distance(session: "Session", reference: "Session", windows: Iterator[list[int]], bar: "Progress") -> "Distance":
     from runtime.session.scoring import Distance, score
 
     distance = Distance()

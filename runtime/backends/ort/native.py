@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from runtime.settings import EngineSettings
 
 
+def has_native_graph(artifact: "Artifact") -> bool:
+    """Whether an artifact can run on the native operators here."""
+    return is_built() and "native" in artifact.manifest.dialects
+
+
 class Native(Backend):
     """The KV cache is in the machine's memory, as large as what is free allows."""
 
