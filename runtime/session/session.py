@@ -25,6 +25,8 @@ class Batch:
 
     A row with `query_len[b] == 0` is idle: nothing of it is read, its logits are undefined.
 
+    A batch may run again with new values in `token_ids` and `past_len`; the rest of it never changes.
+
     token_ids: int64 [B, S], B >= 1, S >= 1; padding is any valid id
     past_len:  int32 [B], tokens already in the slot
     query_len: int32 [B], 0 <= query_len <= S; a session that is not ragged takes S == 1, or B == 1 and

@@ -323,3 +323,33 @@ def test_a_broken_row_is_noticed_by_its_sum() -> None:
     for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2)):
         with pytest.raises(BadLogitsError):
             make_sampler(params, [1]).sample_top(top)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 9}, {"typical_p": 0.8}, {"top_p": 0.8, "min_p": 0.1}],
+    ids=str,
+)
+def test_a_mask_leaves_what_a_row_without_the_others_leaves(settings: dict[str, Any]) -> None:
+    rng = np.random.default_rng(3)
+    params = SamplingParams(temperature=0.8, **settings)
+    for share in (0.002, 0.3, 1.0):
+        logits = rng.standard_normal(500, np.float32) * 4
+        allowed = rng.random(500) <= share
+        allowed[7] = True
+        masked = np.where(allowed, logits, np.float32(-np.inf))
+        ids, weights = filtered(logits, params, allowed)
+        expected_ids, expected = filtered(masked, params)
+        np.testing.assert_array_equal(weights[weights > 0], expected[expected > 0])
+        if ids is not None and expected_ids is not None:
+            np.testing.assert_array_equal(ids, expected_ids)
+        greedy = make_sampler(SamplingParams(temperature=0), [])
+        assert greedy.sample(logits, allowed).token_id == int(masked.argmax())
+
+
+def test_what_float32_cannot_add_to_the_likeliest_token_is_not_drawn_with_top_p() -> None:
+    logits = np.zeros(1000, np.float32)
+    logits[3], logits[4] = 40, 39
+    ids, _ = filtered(logits, SamplingParams(top_p=0.99))
+    assert ids is not None and ids.tolist() == [3, 4]
+    assert filtered(logits, SamplingParams(top_p=1)).ids is None, "without top-p every token can be drawn"

@@ -5,7 +5,6 @@ Knows the tensor names of an artifact's graph through the manifest, and nothing 
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from runtime.backends.ort.pools import DeviceCopier, DevicePool, HostPool, Pool,
 from runtime.errors import InvalidSetting
 from runtime.machine.kv_pages import PageLayout, aligned_len
 from runtime.machine.sizes import item_bytes
-from runtime.session.feeds import packed_inputs, padded_inputs
+from runtime.session.feeds import PackedInputs, padded_inputs
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Batch, KvRows, SessionInfo
 
@@ -73,9 +72,9 @@ class OrtSession:
         graph = load_cpu_graph(
             artifact, dialect, threads=threads, saves_memory=saves_memory, keeps_rows_whole=keeps_rows_whole
         )
-        # One position more, for the copy of a single token (`packed_inputs`), when the slot is full too.
+        # One position more, for the copy of a single token (`PackedInputs`), when the slot is full too.
         pool, layout = host_pool(dims, kv, num_slots=num_slots, capacity=capacity, num_spare=int(is_run_exact))
-        packed = partial(packed_inputs, doubles_singles=is_run_exact)
+        packed = PackedInputs(doubles_singles=is_run_exact)
         info = SessionInfo(
             device="cpu",
             num_slots=num_slots,
@@ -112,7 +111,7 @@ class OrtSession:
             kv_bytes_per_token=artifact.kv_bytes_per_token,
         )
         names = kv.cache_names(dims.num_layers)
-        return cls(graph, DevicePool(names, shape, kv.dtype, device=device, copier=copier), packed_inputs, info)
+        return cls(graph, DevicePool(names, shape, kv.dtype, device=device, copier=copier), PackedInputs(), info)
 
     @property
     def info(self) -> SessionInfo:

@@ -8,6 +8,10 @@ from runtime.engine.planning.run import MAX_PLACES, Run
 from runtime.engine.sequence import LiveSequence
 from runtime.session.session import Batch, Session
 
+IDLE_ROW = 50
+"""Tokens that can be copied to another slot while a step runs one idle row. On two cores of a Zen 4 (SmolLM2-135M in
+w8a8) 16 idle rows between 16 running ones cost 5.3 ms a step, and copying 180 tokens 1.1 ms."""
+
 
 class DecodeRows:
     """The decoding sequences by slot, and the runs over slots [0, highest decoding + 1), with drafts where they
@@ -25,6 +29,7 @@ class DecodeRows:
         self._next_ids = np.zeros((info.num_slots, 1), np.int64)
         self._is_decoding = np.zeros(info.num_slots, np.int32)
         self._run: Run | None = None  # kept until a row joins, leaves or moves
+        self._num_idle = 0  # idle rows of all steps since a row was moved
 
     @property
     def sequences(self) -> list[LiveSequence]:
@@ -55,14 +60,21 @@ class DecodeRows:
         self._slots.past_len[:span] += self._is_decoding[:span]
 
     def compact(self) -> None:
-        """Move the highest decoding rows into free slots below; what waits has been admitted by now."""
+        """Move the highest decoding rows into free slots below, once steps have lost as much time to idle rows as a
+        copy takes: a request that arrives soon fills the gap for nothing. What waits has been admitted by now."""
+        span = self._span()
+        self._num_idle += span - int(self._is_decoding.sum())
         while (target := self._slots.lowest_free) is not None:
             source = self._span() - 1
             if source < target:
+                self._num_idle = 0
                 return
             sequence = self._sequences[source]
             assert sequence is not None
             num_tokens = int(self._slots.past_len[source])
+            if num_tokens > self._num_idle * IDLE_ROW:
+                return
+            self._num_idle -= -(-num_tokens // IDLE_ROW)
             self._copy_slot(source, target, num_tokens)
             self._slots.take()
             self._slots.past_len[target] = num_tokens

@@ -13,6 +13,8 @@ def inverse_cdf(weights: Row, uniform: float) -> int:
 
     Two levels, blocks and then one block, for a running sum over a whole vocabulary takes ten times as long.
     """
+    if len(weights) <= _BLOCK:
+        return _pass(weights, uniform)[0]
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK))
     block, fraction = _pass(sums, uniform)
     position, _ = _pass(weights[block * _BLOCK : (block + 1) * _BLOCK], fraction)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.core import SamplingParams, TokenLogprob
 from runtime.engine.sampling.draw import inverse_cdf
-from runtime.engine.sampling.filters import filtered, filtered_top, is_kept, weights_of
+from runtime.engine.sampling.filters import filtered, filtered_top, only
 from runtime.engine.sampling.logits import Row, check_top, most_likely
 from runtime.engine.sampling.logprobs import logprobs_of, logprobs_of_top
 from runtime.engine.sampling.penalties import Penalties, has_penalties
@@ -69,14 +69,15 @@ def make_sampler(params: SamplingParams, prompt_ids: Iterable[int], end_ids: Col
     return _Unended(sampler, params.min_tokens, end_ids) if params.min_tokens and end_ids else sampler
 
 
-def _only(row: Row, allowed: Allowed | None) -> Row:
-    """The logits with those of other tokens at minus infinity."""
-    return row if allowed is None else np.where(allowed, row, np.float32(-np.inf))
+def _best(row: Row, allowed: Allowed | None) -> int:
+    """The most likely token, among those allowed."""
+    best = most_likely(row)
+    return best if allowed is None or allowed[best] else most_likely(only(row, allowed))
 
 
 class _Greedy:
     def sample(self, row: Row, allowed: Allowed | None = None) -> SampledToken:
-        return SampledToken(most_likely(_only(row, allowed)))
+        return SampledToken(_best(row, allowed))
 
     def sample_top(self, top: TopRow) -> SampledToken:
         check_top(top)
@@ -118,8 +119,8 @@ class _Chain:
         self._rng = np.random.Generator(np.random.PCG64(seed))
 
     def sample(self, row: Row, allowed: Allowed | None = None) -> SampledToken:
-        edited = _only(row if self._penalties is None else self._penalties.apply(row), allowed)
-        token_id = most_likely(edited) if self._params.is_greedy else self._draw(edited)
+        edited = row if self._penalties is None else self._penalties.apply(row)
+        token_id = _best(edited, allowed) if self._params.is_greedy else self._draw(edited, allowed)
         if self._penalties is not None:
             self._penalties.count(token_id)
         if self._params.logprobs is None:
@@ -141,14 +142,7 @@ class _Chain:
         assert kept.ids is not None
         return int(kept.ids[inverse_cdf(kept.weights, self._rng.random())])
 
-    def _draw(self, logits: Row) -> int:
-        """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again
-        among the kept. Each kept token ends up with its share of the kept, and most rows are spared the sorting."""
-        if self._params.top_k == 0 and self._params.typical_p == 1:
-            weights = weights_of(logits, self._params.temperature)
-            token_id = inverse_cdf(weights, self._rng.random())
-            if is_kept(weights, token_id, self._params):
-                return token_id
-        kept = filtered(logits, self._params)
+    def _draw(self, logits: Row, allowed: Allowed | None) -> int:
+        kept = filtered(logits, self._params, allowed)
         position = inverse_cdf(kept.weights, self._rng.random())
         return position if kept.ids is None else int(kept.ids[position])

@@ -13,9 +13,9 @@ changed number in a line that is copied), and a rate for every length of a match
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from runtime.engine.speculation.running_mean import updated
+from runtime.engine.speculation.token_index import TokenIndex
 
 UNMEASURED_MISS = 0.85
 """Before acceptance is measured: each token of a match multiplies the probability of a wrong next token by this."""
@@ -32,7 +32,7 @@ class PromptLookup:
     next draft token, None if nothing matches.
     """
 
-    __slots__ = ("_match_len", "_num_predicted", "_pairs", "_rates", "_singles", "_triples", "ids", "match")
+    __slots__ = ("_answered", "_known", "_match_len", "_num_predicted", "_rates", "ids", "match")
 
     def __init__(self, prompt_ids: Sequence[int], predicted_ids: Sequence[int] = ()) -> None:
         self.ids = [*predicted_ids, *prompt_ids]
@@ -42,23 +42,15 @@ class PromptLookup:
         self._rates: list[float] = [
             1 - UNMEASURED_MISS ** (0.75 * 2**bits) for bits in range(NUM_RATES)
         ]  # of the middle length
-        # Keys to the place behind them; of equal keys the last place stays, but the prediction's before the prompt's.
-        self._singles: dict[int, int] = {}
-        self._pairs: dict[tuple[int, int], int] = {}
-        self._triples: dict[tuple[int, int, int], int] = {}
-        self._learn(prompt_ids, self._num_predicted)
+        # The answer's tokens, pairs and triples to the last place behind them. They come before the prediction's, and
+        # those before the prompt's.
+        self._answered: dict[tuple[int, ...], int] = {}
+        self._known = [TokenIndex(prompt_ids, self._num_predicted)]
         if predicted_ids:
-            self._learn(predicted_ids, 0)
+            self._known.insert(0, TokenIndex(predicted_ids))
             self.match, self._match_len = 0, PREDICTED_MATCH
         else:
             self.match, self._match_len = self._find(self._last_ids())
-
-    def _learn(self, ids: Sequence[int], start: int) -> None:
-        """Note the places of tokens that stand in `self.ids` from `start` on; their end has nothing behind it yet."""
-        end = start + len(ids)
-        self._singles.update(zip(ids, range(start + 1, end), strict=False))
-        self._pairs.update(zip(pairwise(ids), range(start + 2, end), strict=False))
-        self._triples.update(zip(zip(ids, ids[1:], ids[2:], strict=False), range(start + 3, end), strict=False))
 
     @property
     def text_ids(self) -> list[int]:
@@ -103,14 +95,9 @@ class PromptLookup:
             is_end = self.match + 1 == self._num_predicted
             self._match_len += 1
             self.match = self.match + 1 if is_right and not is_end else None
-        place = len(ids)
-        text_len = place - self._num_predicted
-        if text_len >= 1:
-            self._singles[ids[-1]] = place
-        if text_len >= 2:
-            self._pairs[ids[-2], ids[-1]] = place
-        if text_len >= 3:
-            self._triples[ids[-3], ids[-2], ids[-1]] = place
+        last, place = tuple(self._last_ids()), len(ids)
+        for start in range(len(last)):
+            self._answered[last[start:]] = place
         ids.append(token_id)
         if self.match is None:
             self.match, self._match_len = self._find(self._last_ids())
@@ -121,11 +108,15 @@ class PromptLookup:
 
     def _find(self, last: list[int]) -> tuple[int | None, int]:
         """A place behind the last three tokens, else behind two, else behind one, and how many those are."""
-        if len(last) == 3 and (place := self._triples.get((last[0], last[1], last[2]))) is not None:
-            return place, 3
-        if len(last) >= 2 and (place := self._pairs.get((last[-2], last[-1]))) is not None:
-            return place, 2
-        return (self._singles.get(last[-1]) if last else None), 1
+        if not last:
+            return None, 1
+        known = [index.places(last) for index in self._known]
+        for match_len in range(len(last), 0, -1):
+            answered = self._answered.get(tuple(last[-match_len:]))
+            for place in (answered, *(places[match_len - 1] for places in known)):
+                if place is not None:
+                    return place, match_len
+        return None, 1
 
 
 def _rate_idx(match_len: int) -> int:

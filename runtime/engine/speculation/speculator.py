@@ -59,8 +59,10 @@ class Speculator:
         sequence.draft_state = DraftState(PromptLookup(request.prompt_ids, request.options.prediction_ids))
 
     def draft(self, sequences: Sequence[LiveSequence], max_len: int) -> list[list[int]] | None:
-        candidates = [self._candidate(sequence, max_len) for sequence in sequences]
-        lengths = self._best_lengths(candidates)
+        candidates, lengths = [DraftCandidate()], [0]
+        if self._can_pay(len(sequences)):
+            candidates = [self._candidate(sequence, max_len) for sequence in sequences]
+            lengths = self._best_lengths(candidates)
         if not any(lengths):
             if self._draft_model is not None:
                 for sequence in sequences:
@@ -105,7 +107,17 @@ class Speculator:
             return copied
         return DraftCandidate([state.model_rate] * max_len)
 
-    def _best_lengths(self, candidates: Sequence[DraftCandidate]) -> Sequence[int]:
+    def _can_pay(self, num_rows: int) -> bool:
+        """Whether the longest drafts would pay if all their tokens were right; if they would not, no others do."""
+        if not self._min_gain:
+            return True
+        alone_s = self._cost.estimate(num_rows, 0)
+        seconds = self._cost.estimate(num_rows, num_rows * MAX_DRAFT)
+        if alone_s is None or seconds is None:
+            return False
+        return (1 + MAX_DRAFT) / seconds > self._min_gain / alone_s
+
+    def _best_lengths(self, candidates: Sequence[DraftCandidate]) -> list[int]:
         """The lengths of drafts with the most expected tokens a second; all 0 if none is fast enough."""
         if not self._min_gain:
             return [len(candidate.rates) for candidate in candidates]
