@@ -250,6 +250,25 @@ def test_a_row_moves_down_when_a_lower_slot_is_free_and_nobody_waits() -> None:
     assert kept.events == alone([3], greedy(8))
 
 
+def test_a_long_row_moves_only_after_idle_rows_have_cost_as_much_and_not_if_the_gap_is_filled() -> None:
+    for is_filled in (False, True):
+        session = FakeSession(num_slots=3, capacity=400)
+        engine = Engine(session, prefill_chunk=400)
+        add(engine, "a", [1], greedy(2))
+        add(engine, "b", [2] * 20, greedy(30))
+        kept = add(engine, "c", [3] * 120, greedy(30))
+        engine.step()
+        engine.step()  # "a" ends
+        engine.step()
+        assert engine.live["c"].slot == 2
+        if is_filled:
+            add(engine, "d", [4], greedy(40))
+        while engine.has_work:
+            engine.step()
+        assert session.copies == ([] if is_filled else [(2, 0, 123)])
+        assert kept.events == alone([3] * 120, greedy(30))
+
+
 def test_a_freed_slot_goes_to_who_waits_before_rows_move() -> None:
     session = FakeSession(num_slots=2)
     engine = Engine(session)
