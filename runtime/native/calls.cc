@@ -1,5 +1,6 @@
 // Entry points for callers without a session: tests and benchmarks call the chosen variant's kernels through ctypes.
-#include "norm.h"
+#include "linear/linear.h"
+#include "norm/norm.h"
 #include "threads.h"
 
 using namespace headrace;
@@ -12,4 +13,22 @@ HEADRACE_EXPORT void headrace_add_norm(const AddNorm* job, int num_threads) {
 HEADRACE_EXPORT void headrace_gate_up(const GateUp* job, int num_threads) {
   const Threads threads{num_threads};
   norm_kernels().gate_up(*job, threads.parallel());
+}
+
+HEADRACE_EXPORT int64_t headrace_packed_bytes(const WeightShape* shape) { return shape->packed_bytes(); }
+
+HEADRACE_EXPORT void headrace_pack_blocks(const WeightShape* shape, const uint8_t* values, const float* scales,
+                                          const uint8_t* zero_points, uint8_t* packed) {
+  linear_kernels().pack_blocks(*shape, values, scales, zero_points, packed, sequential());
+}
+
+HEADRACE_EXPORT void headrace_pack_channels(const WeightShape* shape, const int8_t* values, const float* scales,
+                                            uint8_t* packed) {
+  linear_kernels().pack_channels(*shape, values, scales, packed, sequential());
+}
+
+HEADRACE_EXPORT void headrace_multiply(const WeightShape* shape, const uint8_t* packed, const float* x,
+                                       int64_t num_rows, float scale, float fine_scale, float* y, int num_threads) {
+  const Threads threads{num_threads};
+  linear_kernels().multiply(*shape, packed, x, num_rows, RowScales{scale, fine_scale}, y, threads.parallel());
 }

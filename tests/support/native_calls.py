@@ -30,7 +30,7 @@ def address(array: NDArray[Any] | None) -> int | None:
 
 
 class AddNormJob(ctypes.Structure):
-    """`AddNorm` of runtime/native/norm.h."""
+    """`AddNorm` of runtime/native/norm/norm.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "skip", "weight", "bias", "normed", "sum")),
@@ -42,7 +42,7 @@ class AddNormJob(ctypes.Structure):
 
 
 class GateUpJob(ctypes.Structure):
-    """`GateUp` of runtime/native/norm.h."""
+    """`GateUp` of runtime/native/norm/norm.h."""
 
     _fields_ = (
         ("stacked", ctypes.c_void_p),

@@ -107,7 +107,7 @@ def test_imports_between_rooms_run_from_high_to_low(package: str) -> None:
 @pytest.mark.parametrize("package", ROOMS)
 def test_a_folder_has_few_entries(package: str) -> None:
     folders = [ROOT / package, *(entry for entry in (ROOT / package).glob("**/*") if entry.is_dir())]
-    ignored = {"__pycache__", "py.typed", "README.md"}
+    ignored = {"__pycache__", "py.typed", "README.md", "built"}
     for folder in folders:
         entries = {entry.name for entry in folder.iterdir()} - ignored
         assert len(entries) <= MAX_ENTRIES or folder.name == "page", f"{folder.relative_to(ROOT)} has {len(entries)}"

@@ -1,7 +1,7 @@
 // headrace.AddNorm and headrace.GateUp.
 #pragma once
 
-#include "../norm.h"
+#include "../norm/norm.h"
 #include "operator.h"
 
 namespace headrace {

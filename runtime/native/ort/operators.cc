@@ -3,6 +3,7 @@
 
 #include "../variant.h"
 #include "attention_operator.h"
+#include "linear_operators.h"
 #include "norm_operators.h"
 
 namespace {
@@ -18,7 +19,8 @@ HEADRACE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const O
   const OrtApi* api = base->GetApi(API_VERSION);
   if (api == nullptr) return nullptr;  // older than 1.18: the operators stay unknown, and the session says so
   OrtCustomOp* const operators[] = {describe<AddNormOp>(), describe<GateUpOp>(), describe<AttentionOp<FLOAT>>(),
-                                    describe<AttentionOp<FLOAT16>>(), describe<AttentionOp<INT8>>()};
+                                    describe<AttentionOp<FLOAT16>>(), describe<AttentionOp<INT8>>(),
+                                    describe<BlockLinearOp>(), describe<Int8LinearOp>()};
   // Every session option that the library is registered with gets the one domain. It lives as long as the process.
   static OrtCustomOpDomain* domain = nullptr;
   if (domain == nullptr) {

@@ -1,8 +1,8 @@
 // Sum and norm of rows, and the gate of an MLP. A row's sums are made in one order, whoever runs it.
 #include "norm.h"
 
-#include "vec.h"
-#include "vec_math.h"
+#include "../vec.h"
+#include "../vec_math.h"
 
 namespace headrace {
 namespace HEADRACE_VARIANT {

@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
-#include "parallel.h"
-#include "variant.h"
+#include "../parallel.h"
+#include "../variant.h"
 
 namespace headrace {
 
