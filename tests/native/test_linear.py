@@ -87,7 +87,7 @@ def test_two_passes_are_those_of_float64(library: ctypes.CDLL, k: int, n: int) -
     weights, scales = random.integers(-127, 128, (k, n)).astype(np.int8), np.full(n, 0.01, np.float32)
     x, scale = floats(11, k), np.float32(0.03)
     fine_scale = scale / np.float32(254)
-    y = pack_channels(library, weights, scales, scale=scale, fine_scale=fine_scale).multiply(x)
+    y = pack_channels(library, weights, scales, scale=float(scale), fine_scale=float(fine_scale)).multiply(x)
     coarse = np.clip(np.rint(x * (np.float32(1) / scale)), -128, 127)
     left = (x - coarse.astype(np.float64) * scale).astype(np.float32)
     fine = np.clip(np.rint(left * (np.float32(1) / fine_scale)), -128, 127)

@@ -95,7 +95,10 @@ def test_blocks_that_do_not_fit_are_refused(change: dict[str, int], message: str
     ],
 )
 def test_channels_that_do_not_fit_are_refused(num_scales: int, attributes: dict[str, Any], message: str) -> None:
-    constants = {"values": np.ones((32, 5), np.int8), "scales": np.ones(num_scales, np.float32)}
+    constants: dict[str, NDArray[Any]] = {
+        "values": np.ones((32, 5), np.int8),
+        "scales": np.ones(num_scales, np.float32),
+    }
     with pytest.raises(Exception, match=message):
         session("Int8Linear", constants, 1, **attributes)
 
