@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from export.graph.builder import NATIVE, GraphBuilder
+from export.graph.native.linear import block_linear, int8_linear
 from export.graph.ort.operations import PackedOperations
 from export.graph.rotary import RotaryTables
 from export.graph.weights import GraphWeights
@@ -40,6 +41,9 @@ class CacheInputs(NamedTuple):
 
 class NativeOperations(PackedOperations):
     """Of what has no native operator, ONNX Runtime's operators."""
+
+    multiply_blocks = staticmethod(block_linear)
+    multiply_int8 = staticmethod(int8_linear)
 
     def __init__(
         self, g: GraphBuilder, weights: GraphWeights, storage: Storage, layers: QuantizedLayers, inputs: CacheInputs

@@ -23,7 +23,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.graph.builder import GraphBuilder
 from export.graph.ort.attention import AttentionStep, CacheInputs, FloatAttention
 from export.graph.ort.int8_attention import Int8Attention
-from export.graph.ort.linear import embedding, tied_lm_head
+from export.graph.ort.linear import embedding
 from export.graph.ort.operations import OrtOperations, PackedOperations
 from export.graph.rotary import rotary_initializers
 from export.graph.types import numpy_type, onnx_type
@@ -68,7 +68,7 @@ class DecoderGraph:
         hidden = walk_final_norm(ops, stream, c.final_norm)
         wanted = g.op("Gather", [hidden, self.logits_idx], "hidden.wanted", axis=0)
         if c.tie_word_embeddings:
-            raw = tied_lm_head(g, wanted, table, shared, self.storage, "logits.raw")
+            raw = ops.tied_logits(wanted, table, shared)
         else:
             raw = ops.linear(wanted, c.head.linear)
         g.output(ops.finished(raw, c.head), ir.DataType.FLOAT, ["R", c.vocab_size])

@@ -22,12 +22,17 @@ from export.graph.weights import Weight
 from export.quantize.rounding.layers import Int8Layer
 
 
-def int8_linear(g: GraphBuilder, x: ir.Value, weight: Weight, layer: Int8Layer, name: str) -> ir.Value:
-    """x float32 `[..., K]` times weight transposed, float32 `[..., N]`."""
+def int8_weights(g: GraphBuilder, weight: Weight, layer: Int8Layer) -> tuple[ir.Value, ir.Value]:
+    """The initializers: int8 `[K, N]`, and a float32 scale for each column."""
     rows = layer.load()
     assert rows.values.shape == weight.shape, (weight.name, rows.values.shape, weight.shape)
     values = g.array(f"{weight.name}.int8", np.ascontiguousarray(rows.values.T))
-    scales = g.array(f"{weight.name}.int8.scales", rows.scales)
+    return values, g.array(f"{weight.name}.int8.scales", rows.scales)
+
+
+def int8_linear(g: GraphBuilder, x: ir.Value, weight: Weight, layer: Int8Layer, name: str) -> ir.Value:
+    """x float32 `[..., K]` times weight transposed, float32 `[..., N]`."""
+    values, scales = int8_weights(g, weight, layer)
     zero = g.constant("int8.zero", np.array(128, np.uint8))
     weight_zero = g.constant(f"{weight.name}.int8.zero", np.zeros(weight.shape[0], np.int8))
 

@@ -3,7 +3,7 @@
 Knows nothing about decoders.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +34,20 @@ class QuantizedWeight(NamedTuple):
     zero_points: ir.Value | None
 
 
-def float_or_block_linear(g: GraphBuilder, x: ir.Value, weight: Weight, storage: Storage, name: str) -> ir.Value:
+BlockProduct = Callable[[GraphBuilder, ir.Value, QuantizedWeight, tuple[int, int], Blocks, str], ir.Value]
+"""x `[..., K]` times a block-quantized matrix of shape `[N, K]` transposed: the operator is the dialect's own."""
+
+
+def float_or_block_linear(
+    g: GraphBuilder, x: ir.Value, weight: Weight, storage: Storage, name: str, multiply: BlockProduct
+) -> ir.Value:
     """x `[..., K]` times weight transposed, `[..., N]`."""
     blocks = storage.fallback_of(weight.role)
     if not isinstance(blocks, Blocks):
         matrix = weight.load().T.astype(storage.compute)
         return g.op("MatMul", [x, g.array(weight.name, matrix)], name)
     stored = _write_blocks(g, weight, blocks)
-    return _blocked_matmul(g, x, stored, weight.shape, blocks, name)
+    return multiply(g, x, stored, weight.shape, blocks, name)
 
 
 def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, storage: Storage, name: str) -> tuple[ir.Value, Any]:
@@ -68,15 +74,19 @@ def embedding(g: GraphBuilder, ids: ir.Value, weight: Weight, storage: Storage, 
     return x, stored
 
 
-def tied_lm_head(g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, storage: Storage, name: str) -> ir.Value:
+def tied_lm_head(
+    g: GraphBuilder, x: ir.Value, weight: Weight, shared: Any, storage: Storage, name: str, multiply: BlockProduct
+) -> ir.Value:
     """Logits of x `[R, K]` with the embedding's weights; `shared` comes from `embedding`."""
     blocks = storage.embedding
     if not isinstance(blocks, Blocks):
         return g.op("Gemm", [x, shared], name, transB=1)
-    return _blocked_matmul(g, x, shared, weight.shape, blocks, name)
+    return multiply(g, x, shared, weight.shape, blocks, name)
 
 
-def imported_linear(g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str) -> ir.Value:
+def imported_linear(
+    g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str, multiply: BlockProduct
+) -> ir.Value:
     """x times a matrix that is quantized already; x is reordered first if GPTQ's act-order stored its columns so."""
     rows, blocks, order = imported
     if order is not None:
@@ -85,7 +95,7 @@ def imported_linear(g: GraphBuilder, x: ir.Value, weight: Weight, imported: Impo
     values = g.weight(f"{weight.name}.q{blocks.bits}", extent, ir.DataType.UINT8, rows.values.shape)
     scales = g.array(f"{weight.name}.scales", rows.scales)
     zero_points = None if rows.zero_points is None else g.array(f"{weight.name}.zero_points", rows.zero_points)
-    return _blocked_matmul(g, x, QuantizedWeight(extent, values, scales, zero_points), weight.shape, blocks, name)
+    return multiply(g, x, QuantizedWeight(extent, values, scales, zero_points), weight.shape, blocks, name)
 
 
 def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedWeight:
@@ -118,9 +128,10 @@ def _write_blocks(g: GraphBuilder, weight: Weight, blocks: Blocks) -> QuantizedW
     return QuantizedWeight(extent, stored, scales, zero_points)
 
 
-def _blocked_matmul(
+def matmul_nbits(
     g: GraphBuilder, x: ir.Value, stored: QuantizedWeight, shape: tuple[int, int], blocks: Blocks, name: str
 ) -> ir.Value:
+    """The product in ONNX Runtime's operator."""
     inputs = [x, stored.values, stored.scales] + ([stored.zero_points] if stored.zero_points else [])
     return g.op(
         "MatMulNBits",

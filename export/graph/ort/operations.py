@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +11,7 @@ from export.graph.builder import MICROSOFT, GraphBuilder
 from export.graph.operations import GraphOperations
 from export.graph.ort.attention import AttentionStep
 from export.graph.ort.int8_linear import int8_linear
-from export.graph.ort.linear import float_or_block_linear, imported_linear
+from export.graph.ort.linear import BlockProduct, float_or_block_linear, imported_linear, matmul_nbits, tied_lm_head
 from export.graph.types import onnx_type
 from export.graph.weights import GraphWeights, Weight
 from export.model.description import Block, Linear, Norm, NormKind
@@ -23,7 +24,11 @@ class PackedOperations(GraphOperations):
     """A value is packed: `[tokens of all rows, channels]`. Only `attend` sees rows.
 
     present: by layer, the caches with the new tokens
+    multiply_blocks, multiply_int8: the operators of quantized products
     """
+
+    multiply_blocks: BlockProduct = staticmethod(matmul_nbits)
+    multiply_int8 = staticmethod(int8_linear)
 
     def __init__(self, g: GraphBuilder, weights: GraphWeights, storage: Storage, layers: QuantizedLayers) -> None:
         super().__init__(g, weights, onnx_type(storage.compute))
@@ -42,10 +47,14 @@ class PackedOperations(GraphOperations):
     def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
         stored = self._layers.take(linear)
         if isinstance(stored, Int8Layer):
-            return int8_linear(self.g, x, weight, stored, out)
+            return self.multiply_int8(self.g, x, weight, stored, out)
         if stored is not None:
-            return imported_linear(self.g, x, weight, stored, out)
-        return float_or_block_linear(self.g, x, weight, self._storage, out)
+            return imported_linear(self.g, x, weight, stored, out, self.multiply_blocks)
+        return float_or_block_linear(self.g, x, weight, self._storage, out, self.multiply_blocks)
+
+    def tied_logits(self, x: ir.Value, weight: Weight, shared: Any) -> ir.Value:
+        """Logits of x `[R, K]` with the embedding's weights; `shared` comes from `embedding`."""
+        return tied_lm_head(self.g, x, weight, shared, self._storage, "logits.raw", self.multiply_blocks)
 
     def norm_weights(self, norm: Norm) -> list[ir.Value]:
         """The weight, and the bias if there is one. A layer norm always has one, because the fused kernel needs it."""
