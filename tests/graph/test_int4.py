@@ -15,7 +15,7 @@ from export.calibration.dataset import CalibrationOptions
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import CheckpointView
 from export.graph.builder import GraphBuilder
-from export.graph.ort.linear import imported_linear
+from export.graph.ort.linear import imported_linear, matmul_nbits
 from export.graph.weights import Weight
 from export.model.description import Site
 from export.model.families.architectures import parse_config
@@ -88,7 +88,7 @@ def test_the_kernel_multiplies_with_what_was_packed(tmp_path: Path) -> None:
         g = GraphBuilder(weights)
         source = g.input("x", ir.DataType.FLOAT, ["n", 64])
         stored = Weight("w", "down", weight.shape, lambda: weight)
-        y = imported_linear(g, source, stored, ImportedRows(rows, INT4, None), "y")
+        y = imported_linear(g, source, stored, ImportedRows(rows, INT4, None), "y", matmul_nbits)
         g.output(y, ir.DataType.FLOAT, ["n", 24])
     ir.save(g.model("test", "0"), tmp_path / "model.onnx")
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

@@ -67,10 +67,7 @@ class DecoderGraph:
             stream = walk_block(ops, block, stream)
         hidden = walk_final_norm(ops, stream, c.final_norm)
         wanted = g.op("Gather", [hidden, self.logits_idx], "hidden.wanted", axis=0)
-        if c.tie_word_embeddings:
-            raw = ops.tied_logits(wanted, table, shared)
-        else:
-            raw = ops.linear(wanted, c.head.linear)
+        raw = ops.tied_logits(wanted, table, shared) if c.tie_word_embeddings else ops.linear(wanted, c.head.linear)
         g.output(ops.finished(raw, c.head), ir.DataType.FLOAT, ["R", c.vocab_size])
         for present in ops.present:
             for kv in "kv":
