@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from export.storage.blocks import QuantizedRows, pack, quantize_rows
-from tests.support.native_calls import NAMES, variant
-from tests.support.native_linear import PackedWeights, block_product, pack_blocks, pack_channels, quantized_inputs
+from tests.support.native.calls import NAMES, variant
+from tests.support.native.linear import PackedWeights, block_product, pack_blocks, pack_channels, quantized_inputs
 
 # One output, a panel less one, a panel and one, whole pairs of panels, and what is neither.
 OUTPUTS = [1, 15, 17, 32, 100]

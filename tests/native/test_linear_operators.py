@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.storage.blocks import quantize_rows
 from runtime.native.library import operators_for
-from tests.support.native_linear import pack_blocks, pack_channels
+from tests.support.native.linear import pack_blocks, pack_channels
 
 DOMAIN = "headrace"
 

@@ -13,7 +13,7 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.native_session import NativeSession, open_cpu_session, slot_inputs
 from runtime.session.scoring import Distance
 from runtime.session.session import Batch
-from tests.support.native_calls import NAMES, variant
+from tests.support.native.calls import NAMES, variant
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces
 from tests.support.tiny.artifact import TinyExports
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from runtime.native.library import operators_for
-from tests.support.native_calls import add_norm, gate_up
+from tests.support.native.calls import add_norm, gate_up
 
 DOMAIN = "headrace"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.support.native_calls import NAMES, add_norm, gate_up, variant
+from tests.support.native.calls import NAMES, add_norm, gate_up, variant
 
 SIZES = [1, 3, 16, 37, 64, 576, 1001]
 

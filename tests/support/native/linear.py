@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.storage.blocks import QuantizedRows, unpack
-from tests.support.native_calls import address
+from tests.support.native.calls import address
 
 
 class WeightShape(ctypes.Structure):
