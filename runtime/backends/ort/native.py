@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from runtime.backends.backend import Backend, Problem, host_budget, slots_for
 from runtime.backends.environment import Environment
 from runtime.backends.ort.cpu import runtime_problems
-from runtime.native.library import is_built
+from runtime.native.library import is_built, load_library, variant_of
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
@@ -37,6 +37,11 @@ class Native(Backend):
         yield from runtime_problems(env, self.packages)
         if not is_built():
             yield Problem("the native operators are not built", "make native (it needs g++ or clang++)")
+
+    def note(self, env: Environment) -> str:
+        """With the instructions that the operators use."""
+        package = super().note(env)
+        return f"{package}, {variant_of(load_library())}" if package and is_built() else package
 
     def open(self, artifact: "Artifact", settings: "EngineSettings") -> "Session":
         from runtime.backends.ort.native_session import NativeSession
