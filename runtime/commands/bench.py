@@ -1,8 +1,8 @@
 """`headrace bench`: how fast an artifact is on this machine, and how near to what the machine could do.
 
 Prefill and decode are measured on the session alone, latencies and overhead on the whole engine around the same
-session. Every round measures each case and the machine's two peaks once, so that a machine that slows down slows all of
-them; the figures are medians over the rounds. A table for people, then one JSON line.
+session. Every round measures each case and the machine's peaks once, in turn. Figures are medians over the rounds, but
+the machine's peaks are the best that any round saw. A table for people, then one JSON line.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from runtime.settings import check_at_least
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Artifact
     from runtime.commands.bench_runs import EngineRun, StepTimes
-    from runtime.commands.roofline import Machine, Peaks
+    from runtime.commands.roofline import Machine, Peaks, StepCost
     from runtime.session.session import Session
     from runtime.text_model import TextModel
 
@@ -29,6 +29,8 @@ T = TypeVar("T")
 CONTEXT = 128
 """Tokens in each row's cache when decoding starts."""
 ENGINE_PROMPT = 32
+INTEGER_WEIGHTS = ("w8", "w4", "im")
+"""How precisions with integer weights begin; the last is `imported`."""
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 """A common choice; top-p is what costs the sampler most."""
 
@@ -166,6 +168,7 @@ def _result(
     def median(of: Callable[[Round], float]) -> float:
         return statistics.median(map(of, rounds))
 
+    peaks = _best_peaks(rounds)
     engines: list[tuple[int, Mapping[str, float], Callable[[Round], EngineRun]]] = [
         *((batch, {"temperature": 0}, lambda one, batch=batch: one.greedy[batch]) for batch in plan.batches),
         (max(plan.batches), SAMPLED, lambda one: one.sampled),
@@ -177,34 +180,54 @@ def _result(
         "machine": machine._asdict(),
         "repeat": plan.repeat,
         "threads": rounds[0].peaks.threads,
-        "read_gb_s": median(lambda one: one.peaks.read) / 1e9,
-        "gemm_gflop_s": median(lambda one: one.peaks.gemm) / 1e9,
-        "prefill": [
-            {"tokens": length, "tokens_per_s": length / median(lambda one, length=length: one.prefill_s[length])}  # type: ignore[misc]
-            for length in plan.prompts
-        ],
+        "read_gb_s": peaks.read / 1e9,
+        "gemm_gflop_s": peaks.gemm / 1e9,
+        "int8_gop_s": None if peaks.int8 is None else peaks.int8 / 1e9,
+        "prefill": [_prefill_row(artifact, length, rounds) for length in plan.prompts],
         "decode": [_decode_row(artifact, plan, batch, rounds) for batch in plan.batches],
         "engine": [_engine_row(plan, batch, dict(how), list(map(of, rounds))) for batch, how, of in engines],
         "peak_rss_bytes": peak_bytes,
     }
 
 
+def _best_peaks(rounds: list[Round]) -> "Peaks":
+    from runtime.commands.roofline import Peaks
+
+    return Peaks.best([one.peaks for one in rounds])
+
+
+def _prefill_row(artifact: "Artifact", length: int, rounds: list[Round]) -> dict[str, Any]:
+    from runtime.commands.roofline import prefill_cost
+
+    seconds = statistics.median(one.prefill_s[length] for one in rounds)
+    row = _roofline_row(artifact, prefill_cost(artifact, length), seconds, _best_peaks(rounds))
+    return {"tokens": length, "tokens_per_s": length / seconds, "step_ms": seconds * 1e3, **row}
+
+
 def _decode_row(artifact: "Artifact", plan: Plan, batch: int, rounds: list[Round]) -> dict[str, Any]:
     from runtime.commands.roofline import decode_cost
 
     context = plan.context + plan.new_tokens // 2  # the mean over the steps
-    cost = decode_cost(artifact, batch=batch, context=context)
-    num_bytes = cost.weight_bytes + cost.kv_bytes
     step_s = statistics.median(one.step_s[batch] for one in rounds)
+    row = _roofline_row(artifact, decode_cost(artifact, batch=batch, context=context), step_s, _best_peaks(rounds))
+    return {"batch": batch, "context": context, "tokens_per_s": batch / step_s, "step_ms": step_s * 1e3, **row}
+
+
+def _roofline_row(artifact: "Artifact", cost: "StepCost", seconds: float, peaks: "Peaks") -> dict[str, Any]:
+    """What a run needs, and which shares of the machine's peaks it reached.
+
+    `roofline_share` is the larger of bytes and operations, each over its peak, in the run's time: 1 is the bound. The
+    operations' peak is int8's if the weights are integers and that peak is known, else float32's.
+    """
+    is_integer = peaks.int8 is not None and artifact.manifest.precision[:2] in INTEGER_WEIGHTS
+    peak = peaks.int8 if is_integer and peaks.int8 is not None else peaks.gemm
     return {
-        "batch": batch,
-        "context": context,
-        "tokens_per_s": batch / step_s,
-        "step_ms": step_s * 1e3,
-        "bytes": num_bytes,
+        "bytes": cost.num_bytes,
         "flop": cost.flop,
-        "bandwidth_share": statistics.median(num_bytes / one.step_s[batch] / one.peaks.read for one in rounds),
-        "compute_share": statistics.median(cost.flop / one.step_s[batch] / one.peaks.gemm for one in rounds),
+        "bandwidth_share": cost.num_bytes / seconds / peaks.read,
+        "compute_share": cost.flop / seconds / peaks.gemm,
+        "int8_share": None if peaks.int8 is None else cost.flop / seconds / peaks.int8,
+        "roofline_share": max(cost.num_bytes / peaks.read, cost.flop / peak) / seconds,
     }
 
 
@@ -233,16 +256,13 @@ def _table(result: dict[str, Any]) -> str:
         f"{result['artifact']}, {result['precision']}, {result['device']}, on {machine['cpu']}"
         f" ({machine['cores']} cores, {machine['instruction_sets'] or 'no instruction set that matters here'})",
         f"{versions}; medians of {result['repeat']}",
-        f"{result['threads']} threads read {result['read_gb_s']:.1f} GB/s and multiply"
-        f" {result['gemm_gflop_s']:.0f} GFLOP/s in float32",
+        f"{result['threads']} threads read {result['read_gb_s']:.1f} GB/s, multiply"
+        f" {result['gemm_gflop_s']:.0f} GFLOP/s in float32 and {_or_dash(result['int8_gop_s'], '.0f')} GOP/s in int8",
         "",
-        f"{'session':16}{'tokens/s':>10}{'step ms':>10}{'bandwidth':>11}{'float32 peak':>14}",
-        *(f"prefill {row['tokens']:<8}{row['tokens_per_s']:10,.0f}" for row in result["prefill"]),
-        *(
-            f"decode x{row['batch']:<8}{row['tokens_per_s']:10,.1f}{row['step_ms']:10.1f}"
-            f"{row['bandwidth_share']:11.0%}{row['compute_share']:14.0%}"
-            for row in result["decode"]
-        ),
+        f"{'session':16}{'tokens/s':>10}{'step ms':>10}{'MB':>8}{'GFLOP':>8}{'bandwidth':>11}{'float32':>9}{'int8':>7}"
+        f"{'roofline':>10}",
+        *(_phase(f"prefill {row['tokens']}", row) for row in result["prefill"]),
+        *(_phase(f"decode x{row['batch']}", row) for row in result["decode"]),
         "",
         f"{'engine':16}{'tokens/s':>10}{'TTFT ms':>10}{'TPOT ms':>11}{'outside model':>15}",
         *(
@@ -256,6 +276,14 @@ def _table(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _phase(name: str, row: Mapping[str, Any]) -> str:
+    return (
+        f"{name:16}{row['tokens_per_s']:10,.1f}{row['step_ms']:10.1f}{row['bytes'] / 1e6:8,.0f}{row['flop'] / 1e9:8.1f}"
+        f"{row['bandwidth_share']:11.0%}{row['compute_share']:9.0%}{_or_dash(row['int8_share'], '.0%'):>7}"
+        f"{row['roofline_share']:10.0%}"
+    )
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -1,17 +1,21 @@
-"""The two halves of a roofline: the machine's peaks, measured, and the work of a decode step, counted.
+"""The two halves of a roofline: the machine's peaks, measured, and the work of a prompt or decode step, counted.
 
 Bandwidth is bytes over seconds of reading a buffer far larger than the caches, a part in each thread (numpy's
-reductions release the interpreter lock). The arithmetic peak is a float32 matrix product of numpy's BLAS. Both run with
-as many threads as the model, in a process of their own: a BLAS takes its number of threads at start, and the buffer
-must not count as the model's memory. Knows nothing of sessions.
+reductions release the interpreter lock). The float32 peak is a matrix product of numpy's BLAS. The int8 peak is the
+library of native operators multiplying bytes in registers, with the instructions that its kernels use; unknown where
+that library is not built. All run with as many threads as the model, in a process of their own: a BLAS takes its number
+of threads at start, and the buffer must not count as the model's memory. Other programs, and neighbours on a shared
+machine, only ever make a peak look lower: so the best of many passes counts. Knows nothing of sessions.
 """
 
+import ctypes
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +26,18 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.environment import InstalledPackages
 from runtime.commands.inspect_artifact import num_parameters
 from runtime.machine.cpu_features import cpu_flags, cpu_info
+from runtime.native.library import is_built, load_library
 
-MIN_BUFFER_BYTES = 256 << 20
-"""Read in about 10 ms on two cores: long enough to time."""
-BUFFER_PER_CACHE = 8
-"""Buffer over L3 cache: what is left in the cache from the pass before is then at most an eighth."""
+MIN_BUFFER_BYTES = 512 << 20
+"""Read in about 20 ms on two cores: long enough to time."""
+BUFFER_PER_CACHE = 16
+"""Buffer over L3 cache: what is left in the cache from the pass before is then at most a sixteenth."""
+READ_REPEATS = 16
+"""Passes over the buffer. On a virtual machine with neighbours they differ by a factor of two."""
 GEMM_SIZE = 1536
 """40 ms on two cores: long enough to time."""
+BYTE_ROUNDS = 1 << 20
+"""Rounds of the int8 loop: 5 ms with AVX-512."""
 REPEATS = 4
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -50,11 +59,19 @@ class Machine(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """A machine's best with so many threads: bytes read and floating-point operations, both a second."""
+    """A machine's best with so many threads: bytes read, float32 and int8 operations, all a second."""
 
     threads: int
     read: float
     gemm: float
+    int8: float | None
+    """None: the library of native operators is not built."""
+
+    @classmethod
+    def best(cls, of: "Sequence[Peaks]") -> "Peaks":
+        """The machine's, out of several measurements."""
+        known = [one.int8 for one in of if one.int8 is not None]
+        return cls(of[0].threads, max(one.read for one in of), max(one.gemm for one in of), max(known, default=None))
 
 
 def describe_machine() -> Machine:
@@ -77,7 +94,7 @@ def num_cores() -> int:
 
 
 def measure_peaks(threads: int | None = None) -> Peaks:
-    """The best of a few passes with `threads` threads, by default one a core; takes about a second."""
+    """The best of several passes with `threads` threads, by default one a core; takes about a second."""
     threads = threads or num_cores()
     environment = {**os.environ, **dict.fromkeys(_BLAS_THREADS, str(threads))}
     command = [sys.executable, "-c", _CHILD, str(threads), *(path or str(Path.cwd()) for path in sys.path)]
@@ -87,7 +104,8 @@ def measure_peaks(threads: int | None = None) -> Peaks:
 
 def print_peaks(threads: int) -> None:
     """Measure here and write one JSON line: what `measure_peaks` runs in its child."""
-    sys.stdout.write(json.dumps({"read": read_bandwidth(threads), "gemm": gemm_peak()}) + "\n")
+    peaks = {"read": read_bandwidth(threads), "gemm": gemm_peak(), "int8": int8_peak(threads)}
+    sys.stdout.write(json.dumps(peaks) + "\n")
 
 
 def read_bandwidth(threads: int) -> float:
@@ -100,7 +118,7 @@ def read_bandwidth(threads: int) -> float:
 
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(REPEATS):
+        for _ in range(READ_REPEATS):
             started_s = time.perf_counter()
             list(pool.map(read, parts))
             best = min(best, time.perf_counter() - started_s)
@@ -124,12 +142,59 @@ def gemm_peak() -> float:
     return 2 * GEMM_SIZE**3 / best
 
 
+def int8_peak(threads: int) -> float | None:
+    """Operations a second of bytes multiplied and added, on `threads` threads; None without the native library."""
+    if not is_built():
+        return None
+    multiply = load_library().headrace_multiply_bytes
+    multiply.restype, multiply.argtypes = ctypes.c_int64, (ctypes.c_size_t, ctypes.POINTER(ctypes.c_int32))
+
+    def run(_: int) -> int:
+        return int(multiply(BYTE_ROUNDS, ctypes.byref(ctypes.c_int32())))
+
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(REPEATS):
+            started_s = time.perf_counter()
+            num_operations = sum(pool.map(run, range(threads)))
+            best = max(best, num_operations / (time.perf_counter() - started_s))
+    return best
+
+
 class StepCost(NamedTuple):
-    """The least a decode step has to move and compute."""
+    """The least that a prompt or a decode step has to move and compute."""
 
     weight_bytes: int
     kv_bytes: int
     flop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+
+def prefill_cost(artifact: Artifact, length: int) -> StepCost:
+    """Bytes and operations of a prompt of `length` tokens in one run, up to its last token's logits.
+
+    Every weight is read once, K and V are written once; that attention reads them again from a cache counts nothing.
+    Every token takes part in every product but the LM head's, which is for the last one. A token attends to itself
+    and to those before it.
+    """
+    manifest, dims = artifact.manifest, artifact.manifest.dims
+    head = dims.vocab_size * dims.hidden_size
+    layers = num_parameters(artifact) - head * (1 if manifest.is_tied else 2)
+    attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * (length * (length + 1) // 2)
+    return StepCost(
+        weight_bytes=_step_weight_bytes(artifact),
+        kv_bytes=length * artifact.kv_bytes_per_token,
+        flop=2 * (layers * length + head) + attention,
+    )
+
+
+def _step_weight_bytes(artifact: Artifact) -> int:
+    """Artifacts that do not say what a step reads count as reading the whole weight file."""
+    counted = artifact.manifest.step_weight_bytes
+    return artifact.weight_bytes if counted is None else counted
 
 
 def decode_cost(artifact: Artifact, *, batch: int, context: int) -> StepCost:
@@ -144,9 +209,8 @@ def decode_cost(artifact: Artifact, *, batch: int, context: int) -> StepCost:
     parameters = num_parameters(artifact)
     used = parameters if manifest.is_tied else parameters - dims.vocab_size * dims.hidden_size
     attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * context
-    counted = manifest.step_weight_bytes
     return StepCost(
-        weight_bytes=artifact.weight_bytes if counted is None else counted,
+        weight_bytes=_step_weight_bytes(artifact),
         kv_bytes=batch * context * artifact.kv_bytes_per_token,
         flop=batch * (2 * used + attention),
     )

@@ -1,5 +1,6 @@
 // Entry points for callers without a session: tests and benchmarks call the chosen variant's kernels through ctypes.
 #include "linear/linear.h"
+#include "linear/peak.h"
 #include "norm/norm.h"
 #include "threads.h"
 
@@ -31,4 +32,8 @@ HEADRACE_EXPORT void headrace_multiply(const WeightShape* shape, const uint8_t* 
                                        int64_t num_rows, float scale, float fine_scale, float* y, int num_threads) {
   const Threads threads{num_threads};
   linear_kernels().multiply(*shape, packed, x, num_rows, RowScales{scale, fine_scale}, y, threads.parallel());
+}
+
+HEADRACE_EXPORT int64_t headrace_multiply_bytes(size_t num_rounds, int32_t* sink) {
+  return peak_kernels().multiply_bytes(num_rounds, sink);
 }

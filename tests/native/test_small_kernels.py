@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from runtime.native.library import variant_of
 from tests.support.native.calls import NAMES, add_norm, gate_up, variant
 
 SIZES = [1, 3, 16, 37, 64, 576, 1001]
@@ -93,3 +94,13 @@ def test_a_row_has_the_same_bits_in_any_batch_with_any_threads(library: ctypes.C
 def test_no_rows_are_no_work(library: ctypes.CDLL, rows: int) -> None:
     normed, _ = add_norm(library, arrays(rows, 8), None, arrays(8), None, is_layer_norm=False)
     assert normed.shape == (rows, 8)
+
+
+def test_the_loop_of_the_int8_peak_multiplies_what_it_counts(library: ctypes.CDLL) -> None:
+    """Bytes of 3 times bytes of 1: every sum of the sink's element has 4 products of 3, in all sums of all rounds."""
+    sink = ctypes.c_int32()
+    library.headrace_multiply_bytes.restype = ctypes.c_int64
+    num_operations = library.headrace_multiply_bytes(ctypes.c_size_t(1000), ctypes.byref(sink))
+    assert num_operations % 2000 == 0
+    width = {"avx512vnni": 16, "avx2": 8, "generic": 4}[variant_of(library)]
+    assert sink.value == num_operations // 2 // width * 3

@@ -10,8 +10,9 @@ import pytest
 from headrace import main
 from runtime.artifact.manifest import WEIGHTS
 from runtime.commands.bench_runs import StepTimes
-from runtime.commands.roofline import decode_cost
+from runtime.commands.roofline import Peaks, decode_cost, int8_peak, prefill_cost
 from runtime.core import FinishReason, Usage
+from runtime.native.library import is_built
 from tests.support.tiny.artifact import TinyExports
 
 # The tiny model's sizes (tests/support/tiny/checkpoint.py).
@@ -48,6 +49,14 @@ def test_the_json_line_has_every_figure(tiny: TinyExports, capsys: pytest.Captur
         assert 0 < row["overhead_share"] < 1
     greedy = {row.pop("sampling")["temperature"] for row in result["engine"]}
     assert greedy == {0, 0.8}
+    for row in [*result["prefill"], *result["decode"]]:
+        shares = [row["bandwidth_share"], row["compute_share"], row["int8_share"], row["roofline_share"]]
+        assert (row["int8_share"] is None) == (result["int8_gop_s"] is None)
+        assert row["roofline_share"] == max(shares[:2]), "float32 weights: float32 is the peak"
+    if not is_built():
+        result.pop("int8_gop_s")
+        for row in [*result["prefill"], *result["decode"]]:
+            row.pop("int8_share")
     found = numbers(result)
     assert len(found) > 40 and all(math.isfinite(number) and number > 0 for number in found)
 
@@ -70,6 +79,28 @@ def test_decode_cost_in_float32(tiny: TinyExports, variant: str) -> None:
     assert cost.weight_bytes == 4 * (LAYERS * LAYER + HEAD + NORMS)
     assert cost.kv_bytes == 5 * 10 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
     assert cost.flop == 5 * (2 * (LAYERS * LAYER + HEAD) + 4 * LAYERS * HEADS * HEAD_DIM * 10)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama"])
+def test_prefill_cost(tiny: TinyExports, variant: str) -> None:
+    """Bytes of a step, and K and V of every token; the LM head for one token, and half a square of attention."""
+    artifact = tiny.artifact(variant, has_tokenizer=True)
+    cost = prefill_cost(artifact, 10)
+    assert cost.weight_bytes == decode_cost(artifact, batch=1, context=1).weight_bytes
+    assert cost.kv_bytes == 10 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
+    assert cost.num_bytes == cost.weight_bytes + cost.kv_bytes
+    assert cost.flop == 2 * (10 * LAYERS * LAYER + HEAD) + 4 * LAYERS * HEADS * HEAD_DIM * 55
+    assert prefill_cost(artifact, 1).flop == decode_cost(artifact, batch=1, context=1).flop
+
+
+def test_the_machine_is_the_best_of_its_measurements() -> None:
+    assert Peaks.best([Peaks(2, 3, 40, None), Peaks(2, 5, 30, None)]) == Peaks(2, 5, 40, None)
+    assert Peaks.best([Peaks(1, 1, 1, 7), Peaks(1, 1, 1, 9)]).int8 == 9
+
+
+def test_int8_peak_needs_the_native_library() -> None:
+    found = int8_peak(1)
+    assert (found is not None and found > 1e8) if is_built() else found is None
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "llama"])
