@@ -22,6 +22,7 @@ import numpy as np
 VOCABULARY = (1000, 40_000)
 ROOM = 128
 """Tokens of a sequence beyond its prompt."""
+TRIAL_STEPS = 12
 
 
 def write_float(source: str, out: str) -> None:
@@ -95,14 +96,16 @@ class Model:
         return {**context.measure(new_tokens), "settings": f"{settings}, {self._threads} threads"}
 
     def _choose(self, batch: int, prompt: int, new_tokens: int) -> tuple[Settings, "Context"]:
-        """The settings whose best of three runs is fastest."""
+        """The settings whose best of two short runs is fastest."""
         found: list[tuple[float, Settings, Context]] = []
         for flash_attention in (True, False):
             for is_unified in (True, False) if batch > 1 else (True,):
                 settings = Settings(flash_attention, is_unified)
                 context = Context(self._api, self._model, self._num_tokens, settings, self._threads, batch, prompt)
                 key = "step_s" if new_tokens else "prefill_s"
-                found.append((min(context.measure(new_tokens)[key] for _ in range(3)), settings, context))
+                found.append(
+                    (min(context.measure(min(new_tokens, TRIAL_STEPS))[key] for _ in range(2)), settings, context)
+                )
         found.sort(key=lambda entry: entry[0])
         for _, _, slower in found[1:]:
             slower.close()
