@@ -1,8 +1,10 @@
 """The native library is found by its sources, written whole or not at all, and refused with a reason."""
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,13 @@ def test_a_variants_code_is_in_its_own_namespace(tmp_path: Path) -> None:
             if line.split(maxsplit=2)[1] in "WVuTDBR" and f"headrace::{variant}::" not in line
         ]
         assert not shared, target.name
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("name", library.VARIANTS)
+def test_the_environment_chooses_the_variant(name: str) -> None:
+    command = [sys.executable, "-m", "runtime.native.build"]
+    done = subprocess.run(command, env={**os.environ, library.ISA: name}, capture_output=True, text=True, check=False)
+    if "does not run it" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0 and done.stdout.endswith(f": {name}\n")
