@@ -1,4 +1,5 @@
 // Entry points for callers without a session: tests and benchmarks call the chosen variant's kernels through ctypes.
+#include "attention/attention.h"
 #include "linear/linear.h"
 #include "linear/peak.h"
 #include "norm/norm.h"
@@ -36,4 +37,11 @@ HEADRACE_EXPORT void headrace_multiply(const WeightShape* shape, const uint8_t* 
 
 HEADRACE_EXPORT int64_t headrace_multiply_bytes(size_t num_rounds, int32_t* sink) {
   return peak_kernels().multiply_bytes(num_rounds, sink);
+}
+
+// Null, or what is wrong with the call.
+HEADRACE_EXPORT const char* headrace_attend(const AttentionCall* call, int num_threads) {
+  const Threads threads{num_threads};
+  if (const char* fault = find_fault(*call)) return fault;
+  return attention_kernels().attend(*call, threads.parallel()) ? nullptr : "no memory";
 }
