@@ -14,14 +14,14 @@ def inverse_cdf(weights: Row, uniform: float) -> int:
     Two levels, blocks and then one block, for a running sum over a whole vocabulary takes ten times as long.
     """
     if len(weights) <= _BLOCK:
-        return _pass(weights, uniform)[0]
+        return pass_of(weights, uniform)[0]
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK))
-    block, fraction = _pass(sums, uniform)
-    position, _ = _pass(weights[block * _BLOCK : (block + 1) * _BLOCK], fraction)
+    block, fraction = pass_of(sums, uniform)
+    position, _ = pass_of(weights[block * _BLOCK : (block + 1) * _BLOCK], fraction)
     return block * _BLOCK + position
 
 
-def _pass(weights: Row, uniform: float) -> tuple[int, float]:
+def pass_of(weights: Row, uniform: float) -> tuple[int, float]:
     """Where the running sum passes `uniform` of the whole, and how far into that weight, 0 to 1."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     target = uniform * cumulative[-1]

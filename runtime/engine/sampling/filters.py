@@ -19,15 +19,6 @@ _NEAR = 1e-3
 mostly hold the nucleus and the top k; sorting through a whole vocabulary takes three times as long."""
 
 
-_NEGLIGIBLE = 2.0**-24
-"""Tokens with less than this share of the highest probability are left out before top-p counts: float32 rounds
-1 + 2^-25 to 1. In the worst case, a row where every token of 150,000 is just below it, they hold 0.9 % together."""
-_MAX_CUT_TOP_P = 0.99
-"""Highest top-p for which they are: above, they might be in the nucleus."""
-_MARGIN = 0.01
-"""In nats: first cuts leave this much room for rounding to the filters, which decide."""
-
-
 class Kept(NamedTuple):
     """Tokens that may be drawn: their ids, ascending, and weights float32 [N], which need not sum to 1."""
 
@@ -40,31 +31,12 @@ class Kept(NamedTuple):
         return Kept(positions if self.ids is None else self.ids[positions], self.weights[positions])
 
 
-def filtered(logits: Row, params: SamplingParams, allowed: NDArray[np.bool_] | None = None) -> Kept:
-    """Apply temperature, top-k, top-p, min-p and typical-p to logits float32 [V], or to the `allowed` ones of them."""
-    best = most_likely(logits)
-    if allowed is not None and not allowed[best]:
-        logits, allowed = only(logits, allowed), None
-        best = most_likely(logits)
-    if 0 < params.top_k < len(logits):
-        ids = top_k(logits if allowed is None else only(logits, allowed), params.top_k)
-        return filtered_top(ids, logits[ids], params)
-    share = _least_share(params)
-    if share is None:
-        return filtered_top(None, logits if allowed is None else only(logits, allowed), params)
-    # The filters below see the likely tokens alone, some thousands of a vocabulary.
-    floor = logits[best] + np.float32(max(params.temperature, MIN_TEMPERATURE) * np.log(share) - _MARGIN)
-    ids = np.flatnonzero(logits >= floor)
-    if allowed is not None:
-        ids = ids[allowed[ids]]
+def filtered(logits: Row, params: SamplingParams) -> Kept:
+    """Apply temperature, top-k, top-p, min-p and typical-p to logits float32 [V]."""
+    if not 0 < params.top_k < len(logits):
+        return filtered_top(None, logits, params)
+    ids = top_k(logits, params.top_k)
     return filtered_top(ids, logits[ids], params)
-
-
-def _least_share(params: SamplingParams) -> float | None:
-    """The share of the highest probability below which no token is drawn; None: all may be."""
-    if params.top_p <= _MAX_CUT_TOP_P:
-        return _NEGLIGIBLE
-    return params.min_p if params.top_p == 1 and params.min_p > 0 else None
 
 
 def only(row: Row, allowed: NDArray[np.bool_]) -> Row:

@@ -20,9 +20,13 @@ from runtime.engine.sampling.filters import filtered, filtered_top, only
 from runtime.engine.sampling.logits import Row, check_top, most_likely
 from runtime.engine.sampling.logprobs import logprobs_of, logprobs_of_top
 from runtime.engine.sampling.penalties import Penalties, has_penalties
+from runtime.engine.sampling.vocabulary import Vocabulary
 from runtime.session.session import TopRow
 
 Allowed = NDArray[np.bool_]
+
+MAX_TRIES = 3
+"""Draws before the filters are applied. With top-p 0.95 each of them fails one time in twenty at most."""
 
 
 class SampledToken(NamedTuple):
@@ -143,6 +147,14 @@ class _Chain:
         return int(kept.ids[inverse_cdf(kept.weights, self._rng.random())])
 
     def _draw(self, logits: Row, allowed: Allowed | None) -> int:
-        kept = filtered(logits, self._params, allowed)
+        """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again.
+        Each kept token ends up with its share of the kept, and nearly all rows are spared the sorting."""
+        if self._params.top_k == 0 and self._params.typical_p == 1:
+            vocabulary = Vocabulary(logits, self._params.temperature, allowed)
+            for _ in range(MAX_TRIES):
+                token_id = vocabulary.draw(self._rng.random())
+                if vocabulary.keeps(token_id, self._params):
+                    return token_id
+        kept = filtered(logits if allowed is None else only(logits, allowed), self._params)
         position = inverse_cdf(kept.weights, self._rng.random())
         return position if kept.ids is None else int(kept.ids[position])
