@@ -94,6 +94,9 @@ class FusedView(CheckpointView):
             return self.load_rows(name, 0, self._tensors[name].shape[0])
         return self._base.load(self._known(name))
 
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        return super().pieces(name) if name in self._slices else self._base.pieces(self._known(name))
+
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         stored, place = self._known(name), self._slices.get(name)
         if place is None:

@@ -6,13 +6,16 @@ Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), also
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.storage.quantized_rows import ImportedRows
+
+PIECE_ROWS = 2048
+"""Rows of a piece of a matrix: 16 MB with 2,048 columns."""
 
 
 class TensorInfo(NamedTuple):
@@ -51,6 +54,16 @@ class Checkpoint(ABC):
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Read rows `start` to `stop` (first axis) as float32; some checkpoints read nothing else from the disk."""
         return self.load(name)[start:stop]
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """The rows of a matrix in order, at most PIECE_ROWS at a time: for one that is too large to hold as float32."""
+        whole = self.load(name)
+        yield from (whole[start : start + PIECE_ROWS] for start in range(0, len(whole), PIECE_ROWS))
+
+    def row_pieces(self, name: str, num_rows: int) -> Iterator[NDArray[np.float32]]:
+        """`pieces` for a checkpoint whose `load_rows` reads nothing else from the disk."""
+        for start in range(0, num_rows, PIECE_ROWS):
+            yield self.load_rows(name, start, min(start + PIECE_ROWS, num_rows))
 
     def imported(self, name: str) -> ImportedRows | None:
         """The integers of a weight that is quantized already; None for one that is not."""

@@ -4,7 +4,7 @@ Knows the safetensors format, not what the tensors mean; `safetensors_files.py` 
 (`pytorch_model.bin`) is never loaded, because it could run code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -66,6 +66,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         place = self._place(name)
         return self._read(place.rows(start, stop), f"{name}[{start}:{stop}]")
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        return self.row_pieces(name, self._place(name).info.shape[0])
 
     def _place(self, name: str) -> Place:
         if name not in self._places:

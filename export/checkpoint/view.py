@@ -1,6 +1,6 @@
 """The base class of checkpoints that wrap another one: it passes on everything that a subclass does not change."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from export.checkpoint.protocol import Checkpoint, TensorInfo
 class CheckpointView(Checkpoint):
     """A checkpoint that reads everything from `base`. A subclass overrides what it changes.
 
-    `imported` and the fast `load_rows` are not passed on: in a subclass that changes weights they would be wrong.
+    `imported` and the fast `load_rows` and `pieces` are not passed on: in a subclass that changes weights they would be
+    wrong.
     """
 
     def __init__(self, base: Checkpoint) -> None:
@@ -48,6 +49,19 @@ class CheckpointView(Checkpoint):
         return self._base.commit
 
 
+class HeldTensors(CheckpointView):
+    """A checkpoint that keeps what it has read, for a few tensors that are read several times."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        super().__init__(base)
+        self._held: dict[str, NDArray[np.float32]] = {}
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        if name not in self._held:
+            self._held[name] = self._base.load(name)
+        return self._held[name]
+
+
 class PrefixedView(CheckpointView):
     """A checkpoint that was saved without the LM head around it: its names lack the prefix that others have."""
 
@@ -65,6 +79,9 @@ class PrefixedView(CheckpointView):
 
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         return self._base.load_rows(self._names.get(name, name), start, stop)
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        return self._base.pieces(self._names.get(name, name))
 
     def stored_name(self, name: str) -> str:
         return self._base.stored_name(self._names.get(name, name))

@@ -16,7 +16,6 @@ from typing import NamedTuple
 from export.model.description import ModelConfig
 from export.pipeline.estimates import layer_bytes, weight_bytes
 from export.quantize.int4.rounding import MOST_BYTES, NUM_PIECES, PIECE
-from export.quantize.int8.search import MAX_SIDE_BY_SIDE
 from export.quantize.int8.sensitivity import FOLD as MEASURED_FOLD
 from export.quantize.int8.sensitivity import LENGTH as MEASURED_LENGTH
 from export.quantize.int8.sensitivity import NUM_SEQUENCES as NUM_MEASURED
@@ -119,8 +118,7 @@ def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) 
     tokens = min(num_samples, NUM_SEQUENCES) * length
     tokens = min(tokens, max(1, MOST_SEARCHED // s.token))
     kept = tokens * (s.inputs + 8 * s.hidden)
-    num_parallel = s.workers if max(s.num_inputs) <= MAX_SIDE_BY_SIDE else 1
-    rounded = sum(sorted(_gptq(k, tokens) for k in s.num_inputs)[-num_parallel:])
+    rounded = max(_gptq(k, tokens) for k in s.num_inputs)
     head = max(_LOADED * s.head, 5 * s.head + _gptq(s.hidden, tokens))
     rounding = kept + 4 * s.weights + max(s.layer + min(tokens, s.workers * chunk) * s.live, rounded, head)
     return {"statistics": statistics, "sensitivity": costs, "rounding": rounding}

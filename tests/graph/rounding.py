@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.rounding.gptq import GramMatrices
+from export.quantize.rounding.gptq import GramMatrix
 from export.storage.blocks import QuantizedRows, dequantize_rows
 
 Floats = NDArray[np.float32]
@@ -16,11 +16,11 @@ def correlated_inputs(num: int, channels: int, seed: int = 0) -> Floats:
     return (rng.standard_normal((num, channels)) @ mixing).astype(np.float32)
 
 
-def moments_of(x: Floats, exact: Floats | None = None) -> GramMatrices:
-    """Second moments of a layer's inputs; `exact` are the inputs that unrounded layers before it would give."""
-    moments = GramMatrices(x.shape[1], aims_at_exact=True)
-    moments.update(x if exact is None else exact, x, np.ones(len(x), np.float32))
-    return moments
+def gram_of(x: Floats) -> GramMatrix:
+    """The Gram matrix of a layer's inputs."""
+    gram = GramMatrix(x.shape[1])
+    gram.update(x, np.ones(len(x), np.float32))
+    return gram
 
 
 def output_error(exact: Floats, weight: Floats, x: Floats, rows: QuantizedRows) -> float:

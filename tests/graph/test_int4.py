@@ -23,7 +23,8 @@ from export.pipeline.calibrated import QuantizationOptions, workdir_of
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int4.model import plan_of
 from export.quantize.int4.rounding import NUM_PIECES, PIECE, pieces_of, round_layers
-from export.quantize.rounding.blocks import gptq_blocks
+from export.quantize.rounding.blocks import SHRINKAGE, gptq_blocks
+from export.quantize.rounding.gptq import drift
 from export.schemes.forms import Blocks
 from export.schemes.registry import SCHEMES
 from export.schemes.scheme import Storage
@@ -33,7 +34,7 @@ from export.storage.quantized_rows import ImportedRows
 from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
 from runtime.errors import CalibrationFailed, UnsupportedModel
-from tests.graph.rounding import correlated_inputs, moments_of, output_error
+from tests.graph.rounding import correlated_inputs, gram_of, output_error
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 INT4 = Blocks(bits=4, block_size=32, symmetric=False)
@@ -49,7 +50,7 @@ def test_compensated_weights_beat_the_nearest_ones_on_unseen_input() -> None:
     weight = np.random.default_rng(1).standard_normal((24, 64)).astype(np.float32)
     inputs = correlated_inputs(8000, 64)
     train, test = inputs[:4000], inputs[4000:]
-    better = gptq_blocks(weight, moments_of(train), INT4)
+    better = gptq_blocks(weight, gram_of(train), INT4)
     assert output_error(test, weight, test, better) < 0.7 * output_error(test, weight, test, nearest(weight))
 
 
@@ -58,8 +59,9 @@ def test_errors_of_the_layers_before_are_taken_back() -> None:
     exact = correlated_inputs(8000, 64)
     # What earlier rounding did to the input hangs together with the input, as a wrong weight's error does.
     seen = (exact @ (np.eye(64) + 0.1 * np.random.default_rng(2).standard_normal((64, 64)))).astype(np.float32)
-    aware = gptq_blocks(weight, moments_of(seen[:4000], exact[:4000]), INT4)
-    unaware = gptq_blocks(weight, moments_of(seen[:4000]), INT4)
+    lost = drift(weight, exact[:4000], seen[:4000], np.ones(4000, np.float32), shrinkage=SHRINKAGE)
+    aware = gptq_blocks(weight, gram_of(seen[:4000]), INT4, lost)
+    unaware = gptq_blocks(weight, gram_of(seen[:4000]), INT4)
     errors = [output_error(exact[4000:], weight, seen[4000:], rows) for rows in (aware, unaware)]
     assert errors[0] < 0.1 * errors[1]
 
@@ -69,8 +71,8 @@ def test_zero_weights_and_dead_channels_stay_zero() -> None:
     weight[1, 2] = 3
     x = correlated_inputs(200, 64)
     x[:, 5] = 0
-    for moments in (moments_of(x), moments_of(np.zeros_like(x)), moments_of(x * np.float32(1e-12))):
-        rows = gptq_blocks(weight, moments, INT4)
+    for gram in (gram_of(x), gram_of(np.zeros_like(x)), gram_of(x * np.float32(1e-12))):
+        rows = gptq_blocks(weight, gram, INT4)
         assert np.isfinite(rows.scales).all()
         back = dequantize_rows(rows, bits=4)
         assert not back[[0, 2, 3]].any()
@@ -80,7 +82,7 @@ def test_zero_weights_and_dead_channels_stay_zero() -> None:
 def test_the_kernel_multiplies_with_what_was_packed(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     weight = rng.standard_normal((24, 64)).astype(np.float32)
-    rows = gptq_blocks(weight, moments_of(correlated_inputs(500, 64)), INT4)
+    rows = gptq_blocks(weight, gram_of(correlated_inputs(500, 64)), INT4)
     # Whole numbers up to 127 in every block of 32: the kernel's rounding of its input to 8 bits changes nothing.
     x = rng.integers(-127, 128, (9, 64)).astype(np.float32)
     x[:, ::32] = 127

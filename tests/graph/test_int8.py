@@ -16,7 +16,7 @@ from export.graph.weights import Weight
 from export.model.description import Site
 from export.quantize.int8.ranges import FINE_STEPS
 from export.quantize.int8.sensitivity import MAX_TWO_PASS_SHARE, LayerCost, choose_two_pass
-from export.quantize.rounding.gptq import GramMatrices
+from export.quantize.rounding.gptq import GramMatrix, factorized
 from export.quantize.rounding.int8 import (
     Int8Rows,
     gptq_int8,
@@ -40,10 +40,10 @@ def test_compensated_weights_beat_the_nearest_ones_on_unseen_input(bits: int, ga
     train, test = inputs[:4000], inputs[4000:]
     scale = float(np.abs(train).max()) / 127
     fine = scale / FINE_STEPS if bits == 16 else None
-    moments = GramMatrices(48, aims_at_exact=False)
+    gram = GramMatrix(48)
     for part in np.split(train, 4):
-        moments.update(part, rounded_activations(part, scale, fine), np.ones(len(part), np.float32))
-    better, nearest = gptq_int8(weight, moments), rounded_to_nearest(weight)
+        gram.update(part, np.ones(len(part), np.float32), lambda x: rounded_activations(x, scale, fine))
+    better, nearest = gptq_int8(weight, factorized(gram)), rounded_to_nearest(weight)
     seen = rounded_activations(test, scale, fine)
     assert output_error(test, seen, weight, better) < gain * output_error(test, seen, weight, nearest)
 
@@ -51,14 +51,14 @@ def test_compensated_weights_beat_the_nearest_ones_on_unseen_input(bits: int, ga
 def test_zeros_stay_zero() -> None:
     weight = np.zeros((4, 8), np.float32)
     weight[1, 2] = 3
-    moments = GramMatrices(8, aims_at_exact=False)
+    gram = GramMatrix(8)
     x = correlated_inputs(50, 8)
     x[:, 5] = 0  # a dead channel
-    moments.update(x, x, np.ones(50, np.float32))
+    gram.update(x, np.ones(50, np.float32))
     for rows in (
         rounded_to_nearest(weight),
-        gptq_int8(weight, moments),
-        gptq_int8(weight, GramMatrices(8, aims_at_exact=False)),
+        gptq_int8(weight, factorized(gram)),
+        gptq_int8(weight, factorized(GramMatrix(8))),
     ):
         assert np.isfinite(rows.scales).all()
         assert not rows.values[[0, 2, 3]].any()

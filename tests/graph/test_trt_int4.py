@@ -35,7 +35,7 @@ from export.verify.receipt import verify
 from export.verify.references import NumpyReference
 from runtime.artifact.manifest import Artifact
 from runtime.commands.inspect_artifact import as_lines
-from tests.graph.rounding import correlated_inputs, moments_of, output_error
+from tests.graph.rounding import correlated_inputs, gram_of, output_error
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
 SMALL = QuantizationOptions(text=CalibrationOptions(num_samples=24, length=128))
@@ -62,7 +62,7 @@ def test_compensated_weights_beat_the_nearest_ones_on_unseen_input() -> None:
     weight = np.random.default_rng(1).standard_normal((24, 128)).astype(np.float32)
     inputs = correlated_inputs(8000, 128)
     train, test = inputs[:4000], inputs[4000:]
-    better = gptq_blocks(weight, moments_of(train), INT4_BLOCKS)
+    better = gptq_blocks(weight, gram_of(train), INT4_BLOCKS)
     nearest = nearest_rows(weight, INT4_BLOCKS)
     assert better.zero_points is None is nearest.zero_points
     assert output_error(test, weight, test, better) < 0.7 * output_error(test, weight, test, nearest)
@@ -112,7 +112,7 @@ def product(tmp_path: Path, matrix: NDArray[np.float32], load: Any, imported: Im
 def test_the_graph_multiplies_with_the_integers_it_was_given(tmp_path: Path, blocks: Blocks) -> None:
     weight = np.random.default_rng(3).standard_normal((24, 256)).astype(np.float32)
     if blocks.bits == 4:
-        rows = gptq_blocks(weight, moments_of(correlated_inputs(900, 256)), blocks)
+        rows = gptq_blocks(weight, gram_of(correlated_inputs(900, 256)), blocks)
     else:
         rows = quantize_rows(weight, bits=8, block_size=256, symmetric=True)
 

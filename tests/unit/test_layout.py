@@ -24,7 +24,7 @@ ROOMS = {
         text.chat text.model_text engine engine.speculation backends.cuda backends.environment backends.backend
         backends.nvidia backends.ort backends.openvino backends.tensorrt backends text_model commands""",
     "export": """schemes storage checkpoint.texts checkpoint checkpoint.gguf checkpoint.quantized sources model
-        model.families model.checks model.reference artifact verify calibration quantize.rounding quantize.statistics
+        model.families model.checks model.reference artifact verify calibration quantize.statistics quantize.rounding
         quantize.int8 quantize.int4 quantize graph graph.ort graph.native graph.standard pipeline tensorrt cli""",
     "serve": "hosts fields replies settings access observe model_registry api app process cli",
 }

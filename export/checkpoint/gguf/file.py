@@ -5,7 +5,7 @@ Knows how llama.cpp renamed and reordered the tensors. `header.py` finds them, t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -109,6 +109,11 @@ class GgufCheckpoint(Checkpoint):
             num_bytes=(stop - start) * row_bytes,
         )
         return self._read(some, f"{name}[{start}:{stop}]")
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        if self._is_permuted and _ROTATED.search(name):
+            return super().pieces(name)
+        return self.row_pieces(name, self._place(name).shape[0])
 
     def _place(self, name: str) -> GgufTensor:
         if name not in self._places:

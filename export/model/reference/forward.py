@@ -52,6 +52,14 @@ class HeadWeights:
         """Logits of hidden states `[n, hidden]` after the final norm."""
         return self.finished(np.asarray(x @ self.matrix.T))
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.matrix)
+
+    def between(self, some: slice) -> "HeadWeights":
+        """Some rows of the head: the logits of some tokens of the vocabulary."""
+        return HeadWeights(self.matrix[some], None if self.bias is None else self.bias[some], self.head)
+
     def finished(self, products: Array) -> Array:
         """Logits from the matrix product: add the bias, scale and cap."""
         logits = products if self.bias is None else products + self.bias
@@ -81,10 +89,10 @@ def run_reference(
     return ReferenceStates(hidden, load_head(checkpoint, config.head))
 
 
-def load_head(checkpoint: Checkpoint, head: Head) -> HeadWeights:
-    """Read the LM head, which may be the embedding."""
+def load_head(checkpoint: Checkpoint, head: Head, matrix: Array | None = None) -> HeadWeights:
+    """Read the LM head, which may be the embedding; `matrix` is its own where it is in memory already."""
     bias = checkpoint.load(head.linear.bias_names[0]) if head.linear.has_bias else None
-    return HeadWeights(checkpoint.load(head.linear.weight_names[0]), bias, head)
+    return HeadWeights(checkpoint.load(head.linear.weight_names[0]) if matrix is None else matrix, bias, head)
 
 
 def rotary_tables(config: ModelConfig, length: int) -> dict[Rotary, RopeTables]:
@@ -93,26 +101,44 @@ def rotary_tables(config: ModelConfig, length: int) -> dict[Rotary, RopeTables]:
     return {rotary: rope_tables(rotary.rope, rotary.dim, length) for rotary in found if rotary is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a text's tokens are embedded with: the rows of the table that occur in it, and the positions.
+
+    token_ids: those that occur, sorted; rows: their embeddings, `[n, hidden]`; positions: those that
+        are learned, `[length, hidden]`
+    """
+
+    token_ids: NDArray[np.int64]
+    rows: Array
+    positions: Array | None
+    embedding: Embedding
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> Array:
+        """Embed sequences of these tokens, concatenated, `[tokens, hidden]`; each begins at position 0."""
+        x = self.rows[np.searchsorted(self.token_ids, np.concatenate([np.asarray(ids) for ids in sequences]))]
+        if self.embedding.scale is not None:
+            x = x * np.float32(self.embedding.scale)
+        if self.positions is not None:
+            x = x + np.concatenate([self.positions[: len(ids)] for ids in sequences])
+        return np.asarray(x)
+
+
+def load_vocabulary(checkpoint: Checkpoint, embedding: Embedding, sequences: Sequence[Sequence[int]]) -> Vocabulary:
+    """Read what these sequences are embedded with."""
+    token_ids = np.unique(np.concatenate([np.asarray(ids, np.int64) for ids in sequences]))
+    parts, start = [], 0
+    for piece in checkpoint.pieces(f"{embedding.name}.weight"):
+        first, last = np.searchsorted(token_ids, [start, start + len(piece)])
+        parts.append(piece[token_ids[first:last] - start])
+        start += len(piece)
+    positions = None if embedding.positions is None else checkpoint.load(f"{embedding.positions}.weight")
+    return Vocabulary(token_ids, np.concatenate(parts), positions, embedding)
+
+
 def embed(checkpoint: Checkpoint, embedding: Embedding, sequences: Sequence[Sequence[int]]) -> Array:
     """Embed all sequences, concatenated, `[tokens, hidden]`; each begins at position 0."""
-    return embedded(
-        checkpoint.load(f"{embedding.name}.weight"), load_positions(checkpoint, embedding), embedding, sequences
-    )
-
-
-def load_positions(checkpoint: Checkpoint, embedding: Embedding) -> Array | None:
-    """Read the table of learned positions; None if there is none."""
-    return None if embedding.positions is None else checkpoint.load(f"{embedding.positions}.weight")
-
-
-def embedded(table: Array, positions: Array | None, embedding: Embedding, sequences: Sequence[Sequence[int]]) -> Array:
-    """`embed` with tables that are already in memory."""
-    x = table[np.concatenate([np.asarray(ids, np.int64) for ids in sequences])]
-    if embedding.scale is not None:
-        x = x * np.float32(embedding.scale)
-    if positions is not None:
-        x = x + np.concatenate([positions[: len(ids)] for ids in sequences])
-    return np.asarray(x)
+    return load_vocabulary(checkpoint, embedding, sequences).embed(sequences)
 
 
 def load_norm(checkpoint: Checkpoint, norm: Norm) -> NormWeights:

@@ -21,8 +21,8 @@ from export.model.description import Block, Linear, ModelConfig, Site
 from export.model.reference.forward import embed, load_block, rotary_tables, run_block
 from export.model.reference.operations import Array, BlockWeights
 from export.quantize.int4.row_files import RowFiles
-from export.quantize.rounding.blocks import gptq_blocks, nearest_rows
-from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, GramMatrices
+from export.quantize.rounding.blocks import SHRINKAGE, gptq_blocks, nearest_rows
+from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, GramMatrix, drift
 from export.quantize.statistics.activation_stats import not_finite
 from export.quantize.statistics.collect import fingerprint_of, token_bytes
 from export.quantize.statistics.store import load_arrays, save_arrays
@@ -155,9 +155,10 @@ class _LayerRounder:
             return quantize_rows(matrix, bits=8, block_size=blocks.block_size, symmetric=True)
         if matrix.shape[1] > MAX_GPTQ_INPUTS:
             return nearest_rows(matrix, blocks)
-        gram = GramMatrices(matrix.shape[1], aims_at_exact=True)
-        gram.update(wanted, x, token_weight)
-        return gptq_blocks(matrix, gram, blocks)
+        lost = None if wanted is x else drift(matrix, wanted, x, token_weight, shrinkage=SHRINKAGE)
+        gram = GramMatrix(matrix.shape[1])
+        gram.update(x, token_weight)
+        return gptq_blocks(matrix, gram, blocks, lost)
 
     def _token_weight(self, linear: Linear, rows: NDArray[np.int64] | None) -> Array:
         """Per-token error weights: for layers that write to the residual stream, the squared gain of the next norm,

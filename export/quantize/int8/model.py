@@ -1,9 +1,10 @@
 """Calibrated int8: from a checkpoint and a calibration set to a smoothed checkpoint, rounded weights and scales.
 
-    statistics, ranges -> cost of each layer -> layers in two passes -> rounded weights
-    (calibrate)           (measure_costs)       (choose_two_pass)       (round_weights)
+    statistics, ranges, cost of each layer -> layers in two passes -> rounded weights
+    (calibrate)                               (choose_two_pass)       (round_weights)
 
-The first two make a `Calibration`. It is saved in the artifact, so that another export can reuse it.
+The first makes a `Calibration`. It is saved in the artifact, so that another export can reuse it. Each of the two
+passes over the model reads a layer once.
 """
 
 import math
@@ -19,8 +20,8 @@ from export.model.description import ModelConfig, Site
 from export.quantize.int8.ranges import InputRange
 from export.quantize.int8.rotation import stream_obstacle
 from export.quantize.int8.saved import Calibration
-from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights, smoothing_vectors
-from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, choose_two_pass, measure_costs
+from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights
+from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, CostMeasurement, choose_two_pass
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config
 from export.quantize.rounding.layers import Int8Layer, Layers, undecided
 from export.quantize.statistics.collect import collect_statistics
@@ -51,10 +52,9 @@ def calibrate(checkpoint: Checkpoint, config: ModelConfig, text: CalibrationSet,
     CalibrationFailed if an activation is not finite.
     """
     search = RangeSearch(config)
-    statistics = collect_statistics(checkpoint, config, text.sequences, workdir, search)
-    ranges = search.ranges
-    costs = measure_costs(checkpoint, config, text.sequences, statistics, ranges)
-    return Calibration(statistics, ranges, costs, text.sequences, text.provenance, is_rotated=True)
+    measured = CostMeasurement(checkpoint, config, text.sequences, search.ranges, workdir)
+    statistics = collect_statistics(checkpoint, config, text.sequences, workdir, [search, measured])
+    return Calibration(statistics, search.ranges, measured.costs, text.sequences, text.provenance, is_rotated=True)
 
 
 def int8_model(
@@ -65,10 +65,9 @@ def int8_model(
     ranges = {
         site: found.two_pass if site in two_pass else found.one_pass for site, found in calibration.ranges.items()
     }
-    vectors = smoothing_vectors(checkpoint, config, calibration.statistics, ranges)
-    smoothed, own_config = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
     rounded = RoundedWeights(workdir / "rounded")
-    round_weights(smoothed, own_config, calibration.sequences, ranges, rounded)
+    vectors = round_weights(checkpoint, config, calibration.statistics, calibration.sequences, ranges, rounded)
+    smoothed, own_config = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
     layers = undecided(own_config) | {
         site: Int8Layer(chosen.scale, chosen.fine_scale, partial(rounded.get, site)) for site, chosen in ranges.items()
     }

@@ -6,6 +6,8 @@ judges on the same sequences chooses strengths and clip ratios that fail on unse
 0.067 instead of 0.010). Knows nothing about checkpoints or graphs.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +34,7 @@ FINE_STEPS = 254
 TWO_PASS_CLIP_RATIO = 1.5
 
 # Output rows that the error is computed on. An LM head has more rows than all other layers together.
-MAX_OUTPUTS = 1024
+MAX_OUTPUTS = 512
 # Folds that are held out in turn. Holding out all four takes twice the time.
 _HELD_OUT = (0, 1)
 
@@ -51,17 +53,35 @@ class InputRange(NamedTuple):
     error: float
 
 
-def search_range(
-    site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig, *, is_two_pass: bool
-) -> InputRange:
-    """Find the best range; absmax `[NUM_FOLDS, K]` as in SiteStatistics, weight `[N, K]`."""
-    search = _Search(site, seen, absmax, weight, config, is_two_pass=is_two_pass)
-    if is_two_pass:
-        candidates = [(strength, TWO_PASS_CLIP_RATIO) for strength in TWO_PASS_STRENGTHS]
-    else:
-        ranked = sorted(((strength, 1.0) for strength in STRENGTHS), key=search.error)
-        candidates = [(strength, clip_ratio) for strength, _ in ranked[:2] for clip_ratio in CLIP_RATIOS]
-    return search.range_of(*min(candidates, key=search.error))
+@dataclass(frozen=True, slots=True)
+class SiteRanges:
+    """The ranges found for one site: for one int8 pass, and for two."""
+
+    one_pass: InputRange
+    two_pass: InputRange
+
+
+def search_ranges(site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig) -> SiteRanges:
+    """Find the best ranges; absmax `[NUM_FOLDS, K]` as in SiteStatistics, weight `[N, K]`."""
+    search = _Search(site, seen, absmax, weight, config)
+
+    def best(candidates: Iterable[_Candidate]) -> InputRange:
+        return search.range_of(min(candidates, key=search.error))
+
+    ranked = sorted((_Candidate(strength, 1.0) for strength in STRENGTHS), key=search.error)
+    one_pass = (_Candidate(found.strength, clip_ratio) for found in ranked[:2] for clip_ratio in CLIP_RATIOS)
+    two_pass = (_Candidate(strength, TWO_PASS_CLIP_RATIO, is_two_pass=True) for strength in TWO_PASS_STRENGTHS)
+    return SiteRanges(best(one_pass), best(two_pass))
+
+
+def column_maxima(matrices: Iterable[Array]) -> Array:
+    """The largest magnitude of each column of matrices `[n, K]` on top of each other."""
+    highest: Array | None = None
+    for matrix in matrices:
+        own = np.maximum(matrix.max(0), -matrix.min(0))
+        highest = own if highest is None else np.maximum(highest, own)
+    assert highest is not None
+    return highest
 
 
 def scale_of(absmax: Array, vector: Array, clip_ratio: float) -> float:
@@ -70,40 +90,46 @@ def scale_of(absmax: Array, vector: Array, clip_ratio: float) -> float:
     return highest / 127 if highest > 0 else 1.0
 
 
-class _Search:
-    """Computes the output error of each candidate (strength, clip ratio) of one site, once."""
+class _Candidate(NamedTuple):
+    """Smoothing strength, clip ratio, and whether a second pass takes up what the first left."""
 
-    def __init__(
-        self, site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig, *, is_two_pass: bool
-    ) -> None:
-        self.site, self.seen, self.absmax, self.config, self.is_two_pass = site, seen, absmax, config, is_two_pass
+    strength: float
+    clip_ratio: float
+    is_two_pass: bool = False
+
+
+class _Search:
+    """Computes the output error of each candidate of one site, once."""
+
+    def __init__(self, site: Site, seen: Seen, absmax: Array, weight: Array, config: ModelConfig) -> None:
+        self.site, self.seen, self.absmax, self.config = site, seen, absmax, config
         self.weight = weight[:: -(-len(weight) // MAX_OUTPUTS)]
-        self.weight_highest = np.abs(weight).max(0)
+        self.weight_highest = column_maxima([weight])
         self.exact = seen.inputs @ self.weight.T
         scale = seen.residual if config.by_site[site].writes_stream else np.square(self.exact).mean()
         self.token_weight = np.broadcast_to(1 / np.maximum(scale, np.float32(1e-12)), len(seen.inputs))
-        self.errors: dict[tuple[float, float], float] = {}
+        self.errors: dict[_Candidate, float] = {}
         self._smoothed: dict[tuple[float, int], tuple[Array, Array, Array]] = {}
 
-    def range_of(self, strength: float, clip_ratio: float) -> InputRange:
+    def range_of(self, candidate: _Candidate) -> InputRange:
         """A candidate's range, from the maxima of all folds."""
         highest = self.absmax.max(0)
-        scale = scale_of(highest, self._vector(highest, strength), clip_ratio)
-        fine = scale / FINE_STEPS if self.is_two_pass else None
-        return InputRange(strength, clip_ratio, scale, fine, self.error((strength, clip_ratio)))
+        scale = scale_of(highest, self._vector(highest, candidate.strength), candidate.clip_ratio)
+        fine = scale / FINE_STEPS if candidate.is_two_pass else None
+        return InputRange(candidate.strength, candidate.clip_ratio, scale, fine, self.error(candidate))
 
-    def error(self, candidate: tuple[float, float]) -> float:
+    def error(self, candidate: _Candidate) -> float:
         if candidate not in self.errors:
-            self.errors[candidate] = sum(self._fold_error(fold, *candidate) for fold in _HELD_OUT) / len(_HELD_OUT)
+            self.errors[candidate] = sum(self._fold_error(fold, candidate) for fold in _HELD_OUT) / len(_HELD_OUT)
         return self.errors[candidate]
 
-    def _fold_error(self, fold: int, strength: float, clip_ratio: float) -> float:
+    def _fold_error(self, fold: int, candidate: _Candidate) -> float:
         rows = np.flatnonzero(self.seen.fold % NUM_FOLDS == fold)
         if len(rows) == 0:  # fewer sequences than folds: use all of them
             rows = np.arange(len(self.seen.fold))
-        x, weight, highest = self._smooth(strength, fold, rows)
-        scale = scale_of(highest, np.ones_like(highest), clip_ratio)
-        out = rounded_activations(x, scale, scale / FINE_STEPS if self.is_two_pass else None) @ weight.T
+        x, weight, highest = self._smooth(candidate.strength, fold, rows)
+        scale = scale_of(highest, np.ones_like(highest), candidate.clip_ratio)
+        out = rounded_activations(x, scale, scale / FINE_STEPS if candidate.is_two_pass else None) @ weight.T
         per_token = np.square(out - self.exact[rows]).mean(1)
         return float((per_token * self.token_weight[rows]).mean())
 

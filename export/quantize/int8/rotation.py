@@ -26,6 +26,7 @@ from export.checkpoint.view import CheckpointView
 from export.model.description import ModelConfig, Norm, NormKind
 from export.model.reference.forward import load_norm
 from export.quantize.int8.untied import untied_as
+from export.quantize.statistics.parallel import in_order
 
 Array = NDArray[np.float32]
 
@@ -33,8 +34,8 @@ Array = NDArray[np.float32]
 # Largest Kronecker factor: a Hadamard matrix of 4096 becomes two factors of 64.
 _LARGEST_FACTOR = 64
 
-# Rows rotated at once: each factor makes a copy, which for a whole LM head would be gigabytes.
-_ROWS_AT_ONCE = 4096
+# Numbers rotated at once: each factor makes a copy, which should fit the cache.
+_AT_ONCE = 1 << 19
 
 
 class Rotation:
@@ -51,27 +52,37 @@ class Rotation:
         self._factors = [factor.astype(np.float32) for factor in factors]
         self._signs = rng.choice(np.array([-1, 1], np.float32), n)
 
-    def apply(self, x: Array) -> Array:
-        """Multiply x `[..., n]` by the matrix."""
-        rows = x.reshape(-1, x.shape[-1])
-        out = np.empty(rows.shape, np.float32)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            out[start : start + _ROWS_AT_ONCE] = self._applied(rows[start : start + _ROWS_AT_ONCE])
-        return out.reshape(x.shape)
+    def apply(self, x: Array, gain: Array | None = None) -> Array:
+        """Multiply x `[..., n]` by the matrix; gain `[n]`: what each channel of x is multiplied by before."""
+        rows = x.reshape(-1, x.shape[-1], 1)
+        return self._in_parts(rows, max(1, _AT_ONCE // x.shape[-1]), 0, gain).reshape(x.shape)
 
-    def _applied(self, rows: Array) -> Array:
-        out = rows * self._signs
-        before, after = 1, rows.shape[1]
+    def apply_to_rows(self, x: Array) -> Array:
+        """Multiply the transposed matrix by x `[..., n, m]`: rotates a layer's output."""
+        stacked = x.reshape(-1, *x.shape[-2:])
+        return self._in_parts(stacked, max(1, _AT_ONCE // stacked[..., 0].size), 2, None).reshape(x.shape)
+
+    def _in_parts(self, x: Array, size: int, axis: int, gain: Array | None) -> Array:
+        """Rotate the middle axis of x, `size` elements of another axis at a time, on all cores."""
+        signs = self._signs if gain is None else self._signs * gain
+        out = np.empty(x.shape, np.float32)
+        parts = [(slice(None),) * axis + (slice(start, start + size),) for start in range(0, x.shape[axis], size)]
+        for part, rotated in zip(parts, in_order(lambda part: self._rotated(x[part], signs), parts), strict=True):
+            out[part] = rotated
+        return out
+
+    def _rotated(self, x: Array, signs: Array) -> Array:
+        """x `[lead, n, trail]`, rotated along its middle axis."""
+        out = x * signs[:, None]
+        before, after = len(x), out[0].size
         for factor in self._factors:
             size = len(factor)
             after //= size
-            out = np.matmul(factor.T, out.reshape(-1, before, size, after))
+            # The last factor is one product of two matrices, the others are a product for each matrix of the stack.
+            last = out.reshape(-1, size) @ factor if after == 1 else None
+            out = np.matmul(factor.T, out.reshape(before, size, after)) if last is None else last
             before *= size
-        return np.asarray(out.reshape(rows.shape), np.float32)
-
-    def apply_to_rows(self, x: Array) -> Array:
-        """Multiply the transposed matrix by x `[n, m]`: rotates a layer's output."""
-        return np.ascontiguousarray(self.apply(np.ascontiguousarray(x.T)).T)
+        return out.reshape(x.shape)
 
 
 def stream_obstacle(config: ModelConfig) -> str | None:
@@ -114,10 +125,27 @@ class RotatedCheckpoint(CheckpointView):
             self._changes.setdefault(name, []).append(change)
 
     def load(self, name: str) -> Array:
+        if self._turns_rows(name):  # piece by piece, so that a whole LM head is not in memory twice
+            whole, start = np.empty(self.tensors[name].shape, np.float32), 0
+            for piece in self.pieces(name):
+                whole[start : start + len(piece)] = piece
+                start += len(piece)
+            return whole
         array = self._base.load(name)
         for change in self._changes.get(name, []):
             array = self._changed(array, name, change)
         return array
+
+    def pieces(self, name: str) -> Iterator[Array]:
+        if not self._turns_rows(name):
+            yield from super().pieces(name)
+            return
+        (change,) = self._changes[name]
+        yield from (self._changed(piece, name, change) for piece in self._base.pieces(name))
+
+    def _turns_rows(self, name: str) -> bool:
+        """Whether a tensor's rows are rotated, each by itself."""
+        return self._changes.get(name) in ([_Change.READS_STREAM], [_Change.IN_STREAM])
 
     def _planned(self, config: ModelConfig) -> Iterator[tuple[str, _Change]]:
         rotates_stream = stream_obstacle(config) is None
@@ -150,11 +178,10 @@ class RotatedCheckpoint(CheckpointView):
         if change is _Change.UNIT:
             return np.zeros_like(array) if self._units[name].adds_one else np.ones_like(array)
         if change is _Change.READS_STREAM:
-            array = array * load_norm(self._base, self._norm_of[name]).weight  # frees the unscaled matrix
-            return self._stream.apply(array)
+            return self._stream.apply(array, load_norm(self._base, self._norm_of[name]).weight)
         if change is _Change.MAKES_VALUES:
             heads = array.reshape(-1, self._head_dim, array.size // len(array))
-            return self._values.apply(heads.transpose(0, 2, 1)).transpose(0, 2, 1).reshape(array.shape)
+            return self._values.apply_to_rows(heads).reshape(array.shape)
         if change is _Change.READS_VALUES:
             return self._values.apply(array.reshape(len(array), -1, self._head_dim)).reshape(array.shape)
         is_matrix = change is _Change.WRITES_STREAM and array.ndim == 2

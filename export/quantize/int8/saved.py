@@ -14,7 +14,8 @@ import numpy as np
 
 from export.artifact.writer import write_json
 from export.model.description import Site
-from export.quantize.int8.search import SiteRanges, ranges_from_json, ranges_to_json
+from export.quantize.int8.ranges import SiteRanges
+from export.quantize.int8.search import ranges_from_json, ranges_to_json
 from export.quantize.int8.sensitivity import LayerCost
 from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.store import load_arrays, save_arrays, statistics_from_arrays, statistics_to_arrays

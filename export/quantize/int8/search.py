@@ -1,11 +1,11 @@
 """Search the int8 range of every linear layer's input during calibration, and round the weights afterwards.
 
 A second pass runs a few sequences through the smoothed model and rounds each weight matrix with GPTQ, on the inputs
-that the int8 product will get. sensitivity.py chooses which layers get two int8 passes.
+that the int8 product will get. It comes second, because which layers get two int8 passes is known only when the costs
+of all are (sensitivity.py).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.view import HeldTensors
 from export.model.description import ModelConfig, Site
-from export.quantize.int8.ranges import InputRange, search_range
-from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothing_vector
-from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, GramMatrices
-from export.quantize.rounding.int8 import Int8Rows, gptq_int8, rounded_activations, rounded_to_nearest
+from export.model.reference.forward import load_block, load_norm
+from export.model.reference.operations import normed
+from export.quantize.int8.ranges import InputRange, SiteRanges, column_maxima, search_ranges
+from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config, smoothing_vector
+from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, Factor, GramMatrix, factorized
+from export.quantize.rounding.int8 import Int8Rows, gptq_int8, rounded_activations
 from export.quantize.statistics.activation_stats import Statistics
 from export.quantize.statistics.collect import LayerSample
 from export.quantize.statistics.parallel import in_order
-from export.quantize.statistics.search_pass import LayerInputs, search_pass
+from export.quantize.statistics.search_pass import SearchPass, SiteInputs
 from runtime.machine.progress import progress_bar
 
 Array = NDArray[np.float32]
-
-# A block's layers are rounded in parallel up to this many inputs. A larger one keeps all cores busy by itself.
-MAX_SIDE_BY_SIDE = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class SiteRanges:
-    """The ranges found for one site: for one int8 pass, and for two."""
-
-    one_pass: InputRange
-    two_pass: InputRange
 
 
 class RangeSearch:
@@ -51,8 +43,8 @@ class RangeSearch:
 
         def search(kind: str) -> SiteRanges:
             site = Site(sample.layer, kind)
-            given = site, sample.seen[kind], statistics[site].absmax, sample.matrices[kind], self._config
-            return SiteRanges(search_range(*given, is_two_pass=False), search_range(*given, is_two_pass=True))
+            matrix = sample.weights.matrices[kind]
+            return search_ranges(site, sample.seen[kind], statistics[site].absmax, matrix, self._config)
 
         kinds = [kind for kind in sample.seen if self._config.by_site[Site(sample.layer, kind)].is_quantizable]
         for kind, found in zip(kinds, in_order(search, kinds), strict=True):
@@ -87,11 +79,11 @@ def smoothing_vectors(
     """Each site's smoothing vector at its strength, from the maxima of all folds."""
 
     def vector(site: Site) -> Array:
-        columns = [np.abs(checkpoint.load(name)).max(0) for name in config.by_site[site].weight_names]
-        highest = np.asarray(np.max(columns, axis=0), np.float32)
-        return smoothing_vector(statistics[site].highest, highest, ranges[site].strength, site=site, config=config)
+        pieces = (piece for name in config.by_site[site].weight_names for piece in checkpoint.pieces(name))
+        given = statistics[site].highest, column_maxima(pieces), ranges[site].strength
+        return smoothing_vector(*given, site=site, config=config)
 
-    return dict(zip(ranges, in_order(vector, ranges), strict=True))
+    return {site: vector(site) for site in ranges}
 
 
 class RoundedWeights:
@@ -113,35 +105,49 @@ class RoundedWeights:
 
 
 def round_weights(
-    smoothed: SmoothedCheckpoint,
+    checkpoint: Checkpoint,
     config: ModelConfig,
+    statistics: Statistics,
     sequences: Sequence[Sequence[int]],
     ranges: Mapping[Site, InputRange],
     rounded: RoundedWeights,
-) -> None:
-    """Round the smoothed weights of every site in `ranges`; `config` is that of the smoothed checkpoint."""
+) -> dict[Site, Array]:
+    """Smooth and round the weights of every site in `ranges`; returns the smoothing vectors.
+
+    A block's tensors are read once: for its vectors, for the run through the smoothed block, and for rounding.
+    """
+    run = SearchPass(checkpoint, config, sequences)
+    vectors: dict[Site, Array] = {}
     with progress_bar("round", total=config.num_layers + 1) as bar:
-        for layer in search_pass(smoothed, config, sequences):
-            found = [kind for kind in layer.matrices if Site(layer.layer, kind) in ranges]
-            for kind in set(found) - set(layer.inputs):  # an expert that no token chose
-                rounded.put(Site(layer.layer, kind), rounded_to_nearest(layer.matrices[kind]))
-            # The largest first, so that all cores finish at about the same time.
-            widths = {kind: layer.matrices[kind].shape[1] for kind in found if kind in layer.inputs}
-            kinds = sorted(widths, key=widths.__getitem__, reverse=True)
-            is_small = widths[kinds[0]] <= MAX_SIDE_BY_SIDE
-            round_kind = partial(_rounded, layer, ranges)
-            for kind, rows in zip(kinds, (in_order if is_small else map)(round_kind, kinds), strict=True):
-                rounded.put(Site(layer.layer, kind), rows)
+        for block in config.blocks:
+            held = HeldTensors(checkpoint)
+            own = {linear.site: ranges[linear.site] for linear in block.linears if linear.site in ranges}
+            found = smoothing_vectors(held, config, statistics, own)
+            weights = load_block(SmoothedCheckpoint(held, config, found), block)
+            inputs = run.through(block, weights)
+            for site in own:
+                rounded.put(site, gptq_int8(weights.matrices[site.kind], _factor(inputs.get(site.kind), ranges[site])))
+            vectors |= found
             bar.update(1)
+        head = config.head.linear.site
+        if head in ranges:
+            vectors |= smoothing_vectors(checkpoint, config, statistics, {head: ranges[head]})
+            smoothed, changed = SmoothedCheckpoint(checkpoint, config, vectors), smoothed_config(config, vectors)
+            hidden = normed(run.stream, load_norm(smoothed, config.final_norm), config.final_norm)
+            factor = _factor(SiteInputs(hidden, np.ones(len(hidden), np.float32)), ranges[head])
+            pieces = [gptq_int8(piece, factor) for piece in smoothed.pieces(changed.head.linear.weight_names[0])]
+            rounded.put(head, Int8Rows(*map(np.concatenate, zip(*pieces, strict=True))))
+        bar.update(1)
+    return vectors
 
 
-def _rounded(layer: LayerInputs, ranges: Mapping[Site, InputRange], kind: str) -> Int8Rows:
-    """Round one site's weights."""
-    matrix, inputs, chosen = layer.matrices[kind], layer.inputs[kind], ranges[Site(layer.layer, kind)]
-    if matrix.shape[1] > MAX_GPTQ_INPUTS:
-        return rounded_to_nearest(matrix)
-    # With aims_at_exact, the weights fit the calibration text and not unseen text: on 4,608 held-out tokens of
-    # SmolLM2-135M, KL 0.0043 instead of 0.0039.
-    gram = GramMatrices(matrix.shape[1], aims_at_exact=False)
-    gram.update(inputs, rounded_activations(inputs, chosen.scale, chosen.fine_scale), layer.token_weight[kind])
-    return gptq_int8(matrix, gram)
+def _factor(inputs: SiteInputs | None, chosen: InputRange) -> Factor | None:
+    """What GPTQ rounds one site's weights with; None to round to nearest, as for an expert that no token chose."""
+    if inputs is None or inputs.x.shape[1] > MAX_GPTQ_INPUTS:
+        return None
+    # The target is the weight itself. If it corrected the errors of the layers before, it would fit the calibration
+    # text and not unseen text: on 4,608 held-out tokens of SmolLM2-135M, KL 0.0043 instead of 0.0039.
+    gram = GramMatrix(inputs.x.shape[1])
+    seen = partial(rounded_activations, scale=chosen.scale, fine_scale=chosen.fine_scale)
+    gram.update(inputs.x, inputs.token_weight, seen)
+    return factorized(gram)

@@ -13,28 +13,33 @@ of the weights. Measured on 4,608 held-out tokens of SmolLM2-135M:
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
-from export.model.description import LM_HEAD, Block, ModelConfig, Site
-from export.model.reference.forward import embed, load_block, load_head, load_norm, rotary_tables, run_block
-from export.model.reference.operations import Array, BlockWeights, normed
-from export.quantize.int8.ranges import scale_of
-from export.quantize.int8.search import SiteRanges
+from export.model.description import LM_HEAD, ModelConfig, Site
+from export.model.reference.forward import HeadWeights, embed, load_head, load_norm, rotary_tables, run_block
+from export.model.reference.operations import Array, normed
+from export.quantize.int8.ranges import SiteRanges, column_maxima, scale_of
 from export.quantize.int8.smoothquant import smoothing_vector
 from export.quantize.rounding.int8 import rounded_activations
 from export.quantize.statistics.activation_stats import NUM_FOLDS, Statistics
-from export.quantize.statistics.parallel import in_order
+from export.quantize.statistics.collect import LayerSample
+from export.quantize.statistics.parallel import in_order, slices_of
+from export.quantize.statistics.spool import HiddenSpool
 from runtime.errors import InvalidSetting
-from runtime.machine.progress import progress_bar
 from runtime.session.scoring import log_softmax
 
 # Sequences, and tokens of each: enough to rank layers whose costs span three orders of magnitude.
 NUM_SEQUENCES, LENGTH = 3, 40
 # The sequences come from this fold and the ranges from the others, so that they are judged on text they have not seen.
 FOLD = 1
+
+# Variants that run through a block, or through the LM head, as one batch; and outputs of the head at once.
+_TOGETHER, _OUTPUTS_AT_ONCE = 4, 4096
 
 DEFAULT_MAX_INCREASE = 0.005
 """Predicted perplexity increase of all layers in one pass. It is half of the promised maximum of 1 %."""
@@ -55,42 +60,121 @@ class LayerCost:
     macs: int
 
 
-def measure_costs(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    sequences: Sequence[Sequence[int]],
-    statistics: Statistics,
-    ranges: Mapping[Site, SiteRanges],
-) -> list[LayerCost]:
-    """Measure the cost of every site in one int8 pass.
+class CostMeasurement:
+    """A `LayerObserver` that measures the cost of every site in one int8 pass.
 
-    All variants of the model run together, so that each block is read once: at block l, there are the float model and a
-    variant for every site of the blocks before.
+    All variants of the model run beside the calibration text, while a block is in memory: at block l, there are the
+    float model and a variant for every site of the blocks before. Their hidden states are in `workdir`.
     """
-    heads = [sequence[:LENGTH] for sequence in (sequences[FOLD::NUM_FOLDS] or sequences)[-NUM_SEQUENCES:]]
-    edges = np.cumsum([0, *map(len, heads)])
-    tables = rotary_tables(config, LENGTH)
-    streams = [embed(checkpoint, config.embedding, heads)]
-    sites: list[Site] = []
 
-    def run_changed(block: Block, weights: BlockWeights, exact: Array, site: Site) -> Array:
-        int8_product = _int8_product(site, weights.matrices[site.kind], statistics, ranges, config)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        sequences: Sequence[Sequence[int]],
+        ranges: Mapping[Site, SiteRanges],
+        workdir: Path,
+    ) -> None:
+        """ranges: those of another observer, which finds a layer's before this one observes the layer."""
+        self._checkpoint, self._config, self._ranges = checkpoint, config, ranges
+        self._heads = [sequence[:LENGTH] for sequence in (sequences[FOLD::NUM_FOLDS] or sequences)[-NUM_SEQUENCES:]]
+        self._edges = np.cumsum([0, *map(len, self._heads)])
+        self._tables = rotary_tables(config, LENGTH)
+        self._spool = HiddenSpool(workdir / "costs", config.hidden_size)
+        self._sites: list[Site] = []
+        self.costs: list[LayerCost] = []
 
-        def product(kind: str, x: Array, rows: object) -> Array:
-            return int8_product(x) if kind == site.kind else weights.product(kind, x)
+    def observe(self, sample: LayerSample, statistics: Statistics) -> None:
+        if sample.layer == self._config.num_layers:
+            self._compare(sample, statistics)
+            return
+        block, weights = self._config.blocks[sample.layer], sample.weights
+        streams = self._streams(sample.layer)
+        own = [linear.site for linear in block.linears if linear.site in self._ranges]
 
-        return run_block(weights, block, exact, edges, tables, product=product)
+        def run(some: slice) -> Array:
+            together = streams[some]
+            edges = np.concatenate([[0], *(self._edges[1:] + idx * self._edges[-1] for idx in range(len(together)))])
+            x = together.reshape(-1, together.shape[2])
+            return run_block(weights, block, x, edges, self._tables).reshape(together.shape)
 
-    with progress_bar("sensitivity", total=config.num_layers * (config.num_layers + 1) // 2) as bar:
-        for block in config.blocks:
-            weights = load_block(checkpoint, block)
-            run = partial(run_block, weights, block, edges=edges, tables=tables)
-            own = [linear.site for linear in block.linears if linear.site in ranges]
-            changed = partial(run_changed, block, weights, streams[0])
-            streams = [*in_order(run, streams), *in_order(changed, own)]
-            sites += own
-            bar.update(block.layer + 1)
-    return _costs(checkpoint, config, streams, sites, statistics, ranges)
+        def run_changed(site: Site) -> Array:
+            seen = self._seen(site, weights.matrices[site.kind], statistics)
+
+            def product(kind: str, x: Array, rows: object) -> Array:
+                return weights.product(kind, seen(x) if kind == site.kind else x)
+
+            return run_block(weights, block, streams[0], self._edges, self._tables, product=product)[None]
+
+        parts = [*in_order(run, slices_of(len(streams), _TOGETHER)), *in_order(run_changed, own)]
+        for idx, part in enumerate(parts):
+            self._spool.append(sample.layer + 1, part, is_first=idx == 0)
+        self._sites += own
+
+    def state(self) -> Any:
+        return [[*site] for site in self._sites], [[*cost.site, cost.kl, cost.macs] for cost in self.costs]
+
+    def restore(self, state: Any) -> None:
+        sites, costs = state
+        self._sites = [Site(layer, kind) for layer, kind in sites]
+        self.costs = [LayerCost(Site(layer, kind), kl, macs) for layer, kind, kl, macs in costs]
+
+    def _streams(self, layer: int) -> Array:
+        """States that enter a layer, or leave the last, `[variants, tokens, hidden]`, the float model's first."""
+        if layer == 0:
+            return embed(self._checkpoint, self._config.embedding, self._heads)[None]
+        num_tokens = int(self._edges[-1])
+        found = self._spool.read(layer, 0, (1 + len(self._sites)) * num_tokens)
+        return found.reshape(-1, num_tokens, self._config.hidden_size)
+
+    def _seen(self, site: Site, weight: Array, statistics: Statistics) -> Callable[[Array], Array]:
+        """What remains of a site's input `[n, K]` in one int8 pass, in the units of the exact weights."""
+        chosen = self._ranges[site].one_pass
+        others = np.delete(statistics[site].absmax, FOLD, axis=0).max(0)
+        absmax = others if others.any() else statistics[site].highest
+        vector = smoothing_vector(absmax, column_maxima([weight]), chosen.strength, site=site, config=self._config)
+        scale = scale_of(absmax, vector, chosen.end)
+        return lambda x: rounded_activations(x / vector, scale) * vector
+
+    def _compare(self, sample: LayerSample, statistics: Statistics) -> None:
+        """Compare the logits of every variant with the float model's; the LM head's cost comes last."""
+        config, site = self._config, self._config.head.linear.site
+        head = load_head(self._checkpoint, config.head, sample.weights.matrices[site.kind])
+        norm = load_norm(self._checkpoint, config.final_norm)
+        hidden = normed(self._streams(config.num_layers), norm, config.final_norm)
+        if site in self._ranges:
+            self._sites.append(site)
+            hidden = np.concatenate([hidden, self._seen(site, head.matrix, statistics)(hidden[:1])])
+        found = zip(self._sites, _divergences(head, hidden), strict=True)
+        self.costs = [LayerCost(each, kl, config.num_macs(each)) for each, kl in found]
+
+
+def _divergences(head: HeadWeights, hidden: Array) -> list[float]:
+    """KL(p || q) for the logits of hidden[0] and of each of hidden[1:], `[tokens, hidden]`, mean over tokens, in nats.
+
+    It is log E[exp(change of the logits)] - E[change], which takes a fifth of the time of two log-softmaxes. All
+    variants meet one piece of the vocabulary after the other.
+    """
+    exact = np.empty((hidden.shape[1], len(head.matrix)), np.float32)
+    pieces = slices_of(len(head.matrix), _OUTPUTS_AT_ONCE)
+    for piece in pieces:
+        exact[:, piece] = head.between(piece).logits(hidden[0])
+    p = np.exp(log_softmax(exact))
+    variants, groups = hidden[1:], slices_of(len(hidden) - 1, _TOGETHER)
+
+    def expectations(piece: slice) -> NDArray[np.float64]:
+        """E[exp(change)] and E[change] over a piece of the vocabulary, `[2, variants, tokens]`."""
+        found, part = np.empty((2, *variants.shape[:2])), head.between(piece)
+        for group in groups:
+            change = part.logits(variants[group].reshape(-1, hidden.shape[2])).reshape(-1, len(p), part.num_outputs)
+            change -= exact[:, piece]
+            found[1, group] = np.einsum("vtn,tn->vt", change, p[:, piece])
+            np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # exp overflows float32 beyond 88
+            found[0, group] = np.einsum("vtn,tn->vt", change, p[:, piece])
+        return found
+
+    mean_exp, mean = sum(in_order(expectations, pieces), np.zeros((2, *variants.shape[:2])))
+    return [float(kl) for kl in (np.log(mean_exp / p.sum(1, dtype=np.float64)) - mean).mean(1)]
 
 
 def choose_two_pass(costs: Sequence[LayerCost], *, max_increase: float, keep: Collection[str] = ()) -> set[Site]:
@@ -121,57 +205,3 @@ def choose_two_pass(costs: Sequence[LayerCost], *, max_increase: float, keep: Co
             chosen.add(cost.site)
             budget, left = budget - cost.macs, left - cost.kl
     return chosen
-
-
-def _int8_product(
-    site: Site, weight: Array, statistics: Statistics, ranges: Mapping[Site, SiteRanges], config: ModelConfig
-) -> Callable[[Array], Array]:
-    """The product of x `[n, K]`, fake-quantized as in the int8 graph, and the exact weights."""
-    chosen = ranges[site].one_pass
-    others = np.delete(statistics[site].absmax, FOLD, axis=0).max(0)
-    seen = others if others.any() else statistics[site].highest
-    vector = smoothing_vector(seen, np.asarray(np.abs(weight).max(0)), chosen.strength, site=site, config=config)
-    scale, smoothed = scale_of(seen, vector, chosen.end), weight * vector
-    return lambda x: np.asarray(rounded_activations(x / vector, scale) @ smoothed.T)
-
-
-def _costs(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    streams: Sequence[Array],
-    sites: Sequence[Site],
-    statistics: Statistics,
-    ranges: Mapping[Site, SiteRanges],
-) -> list[LayerCost]:
-    """Compare the logits of every variant with those of the float model, streams[0]; the LM head's cost comes last."""
-    site = config.head.linear.site
-    head = load_head(checkpoint, config.head)
-    norm = load_norm(checkpoint, config.final_norm)
-    exact = normed(streams[0], norm, config.final_norm)
-    exact_logits = head.logits(exact)
-    p = np.exp(log_softmax(exact_logits))
-    costs = []
-    with progress_bar("compare", total=len(sites) + 1) as bar:
-
-        def cost(x: Array) -> float:
-            return _kl(p, head.logits(normed(x, norm, config.final_norm)) - exact_logits)
-
-        for each, kl in zip(sites, in_order(cost, streams[1:]), strict=True):
-            costs.append(LayerCost(each, kl, config.num_macs(each)))
-            bar.update(1)
-        if site in ranges:
-            logits = head.finished(_int8_product(site, head.matrix, statistics, ranges, config)(exact))
-            costs.append(LayerCost(site, _kl(p, logits - exact_logits), config.num_macs(site)))
-        bar.update(1)
-    return costs
-
-
-def _kl(p: Array, change: Array) -> float:
-    """KL(p || softmax(log p + change)), mean over the rows of `[n, V]`, in nats: log E[exp(change - E[change])].
-
-    `change` is overwritten. This takes a fifth of the time of two log-softmaxes, and no large numbers cancel.
-    """
-    change -= (p * change).sum(-1, keepdims=True)
-    np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # exp overflows float32 beyond 88
-    change *= p
-    return float(np.log(change.sum(-1, dtype=np.float64)).mean())

@@ -10,7 +10,7 @@ The division is folded into the tensor that produces the input, so it costs noth
 A layer with another input is not smoothed. In float32, the smoothed checkpoint computes the same as the original.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,13 @@ class SmoothedCheckpoint(CheckpointView):
         if divide is not None:
             array = array / (divide if array.ndim == 1 else divide[:, None])
         return array if multiply is None else array * multiply
+
+    def pieces(self, name: str) -> Iterator[Array]:
+        if name in self._divide:
+            yield from super().pieces(name)
+        else:
+            multiply = self._multiply.get(name)
+            yield from (piece if multiply is None else piece * multiply for piece in self._base.pieces(name))
 
     def _fold(self, config: ModelConfig, vectors: Mapping[Site, Array]) -> None:
         for site, vector in vectors.items():

@@ -1,6 +1,6 @@
 """A checkpoint whose LM head is a matrix of its own, so that it can change without the embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ class UntiedCheckpoint(CheckpointView):
 
     def load(self, name: str) -> NDArray[np.float32]:
         return self._base.load(self._embedding if name == _HEAD else name)
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        return self._base.pieces(self._embedding if name == _HEAD else name)
 
 
 def untied_as(base: Checkpoint, config: ModelConfig, changed: ModelConfig) -> Checkpoint:

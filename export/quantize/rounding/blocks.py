@@ -8,19 +8,23 @@ that half precision can represent.
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.rounding.gptq import GramMatrices, Grid, gptq_factors, rounded_codes
+from export.quantize.rounding.gptq import GramMatrix, Grid, factorized, rounded_codes
+from export.quantize.statistics.parallel import in_order, slices_of
 from export.schemes.forms import Blocks
 from export.storage.blocks import QuantizedRows, best_range, pack
 
 Array = NDArray[np.float32]
 
 SHRINKAGE = 0.1
-"""Reduces correlations between inputs, see gptq_factors. A low value is better for massive activations, a high one for
+"""Reduces correlations between inputs, see `factorized`. A low value is better for massive activations, a high one for
 few tokens: with 1,500 tokens, 0.03, 0.1, 0.3 and 0.5 give KL 0.0019, 0.0026, 0.0051, 0.0099 nats in SmolLM2-135M's
 layer 11 (down) and 0.0013, 0.0011, 0.0011, 0.0011 in layer 5 (gate_up). An export uses 12,000 tokens."""
 
 SMALLEST_SCALE = np.float32(np.finfo(np.float16).tiny)
 """The smallest normal half-precision number. A smaller scale loses digits, and a scale of 0 is divided by."""
+
+# Weights whose grid is searched at once: the search makes some copies, which should fit the cache.
+_WEIGHTS_AT_ONCE = 1 << 17
 
 # Clip ratios tried for a symmetric block: clipping one value a little often costs less than a coarser step for all.
 _CLIP_RATIOS = np.linspace(0.75, 1.0, 11, dtype=np.float32)
@@ -28,18 +32,26 @@ _CLIP_RATIOS = np.linspace(0.75, 1.0, 11, dtype=np.float32)
 
 def block_grid(weight: Array, blocks: Blocks, importance: Array | None = None) -> Grid:
     """Choose the grid of float32 `[N, K]`; importance `[K]` weights the squared errors of each input's weights."""
+    some_rows = slices_of(len(weight), max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
+    parts = list(in_order(lambda some: _grid_of_rows(weight[some], blocks, importance), some_rows))
+    scales, lowest, highest = (np.concatenate([part[idx] for part in parts], axis=1) for idx in range(3))
+    return Grid(scales, lowest, highest, blocks.block_size)
+
+
+def _grid_of_rows(weight: Array, blocks: Blocks, importance: Array | None) -> tuple[Array, Array, Array]:
+    """Scales, lowest and highest codes of some rows, `[groups, n]` each."""
     n, k = weight.shape
     top = (1 << blocks.bits) - 1
     counts = None if importance is None else importance.reshape(-1, blocks.block_size)
     grouped = weight.reshape(n, k // blocks.block_size, blocks.block_size)
     if blocks.symmetric:
-        scales = np.ascontiguousarray(symmetric_scales(grouped, blocks.bits, counts).T)
+        scales = symmetric_scales(grouped, blocks.bits, counts).T
         middle = np.float32(1 << (blocks.bits - 1))
-        return Grid(scales, np.full_like(scales, -middle), np.full_like(scales, middle - 1), blocks.block_size)
+        return scales, np.full_like(scales, -middle), np.full_like(scales, middle - 1)
     scales, zeros = best_range(grouped, top, counts)
     # A block of zeros gets the scale 0, which cannot be divided by. With 1 it stays zero.
     scales = np.where(scales == 0, np.float32(1), scales)
-    return Grid(np.ascontiguousarray(scales.T), -zeros.T, top - zeros.T, blocks.block_size)
+    return scales.T, -zeros.T, top - zeros.T
 
 
 def symmetric_scales(blocks: Array, bits: int, importance: Array | None = None) -> Array:
@@ -76,11 +88,13 @@ def nearest_rows(weight: Array, blocks: Blocks) -> QuantizedRows:
     return packed_rows(grid.codes(weight), grid, blocks)
 
 
-def gptq_blocks(weight: Array, gram: GramMatrices, blocks: Blocks) -> QuantizedRows:
-    """Round float32 `[N, K]` with GPTQ."""
-    factors = gptq_factors(gram, shrinkage=SHRINKAGE, act_order=True)
-    if factors is None:
+def gptq_blocks(weight: Array, gram: GramMatrix, blocks: Blocks, lost: Array | None = None) -> QuantizedRows:
+    """Round float32 `[N, K]` with GPTQ. `gram` is overwritten; lost: `drift` of the inputs, to be corrected."""
+    importance = np.diagonal(gram.sums).copy()
+    factor = factorized(gram, shrinkage=SHRINKAGE, act_order=True)
+    if factor is None:
         return nearest_rows(weight, blocks)
-    target = factors.target(weight)
-    grid = block_grid(target, blocks, np.diagonal(gram.rounded))
-    return packed_rows(rounded_codes(target, factors, grid), grid, blocks)
+    # The real-valued weight whose product with the rounded input is nearest to the exact product (least squares).
+    target = weight if lost is None else weight + factor.solved(lost)
+    grid = block_grid(target, blocks, importance)
+    return packed_rows(rounded_codes(target, factor, grid), grid, blocks)

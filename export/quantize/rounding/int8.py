@@ -11,12 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.rounding.gptq import GramMatrices, Grid, gptq_factors, rounded_codes
+from export.quantize.rounding.gptq import Factor, Grid, rounded_codes
 
 Array = NDArray[np.float32]
-
-OUTPUTS_AT_ONCE = 8192
-"""Outputs rounded at once: they do not depend on each other, and float copies of a whole LM head would be too large."""
 
 
 class Int8Rows(NamedTuple):
@@ -50,16 +47,10 @@ def rounded_activations(x: Array, scale: float, fine_scale: float | None = None)
     return np.asarray(coarse + fine)
 
 
-def gptq_int8(weight: Array, gram: GramMatrices) -> Int8Rows:
-    """Round float32 `[N, K]` with GPTQ."""
-    scales = weight_scales(weight)
-    factors = gptq_factors(gram)
-    if factors is None:
+def gptq_int8(weight: Array, factor: Factor | None) -> Int8Rows:
+    """Round float32 `[N, K]` with GPTQ, or to nearest without a factor."""
+    if factor is None:
         return rounded_to_nearest(weight)
-    values = np.empty(weight.shape, np.int8)
-    for start in range(0, len(weight), OUTPUTS_AT_ONCE):
-        some = slice(start, start + OUTPUTS_AT_ONCE)
-        highest = np.full((1, len(scales[some])), 127, np.float32)
-        grid = Grid(scales[None, some], -highest, highest, weight.shape[1])
-        values[some] = rounded_codes(factors.target(weight[some]), factors, grid)
-    return Int8Rows(values, scales)
+    scales = weight_scales(weight)
+    highest = np.full((1, len(scales)), 127, np.float32)
+    return Int8Rows(rounded_codes(weight, factor, Grid(scales[None], -highest, highest, weight.shape[1])), scales)

@@ -3,7 +3,7 @@
 The outer loop runs over layers, the inner one over chunks of sequences. Memory holds one layer's weights, some chunks'
 activations and the statistics, whatever the number of samples; hidden states between two layers are on disk. Each
 finished layer is saved, so an interrupted run continues there. A `LayerObserver` gets some tokens and the weights of
-each layer (int8/search.py is one).
+each layer while they are in memory (int8/search.py and int8/sensitivity.py have one each).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from export.calibration.dataset import sequences_digest
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import ModelConfig, Rotary, Site
-from export.model.reference.forward import embedded, load_block, load_norm, load_positions, rotary_tables, run_block
+from export.model.reference.forward import load_block, load_norm, load_vocabulary, rotary_tables, run_block
 from export.model.reference.operations import Array, BlockWeights, NormWeights, normed
 from export.model.rope import RopeTables
 from export.quantize.statistics.activation_stats import SiteStatistics, Statistics
@@ -70,19 +70,19 @@ class Seen:
 class LayerSample:
     """Some tokens of one decoder layer, or of the LM head, whose `layer` is the number of decoder layers.
 
-    seen: by kind of linear layer; for an expert, tokens that chose it. matrices: by kind, `[N, K]`
+    seen: by kind of linear layer; for an expert, tokens that chose it
     """
 
     layer: int
     seen: Mapping[str, Seen]
-    matrices: Mapping[str, Array]
+    weights: BlockWeights
 
 
 class LayerObserver(Protocol):
     """Observes a calibration run. Its state is saved with the run."""
 
     def observe(self, sample: LayerSample, statistics: Statistics) -> None:
-        """Called for each layer when its statistics are complete."""
+        """Called for each layer when its statistics are complete, and for the LM head last."""
         ...
 
     def state(self) -> Any:
@@ -99,7 +99,7 @@ def collect_statistics(
     config: ModelConfig,
     sequences: Sequence[Sequence[int]],
     workdir: Path,
-    observer: LayerObserver | None = None,
+    observers: Sequence[LayerObserver] = (),
 ) -> Statistics:
     """Collect statistics of every linear layer's input and of the KV cache; CalibrationFailed if one is not finite.
 
@@ -109,7 +109,7 @@ def collect_statistics(
     chunks = list(chunks_of(sequences, config))
     tables = rotary_tables(config, max(map(len, sequences)))
     digest = hashlib.sha256(fingerprint_of(checkpoint, config) + sequences_digest(sequences).encode())
-    run = _Run(checkpoint, config, workdir, digest.hexdigest(), observer)
+    run = _Run(checkpoint, config, workdir, digest.hexdigest(), observers)
     num_tokens = sum(map(len, sequences))
     with progress_bar("calibrate", total=num_tokens * config.num_layers, unit="token") as bar:
         bar.update(num_tokens * run.layers_done)
@@ -160,9 +160,9 @@ class _Run:
         config: ModelConfig,
         workdir: Path,
         fingerprint: str,
-        observer: LayerObserver | None,
+        observers: Sequence[LayerObserver],
     ) -> None:
-        self.checkpoint, self.config, self.workdir, self.observer = checkpoint, config, workdir, observer
+        self.checkpoint, self.config, self.workdir, self.observers = checkpoint, config, workdir, observers
         self.fingerprint = fingerprint
         self.spool = HiddenSpool(workdir, config.hidden_size)
         self.statistics: Statistics = {}
@@ -171,23 +171,21 @@ class _Run:
         if state.is_file():
             found = json.loads(state.read_text(encoding="utf-8"))
             # An observer needs every layer, so it cannot continue a run without one.
-            if found["fingerprint"] == fingerprint and (observer is None or found.get("observer") is not None):
+            if found["fingerprint"] == fingerprint and len(found.get("observers", [])) >= len(observers):
                 self.layers_done = found["layers_done"]
                 file = workdir / "statistics.npz"
                 self.statistics = statistics_from_arrays(load_arrays(file), file)
-                if observer is not None:
-                    observer.restore(found["observer"])
-        workdir.mkdir(parents=True, exist_ok=True)
+                for observer, state_of_it in zip(observers, found["observers"], strict=False):
+                    observer.restore(state_of_it)
 
     def embed(self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> None:
-        embedding = self.config.embedding
-        table, positions = self.checkpoint.load(f"{embedding.name}.weight"), load_positions(self.checkpoint, embedding)
+        vocabulary = load_vocabulary(self.checkpoint, self.config.embedding, sequences)
         for chunk in chunks:
-            x = embedded(table, positions, embedding, [sequences[idx] for idx in chunk.sequence_idx])
+            x = vocabulary.embed([sequences[idx] for idx in chunk.sequence_idx])
             self.spool.append(0, x, is_first=chunk.start == 0)
 
     def layer(self, layer: int, chunks: Sequence[Chunk], tables: Tables, *, on_tokens: Any) -> None:
-        """Run all chunks through one layer, call the observer, and save. The state is saved last: it names only layers
+        """Run all chunks through one layer, call the observers, and save. The state is saved last: it names only layers
         whose files are complete."""
         block = load_block(self.checkpoint, self.config.blocks[layer])
         is_last = layer + 1 == self.config.num_layers
@@ -202,14 +200,14 @@ class _Run:
             for kind, seen in result.seen.items():
                 samples.setdefault(kind, []).append(seen)
             on_tokens(chunk.stop - chunk.start)
-        if self.observer is not None:
-            self._observe(self.observer, layer, block, {kind: _joined(parts) for kind, parts in samples.items()})
+        if self.observers:
+            self._observe(layer, block, {kind: _joined(parts) for kind, parts in samples.items()})
         self.layers_done = layer + 1
         save_arrays(self.workdir / "statistics.npz", statistics_to_arrays(self.statistics))
         state = {
             "fingerprint": self.fingerprint,
             "layers_done": self.layers_done,
-            "observer": self.observer and self.observer.state(),
+            "observers": [observer.state() for observer in self.observers],
         }
         write_whole(self.workdir / "state.json", json.dumps(state).encode())
 
@@ -257,13 +255,16 @@ class _Run:
         }
         return _ChunkResult(x, statistics, seen)
 
-    def _observe(self, observer: LayerObserver, layer: int, weights: BlockWeights, seen: dict[str, Seen]) -> None:
+    def _observe(self, layer: int, weights: BlockWeights, seen: dict[str, Seen]) -> None:
         head = self.config.head.linear
         last = {head.site.kind: seen.pop(head.site.kind)} if head.site.kind in seen else {}
-        observer.observe(LayerSample(layer, seen, weights.matrices), self.statistics)
-        if last:
+        samples = [LayerSample(layer, seen, weights)]
+        if layer + 1 == self.config.num_layers:
             matrix = {head.site.kind: self.checkpoint.load(head.weight_names[0])}
-            observer.observe(LayerSample(head.site.layer, last, matrix), self.statistics)
+            samples.append(LayerSample(head.site.layer, last, BlockWeights(matrix, {}, {})))
+        for sample in samples:
+            for observer in self.observers:
+                observer.observe(sample, self.statistics)
 
 
 def _joined(parts: Sequence[Seen]) -> Seen:

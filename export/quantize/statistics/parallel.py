@@ -8,7 +8,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,11 +29,9 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     At most `num_workers() + 1` results are held, so memory does not grow with the number of items. An exception of the
     function is raised here, and items that have not started are dropped.
     """
-    from threadpoolctl import threadpool_limits
-
     workers = num_workers()
     waiting: deque[Future[Result]] = deque()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+    with _blas_libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -43,3 +42,16 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def slices_of(length: int, size: int) -> list[slice]:
+    """Slices of at most `size` elements that cover `length`."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@cache
+def _blas_libraries() -> Any:
+    """Found once: looking through all loaded libraries takes milliseconds."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -16,6 +16,7 @@ class HiddenSpool:
     """float32 `[tokens, hidden]`, end to end, in `directory`."""
 
     def __init__(self, directory: Path, hidden_size: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._hidden_size = directory, hidden_size
 
     def read(self, layer: int, start: int, stop: int) -> Array:
