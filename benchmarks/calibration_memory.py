@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.export_memory import peak_of_export, write_random
+from benchmarks.export_memory import Shape, peak_of_export, write_random
 from export.model.families.architectures import parse_config
 from export.pipeline.memory_plan import phases
 from export.schemes.registry import scheme_named
@@ -70,7 +70,7 @@ def main() -> None:
         if "large" in parts:
             checkpoint = Path(scratch) / "random"
             checkpoint.mkdir()
-            write_random(checkpoint, args.gigabytes)
+            write_random(checkpoint, Shape.of_size(args.gigabytes))
             rows.append(measure(str(checkpoint), out, args.precision, LARGE_SAMPLES, LARGE_LENGTH))
     failures += [
         f"{row['model']}: predicted {row['predicted_over_peak']:.2f} times what was seen"

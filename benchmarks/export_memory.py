@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +21,66 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-HIDDEN, INNER, VOCAB, HEADS, KV_HEADS = 2048, 5632, 32_000, 32, 4
-BYTES_PER_LAYER = 2 * (HIDDEN * HIDDEN * 2 + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS + 3 * HIDDEN * INNER)
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a random Llama."""
+
+    hidden: int = 2048
+    inner: int = 5632
+    vocab: int = 32_000
+    heads: int = 32
+    kv_heads: int = 4
+    num_layers: int = 1
+    is_tied: bool = False
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer in bf16."""
+        kv = self.hidden * self.kv_heads // self.heads
+        return 2 * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.inner)
+
+    @classmethod
+    def of_size(cls, gigabytes: float) -> "Shape":
+        """As many layers as make a checkpoint of about this size."""
+        shape = cls()
+        rest = gigabytes * 1e9 - 4 * shape.vocab * shape.hidden
+        return replace(shape, num_layers=max(1, round(rest / shape.layer_bytes)))
 
 
-def write_random(directory: Path, gigabytes: float) -> int:
-    """A sharded checkpoint of about this size, one file a layer; returns its bytes."""
-    num_layers = max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / BYTES_PER_LAYER))
+def write_random(directory: Path, shape: Shape) -> int:
+    """A sharded checkpoint of random weights, one file a layer; returns its bytes."""
     rng = np.random.default_rng(0)
     index: dict[str, str] = {}
 
     def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
         tensors = {
             name: (
-                rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)
+                rng.standard_normal(size, np.float32) / np.float32(np.sqrt(size[-1]))
+                if len(size) > 1
+                else np.ones(size)
             ).astype(ml_dtypes.bfloat16)
-            for name, shape in shapes.items()
+            for name, size in shapes.items()
         }
         save_file(tensors, directory / file)
         index.update(dict.fromkeys(shapes, file))
 
-    head = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "lm_head.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-    }
-    save("model-head.safetensors", head)
-    for layer in range(num_layers):
+    hidden, inner, kv = shape.hidden, shape.inner, shape.hidden * shape.kv_heads // shape.heads
+    head = {"model.embed_tokens.weight": (shape.vocab, hidden), "model.norm.weight": (hidden,)}
+    save("model-head.safetensors", head if shape.is_tied else {**head, "lm_head.weight": (shape.vocab, hidden)})
+    for layer in range(shape.num_layers):
         p = f"model.layers.{layer}"
-        kv = HIDDEN * KV_HEADS // HEADS
-        matrices = {"q": (HIDDEN, HIDDEN), "k": (kv, HIDDEN), "v": (kv, HIDDEN), "o": (HIDDEN, HIDDEN)}
-        shapes: dict[str, tuple[int, ...]] = {f"{p}.self_attn.{n}_proj.weight": shape for n, shape in matrices.items()}
-        shapes |= {f"{p}.mlp.{n}_proj.weight": (INNER, HIDDEN) for n in ("gate", "up")}
-        shapes[f"{p}.mlp.down_proj.weight"] = (HIDDEN, INNER)
-        shapes |= {f"{p}.{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
+        matrices = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {f"{p}.self_attn.{n}_proj.weight": size for n, size in matrices.items()}
+        shapes |= {f"{p}.mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
+        shapes[f"{p}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes |= {f"{p}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
         save(f"model-{layer:03}.safetensors", shapes)
     config = {
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": num_layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 2,
+        "model_type": "llama", "vocab_size": shape.vocab, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "eos_token_id": 2, "tie_word_embeddings": shape.is_tied,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
@@ -103,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "checkpoint"
         checkpoint.mkdir()
-        size = write_random(checkpoint, args.gigabytes)
+        size = write_random(checkpoint, Shape.of_size(args.gigabytes))
         print(f"checkpoint: {size / 1e9:.2f} GB in bf16")
         print(f"{'precision':12}{'written MB':>12}{'peak MB':>10}{'bound MB':>10}{'share':>8}")
         rows = []
