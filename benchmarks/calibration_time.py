@@ -4,9 +4,9 @@ usage: python -m benchmarks.calibration_time [--precision w8a8,w4a16] [--layers 
 
 Makes the model (bf16 safetensors, tied embeddings), unless MODEL names one, and exports it in each precision in a
 process of its own. The phases are those of the export's progress bars, each from the first sign of its bar to the next
-bar's; a bar appears after a second. CPU seconds are those of all threads. Prints a table and one JSON line; exits with 1
-where an export takes longer than 25 minutes or more than 4 GB. An export may fail its gate, as random weights do. Needs
-10 GB of disk, and on two cores about half an hour.
+bar's; a bar appears after a second. CPU seconds are those of all threads. Prints a table and one JSON line; exits with
+1 where an export takes longer than 25 minutes or more than 4 GB. An export may fail its gate, as random weights do.
+Needs 10 GB of disk, and on two cores about half an hour.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from benchmarks.export_memory import Shape, write_random
 from runtime.commands.roofline import describe_machine
 
 MOST_SECONDS, MOST_BYTES = 25 * 60, 4e9
-LLAMA_1B = {"inner": 8192, "vocab": 128_256, "kv_heads": 8, "is_tied": True}
+LLAMA_1B = Shape(inner=8192, vocab=128_256, kv_heads=8, is_tied=True)
 
 _BAR = re.compile(r"\r?([a-z]+): +\d+%")
 
@@ -65,9 +67,9 @@ def measure(model: str, out: Path, precision: str, flags: list[str]) -> dict[str
     marks.append(("", time.perf_counter(), usage.ru_utime + usage.ru_stime))
     phases = [
         {"phase": name, "seconds": end - begin, "cpu_seconds": cpu_end - cpu}
-        for (name, begin, cpu), (_, end, cpu_end) in zip(marks, marks[1:], strict=False)
+        for (name, begin, cpu), (_, end, cpu_end) in pairwise(marks)
     ]
-    row = {
+    row: dict[str, Any] = {
         "precision": precision, "seconds": marks[-1][1] - marks[0][1], "cpu_seconds": marks[-1][2],
         "peak": usage.ru_maxrss * 1024, "phases": phases,
     }  # fmt: skip
@@ -90,7 +92,7 @@ def main() -> None:
         checkpoint = Path(scratch) / "random"
         if args.model is None:
             checkpoint.mkdir()
-            size = write_random(checkpoint, Shape(num_layers=args.layers, **LLAMA_1B))
+            size = write_random(checkpoint, replace(LLAMA_1B, num_layers=args.layers))
             print(f"checkpoint: {args.layers} layers, {size / 1e9:.2f} GB in bf16")
         print(f"{'precision':10}{'phase':14}{'seconds':>10}{'CPU s':>10}")
         rows = [

@@ -31,6 +31,9 @@ BUILT_IN = "built-in"
 SELF = "self"
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_LENGTH = 512
+INT8_NUM_SAMPLES = 32
+"""Default of w8a8, whose statistics take all of the text. On SmolLM2-135M, four times as much gives KL 0.0047 where 32
+sequences give 0.0044, for four times the time."""
 
 CALIBRATED = ("w8a8", "w4a16", "auto")
 """The precisions that need calibration text."""
@@ -72,7 +75,9 @@ def calibration_options(
     """
     given = {"source": source, "num_samples": num_samples, "length": length}
     given = {name: value for name, value in given.items() if value is not None}
-    if precision not in CALIBRATED and for_kv is not None:
+    if precision == "w8a8":
+        given = {"num_samples": INT8_NUM_SAMPLES, **given}
+    elif precision not in CALIBRATED and for_kv is not None:
         given = {"num_samples": for_kv, **given}
     elif given and precision not in CALIBRATED:
         raise InvalidSetting(

@@ -16,15 +16,17 @@ from typing import NamedTuple
 from export.model.description import ModelConfig
 from export.pipeline.estimates import layer_bytes, weight_bytes
 from export.quantize.int4.rounding import MOST_BYTES, NUM_PIECES, PIECE
+from export.quantize.int8.ranges import MAX_OUTPUTS
 from export.quantize.int8.sensitivity import FOLD as MEASURED_FOLD
 from export.quantize.int8.sensitivity import LENGTH as MEASURED_LENGTH
 from export.quantize.int8.sensitivity import NUM_SEQUENCES as NUM_MEASURED
+from export.quantize.int8.sensitivity import TOGETHER
 from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS
 from export.quantize.statistics.activation_stats import NUM_FOLDS
 from export.quantize.statistics.collect import CHUNK_BYTES, token_bytes
 from export.quantize.statistics.parallel import num_workers
 from export.quantize.statistics.search_pass import MOST_BYTES as MOST_SEARCHED
-from export.quantize.statistics.search_pass import NUM_SEQUENCES
+from export.quantize.statistics.search_pass import NUM_SEQUENCES, input_bytes
 from export.schemes.scheme import CalibrationNeed, Scheme
 from export.verify.graph_run import BATCH, MAX_PROMPT, NUM_GREEDY, WINDOW
 from runtime.artifact.manifest import kind_of
@@ -39,12 +41,17 @@ _PROCESS, _WORKER = 110e6, 55e6
 _LIVE = 0.75
 
 # Bytes per weight
-_LOADED = 8  # float32, and a rotated or smoothed copy
+_LOADED = 8  # float32, and a rotated, smoothed or stacked copy
 # Bytes per pair of input channels
-_GRAMS = 8  # two Gram matrices
-_INVERTED = 36  # one of them in float64, its factor, the factor's inverse, and the product
+_GRAM = 8  # the Gram matrix, and the sum that is added to it
+_FACTOR = 8  # the Gram matrix in another order
 # Bytes per token and input channel
-_SEEN = 14  # the input, rounded in two passes and weighted
+_SEEN = 4  # the input, rounded and weighted
+_DRIFT = 12  # the difference from the exact input, the weighted input, and the product of one with the weight
+# Bytes per weight of a target: the lost output and two copies in another order
+_TARGET = 16
+# Bytes per output and input that a range search compares: one rounded copy for each strength and held-out fold
+_SMOOTHED = 4 * 20
 # Bytes per logit
 _COMPARED = 24  # both models' logits, their logarithms, and the terms of the divergence
 # Memory of a running graph, as a multiple of its weights: the kernel has its own copy of int8 and of packed blocks.
@@ -71,7 +78,8 @@ class _Sizes:
         sizes = [prod(linear.shape) for linear in linears]
         self.num_inputs = [linear.num_inputs for linear in linears]
         self.weights = sum(sizes)
-        self.layer = 4 * self.weights + _LOADED * max(sizes)
+        self.largest = max(sizes)
+        self.layer = 4 * self.weights + _LOADED * self.largest
         self.head = config.vocab_size * self.hidden
         self.inputs = int(4 * sum(linear.num_inputs * config.share_of_tokens(linear.site) for linear in linears))
         self.token = token_bytes(config)
@@ -79,9 +87,9 @@ class _Sizes:
 
 
 def _gptq(num_inputs: int, tokens: int) -> float:
-    """Bytes for filling the Gram matrices of one layer and inverting one of them."""
+    """Bytes for filling the Gram matrix of one layer's input and factorizing it."""
     k = num_inputs if num_inputs <= MAX_GPTQ_INPUTS else 0
-    return _GRAMS * k * k + max(_SEEN * tokens * k, _INVERTED * k * k)
+    return max(_GRAM * k * k + _SEEN * tokens * k, _FACTOR * k * k)
 
 
 def phases(
@@ -106,28 +114,30 @@ def phases(
 def _int8_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) -> dict[str, float]:
     chunk = max(length, CHUNK_BYTES // s.token)
     passing = min(num_samples * length, s.workers * chunk) * s.live + 4 * min(num_samples * length, chunk) * s.hidden
-    statistics = s.layer + max(passing, _LOADED * s.head)
-
     of_fold = len(range(MEASURED_FOLD, num_samples, NUM_FOLDS)) or num_samples
     measured = min(of_fold, NUM_MEASURED) * min(length, MEASURED_LENGTH)
-    streams = 4 * measured * s.hidden * (1 + len(s.num_inputs) * config.num_layers)
-    logits = 4 * measured * s.vocab
-    changed = min(s.workers, len(s.num_inputs)) * measured * s.live
-    costs = streams + max(s.layer + changed, 4 * s.head + (1 + 4 * s.workers) * logits)
+    streams = 8 * measured * s.hidden * (1 + len(s.num_inputs) * config.num_layers)
+    changed = s.workers * min(TOGETHER, len(s.num_inputs)) * measured * s.live
+    searched = _SMOOTHED * sum(sorted(s.num_inputs)[-s.workers :]) * MAX_OUTPUTS
+    statistics = s.layer + max(passing, searched, streams + changed)
+    head = 4 * s.head + streams + _COMPARED * measured * s.vocab
 
-    tokens = min(num_samples, NUM_SEQUENCES) * length
-    tokens = min(tokens, max(1, MOST_SEARCHED // s.token))
+    limit = max(1, MOST_SEARCHED // input_bytes(config))
+    tokens = min(min(num_samples, NUM_SEQUENCES) * length, limit)
     kept = tokens * (s.inputs + 8 * s.hidden)
-    rounded = max(_gptq(k, tokens) for k in s.num_inputs)
-    head = max(_LOADED * s.head, 5 * s.head + _gptq(s.hidden, tokens))
-    rounding = kept + 4 * s.weights + max(s.layer + min(tokens, s.workers * chunk) * s.live, rounded, head)
-    return {"statistics": statistics, "sensitivity": costs, "rounding": rounding}
+    running = kept + s.layer + min(tokens, s.workers * chunk) * s.live
+    rounded = kept + 4 * s.weights + max(_gptq(k, tokens) for k in s.num_inputs)
+    rounded_head = s.head + 12 * tokens * s.hidden + _gptq(s.hidden, tokens)
+    rounding = max(running + 4 * s.weights, rounded, rounded_head)
+    # The embedding is written as a whole.
+    return {"statistics": statistics, "sensitivity": head, "rounding": rounding, "graphs": _LOADED * s.head}
 
 
 def _int4_phases(s: _Sizes, config: ModelConfig, num_samples: int, length: int) -> dict[str, float]:
     tokens = min(NUM_PIECES * PIECE, num_samples * length, max(PIECE, MOST_BYTES // s.token))
     streams = 8 * tokens * s.hidden
-    rounded = max(_gptq(k, tokens) for k in s.num_inputs)
+    largest = max(s.num_inputs)
+    rounded = max(_gptq(largest, tokens), _DRIFT * tokens * largest) + _TARGET * s.largest
     working = s.layer + tokens * (s.live + s.inputs)
     return {"rounding": streams + max(4 * s.head, working, s.layer + tokens * 2 * s.inputs + rounded)}
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import HeldTensors
-from export.model.description import ModelConfig, Site
+from export.model.description import Block, ModelConfig, Site
 from export.model.reference.forward import load_block, load_norm
-from export.model.reference.operations import normed
+from export.model.reference.operations import BlockWeights, normed
 from export.quantize.int8.ranges import InputRange, SiteRanges, column_maxima, search_ranges
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, smoothed_config, smoothing_vector
 from export.quantize.rounding.gptq import MAX_GPTQ_INPUTS, Factor, GramMatrix, factorized
@@ -112,18 +112,13 @@ def round_weights(
     ranges: Mapping[Site, InputRange],
     rounded: RoundedWeights,
 ) -> dict[Site, Array]:
-    """Smooth and round the weights of every site in `ranges`; returns the smoothing vectors.
-
-    A block's tensors are read once: for its vectors, for the run through the smoothed block, and for rounding.
-    """
+    """Smooth and round the weights of every site in `ranges`, block by block; returns the smoothing vectors."""
     run = SearchPass(checkpoint, config, sequences)
     vectors: dict[Site, Array] = {}
     with progress_bar("round", total=config.num_layers + 1) as bar:
         for block in config.blocks:
-            held = HeldTensors(checkpoint)
             own = {linear.site: ranges[linear.site] for linear in block.linears if linear.site in ranges}
-            found = smoothing_vectors(held, config, statistics, own)
-            weights = load_block(SmoothedCheckpoint(held, config, found), block)
+            weights, found = _smoothed_block(checkpoint, config, block, statistics, own)
             inputs = run.through(block, weights)
             for site in own:
                 rounded.put(site, gptq_int8(weights.matrices[site.kind], _factor(inputs.get(site.kind), ranges[site])))
@@ -139,6 +134,19 @@ def round_weights(
             rounded.put(head, Int8Rows(*map(np.concatenate, zip(*pieces, strict=True))))
         bar.update(1)
     return vectors
+
+
+def _smoothed_block(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    block: Block,
+    statistics: Statistics,
+    ranges: Mapping[Site, InputRange],
+) -> tuple[BlockWeights, dict[Site, Array]]:
+    """A block's smoothed weights, and the vectors of its sites; its tensors are read once."""
+    held = HeldTensors(checkpoint)
+    vectors = smoothing_vectors(held, config, statistics, ranges)
+    return load_block(SmoothedCheckpoint(held, config, vectors), block), vectors
 
 
 def _factor(inputs: SiteInputs | None, chosen: InputRange) -> Factor | None:

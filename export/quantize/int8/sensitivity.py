@@ -38,8 +38,10 @@ NUM_SEQUENCES, LENGTH = 3, 40
 # The sequences come from this fold and the ranges from the others, so that they are judged on text they have not seen.
 FOLD = 1
 
-# Variants that run through a block, or through the LM head, as one batch; and outputs of the head at once.
-_TOGETHER, _OUTPUTS_AT_ONCE = 4, 4096
+TOGETHER = 4
+"""Variants that run through a block, or through the LM head, as one batch."""
+
+_OUTPUTS_AT_ONCE = 4096  # of the LM head
 
 DEFAULT_MAX_INCREASE = 0.005
 """Predicted perplexity increase of all layers in one pass. It is half of the promised maximum of 1 %."""
@@ -106,7 +108,7 @@ class CostMeasurement:
 
             return run_block(weights, block, streams[0], self._edges, self._tables, product=product)[None]
 
-        parts = [*in_order(run, slices_of(len(streams), _TOGETHER)), *in_order(run_changed, own)]
+        parts = [*in_order(run, slices_of(len(streams), TOGETHER)), *in_order(run_changed, own)]
         for idx, part in enumerate(parts):
             self._spool.append(sample.layer + 1, part, is_first=idx == 0)
         self._sites += own
@@ -160,7 +162,7 @@ def _divergences(head: HeadWeights, hidden: Array) -> list[float]:
     for piece in pieces:
         exact[:, piece] = head.between(piece).logits(hidden[0])
     p = np.exp(log_softmax(exact))
-    variants, groups = hidden[1:], slices_of(len(hidden) - 1, _TOGETHER)
+    variants, groups = hidden[1:], slices_of(len(hidden) - 1, TOGETHER)
 
     def expectations(piece: slice) -> NDArray[np.float64]:
         """E[exp(change)] and E[change] over a piece of the vocabulary, `[2, variants, tokens]`."""

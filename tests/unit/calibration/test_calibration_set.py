@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import calibration_data
 from export.calibration.dataset import (
     BUILT_IN,
+    INT8_NUM_SAMPLES,
     SELF,
     CalibrationOptions,
     calibration_options,
@@ -199,6 +200,8 @@ def test_self_starts_conversations_and_texts_and_writes_to_the_full_length() -> 
 
 def test_the_flags_are_refused_where_they_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert calibration_options("fp32", None, None, None) == CalibrationOptions()
+    assert calibration_options("w8a8", None, None, None).num_samples == INT8_NUM_SAMPLES
+    assert calibration_options("w4a16", None, None, None) == CalibrationOptions()
     assert calibration_options("w8a8", "a.txt", 7, None) == CalibrationOptions(source="a.txt", num_samples=7)
     assert main(["export", "nothing", "--precision", "fp32", "--calibration-text", "a.txt"]) == 2
     message = capsys.readouterr().err
