@@ -75,6 +75,7 @@ class GramMatrix:
 
     def __init__(self, num_channels: int) -> None:
         self.sums = np.zeros((num_channels, num_channels), np.float32)
+        self._is_empty = True
 
     def update(self, inputs: Array, token_weight: Array, seen: Callable[[Array], Array] = np.asarray) -> None:
         """Add tokens `[n, K]`. token_weight `[n]` weights each token's squared error; seen: rounds the inputs."""
@@ -85,7 +86,9 @@ class GramMatrix:
 
         for _ in in_order(fill, slices_of(len(inputs), _TOKENS_AT_ONCE)):
             pass
-        self.sums += weighted.T @ weighted  # BLAS computes half of a product of an array with itself
+        sums = weighted.T @ weighted  # BLAS computes half of a product of an array with itself
+        self.sums = sums if self._is_empty else self.sums + sums
+        self._is_empty = False
 
 
 def drift(weight: Array, exact: Array, seen: Array, token_weight: Array, *, shrinkage: float) -> Array:
