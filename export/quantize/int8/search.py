@@ -54,7 +54,7 @@ class RangeSearch:
         return ranges_to_json(self.ranges)
 
     def restore(self, state: list[Any]) -> None:
-        self.ranges = ranges_from_json(state)
+        self.ranges |= ranges_from_json(state)  # the same dict, which others hold
 
 
 def ranges_to_json(ranges: Mapping[Site, SiteRanges]) -> list[Any]:

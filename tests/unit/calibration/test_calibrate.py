@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.calibration.dataset import CalibrationSet
 from export.checkpoint.view import CheckpointView
 from export.model.description import Site
 from export.model.families.architectures import parse_config
-from export.model.reference.forward import load_block
+from export.model.reference.forward import embed, load_block, load_norm, rotary_tables, run_block, run_reference
 from export.model.reference.operations import normed
+from export.quantize.int8.model import calibrate
+from export.quantize.int8.ranges import scale_of
+from export.quantize.int8.sensitivity import FOLD
+from export.quantize.int8.smoothquant import smoothing_vector
+from export.quantize.rounding.int8 import rounded_activations
 from export.quantize.statistics.activation_stats import NUM_FOLDS, SiteStatistics
 from export.quantize.statistics.collect import chunks_of, collect_statistics
 from export.quantize.statistics.store import load_arrays, save_arrays, statistics_from_arrays, statistics_to_arrays
@@ -85,6 +91,52 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, model: Any)
     for site, entry in whole.items():
         assert np.array_equal(resumed[site].absmax, entry.absmax)
         assert np.array_equal(resumed[site].histogram, entry.histogram)
+
+
+def test_an_interrupted_calibration_measures_the_same_costs(tmp_path: Path, model: Any) -> None:
+    text = CalibrationSet(some_sequences(), {})
+    whole = calibrate(model, CONFIG, text, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(_Interrupted(model, "model.layers.2.mlp.up_proj.weight"), CONFIG, text, tmp_path / "work")
+    resumed = calibrate(_Interrupted(model, "model.layers.1.mlp.up_proj.weight"), CONFIG, text, tmp_path / "work")
+    assert resumed.costs == whole.costs and resumed.ranges == whole.ranges
+    assert [cost.site for cost in whole.costs] == [linear.site for linear in CONFIG.linears]
+    # All is done: neither a layer nor the LM head is read again.
+    again = calibrate(_Interrupted(model, "lm_head.weight"), CONFIG, text, tmp_path / "work")
+    assert again.costs == whole.costs
+
+
+def test_a_cost_is_the_divergence_of_the_model_with_that_input_rounded(tmp_path: Path, model: Any) -> None:
+    """Measured once more, with whole models and log-softmaxes in double precision."""
+    sequences = some_sequences(8)
+    found = calibrate(model, CONFIG, CalibrationSet(sequences, {}), tmp_path)
+    heads = sequences[FOLD::NUM_FOLDS]
+    exact = run_reference(model, CONFIG, heads)
+    site = Site(1, "down")
+    absmax, chosen = found.statistics[site].absmax, found.ranges[site].one_pass
+    others = np.delete(absmax, FOLD, axis=0).max(0)
+    weight = model.load("model.layers.1.mlp.down_proj.weight")
+    vector = smoothing_vector(others, np.abs(weight).max(0), chosen.strength, site=site, config=CONFIG)
+    scale = scale_of(others, vector, chosen.end)
+    x, edges = embed(model, CONFIG.embedding, heads), np.cumsum([0, *map(len, heads)])
+    for block in CONFIG.blocks:
+        weights = load_block(model, block)
+
+        def product(kind: str, h: Any, rows: Any, layer: int = block.layer, weights: Any = weights) -> Any:
+            is_rounded = Site(layer, kind) == site
+            return weights.product(kind, rounded_activations(h / vector, scale) * vector if is_rounded else h)
+
+        x = run_block(weights, block, x, edges, rotary_tables(CONFIG, 40), product=product)
+    x = normed(x, load_norm(model, CONFIG.final_norm), CONFIG.final_norm)
+    kl = []
+    for idx, (start, stop) in enumerate(pairwise(edges)):
+        p, q = (
+            logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64), axis=-1, keepdims=True)
+            for logits in (exact.logits(idx, 0, len(heads[idx])), exact.head.logits(x[start:stop]))
+        )
+        kl += (np.exp(p) * (p - q)).sum(-1).tolist()
+    (cost,) = (cost for cost in found.costs if cost.site == site)
+    assert cost.kl == pytest.approx(np.mean(kl), rel=0.02, abs=1e-8) and cost.kl > 1e-7
 
 
 def test_other_text_starts_anew(tmp_path: Path, model: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 from export.model.families.architectures import parse_config
 from export.model.reference.forward import run_reference
 from export.quantize.int8.rotation import RotatedCheckpoint, Rotation, rotated_config, stream_obstacle
+from export.quantize.int8.smoothquant import SmoothedCheckpoint
 from tests.support.tiny.architectures import BEYOND_LLAMA, RandomCheckpoint
 from tests.support.tiny.checkpoint import config_of
 
@@ -46,6 +47,22 @@ def test_the_rotated_model_computes_the_same(name: str) -> None:
         for name_of_weight in (values, o):
             changed = rotated_checkpoint.load(name_of_weight)
             assert not np.allclose(changed, checkpoint.load(name_of_weight), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_pieces_are_the_rows_of_the_whole(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("export.checkpoint.protocol.PIECE_ROWS", 7)
+    config = parse_config(BEYOND_LLAMA[name] if name in BEYOND_LLAMA else config_of(name))
+    rotated, own = RotatedCheckpoint(RandomCheckpoint(config), config), rotated_config(config)
+    site = own.head.linear.site
+    vectors = {site: np.linspace(1, 2, own.hidden_size, dtype=np.float32)}
+    for checkpoint in (rotated, SmoothedCheckpoint(rotated, own, vectors)):
+        for tensor in (f"{own.embedding.name}.weight", *own.blocks[0].attention.o.weight_names, "lm_head.weight"):
+            if tensor in checkpoint.tensors:
+                pieces = list(checkpoint.pieces(tensor))
+                assert max(map(len, pieces)) == 7
+                # A product of fewer rows may add in another order.
+                assert np.allclose(np.concatenate(pieces), checkpoint.load(tensor), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
