@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class PeerTool(NamedTuple):
     packages: what pip installs, with `environment` set while it does; worker: the script its Python runs
     counterpart: our precision to the one of its own that it is compared with
     wanted: by our kind and the case, the ratio asked for
+    has_cpu_time: whether its worker knows --cpu-time
     model: the peer's file or directory, by its Python, the cache, the shape and its precision; made if it is not there
     """
 
@@ -78,6 +80,7 @@ class PeerTool(NamedTuple):
     counterpart: Mapping[str, str]
     wanted: Mapping[tuple[str, str], float]
     model: Callable[[Path, Path, str, str], Path]
+    has_cpu_time: bool = True
 
 
 def peer_python(tool: PeerTool, cache: Path) -> Path:
@@ -114,7 +117,9 @@ def seconds_of(peer: PeerProcess, case: Case) -> tuple[float, str]:
     return float(answer["step_s" if case.steps else "prefill_s"]), answer.get("settings", "")
 
 
-def compare(session: Session, peer: PeerProcess, cases: Sequence[Case], repeat: int) -> list[dict[str, Any]]:
+def compare(
+    session: Session, peer: PeerProcess, cases: Sequence[Case], repeat: int, *, is_cpu_time: bool = False
+) -> list[dict[str, Any]]:
     """One row a case: tokens a second of both sides, medians of runs taken in turn, and the median of their ratios."""
     decoded = [case for case in cases if case.steps]
     for slot in range(max((case.batch for case in decoded), default=0)):  # decoding is to read a cache that was written
@@ -124,7 +129,7 @@ def compare(session: Session, peer: PeerProcess, cases: Sequence[Case], repeat: 
         for case in cases:
             pairs, settings = [], ""
             for _ in range(repeat + 1):
-                ours = _measure_ours(session, case)
+                ours = _measure_ours(session, case, is_cpu_time=is_cpu_time)
                 theirs, settings = seconds_of(peer, case)
                 pairs.append((ours, theirs))
                 bar.update(1)
@@ -145,9 +150,11 @@ def _figures(case: Case, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]
     }
 
 
-def _measure_ours(session: Session, case: Case) -> float:
+def _measure_ours(session: Session, case: Case, *, is_cpu_time: bool) -> float:
     """Seconds of the prefill, or of a decode step."""
-    return decode(session, case.batch, case.prompt, case.steps) if case.steps else prefill(session, case.prompt)
+    started_s = time.process_time()
+    seconds = decode(session, case.batch, case.prompt, case.steps) if case.steps else prefill(session, case.prompt)
+    return (time.process_time() - started_s) / max(1, case.steps) if is_cpu_time else seconds
 
 
 def versus(tool: PeerTool, description: str, *, default_ours: str) -> None:
@@ -166,8 +173,15 @@ def versus(tool: PeerTool, description: str, *, default_ours: str) -> None:
     parser.add_argument(
         "--cases", default=",".join(names), metavar="LIST", help="comma-separated cases; default: %(default)s"
     )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread a side, and its seconds of CPU instead of the clock's: for a machine that others use",
+    )
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has the peer installed")
     args = parser.parse_args()
+    if args.cpu_time and not tool.has_cpu_time:
+        parser.error(f"{tool.column} is compared by the clock only")
     if args.repeat < 1:
         parser.error("--repeat must be at least 1")
     if not set(args.cases.split(",")) <= set(names):
@@ -199,19 +213,24 @@ def _compare_all(tool: PeerTool, args: argparse.Namespace) -> None:
                 f"{', '.join(tool.counterpart)}"
             )
     print(f"{'':32}{'headrace':>10}{tool.column:>10}{'ratio':>8}{'(range)':>14}{'wanted':>8}   tokens/s")
-    settings = EngineSettings(device=args.device, max_batch=NUM_SLOTS, max_len=CAPACITY, kv_memory=10**11)
+    threads = 1 if args.cpu_time else None
+    settings = EngineSettings(
+        device=args.device, max_batch=NUM_SLOTS, max_len=CAPACITY, threads=threads, kv_memory=10**11
+    )
     for one in ours:
         theirs = tool.counterpart[one.artifact.manifest.precision]
         session = open_session(one.artifact, settings)
-        with running_worker(python, tool.worker, tool.model(python, args.cache, args.shape, theirs)) as peer:
-            rows, version = compare(session, peer, cases, args.repeat), peer.version
+        model = tool.model(python, args.cache, args.shape, theirs)
+        with running_worker(python, tool.worker, model, is_cpu_time=args.cpu_time) as peer:
+            rows = compare(session, peer, cases, args.repeat, is_cpu_time=args.cpu_time)
+            version = peer.version
         session.close()
         for row in rows:
             row["wanted"] = tool.wanted.get((one.kind, row["case"]))
             _print_row(f"{one.name} / {theirs}", row)
         results[one.name] = {"precision": one.kind, "peer_precision": theirs, "cases": rows}
     head = {"benchmark": f"versus_{tool.key}", "peer": f"{tool.column} {version}", "repeat": args.repeat}
-    head |= {"shape": args.shape, "device": args.device}
+    head |= {"shape": args.shape, "device": args.device, "cpu_time": args.cpu_time}
     print(json.dumps({**head, "machine": describe_machine()._asdict(), "results": results}))
 
 

@@ -17,6 +17,7 @@ from runtime.errors import HeadraceError
 
 # Set on our side only where somebody tunes numpy; a peer is to choose its threads as it does for everyone.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+CPU_TIME = "HEADRACE_CPU_TIME"
 END_S = 60
 """Time for a peer to end by itself."""
 
@@ -82,14 +83,17 @@ class PeerProcess:
 
 
 @contextmanager
-def running_worker(python: Path, worker: Path, model: Path) -> Iterator[PeerProcess]:
-    """The worker with its model loaded; ended by closing its input, killed if that does not end it."""
+def running_worker(python: Path, worker: Path, model: Path, *, is_cpu_time: bool = False) -> Iterator[PeerProcess]:
+    """The worker with its model loaded; ended by closing its input, killed if that does not end it.
+
+    is_cpu_time: it runs one thread and answers with that thread's seconds of CPU
+    """
     process = subprocess.Popen(
         [str(python), str(worker), str(model)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=peer_environment(),
+        env=peer_environment() | {CPU_TIME: str(int(is_cpu_time))},
     )
     try:
         yield PeerProcess(process)

@@ -41,6 +41,7 @@ GENAI = PeerTool(
     counterpart={"w8a8": "int8", "w8a16": "int8", "w4a16": "int4"},
     wanted=WANTED,
     model=model,
+    has_cpu_time=False,
 )
 
 if __name__ == "__main__":
