@@ -338,7 +338,12 @@ class EngineStats(NamedTuple):
     num_slots: int
     kv_used_tokens: int
     kv_total_tokens: int
+    kv_used_bytes: int
+    """Memory of slots and prefix cache that is really taken."""
+    kv_total_bytes: int
     prefix_cache_bytes: int
+    num_preempted: int
+    """How often a request lost its slot because memory ran out."""
 
 
 class EngineObserver(Protocol):

@@ -43,7 +43,7 @@ class EngineSettings:
     """Limits of the engine. Raises InvalidSetting for a value out of range."""
 
     device: str = setting("auto", "what runs the model")  # runtime/backends/registry.py knows the values and the flag
-    max_batch: int = setting(32, "most requests decoded together")
+    max_batch: int = setting(32, "most requests decoded together, at any length")
     max_waiting: int = setting(64, "most requests waiting for a slot; more are refused")
     max_queue_wait: float | None = setting(None, "seconds a request may wait for a slot before it fails")
     request_timeout: float | None = setting(None, "seconds after which a request fails; a request can ask for less")
@@ -52,9 +52,14 @@ class EngineSettings:
     prefill_chunk: int | None = setting(
         None, "most prompt tokens run between two decode steps, by default what --ttft and --tpot leave time for"
     )
-    threads: int | None = setting(None, "threads of the model, by default one per core")
+    threads: int | None = setting(
+        None, "threads of the model, by default one per core, or as many as a container's limits leave"
+    )
     kv_memory: int | None = setting(
-        None, "memory for the KV cache, by default 60 %% of what is free", parse=parse_bytes, metavar="SIZE"
+        None,
+        "memory for KV cache and prefix cache, by default 60 %% of what is free",
+        parse=parse_bytes,
+        metavar="SIZE",
     )
     prefix_cache: int | None = setting(
         None,

@@ -48,7 +48,8 @@ from runtime.text.tools.parser import ToolCallParser
 
 
 class MemoryUse(NamedTuple):
-    """Most bytes of a model's caches: K and V of all slots, and the prompt beginnings kept for reuse."""
+    """Most bytes of a model's caches: K and V of all slots together with the prompt beginnings kept for reuse, and of
+    the latter alone."""
 
     kv_bytes: int
     prefix_cache_bytes: int
@@ -78,7 +79,6 @@ class TextModel:
     ) -> None:
         self.name = facts.name
         self.card = facts.card
-        self.max_len = session.info.capacity
         self.vocab_size = session.info.vocab_size
         self._session = session
         self._draft_session = draft_session
@@ -96,6 +96,7 @@ class TextModel:
             drafter=Speculator(self._draft_model) if settings.speculate or self._draft_model else None,
             observer=observer,
         )
+        self.max_len = self._engine.max_len
         self._thread = EngineThread(self._engine, max_waiting=settings.max_waiting)
         self._request_timeout = settings.request_timeout
         self._prefix_cache_bytes = settings.prefix_cache or 0
@@ -252,16 +253,20 @@ class TextModel:
     def memory_use(self) -> MemoryUse:
         """Memory that its caches may take, filled or not."""
         infos = [session.info for session in (self._session, self._draft_session) if session is not None]
-        kv_bytes = sum(info.num_slots * info.capacity * info.kv_bytes_per_token for info in infos)
-        return MemoryUse(kv_bytes, self._prefix_cache_bytes)
+        return MemoryUse(sum(info.kv_bytes for info in infos), self._prefix_cache_bytes)
 
     def describe(self) -> str:
-        """One line for the log: slots, their length, memory, precision and device."""
+        """One line for the log: requests at a time, their length, memory and its pages, threads, precision, device."""
         info = self._session.info
-        size = format_bytes(self.memory_use().kv_bytes)
-        slots = "slot" if info.num_slots == 1 else "slots"
-        text = f"{info.num_slots} KV {slots} of {info.capacity:,} tokens, {size} at most"
-        return ", ".join(filter(None, (text, self._facts.precision, f"on {info.device}")))
+        slots = "1 slot" if info.num_slots == 1 else f"{info.num_slots} slots"
+        size, layout = format_bytes(self.memory_use().kv_bytes), info.kv_layout
+        memory = f"{size} of KV memory"
+        if layout is not None:
+            memory = f"up to {memory}, taken in pages of {layout.page_bytes // 1024} KiB as tokens come"
+        of_context = "" if self.max_len == info.capacity else f" (of {info.capacity:,}: --kv-memory)"
+        threads = None if info.threads is None else f"{info.threads} thread" + "s" * (info.threads > 1)
+        texts = (f"{slots} of {self.max_len:,} tokens{of_context}", memory, threads, self._facts.precision)
+        return ", ".join(filter(None, (*texts, f"on {info.device}")))
 
     def start(self) -> None:
         """Start the engine's thread. Once only."""

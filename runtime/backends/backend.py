@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from runtime.backends.environment import Environment
-from runtime.errors import InvalidArtifact
+from runtime.errors import InvalidArtifact, InvalidSetting
 from runtime.machine.memory import default_budget, plan_slots
+from runtime.machine.sizes import format_bytes
 from runtime.settings import share_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,44 @@ def slots_for(artifact: "Artifact", settings: "EngineSettings", budget: int) -> 
         budget=budget if settings.kv_memory is None else settings.kv_memory,
     )
     return Slots(num_slots, capacity)
+
+
+LEAST_CONTEXT = 256
+"""Tokens of one request for which there must be memory, unless --max-len says how many."""
+
+
+class PagedSlots(NamedTuple):
+    """Slots that are addresses, and the bytes that all of them together may commit."""
+
+    num_slots: int
+    capacity: int
+    budget: int
+
+
+def paged_slots(artifact: "Artifact", settings: "EngineSettings", dialect: str = "ort") -> PagedSlots:
+    """The slots of a backend in the machine's memory: --max-batch of them, however long.
+
+    InvalidSetting, with the sums, if there is no memory for one request: of --max-len tokens, or else of a few.
+    """
+    from runtime.machine.kv_pages import head_layout
+
+    manifest, budget = artifact.manifest, host_budget(artifact, settings)
+    capacity = settings.max_len or manifest.dims.max_len
+    layout = head_layout(
+        num_layers=manifest.dims.num_layers,
+        num_kv_heads=manifest.dims.num_kv_heads,
+        head_dim=manifest.dims.head_dim,
+        dtype=manifest.kv_of(dialect).dtype,
+    )
+    needed, fitting = settings.max_len or min(capacity, LEAST_CONTEXT), layout.fitting_tokens(budget)
+    if fitting < needed:
+        lower = "" if settings.max_len is None or fitting < 2 else f"--max-len {fitting:,} or less, or "
+        raise InvalidSetting(
+            f"a request of {needed:,} tokens takes {format_bytes(layout.committed(needed))} of KV memory (in pages of "
+            f"{layout.page_bytes // 1024} KiB) and only {format_bytes(budget)} may be used; "
+            f"set {lower}a larger --kv-memory"
+        )
+    return PagedSlots(settings.max_batch, capacity, budget)
 
 
 def host_budget(artifact: "Artifact", settings: "EngineSettings") -> int:

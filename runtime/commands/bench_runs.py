@@ -18,6 +18,7 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.registry import open_session
 from runtime.core import FinishReason, SamplingParams, Usage
 from runtime.errors import EngineFailed, InvalidSetting
+from runtime.machine.kv_pages import PAGE_BYTES
 from runtime.machine.memory import default_budget
 from runtime.machine.sizes import format_bytes
 from runtime.session.session import Batch, Session
@@ -128,8 +129,15 @@ def opened(
             "may be used; ask for fewer rows or tokens"
         )
     times, eos_ids = StepTimes(), frozenset(artifact.manifest.eos_ids)
+    dims = artifact.manifest.dims
+    rounding = batch * 2 * dims.num_layers * dims.num_kv_heads * PAGE_BYTES
     settings = EngineSettings(
-        device=device, max_batch=batch, max_waiting=batch, max_len=capacity, threads=threads, kv_memory=wanted
+        device=device,
+        max_batch=batch,
+        max_waiting=batch,
+        max_len=capacity,
+        threads=threads,
+        kv_memory=wanted + rounding,
     )
     text = ModelText(
         Tokenizer.from_artifact(artifact),

@@ -13,6 +13,7 @@ from itertools import islice, repeat
 import numpy as np
 
 from runtime.core import EngineObserver, EngineStats, FinishReason, Request, TokenEvent
+from runtime.engine.answer_lengths import AnswerLengths
 from runtime.engine.drafter import Drafter
 from runtime.engine.planning.chunk import DEFAULT_BOUNDS, LatencyBounds
 from runtime.engine.planning.run import Run
@@ -21,7 +22,8 @@ from runtime.engine.sampling.logits import Row
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import LiveSequence
 from runtime.errors import InvalidRequest, PromptTooLong
-from runtime.session.session import Session, TopRow, TopSession
+from runtime.machine.sizes import format_bytes
+from runtime.session.session import Session, SessionInfo, TopRow, TopSession
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class Engine:
         self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
         self._next_expiry_s = math.inf
         self._drafter = drafter if session.info.is_ragged and session.info.is_cut_exact else None
+        self.max_len = _longest(session.info)
+        self._lengths = AnswerLengths(self.max_len)
         self._scheduler = self._new_scheduler()
         self._model_s = 0.0
 
@@ -75,9 +79,9 @@ class Engine:
                 "lower min_tokens or raise max_tokens",
                 param="min_tokens",
             )
-        if len(ids) + num_new > self.info.capacity:
+        if len(ids) + num_new > self.max_len:
             raise PromptTooLong(
-                f"This model's maximum context length is {self.info.capacity} tokens. However, you requested "
+                f"{self._limit_text()} However, you requested "
                 f"{len(ids) + num_new} tokens ({len(ids)} in the prompt, {num_new} for the answer). "
                 "Shorten the prompt or lower max_tokens.",
                 param="prompt",
@@ -89,6 +93,14 @@ class Engine:
             self._check_ids(request.options.prediction_ids, "prediction")
             self._drafter.attach(sequence)
         return sequence
+
+    def _limit_text(self) -> str:
+        if self.max_len == self.info.capacity:
+            return f"This model's maximum context length is {self.max_len} tokens."
+        return (
+            f"This server has {format_bytes(self.info.kv_bytes)} of KV memory (--kv-memory), which holds "
+            f"{self.max_len} tokens of the {self.info.capacity} of this model's context."
+        )
 
     def _check_ids(self, ids: Sequence[int], param: str) -> None:
         if ids and (min(ids) < 0 or max(ids) >= self.info.vocab_size):
@@ -114,7 +126,7 @@ class Engine:
             self._end(sequence, TokenEvent(None, "", finish_reason=FinishReason.CANCELLED))
 
     def fail(self, reason: str, arrived: Iterable[LiveSequence] = ()) -> None:
-        """End every request with ERROR, those that have `arrived` and were not added too.
+        """End every request with ERROR, those that have `arrived` and were not added too, and give the memory back.
 
         Trusts only `live`: the step that broke may have left the rest inconsistent.
         """
@@ -126,6 +138,8 @@ class Engine:
         # Last: if the observer is what broke, every request has its reason by now.
         for sequence in ended:
             self._notify_end(sequence, FinishReason.ERROR)
+        for slot in range(self.info.num_slots):
+            self._session.drop_slot(slot)
 
     @property
     def has_work(self) -> bool:
@@ -133,14 +147,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts at this moment; any thread may call this."""
-        slots = self._scheduler.slots
+        slots, memory, info = self._scheduler.slots, self._scheduler.memory, self.info
         return EngineStats(
             num_waiting=self._scheduler.num_waiting,
             num_running=slots.num_used,
             num_slots=slots.num_slots,
             kv_used_tokens=slots.used_tokens,
-            kv_total_tokens=slots.num_slots * slots.capacity,
+            kv_total_tokens=info.kv_bytes // info.kv_bytes_per_token,
+            kv_used_bytes=memory.used if info.kv_layout is not None else info.kv_bytes,
+            kv_total_bytes=info.kv_bytes,
             prefix_cache_bytes=self._scheduler.cache.num_bytes,
+            num_preempted=self._scheduler.num_preempted,
         )
 
     def step(self) -> None:
@@ -241,6 +258,12 @@ class Engine:
         self._notify_end(
             sequence, event.finish_reason
         )  # while it is in `live`: if the observer raises, `fail` reaches it too
+        if event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._lengths.observe(
+                num_prompt=sequence.num_prompt,
+                max_tokens=sequence.request.params.max_tokens,
+                num_generated=sequence.num_generated,
+            )
         self._scheduler.remove(sequence)
         del self.live[sequence.request.request_id]
         sequence.request.sink(event)
@@ -256,8 +279,8 @@ class Engine:
         self._next_expiry_s = min(map(self._expiry_s, self.live.values()), default=math.inf)
 
     def _expiry_s(self, sequence: LiveSequence) -> float:
-        """When its time is up. A request in a slot no longer waits for one."""
-        if sequence.slot is not None:
+        """When its time is up. A request in a slot no longer waits for one, nor does one that was preempted."""
+        if sequence.slot is not None or sequence.num_preempted:
             return sequence.deadline_s
         return min(sequence.deadline_s, sequence.submitted_s + self._max_queue_wait_s)
 
@@ -274,8 +297,20 @@ class Engine:
     def _new_scheduler(self) -> Scheduler:
         cache = PrefixCache(self._session, self._prefix_cache)
         return Scheduler(
-            self._session, cache, prefill_chunk=self._prefill_chunk, bounds=self._bounds, drafter=self._drafter
+            self._session,
+            cache,
+            prefill_chunk=self._prefill_chunk,
+            bounds=self._bounds,
+            lengths=self._lengths,
+            drafter=self._drafter,
         )
+
+
+def _longest(info: SessionInfo) -> int:
+    """Tokens of the longest request that has room, alone."""
+    if info.kv_budget is None:
+        return info.capacity
+    return min(info.capacity, info.layout.fitting_tokens(info.kv_budget))
 
 
 def _suffices(num_top: int, sequences: Iterable[LiveSequence]) -> bool:

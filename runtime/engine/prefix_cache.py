@@ -5,14 +5,14 @@
 
 A prompt reuses the blocks of its longest known beginning; what follows is computed. Only rows that a prefill computed
 are kept: those of a decode step differ in their last bits, and a request must get the same tokens with and without the
-cache. Memory is bounded; the least recently used block goes first, but never before the blocks that continue it.
-Knows neither requests nor models: K/V rows are whatever the session's `read_slot` returns.
+cache. Memory is bounded, and running requests take it away; the least recently used block goes first, but never before
+the blocks that continue it. Knows neither requests nor models: K/V rows are whatever the session's `read_slot` returns.
 """
 
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -45,10 +45,13 @@ def block_keys(prompt_ids: Sequence[int], salt: str) -> list[bytes]:
 
 
 class PrefixCache:
-    """A store of at most `max_bytes` of K/V rows; 0 keeps nothing. One thread uses it: the engine's."""
+    """A store of at most `max_bytes` of K/V rows, and at most `limit()`; 0 keeps nothing. One thread uses it: the
+    engine's."""
 
     def __init__(self, session: Session, max_bytes: int) -> None:
         self.num_bytes = 0
+        self.limit: Callable[[], int] = lambda: max_bytes
+        self._block_bytes = BLOCK_LEN * session.info.kv_bytes_per_token
         self._session = session
         self._max_bytes = max_bytes
         self._blocks: OrderedDict[bytes, KvRows] = OrderedDict()  # the least recently used first
@@ -75,7 +78,7 @@ class PrefixCache:
             if keys[idx] in self._blocks:
                 continue
             # Without the block before it, which was evicted or did not fit, this one cannot be found.
-            if idx and keys[idx - 1] not in self._blocks:
+            if (idx and keys[idx - 1] not in self._blocks) or not self._make_room(keys[:idx]):
                 return
             try:
                 rows = self._session.read_slot(slot, idx * BLOCK_LEN, (idx + 1) * BLOCK_LEN)
@@ -84,14 +87,27 @@ class PrefixCache:
                 log.warning("no memory for the prefix cache beyond %d bytes; it grows no further", self.num_bytes)
                 self._max_bytes = self.num_bytes
                 return
-            if rows.nbytes > self._max_bytes:
-                return
             self._blocks[keys[idx]] = rows
             self.num_bytes += rows.nbytes
             self._touch(keys[: idx + 1])
-            while self.num_bytes > self._max_bytes:
-                _, evicted = self._blocks.popitem(last=False)
-                self.num_bytes -= evicted.nbytes
+
+    def _make_room(self, earlier: Sequence[bytes]) -> bool:
+        """Evict until one more block fits; False if there is no room beside the `earlier` blocks that it continues."""
+        missing = self.num_bytes + self._block_bytes - min(self._max_bytes, self.limit())
+        if missing > 0:
+            if missing > self.num_bytes - sum(self._blocks[key].nbytes for key in earlier):
+                return False
+            self._touch(earlier)
+            self.evict(missing)
+        return True
+
+    def evict(self, num_bytes: int) -> bool:
+        """Give up the least recently used blocks, of so many bytes together; whether there were any."""
+        wanted, has_any = self.num_bytes - num_bytes, bool(self._blocks)
+        while self._blocks and self.num_bytes > wanted:
+            _, evicted = self._blocks.popitem(last=False)
+            self.num_bytes -= evicted.nbytes
+        return has_any
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Mark a beginning as just used, its first block last: a block outlives those that continue it."""

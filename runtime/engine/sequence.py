@@ -26,9 +26,13 @@ class TokenListener(Protocol):
 class LiveSequence:
     """A request's state. Made on the caller's thread, then used by the engine's alone.
 
-    `slot` is None while it waits. The `num_top` most likely tokens of a row are enough for it; None: it needs the whole
-    row. `prefix_keys` name the blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that
-    need not be stored again. `draft_state` is None where nothing is drafted. Times are seconds of `time.perf_counter`.
+    `slot` is None while it waits. A preempted request waits again, and what its slot held is computed again; all other
+    state goes on as it was. `admission_idx` counts requests by their first admission. Of `fill_ids` the first
+    `num_fill` are prefilled; those after them run one by one, like the decode runs that chose them (`begin_again`).
+
+    The `num_top` most likely tokens of a row are enough for it; None: it needs the whole row. `prefix_keys` name the
+    blocks of its prompt that the prefix cache may hold, and `num_kept` counts those that need not be stored again.
+    `draft_state` is None where nothing is drafted. Times are seconds of `time.perf_counter`.
     """
 
     def __init__(self, request: Request) -> None:
@@ -37,6 +41,11 @@ class LiveSequence:
         self.slot: int | None = None
         self.num_prompt = len(request.prompt_ids)
         self.num_generated = 0
+        self.generated_ids: list[int] = []
+        self.fill_ids: Sequence[int] = request.prompt_ids
+        self.num_fill = self.num_prompt
+        self.admission_idx: int | None = None
+        self.num_preempted = 0
         self.prefix_keys: list[bytes] = []
         self.num_kept = 0
         self.draft_state: TokenListener | None = None
@@ -45,6 +54,7 @@ class LiveSequence:
         self.deadline_s = math.inf if timeout_s is None else self.submitted_s + timeout_s
         self.first_token_s: float | None = None
         self._prompt_logprobs: list[Logprobs] = []
+        self._is_scored = False
         self._stop_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else request.eos_ids)
         self._min_tokens = params.min_tokens if self._stop_ids else 0
         self.num_top = None if self._min_tokens else num_top(params)
@@ -58,7 +68,26 @@ class LiveSequence:
     @property
     def wants_prompt_logits(self) -> bool:
         """Whether every position of the prompt is to be scored."""
-        return self.request.params.prompt_logprobs is not None
+        return self.request.params.prompt_logprobs is not None and not self._is_scored
+
+    def begin_again(self, *, is_run_exact: bool) -> None:
+        """Its slot was taken away: K and V of the prompt and of the generated tokens are to be computed again, bit for
+        bit as they were.
+
+        is_run_exact: as in SessionInfo. If so, a prefill may compute all of them. If not, generated tokens are run one
+            by one as before, because a run of a single token rounds otherwise than a longer one
+        """
+        assert self.slot is None
+        self.num_preempted += 1
+        self.num_kept = 0
+        self._prompt_logprobs.clear()
+        self.fill_ids = [*self.request.prompt_ids, *self.generated_ids]
+        self.num_fill = len(self.fill_ids) if is_run_exact else self.num_prompt
+
+    @property
+    def is_catching_up(self) -> bool:
+        """Whether some of its generated tokens are not prefilled but run one by one again."""
+        return len(self.fill_ids) > self.num_fill
 
     def score_prompt(self, rows: Row) -> TokenEvent | None:
         """Take logits float32 [R, vocab_size] of the prompt's next positions, each of which predicts the token after
@@ -72,6 +101,7 @@ class LiveSequence:
             self._prompt_logprobs.append(logprobs_of(row, token_id, num_top))
         if len(self._prompt_logprobs) < self.num_prompt - 1:
             return None
+        self._is_scored = True
         return TokenEvent(None, "", prompt_logprobs=tuple(self._prompt_logprobs))
 
     def next_event(self, row: Row | TopRow) -> TokenEvent:
@@ -90,6 +120,7 @@ class LiveSequence:
         if guide is not None:
             guide.advance(choice.token_id)
         self.num_generated += 1
+        self.generated_ids.append(choice.token_id)
         if self.num_generated == self._min_tokens:
             self.num_top = num_top(self.request.params)
         if self.draft_state is not None:

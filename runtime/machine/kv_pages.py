@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from runtime.machine.sizes import item_bytes
+
 PAGE_BYTES = mmap.PAGESIZE
 MAP_NORESERVE = 0x4000
 """Linux's flag, which Python 3.11 does not name. Without it a mapping larger than all of the memory is refused."""
@@ -56,6 +58,11 @@ class PageLayout(NamedTuple):
     def step_bytes(self) -> int:
         """What a slot commits when one more page of each stream is needed."""
         return self.num_streams * self.page_bytes
+
+
+def head_layout(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> PageLayout:
+    """The layout in which every head of every layer has a stream for K and one for V."""
+    return PageLayout(head_dim * item_bytes(dtype), 2 * num_layers * num_kv_heads)
 
 
 def plain_layout(bytes_per_token: int) -> PageLayout:

@@ -64,7 +64,10 @@ class EngineMetrics:
             "num_slots": ("headrace_kv_slots", "Slots of the KV cache"),
             "kv_used_tokens": ("headrace_kv_tokens_used", "Tokens held in the KV cache"),
             "kv_total_tokens": ("headrace_kv_tokens", "Tokens the KV cache can hold"),
+            "kv_used_bytes": ("headrace_kv_bytes_used", "Bytes of memory that KV cache and prefix cache take now"),
+            "kv_total_bytes": ("headrace_kv_bytes", "Bytes of memory that they may take"),
             "prefix_cache_bytes": ("headrace_prefix_cache_bytes", "Bytes held in the prefix cache"),
+            "num_preempted": ("headrace_preemptions", "Requests that were set back because KV memory ran out"),
         }
         assert tuple(texts) == EngineStats._fields
         self._gauges = {field: Gauge(name, text, registry=self.registry) for field, (name, text) in texts.items()}

@@ -187,7 +187,7 @@ def test_closing_a_generation_cancels_it_and_frees_its_slot() -> None:
         assert list(closed)[-1].finish_reason is FinishReason.CANCELLED
         assert list(after)[-1].finish_reason is FinishReason.LENGTH
         assert model.drain(LONG_WAIT_S)
-        assert model.stats() == (0, 0, 1, 0, 64, 0)
+        assert tuple(model.stats()) == (0, 0, 1, 0, 64, 512, 512, 0, 0)
 
 
 def test_closing_the_model_ends_every_generation() -> None:
@@ -245,7 +245,7 @@ def test_a_model_that_is_not_started_is_unavailable() -> None:
     model = TextModel(ModelFacts("fake", frozenset(), "fp32"), session=session, text=text, settings=settings)
     with pytest.raises(Unavailable, match="starting"):
         model.generate([1], greedy_to_the_end(1))
-    assert model.describe() == "4 KV slots of 64 tokens, 2.0 kB at most, fp32, on fake"
+    assert model.describe() == "4 slots of 64 tokens, 2.0 kB of KV memory, fp32, on fake"
     model.close()
     model.close()
 

@@ -103,6 +103,18 @@ def check_slots(engine: Engine) -> None:
             assert slots.past_len[sequence.slot] <= most
 
 
+def check_memory(engine: Engine, session: FakeSession) -> None:
+    """The ledger is what the session has really committed, and within the budget; what is accepted fits alone."""
+    slots, memory = engine._scheduler.slots, engine._scheduler.memory
+    assert (slots.filled == session.touched).all()
+    assert (slots.filled >= slots.past_len).all()
+    assert memory.used == slots.layout.all_committed(session.touched) + engine._scheduler.cache.num_bytes
+    if memory.budget is not None:
+        assert memory.used <= memory.budget and memory.used + (memory.free or 0) == memory.budget
+    if not slots.num_used:
+        assert not slots.filled.any(), "an idle engine keeps no memory of slots"
+
+
 def check_cache(engine: Engine, max_bytes: int) -> None:
     """The memory bound holds, and no block is kept without those before it: nobody could find it."""
     cache = engine._scheduler.cache

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.machine.kv_pages import PageLayout
 from runtime.session.session import Batch, KvRows, SessionInfo
 
 GARBAGE = -7
 """What a run writes behind the valid tokens: no token id, so a row that reads it fails."""
 
 HASH_PRIME = 1_000_003
+
+LAYOUT = PageLayout(token_bytes=4, num_streams=2, page_bytes=16)
+"""Pages of four tokens, where there is a budget for memory."""
 
 
 class FakeSession:
@@ -35,6 +39,8 @@ class FakeSession:
         is_sparse: bool = False,
         is_cut_exact: bool = True,
         memory: int | None = None,
+        kv_budget: int | None = None,
+        is_run_exact: bool = False,
         on_run: Callable[[Batch], None] | None = None,
     ) -> None:
         self._info = SessionInfo(
@@ -46,12 +52,16 @@ class FakeSession:
             kv_bytes_per_token=8,
             is_cut_exact=is_cut_exact,
             is_sparse=is_sparse,
+            is_run_exact=is_run_exact,
+            kv_layout=None if kv_budget is None else LAYOUT,
+            kv_budget=kv_budget,
         )
         self.cache = np.full((num_slots, capacity), GARBAGE, np.int64)
         self.batches: list[Batch] = []
         self.copies: list[tuple[int, int, int]] = []
         self.restored: list[tuple[int, int, int]] = []
         self.dropped: list[int] = []
+        self.touched = np.zeros(num_slots, np.int32)  # tokens written to each slot since it was dropped
         self.is_closed = False
         self._memory = memory
         self._on_run = on_run
@@ -77,6 +87,7 @@ class FakeSession:
         for row in range(num_rows):
             slot, past, query = batch.first_slot + row, int(batch.past_len[row]), int(batch.query_len[row])
             self.cache[slot, past : past + query] = batch.token_ids[row, :query]
+            self._touch(slot, past + query if query else 0)
             if not self.info.is_sparse:
                 self.cache[slot, past + query : past + width] = GARBAGE
         return np.stack([self._logits_at(batch, *divmod(int(index), width)) for index in batch.logits_idx])
@@ -88,6 +99,7 @@ class FakeSession:
         self.copies.append((source, target, num_tokens))
         self.cache[target, :num_tokens] = self.cache[source, :num_tokens]
         self.cache[target, num_tokens:] = GARBAGE
+        self._touch(target, num_tokens)
 
     def read_slot(self, slot: int, start: int, stop: int) -> NDArray[np.int64]:
         rows: NDArray[np.int64] = self.cache[slot, start:stop].copy()
@@ -99,13 +111,18 @@ class FakeSession:
         assert (self.cache[slot, :start] != GARBAGE).all(), "leaves a gap"
         self.restored.append((slot, start, len(rows)))
         self.cache[slot, start : start + len(rows)] = rows
+        self._touch(slot, start + len(rows))
 
     def drop_slot(self, slot: int) -> None:
         self.dropped.append(slot)
         self.cache[slot] = GARBAGE
+        self.touched[slot] = 0
 
     def close(self) -> None:
         self.is_closed = True
+
+    def _touch(self, slot: int, stop: int) -> None:
+        self.touched[slot] = max(self.touched[slot], stop)
 
     def _logits_at(self, batch: Batch, row: int, position: int) -> NDArray[np.float32]:
         if position >= batch.query_len[row]:  # padding or an idle row: undefined, so make it unusable

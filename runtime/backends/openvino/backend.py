@@ -6,7 +6,7 @@ It reads the `ort` graph, so an artifact needs no other. Figures: benchmarks/REA
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtime.backends.backend import Backend, Problem, host_budget, slots_for
+from runtime.backends.backend import Backend, Problem, paged_slots
 from runtime.backends.environment import Environment
 from runtime.errors import InvalidArtifact
 
@@ -48,5 +48,7 @@ class OpenVino(Backend):
     def open(self, artifact: "Artifact", settings: "EngineSettings") -> "Session":
         from runtime.backends.openvino.session import OpenVinoSession
 
-        num_slots, capacity = slots_for(artifact, settings, host_budget(artifact, settings))
-        return OpenVinoSession.open(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
+        num_slots, capacity, budget = paged_slots(artifact, settings)
+        return OpenVinoSession.open(
+            artifact, num_slots=num_slots, capacity=capacity, kv_budget=budget, threads=settings.threads
+        )

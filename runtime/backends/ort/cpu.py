@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.backends.backend import Backend, Problem, host_budget, slots_for
+from runtime.backends.backend import Backend, Problem, paged_slots
 from runtime.backends.environment import Environment, version_numbers
 from runtime.backends.ort.graph import CPU_FLOOR
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class OrtCpu(Backend):
-    """The KV cache is in the machine's memory, as large as what is free allows."""
+    """The KV cache is in the machine's memory, which is taken as tokens come."""
 
     name = "cpu"
     summary = "ONNX Runtime on the CPU"
@@ -28,11 +28,12 @@ class OrtCpu(Backend):
     def open(self, artifact: "Artifact", settings: "EngineSettings") -> "Session":
         from runtime.backends.ort.session import OrtSession
 
-        num_slots, capacity = slots_for(artifact, settings, host_budget(artifact, settings))
+        num_slots, capacity, budget = paged_slots(artifact, settings)
         return OrtSession.open(
             artifact,
             num_slots=num_slots,
             capacity=capacity,
+            kv_budget=budget,
             threads=settings.threads,
             is_run_exact=artifact.manifest.kv.dtype != "int8" and (settings.speculate or settings.draft is not None),
         )

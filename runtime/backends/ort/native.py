@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtime.backends.backend import Backend, Problem, host_budget, slots_for
+from runtime.backends.backend import Backend, Problem, paged_slots
 from runtime.backends.environment import Environment
 from runtime.backends.ort.cpu import runtime_problems
 from runtime.native.library import is_built, load_library, variant_of
@@ -46,5 +46,7 @@ class Native(Backend):
     def open(self, artifact: "Artifact", settings: "EngineSettings") -> "Session":
         from runtime.backends.ort.native_session import NativeSession
 
-        num_slots, capacity = slots_for(artifact, settings, host_budget(artifact, settings))
-        return NativeSession.open_native(artifact, num_slots=num_slots, capacity=capacity, threads=settings.threads)
+        num_slots, capacity, budget = paged_slots(artifact, settings, "native")
+        return NativeSession.open_native(
+            artifact, num_slots=num_slots, capacity=capacity, kv_budget=budget, threads=settings.threads
+        )

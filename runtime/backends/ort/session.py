@@ -14,8 +14,7 @@ from runtime.artifact.manifest import Artifact, KvContract, ModelDims
 from runtime.backends.ort.graph import cpu_threads, load_cpu_graph
 from runtime.backends.ort.pools import DeviceCopier, DevicePool, HostPool, Pool, PoolShape
 from runtime.errors import InvalidSetting
-from runtime.machine.kv_pages import PageLayout, aligned_len
-from runtime.machine.sizes import item_bytes
+from runtime.machine.kv_pages import PageLayout, aligned_len, head_layout
 from runtime.session.feeds import PackedInputs, padded_inputs
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Batch, KvRows, SessionInfo
@@ -183,9 +182,9 @@ def host_pool(
     dims: ModelDims, kv: KvContract, *, num_slots: int, capacity: int, num_spare: int = 0
 ) -> tuple[HostPool, PageLayout]:
     """The KV cache in the host's memory, and how its tokens fill pages. num_spare: positions behind a slot's last"""
-    layout = PageLayout(
-        dims.head_dim * item_bytes(kv.dtype), 2 * dims.num_layers * dims.num_kv_heads, num_spare=num_spare
-    )
+    layout = head_layout(
+        num_layers=dims.num_layers, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv.dtype
+    )._replace(num_spare=num_spare)
     slot_len = aligned_len(capacity + num_spare, layout.token_bytes)
     shape = PoolShape(num_slots, dims.num_kv_heads, slot_len, dims.head_dim)
     return HostPool(kv.cache_names(dims.num_layers), shape, kv.dtype), layout

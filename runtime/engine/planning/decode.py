@@ -4,6 +4,7 @@ import numpy as np
 
 from runtime.engine.drafter import Drafter
 from runtime.engine.kv_slots import KvSlots
+from runtime.engine.planning.kv_memory import KvMemory
 from runtime.engine.planning.run import MAX_PLACES, Run
 from runtime.engine.sequence import LiveSequence
 from runtime.session.session import Batch, Session
@@ -14,16 +15,22 @@ w8a8) 16 idle rows between 16 running ones cost 5.3 ms a step, and copying 180 t
 
 
 class DecodeRows:
-    """The decoding sequences by slot, and the runs over slots [0, highest decoding + 1), with drafts where they
-    pay."""
+    """The decoding sequences by slot, and the runs over slots [0, highest decoding + 1), with drafts where they pay.
 
-    def __init__(self, session: Session, slots: KvSlots, *, prefill_chunk: int, drafter: Drafter | None) -> None:
+    Those that catch up run the tokens again that they had generated before they were preempted. They need no logits
+    before the last of these.
+    """
+
+    def __init__(
+        self, session: Session, slots: KvSlots, memory: KvMemory, *, prefill_chunk: int, drafter: Drafter | None
+    ) -> None:
         info = session.info
         self._copy_slot = session.copy_slot
         self._drafter = drafter
         self._is_ragged = info.is_ragged
         self._max_places = MAX_PLACES * prefill_chunk
-        self._slots = slots
+        self._slots, self._memory = slots, memory
+        self._catching_up: list[LiveSequence] = []
         self._sequences: list[LiveSequence | None] = [None] * info.num_slots
         # What the next decode run reads, by slot; the batches below are views of these.
         self._next_ids = np.zeros((info.num_slots, 1), np.int64)
@@ -42,12 +49,17 @@ class DecodeRows:
         self._sequences[sequence.slot] = sequence
         self._is_decoding[sequence.slot] = 1
         self._run = None
+        if sequence.is_catching_up:
+            self._catching_up.append(sequence)
+            self._catch_up()
 
     def remove(self, sequence: LiveSequence) -> bool:
         """Drop a sequence; False if it does not decode."""
         if sequence.slot is None or self._sequences[sequence.slot] is not sequence:
             return False
         self._clear_row(sequence.slot)
+        if sequence in self._catching_up:
+            self._catching_up.remove(sequence)
         return True
 
     def set_next(self, sequence: LiveSequence, token_id: int) -> None:
@@ -58,6 +70,17 @@ class DecodeRows:
         """The next token of each row is in the cache."""
         span = len(run.batch.past_len)
         self._slots.past_len[:span] += self._is_decoding[:span]
+        if self._catching_up:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Set the next tokens of those that catch up. At its last one a sequence has caught up."""
+        for sequence in list(self._catching_up):
+            place = int(self._slots.past_len[sequence.slot])
+            self.set_next(sequence, sequence.fill_ids[place])
+            if place == len(sequence.fill_ids) - 1:
+                self._catching_up.remove(sequence)
+                self._run = None
 
     def compact(self) -> None:
         """Move the highest decoding rows into free slots below, once steps have lost as much time to idle rows as a
@@ -72,32 +95,35 @@ class DecodeRows:
             sequence = self._sequences[source]
             assert sequence is not None
             num_tokens = int(self._slots.past_len[source])
-            if num_tokens > self._num_idle * IDLE_ROW:
+            if num_tokens > self._num_idle * IDLE_ROW or not self._memory.fits_after_copy(num_tokens):
                 return
             self._num_idle -= -(-num_tokens // IDLE_ROW)
             self._copy_slot(source, target, num_tokens)
-            self._slots.take()
-            self._slots.past_len[target] = num_tokens
+            self._slots.move(source, target)
             self._sequences[target], self._is_decoding[target] = sequence, 1
             self._next_ids[target] = self._next_ids[source]
             sequence.slot = target
             self._clear_row(source)
-            self._slots.release(source)
 
     def plan(self) -> Run | None:
         """The run of this step; None if nothing decodes."""
+        self._memory.make_room_to_decode(self._is_decoding)
         span = self._span()
         if self._run is None and span:
-            rows = np.flatnonzero(self._is_decoding)
+            sequences = [s for s in self._sequences[:span] if s is not None and s not in self._catching_up]
+            # A run must be asked for one row of logits.
+            rows = np.array([s.slot for s in sequences] or [span - 1], np.int64)
             # A session that is not ragged runs every row: those that do not decode write one garbage token
             # behind their valid ones, where the next chunk overwrites it.
             query_len = self._is_decoding[:span] if self._is_ragged else np.ones(span, np.int32)
-            batch = Batch(0, self._next_ids[:span], self._slots.past_len[:span], query_len, rows.astype(np.int64))
-            sequences = [s for s in self._sequences[:span] if s is not None]
-            self._run = Run(batch, sequences, num_decode=len(sequences))
-        if self._run is not None and self._drafter is not None:
+            batch = Batch(0, self._next_ids[:span], self._slots.past_len[:span], query_len, rows)
+            num_decode = len(sequences) + len(self._catching_up)
+            self._run = Run(batch, sequences, num_decode=num_decode)
+        if self._run is not None and self._drafter is not None and self._run.sequences:
             room = self._slots.capacity - int(self._slots.past_len[:span].max())
             width = min(room, self._max_places // span)
+            if not self._memory.can_draft(self._is_decoding, width):
+                return self._run
             drafts = self._drafter.draft(self._run.sequences, max(0, width - 1))
             if drafts is not None:
                 return self._with_drafts(self._run, drafts)

@@ -47,7 +47,7 @@ class PrefillPlanner:
     ) -> Iterator[Run]:
         """The runs of a step that began at `started_s`, all but for `unfinished` ones. Advance `past_len` by each
         before taking the next."""
-        pending = [sequence for sequence in self._in_order() if sequence not in unfinished]
+        pending = [s for s in self._in_order() if s not in unfinished and self._has_memory(s)]
         if not pending:
             return
         prompts = [self._prompt(sequence, now_s) for sequence in pending]
@@ -74,7 +74,7 @@ class PrefillPlanner:
 
     def _prompt(self, sequence: LiveSequence, now_s: float) -> PendingPrompt:
         left = self._left(sequence)
-        return PendingPrompt(Piece(left, sequence.num_prompt - left), sequence.num_prompt, now_s - sequence.submitted_s)
+        return PendingPrompt(Piece(left, sequence.num_fill - left), sequence.num_fill, now_s - sequence.submitted_s)
 
     def _in_order(self) -> list[LiveSequence]:
         """Prompts in the order in which they run: by priority, then by turns the oldest or the shortest rest first. So
@@ -86,7 +86,15 @@ class PrefillPlanner:
 
     def _left(self, sequence: LiveSequence) -> int:
         """Prompt tokens not yet in the cache."""
-        return sequence.num_prompt - int(self._slots.past_len[sequence.slot])
+        return sequence.num_fill - int(self._slots.past_len[sequence.slot])
+
+    def _granted(self, sequence: LiveSequence) -> int:
+        """Tokens for which it has memory in this step."""
+        return int(self._slots.granted[sequence.slot] - self._slots.past_len[sequence.slot])
+
+    def _has_memory(self, sequence: LiveSequence) -> bool:
+        """Whether it may run a piece in this step. Of three tokens at least, so that none is left over alone."""
+        return self._granted(sequence) >= min(self._left(sequence), self._cut or 3)
 
     def _share_run(self, pending: Sequence[LiveSequence], budget: int, *, is_first: bool) -> list[_Row]:
         """Pieces of pending prompts for one run of at most `budget` tokens, by slot: the first one, and those after it
@@ -129,7 +137,7 @@ class PrefillPlanner:
         must: take a piece in any case
         """
         left = self._left(sequence)
-        most = budget if self._cut is None else self._cut
+        most = min(budget, self._granted(sequence)) if self._cut is None else self._cut
         if sequence.wants_prompt_logits:
             most = min(most, self._max_scored)
         num = min(left, most)
@@ -164,9 +172,9 @@ class PrefillPlanner:
         wanted, scored, done = [], list[tuple[LiveSequence, int]](), []
         for sequence, slot, num in rows:
             place, past = slot - first, int(past_len[slot - first])
-            token_ids[place, :num] = sequence.request.prompt_ids[past : past + num]
+            token_ids[place, :num] = sequence.fill_ids[past : past + num]
             query_len[place] = num
-            if past + num == sequence.num_prompt:
+            if past + num == sequence.num_fill and not sequence.is_catching_up:
                 wanted.append(place * width + num - 1)
                 done.append(sequence)
         for sequence, slot, num in rows:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from math import lcm
 
 from runtime.engine.kv_slots import KvSlots
+from runtime.engine.planning.kv_memory import KvMemory
 from runtime.engine.prefix_cache import BLOCK_LEN, PrefixCache
 from runtime.engine.sequence import LiveSequence
 
@@ -15,8 +16,10 @@ fast, so running streams wait no longer for a prompt that is reused than for one
 class PrefixReuse:
     """Copies known blocks into slots, and blocks that a prefill has completed out of them."""
 
-    def __init__(self, cache: PrefixCache, slots: KvSlots, *, prefill_chunk: int, is_cut_exact: bool) -> None:
-        self._cache, self._slots = cache, slots
+    def __init__(
+        self, cache: PrefixCache, slots: KvSlots, memory: KvMemory, *, prefill_chunk: int, is_cut_exact: bool
+    ) -> None:
+        self._cache, self._slots, self._memory = cache, slots, memory
         # Unless runs are chunk-invariant, a cached prompt is cut where a computed one is: at multiples of the chunk.
         self._multiple = 1 if is_cut_exact else lcm(prefill_chunk, BLOCK_LEN) // BLOCK_LEN
         self._max_blocks = max(prefill_chunk * RESTORE_SPEED // BLOCK_LEN, self._multiple)
@@ -34,9 +37,12 @@ class PrefixReuse:
             first, offset = divmod(int(self._slots.past_len[slot]), BLOCK_LEN)
             if offset or first >= len(keys):
                 continue
-            num_restored = self._cache.restore(keys, slot, first, left, multiple)
+            most = min(left, self._memory.fitting_tokens(slot) // BLOCK_LEN)
+            num_restored = self._cache.restore(keys, slot, first, most, multiple)
             self._slots.past_len[slot] += num_restored * BLOCK_LEN
-            sequence.request.usage.num_cached += num_restored * BLOCK_LEN
+            self._slots.fill(slot)
+            if not sequence.num_preempted:
+                sequence.request.usage.num_cached += num_restored * BLOCK_LEN
             sequence.num_kept = first = first + num_restored
             left -= num_restored
             if left < multiple and self._cache.has(keys[first : first + multiple]):

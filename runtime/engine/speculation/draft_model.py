@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.engine.kv_slots import KvSlots
+from runtime.engine.kv_slots import KEEP_S, KvSlots
 from runtime.engine.sequence import LiveSequence
 from runtime.engine.speculation.draft_state import MAX_DRAFT, state_of
 from runtime.engine.speculation.running_mean import updated
@@ -27,7 +27,9 @@ class DraftModel:
         assert session.info.is_ragged
         self._session = session
         self._prefill_chunk = prefill_chunk
-        self._slots = KvSlots(session.info.num_slots, session.info.capacity)
+        self._slots = KvSlots(
+            session.info.num_slots, session.info.capacity, layout=session.info.layout, drop=session.drop_slot
+        )
         self._owners: dict[int, LiveSequence] = {}
         self._texts: list[list[int]] = [[] for _ in range(session.info.num_slots)]  # what the cache holds, by slot
         self._step_s = 0.0
@@ -73,6 +75,7 @@ class DraftModel:
                 del self._owners[slot]
                 self._texts[slot] = []
                 self._slots.release(slot)
+        self._slots.drop_kept(KEEP_S)
         known = {id(owner): slot for slot, owner in self._owners.items()}
         for sequence in sequences:
             if id(sequence) not in known:
@@ -110,6 +113,7 @@ class DraftModel:
         past_len = self._slots.past_len[first : first + num_rows]
         wanted = [(slot - first) * width + len(ids) - 1 for slot, ids in feeds.items()]
         logits = self._session.run(Batch(first, token_ids, past_len, query_len, np.array(wanted, np.int64)))
+        self._slots.note_run(first, past_len + query_len)
         past_len += query_len
         for slot, ids in feeds.items():
             self._texts[slot] += ids
