@@ -15,6 +15,7 @@ module: admission.py here, the others in planning/. Knows nothing about sampling
 
 import logging
 import time
+from bisect import insort
 from collections.abc import Callable, Iterator
 
 from runtime.engine.admission import Admission
@@ -23,7 +24,7 @@ from runtime.engine.drafter import Drafter
 from runtime.engine.kv_slots import KvSlots
 from runtime.engine.planning.chunk import DEFAULT_BOUNDS, FASTEST, ChunkSize, LatencyBounds
 from runtime.engine.planning.decode import DecodeRows
-from runtime.engine.planning.kv_memory import KvMemory
+from runtime.engine.planning.kv_memory import KvMemory, order_of
 from runtime.engine.planning.prefill import FIXED_CUT, PrefillPlanner
 from runtime.engine.planning.reuse import PrefixReuse
 from runtime.engine.planning.run import Run
@@ -86,7 +87,7 @@ class Scheduler:
         started_s = self._clock()
         self.memory.begin_step()
         for sequence in self._admission.admit(self._running):
-            self._prefill.sequences.append(sequence)
+            insort(self._prefill.sequences, sequence, key=order_of)
         if not self._is_sparse:
             self._decode.compact()
         if (run := self._decode.plan()) is not None:

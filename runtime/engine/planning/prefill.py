@@ -28,7 +28,7 @@ class _Row(NamedTuple):
 
 
 class PrefillPlanner:
-    """The sequences in slots whose prompts are not in the cache yet. `sequences` are in order of admission.
+    """The sequences in slots whose prompts are not in the cache yet. `sequences` are in the order of `order_of`.
 
     cut: tokens of every piece but a prompt's last, where the session is not cut-exact
     """
