@@ -25,7 +25,7 @@ from runtime.engine.kv_slots import KvSlots
 from runtime.engine.planning.chunk import DEFAULT_BOUNDS, FASTEST, ChunkSize, LatencyBounds
 from runtime.engine.planning.decode import DecodeRows
 from runtime.engine.planning.kv_memory import KvMemory, order_of
-from runtime.engine.planning.prefill import FIXED_CUT, PrefillPlanner
+from runtime.engine.planning.prefill import FIXED_CUT, LEAST_PIECE, PrefillPlanner
 from runtime.engine.planning.reuse import PrefixReuse
 from runtime.engine.planning.run import Run
 from runtime.engine.prefix_cache import PrefixCache
@@ -60,7 +60,7 @@ class Scheduler:
         self.cache = cache
         self.num_preempted = 0
         self._is_sparse, self._is_run_exact = info.is_sparse, info.is_run_exact
-        self._most_granted = min(prefill_chunk or FASTEST, limit)
+        self._most_granted = max(LEAST_PIECE, min(prefill_chunk or FASTEST, limit))
         self.slots = KvSlots(info.num_slots, info.capacity, layout=info.layout, drop=session.drop_slot)
         self.memory = KvMemory(self.slots, cache, info.kv_budget, running=self._running, preempt=self._preempt)
         cache.limit = self.memory.cache_limit

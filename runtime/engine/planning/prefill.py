@@ -15,6 +15,8 @@ from runtime.session.session import Batch, SessionInfo
 
 FIXED_CUT = 128
 """Tokens of a piece where tokens depend on the cuts, unless `--prefill-chunk` says otherwise."""
+LEAST_PIECE = 3
+"""Tokens for which a prompt must have memory: of three, two can run now without leaving one over."""
 MAX_SCORED = 128
 """Most rows of logits of a run: one of 512 would hold 300 MB of them with a vocabulary of 150,000."""
 
@@ -93,8 +95,8 @@ class PrefillPlanner:
         return int(self._slots.granted[sequence.slot] - self._slots.past_len[sequence.slot])
 
     def _has_memory(self, sequence: LiveSequence) -> bool:
-        """Whether it may run a piece in this step. Of three tokens at least, so that none is left over alone."""
-        return self._granted(sequence) >= min(self._left(sequence), self._cut or 3)
+        """Whether it may run a piece in this step."""
+        return self._granted(sequence) >= min(self._left(sequence), self._cut or LEAST_PIECE)
 
     def _share_run(self, pending: Sequence[LiveSequence], budget: int, *, is_first: bool) -> list[_Row]:
         """Pieces of pending prompts for one run of at most `budget` tokens, by slot: the first one, and those after it
