@@ -35,7 +35,7 @@ from runtime.machine.user_cache import cache_dir
 from runtime.session.host_rows import HostRows
 from runtime.session.session import Session
 from runtime.settings import EngineSettings, parse_bytes
-from tests.support.engine_requests import Recorder, add, check_memory, check_slots, each_alone
+from tests.support.engine_requests import Recorder, add, alone, check_memory, check_slots
 from tests.support.fake_session import LAYOUT, FakeSession
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
 
@@ -185,10 +185,8 @@ def pressure(num: int = 10_000) -> dict[str, Any]:
             check_slots(engine)
             check_memory(engine, session)
         preempted += engine.stats().num_preempted
-        alone = FakeSession(num_slots=1, capacity=capacity, vocab_size=vocab, memory=3)
-        expected = each_alone(alone, asked, capacity)
-        for recorder, tokens in zip(recorders, expected, strict=True):
-            assert [(event.token_id, event.logprob) for event in recorder.events] == tokens, "another answer than alone"
+        for recorder, (prompt, params) in zip(recorders, asked, strict=True):
+            assert recorder.events == alone(prompt, params, memory=3), "another answer than alone"
         assert all(recorder.reason in (FinishReason.STOP, FinishReason.LENGTH) for recorder in recorders), "one is lost"
     return {
         "requests": num // len(budgets) * len(budgets),
