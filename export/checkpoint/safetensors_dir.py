@@ -65,7 +65,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         place = self._place(name)
-        return self._read(place.rows(start, stop), f"{name}[{start}:{stop}]")
+        return self._read(place.rows(start, stop), name, first_row=start)
 
     def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
         return self.row_pieces(name, self._place(name).info.shape[0])
@@ -75,7 +75,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InvalidCheckpoint(f"{self._path} has no tensor {name!r}; it has {len(self._places)} others")
         return self._places[name]
 
-    def _read(self, place: Place, name: str) -> NDArray[np.float32]:
+    def _read(self, place: Place, name: str, *, first_row: int = 0) -> NDArray[np.float32]:
         stored = STORED_TYPES.get(place.info.dtype)
         if stored is None:
             raise UnsupportedModel(
@@ -90,6 +90,7 @@ class SafetensorsCheckpoint(Checkpoint):
             shape=place.info.shape,
             block_bytes=stored.itemsize,
             decode=lambda raw: raw.view(stored).astype(np.float32, copy=False),
+            first_row=first_row,
         )
 
     def load_words(self, name: str) -> NDArray[np.int32]:

@@ -21,9 +21,18 @@ CHUNK_BYTES = 1 << 20
 
 
 def read_float32(
-    file: Path, *, name: str, offset: int, num_bytes: int, shape: tuple[int, ...], block_bytes: int, decode: Decode
+    file: Path,
+    *,
+    name: str,
+    offset: int,
+    num_bytes: int,
+    shape: tuple[int, ...],
+    block_bytes: int,
+    decode: Decode,
+    first_row: int = 0,
 ) -> NDArray[np.float32]:
-    """Read `num_bytes` at `offset` and return them decoded, float32 `shape`. `name` is the tensor's, for errors.
+    """Read `num_bytes` at `offset` and return them decoded, float32 `shape`. `name` is the tensor's, and `first_row`
+    the number of the first row, for errors.
 
     `decode` gets whole blocks of `block_bytes` (the smallest unit of the stored type: an element, or a block
     of a quantized type) and returns all their values, in any shape. Peak memory is the result plus a few
@@ -41,7 +50,7 @@ def read_float32(
                 _fill(piece, handle.readinto, file, offset + start)
                 values = decode(piece).reshape(-1)
                 if not np.isfinite(values).all():
-                    raise _not_finite(values, filled, file, name, shape)
+                    raise _not_finite(values, filled, file, name, shape, first_row)
                 result[filled : filled + values.size] = values
                 filled += values.size
     except OSError as error:
@@ -51,11 +60,12 @@ def read_float32(
 
 
 def _not_finite(
-    values: NDArray[np.float32], start: int, file: Path, name: str, shape: tuple[int, ...]
+    values: NDArray[np.float32], start: int, file: Path, name: str, shape: tuple[int, ...], first_row: int
 ) -> InvalidCheckpoint:
     """The error for the first value of a piece that is NaN or infinite; the piece begins at element `start`."""
     first = int(np.argmin(np.isfinite(values)))
     place = [int(index) for index in np.unravel_index(start + first, shape)]
+    place[:1] = [index + first_row for index in place[:1]]
     return InvalidCheckpoint(
         f"{file}: tensor {name!r} holds {values[first]} at {place}; every output would be wrong. Download it again, or "
         "use another checkpoint: this one was broken when it was trained or saved"

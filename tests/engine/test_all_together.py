@@ -94,7 +94,7 @@ ASKED = {
     "sampled": Asked("five", sampled(30, 1, top_p=0.9)),
     "sampled, stop": Asked("six, seven", sampled(40, 2, top_k=12, min_p=0.02, stop=("q", "zz"))),
     "copy": Asked("the same words again and " * 5, greedy(60)),
-    "copy, sampled": Asked("the same words again and " * 4, sampled(50, 3, temperature=0.3)),
+    "copy, sampled": Asked("the same words again and " * 4, sampled(50, 3, temperature=0.3, ignore_eos=True)),
     "schema": Asked(PERSON * 3, greedy(140, constraint=PERSONS)),
     "schema, sampled": Asked(PERSON * 3, sampled(140, 4, temperature=1.5, constraint=PERSONS)),
     "schema, cut": Asked(PERSON * 2, greedy(9, constraint=PERSONS)),
@@ -125,7 +125,7 @@ ASKED = {
     ),
     "stop, kept": Asked(
         "Stop kept",
-        sampled(60, 15, stop=("e", "o", "7"), include_stop_str_in_output=True, logit_bias=dict.fromkeys(STOPS, 3.0)),
+        sampled(60, 22, stop=("e", "o", "7"), include_stop_str_in_output=True, logit_bias=dict.fromkeys(STOPS, 3.0)),
     ),
     "seedless": Asked("Whatever", sampled(20, -1, top_p=0)),
     "predicted": Asked("Predicted", greedy(50), is_predicted=True),

@@ -141,8 +141,8 @@ def test_every_form_of_prompt_gets_the_same_answer(client: FlaskClient) -> None:
 
 
 def test_first_of_many_choices_is_what_one_would_be(client: FlaskClient) -> None:
-    one = post(client, COMPLETIONS, completion(temperature=1, seed=11))
-    many = post(client, COMPLETIONS, completion(temperature=1, seed=11, n=4))
+    one = post(client, COMPLETIONS, completion(temperature=1, seed=13))
+    many = post(client, COMPLETIONS, completion(temperature=1, seed=13, n=4))
     texts = [choice["text"] for choice in many["choices"]]
     assert texts[0] == one["choices"][0]["text"] and len(set(texts)) == 4
     assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]

@@ -108,7 +108,7 @@ class GgufCheckpoint(Checkpoint):
             offset=place.offset + start * row_bytes,
             num_bytes=(stop - start) * row_bytes,
         )
-        return self._read(some, f"{name}[{start}:{stop}]")
+        return self._read(some, name, first_row=start)
 
     def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
         if self._is_permuted and _ROTATED.search(name):
@@ -127,7 +127,7 @@ class GgufCheckpoint(Checkpoint):
             self._texts = text_files(self._metadata, self._file.name)
         return self._texts
 
-    def _read(self, place: GgufTensor, name: str) -> NDArray[np.float32]:
+    def _read(self, place: GgufTensor, name: str, *, first_row: int = 0) -> NDArray[np.float32]:
         import gguf
 
         kind = gguf.GGMLQuantizationType(place.type_id)
@@ -146,6 +146,7 @@ class GgufCheckpoint(Checkpoint):
             shape=place.shape,
             block_bytes=block_bytes,
             decode=decode,
+            first_row=first_row,
         )
 
 

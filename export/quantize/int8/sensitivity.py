@@ -171,7 +171,7 @@ def _divergences(head: HeadWeights, hidden: Array) -> list[float]:
             change = part.logits(variants[group].reshape(-1, hidden.shape[2])).reshape(-1, len(p), part.num_outputs)
             change -= exact[:, piece]
             found[1, group] = np.einsum("vtn,tn->vt", change, p[:, piece])
-            np.exp(np.minimum(change, np.float32(80), out=change), out=change)  # exp overflows float32 beyond 88
+            np.exp(np.clip(change, -80, 80, out=change), out=change)  # beyond 88 and -103 float32 has no exp
             found[0, group] = np.einsum("vtn,tn->vt", change, p[:, piece])
         return found
 
