@@ -162,7 +162,7 @@ def limited(exported: Path, most_bytes: int, *flags: str) -> "subprocess.Complet
 
 @pytest.mark.parametrize(
     ("most_bytes", "flags", "is_calibrated"),
-    [(50_000, ["--calibration-samples", "64"], False), (150_000, [], True)],
+    [(50_000, ["--calibration-samples", "64"], False), (300_000, [], True)],
     ids=["hidden states", "weights"],
 )
 def test_a_disk_that_fills_up(exported: Path, most_bytes: int, flags: list[str], *, is_calibrated: bool) -> None:
