@@ -223,6 +223,19 @@ def test_the_prefix_cache_gives_way_before_anybody_is_preempted() -> None:
     assert engine.stats().prefix_cache_bytes <= 1600 - pages(199)
 
 
+def test_the_prefix_cache_leaves_what_was_granted_to_later_runs_of_a_step() -> None:
+    """Two prompts in runs of their own. Blocks of the first must not fill the memory that the second has been given."""
+    session = FakeSession(num_slots=2, capacity=160, is_ragged=False, kv_budget=pages(70) + pages(70))
+    engine = Engine(session, prefill_chunk=140, prefix_cache=10**6)
+    for idx in range(2):
+        add(engine, str(idx), [idx + 1] * 69, greedy(1))
+    used = []
+    session._on_run = lambda batch: used.append(engine._scheduler.memory.used)
+    engine.step()
+    assert len(used) == 2 and used[1] + pages(69) <= engine.info.kv_bytes
+    check_memory(engine, session)
+
+
 def test_a_scored_prompt_is_scored_once() -> None:
     session = FakeSession(num_slots=2, capacity=64, kv_budget=pages(64) + pages(8))
     engine = Engine(session, prefill_chunk=8)

@@ -50,8 +50,8 @@ class KvMemory:
         return None if self.budget is None else self.budget - self.used
 
     def cache_limit(self) -> int:
-        """Most bytes that the prefix cache may have now."""
-        return MAX_BYTES if self.budget is None else self.budget - self._slots.committed
+        """Most bytes that the prefix cache may have now: what was granted to the step's later runs is not its own."""
+        return MAX_BYTES if self.budget is None else self.budget - self._slots.committed_with(self._slots.granted)
 
     def begin_step(self) -> None:
         """Give back what free slots have kept for too long."""
