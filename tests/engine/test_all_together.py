@@ -289,8 +289,7 @@ def test_everything_together_gets_what_each_gets_alone(
     usages = {name: request.usage for name, request in trace.requests.items()}
     assert len(trace.company) >= 4, "kinds that shared batches"
     for name in ("copy", "copy, sampled", "schema", "regex", "long", "predicted", "predicted, sampled", "calls, one"):
-        # The draft model catches up with one prompt a step, and may come too late for a short answer.
-        assert usages[name].num_drafted > 0 or (has_draft_model and name == "copy, sampled"), name
+        assert usages[name].num_drafted > 0, name
     assert sum(usage.num_accepted for usage in usages.values()) > 50
     assert usages["schema"].num_accepted > 0
     assert usages["predicted"].num_accepted >= 24 and usages["predicted, sampled"].num_accepted >= 24

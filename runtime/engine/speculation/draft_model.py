@@ -30,7 +30,7 @@ class DraftModel:
         self._slots = KvSlots(
             session.info.num_slots, session.info.capacity, layout=session.info.layout, drop=session.drop_slot
         )
-        self._owners: dict[int, LiveSequence] = {}
+        self._owners: dict[int, LiveSequence] = {}  # in the order in which they catch up
         self._texts: list[list[int]] = [[] for _ in range(session.info.num_slots)]  # what the cache holds, by slot
         self._step_s = 0.0
 
@@ -46,9 +46,11 @@ class DraftModel:
         ready = [
             idx for idx, slot in enumerate(slots) if limits[idx] and self._lag(slot, _text(sequences[idx])) <= MAX_LAG
         ]
-        behind = [idx for idx in range(len(sequences)) if limits[idx] and idx not in ready]
+        behind = {slots[idx]: idx for idx in range(len(sequences)) if limits[idx] and idx not in ready}
         if behind:
-            self._catch_up(slots[behind[0]], _text(sequences[behind[0]]))
+            slot = next(slot for slot in self._owners if slot in behind)
+            self._owners[slot] = self._owners.pop(slot)  # its next turn is after all others'
+            self._catch_up(slot, _text(sequences[behind[slot]]))
         if not ready:
             return drafts
         started_s = time.perf_counter()
