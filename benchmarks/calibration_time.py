@@ -6,7 +6,7 @@ Makes the model (bf16 safetensors, tied embeddings), unless MODEL names one, and
 process of its own. The phases are those of the export's progress bars, each from the first sign of its bar to the next
 bar's; a bar appears after a second. CPU seconds are those of all threads. Prints a table and one JSON line; exits with
 1 where an export takes longer than 25 minutes or more than 4 GB. An export may fail its gate, as random weights do.
-Needs 10 GB of disk, and on two cores about half an hour.
+Needs 10 GB of disk.
 """
 
 import argparse

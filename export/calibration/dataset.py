@@ -32,8 +32,8 @@ SELF = "self"
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_LENGTH = 512
 INT8_NUM_SAMPLES = 32
-"""Default of w8a8, whose statistics take all of the text. On SmolLM2-135M, four times as much gives KL 0.0047 where 32
-sequences give 0.0044, for four times the time."""
+"""Default of w8a8, whose statistics take all of the text. In one run each on SmolLM2-135M, the receipt's KL was 0.0047
+with 128 sequences and 0.0044 with 32; the pass that collects statistics takes time in proportion."""
 
 CALIBRATED = ("w8a8", "w4a16", "auto")
 """The precisions that need calibration text."""
