@@ -1,7 +1,6 @@
 """The attention kernel against float64, and the same bits for a token at any cut, in any batch, with any threads."""
 
 import ctypes
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.support.native.attention import CACHE_TYPES, Layer
-from tests.support.native.calls import NAMES, variant
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "rotary_dim": 64},
@@ -23,15 +21,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "odd": {"num_heads": 5, "num_kv_heads": 1, "head_dim": 36, "rotary_dim": 36, "has_norms": True},
 }
 CAPACITY = 800
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def library(request: pytest.FixtureRequest, native_library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    """The library with each variant in turn."""
-    with variant(native_library, request.param) as runs:
-        if not runs:
-            pytest.skip(f"this processor does not run {request.param}")
-        yield native_library
 
 
 @pytest.fixture(scope="module", params=CACHE_TYPES, ids=str)

@@ -8,20 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from export.storage.blocks import QuantizedRows, pack, quantize_rows
-from tests.support.native.calls import NAMES, variant
 from tests.support.native.linear import PackedWeights, block_product, pack_blocks, pack_channels, quantized_inputs
 
 # One output, a panel less one, a panel and one, whole pairs of panels, and what is neither.
 OUTPUTS = [1, 15, 17, 32, 100]
-
-
-@pytest.fixture(params=NAMES)
-def library(request: pytest.FixtureRequest, native_library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    """The library with each variant in turn."""
-    with variant(native_library, request.param) as runs:
-        if not runs:
-            pytest.skip(f"this processor does not run {request.param}")
-        yield native_library
 
 
 def floats(*shape: int, seed: int = 0) -> NDArray[np.float32]:

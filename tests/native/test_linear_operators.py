@@ -4,33 +4,21 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
+from export.graph.builder import NATIVE
 from export.storage.blocks import quantize_rows
-from runtime.native.library import operators_for
 from tests.support.native.linear import pack_blocks, pack_channels
-
-DOMAIN = "headrace"
+from tests.support.native.sessions import node_session
 
 
 def session(operator: str, constants: dict[str, NDArray[Any]], threads: int, **attributes: Any) -> Any:
-    """An ONNX Runtime session of one node, whose inputs are x [rows, K] and these constants."""
-    import onnxruntime
-
-    node = helper.make_node(operator, ["x", *constants], ["y"], domain=DOMAIN, **attributes)
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "S", None]) for name in "xy")
-    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph([node], "one", [x], [y], tensors)
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(operators_for(threads)))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    """A session of one product, whose inputs are x [rows, K] and these constants."""
+    node = helper.make_node(operator, ["x", *constants], ["y"], domain=NATIVE, **attributes)
+    shape = ["B", "S", None]
+    return node_session(node, {"x": shape}, {"y": shape}, threads, constants)
 
 
 def floats(*shape: int) -> NDArray[np.float32]:

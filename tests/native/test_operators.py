@@ -4,32 +4,13 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 
-from runtime.native.library import operators_for
+from export.graph.builder import NATIVE
 from tests.support.native.calls import add_norm, gate_up
-
-DOMAIN = "headrace"
-
-
-def session(node: onnx.NodeProto, inputs: dict[str, list[Any]], outputs: dict[str, list[Any]], threads: int) -> Any:
-    """An ONNX Runtime session of one node with float32 inputs and outputs of these shapes."""
-    import onnxruntime
-
-    taken, made = (
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items()]
-        for values in (inputs, outputs)
-    )
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(helper.make_graph([node], "one", taken, made), opset_imports=opsets, ir_version=11)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(operators_for(threads)))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+from tests.support.native.sessions import node_session
 
 
 def arrays(*shape: int) -> NDArray[np.float32]:
@@ -37,9 +18,9 @@ def arrays(*shape: int) -> NDArray[np.float32]:
 
 
 def norm_session(threads: int) -> Any:
-    node = helper.make_node("AddNorm", ["x", "skip", "weight"], ["normed", "sum"], domain=DOMAIN, epsilon=1e-5)
-    shape = ["N", 48]
-    return session(node, {"x": shape, "skip": shape, "weight": [48]}, {"normed": shape, "sum": shape}, threads)
+    node = helper.make_node("AddNorm", ["x", "skip", "weight"], ["normed", "sum"], domain=NATIVE, epsilon=1e-5)
+    shape: list[int | str | None] = ["N", 48]
+    return node_session(node, {"x": shape, "skip": shape, "weight": [48]}, {"normed": shape, "sum": shape}, threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -55,9 +36,9 @@ def test_sum_and_norm_in_a_session(native_library: ctypes.CDLL, threads: int) ->
 
 def test_optional_inputs_and_outputs_may_be_left_out(native_library: ctypes.CDLL) -> None:
     node = helper.make_node(
-        "AddNorm", ["x", "", "weight", "bias"], ["normed"], domain=DOMAIN, epsilon=1e-5, is_layer_norm=1
+        "AddNorm", ["x", "", "weight", "bias"], ["normed"], domain=NATIVE, epsilon=1e-5, is_layer_norm=1
     )
-    graph = session(node, {"x": ["N", 48], "weight": [48], "bias": [48]}, {"normed": ["N", 48]}, 1)
+    graph = node_session(node, {"x": ["N", 48], "weight": [48], "bias": [48]}, {"normed": ["N", 48]}, 1)
     x, weight, bias = arrays(7, 48), arrays(48), arrays(48)[::-1].copy()
     (normed,) = graph.run(None, {"x": x, "weight": weight, "bias": bias})
     np.testing.assert_array_equal(normed, add_norm(native_library, x, None, weight, bias, is_layer_norm=True)[0])
@@ -65,8 +46,8 @@ def test_optional_inputs_and_outputs_may_be_left_out(native_library: ctypes.CDLL
 
 @pytest.mark.parametrize("gelu", [0, 1])
 def test_the_gate_in_a_session(native_library: ctypes.CDLL, gelu: int) -> None:
-    node = helper.make_node("GateUp", ["x"], ["y"], domain=DOMAIN, gelu=gelu)
-    graph = session(node, {"x": ["B", "S", 96]}, {"y": ["B", "S", 48]}, 2)
+    node = helper.make_node("GateUp", ["x"], ["y"], domain=NATIVE, gelu=gelu)
+    graph = node_session(node, {"x": ["B", "S", 96]}, {"y": ["B", "S", 48]}, 2)
     x = arrays(3, 100, 96)
     (y,) = graph.run(None, {"x": x})
     np.testing.assert_array_equal(y.reshape(300, 48), gate_up(native_library, x.reshape(300, 96), is_gelu=bool(gelu)))
@@ -82,6 +63,6 @@ def test_a_failure_is_an_error_of_the_run_with_the_operators_name() -> None:
 
 @pytest.mark.usefixtures("native_library")
 def test_a_missing_attribute_refuses_the_session() -> None:
-    node = helper.make_node("AddNorm", ["x", "", "weight"], ["y"], domain=DOMAIN)
+    node = helper.make_node("AddNorm", ["x", "", "weight"], ["y"], domain=NATIVE)
     with pytest.raises(Exception, match="epsilon"):
-        session(node, {"x": ["N", 48], "weight": [48]}, {"y": ["N", 48]}, 1)
+        node_session(node, {"x": ["N", 48], "weight": [48]}, {"y": ["N", 48]}, 1)

@@ -1,25 +1,15 @@
 """Sum, norm and gate kernels against float64, and the same bits for a row whatever runs beside it."""
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from runtime.native.library import variant_of
-from tests.support.native.calls import NAMES, add_norm, gate_up, variant
+from tests.support.native.calls import add_norm, gate_up
 
 SIZES = [1, 3, 16, 37, 64, 576, 1001]
-
-
-@pytest.fixture(params=NAMES)
-def library(request: pytest.FixtureRequest, native_library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    """The library with each variant in turn."""
-    with variant(native_library, request.param) as runs:
-        if not runs:
-            pytest.skip(f"this processor does not run {request.param}")
-        yield native_library
 
 
 def arrays(*shape: int, seed: int = 0) -> NDArray[np.float32]:

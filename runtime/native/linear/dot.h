@@ -13,29 +13,7 @@ namespace HEADRACE_VARIANT {
 
 HEADRACE_INLINE int32_t load_int(const int8_t* from) { return load_as<int32_t>(from); }
 
-#if defined(__AVX512VNNI__)
-
-constexpr int MAX_STEPS = 1 << 30;
-
-struct Weights {
-  VecU8 bytes;
-};
-
-template <int BITS>
-struct Sums {
-  VecI sums;
-  HEADRACE_INLINE void clear(VecI start) { sums = start; }
-  HEADRACE_INLINE void add(Weights weights, int32_t inputs) {
-    sums = dot_bytes(sums, weights.bytes, (VecI8)splat_int(inputs));
-  }
-  HEADRACE_INLINE void widen() {}
-};
-
-HEADRACE_INLINE Weights whole_bytes(const uint8_t* from) { return {load_as<VecU8>(from)}; }
-HEADRACE_INLINE Weights low_halves(const uint8_t* from) { return {load_as<VecU8>(from) & 15}; }
-HEADRACE_INLINE Weights high_halves(const uint8_t* from) { return {(VecU8)((load_as<VecU>(from) >> 4) & 0x0f0f0f0f)}; }
-
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
 // pmaddubsw adds two products in 16 bits. Halves of bytes cannot overflow there: 2 * 15 * 128 a step, 8 steps long.
 // So a byte's low and high halves have sums of their own, and the high ones count 16 times.
@@ -96,7 +74,7 @@ struct Sums {
 
 HEADRACE_INLINE Weights whole_bytes(const uint8_t* from) { return {load_as<VecU8>(from)}; }
 HEADRACE_INLINE Weights low_halves(const uint8_t* from) { return {load_as<VecU8>(from) & 15}; }
-HEADRACE_INLINE Weights high_halves(const uint8_t* from) { return {load_as<VecU8>(from) >> 4}; }
+HEADRACE_INLINE Weights high_halves(const uint8_t* from) { return {(VecU8)((load_as<VecU>(from) >> 4) & 0x0f0f0f0f)}; }
 
 #endif
 
