@@ -21,7 +21,8 @@ from typing import Any
 from safetensors.numpy import save_file
 
 import headrace
-from export.model.families.architectures import ARCHITECTURES, parse_config
+from export.model.families.architectures import parse_config
+from export.model.families.table import ARCHITECTURES
 from export.schemes.registry import SCHEMES
 from runtime.artifact.manifest import open_artifact
 from runtime.backends.registry import BACKENDS

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from export.model.families.architectures import ARCHITECTURES
+from export.model.families.table import ARCHITECTURES
 from runtime.backends.ort.session import OrtSession
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny.architectures import BEYOND_LLAMA

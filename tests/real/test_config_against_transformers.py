@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from export.model.description import Activation, Block, Mlp, ModelConfig
-from export.model.families.architectures import ARCHITECTURES, parse_config
+from export.model.families.architectures import parse_config
+from export.model.families.table import ARCHITECTURES
 from export.model.rope import attention_factor, inverse_frequencies
 from runtime.errors import InvalidCheckpoint
 from tests.support.tiny.checkpoint import LLAMA3, YARN

@@ -11,7 +11,7 @@ import pytest
 
 from calibration_data import CALIBRATION_GROUPS, calibration_records
 from export.cli import OLD_FLAGS
-from export.model.families.architectures import ARCHITECTURES
+from export.model.families.table import ARCHITECTURES
 from export.schemes.registry import SCHEMES
 from headrace import VERBS
 from serve.app import create_app

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.support_matrix import DIALECT_OF, RECORD, Facts, cell, table
-from export.model.families.architectures import ARCHITECTURES
+from export.model.families.table import ARCHITECTURES
 from export.schemes.registry import SCHEMES
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -1,6 +1,6 @@
-"""The table of supported architectures, and `parse_config`, which makes a `ModelConfig` from config.json.
+"""Makes a `ModelConfig` from config.json, by its family's row in table.py.
 
-Each row is in a file of families/. A field that graphs would not honour is refused by name. A missing field has
+A field that graphs would not honour is refused by name. A missing field has
 transformers' default of the family, because tools omit fields with the default; the tests compare every default with
 `AutoConfig`. Reads no files.
 """
@@ -15,34 +15,15 @@ from export.checkpoint.fused import FusedView
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.view import PrefixedView
 from export.model.description import Activation, ModelConfig
-from export.model.families.cohere import COHERE
 from export.model.families.config_values import flag, integer, number, token_ids
-from export.model.families.gemma import GEMMA2
-from export.model.families.gpt2 import GPT2
 from export.model.families.layout import describe
-from export.model.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from export.model.families.mixtral import MIXTRAL
-from export.model.families.phi3 import PHI3
 from export.model.families.rope_fields import rope_config
 from export.model.families.row import Architecture, Defaults, Sizes
+from export.model.families.table import ARCHITECTURES
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 MAX_LAYERS = 1024
 """The largest published decoder has 126."""
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "cohere": COHERE,
-        "gemma2": GEMMA2,
-        "gpt2": GPT2,
-        "llama": LLAMA,
-        "mistral": MISTRAL,
-        "mixtral": MIXTRAL,
-        "phi3": PHI3,
-        "qwen2": QWEN2,
-        "qwen3": QWEN3,
-    }
-)
 
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {

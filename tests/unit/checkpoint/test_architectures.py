@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from export.model.checks.model_reading import read_model
-from export.model.families.architectures import ARCHITECTURES, as_described, parse_config
+from export.model.families.architectures import as_described, parse_config
+from export.model.families.table import ARCHITECTURES
 from export.model.reference.forward import run_reference
 from export.model.rope import attention_factor, inverse_frequencies
 from export.sources.open import open_checkpoint
