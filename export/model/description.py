@@ -2,173 +2,38 @@
 
 families/ makes a `ModelConfig` from config.json. walker.py runs it over any set of operations, ONNX or numpy.
 Quantization, memory plans and the tensor check read it too. No other code knows a family's tensor names or how its
-layers are connected. Reads no files.
+layers are connected. Its parts are in layers.py and mixers.py, and everybody imports them from here. Reads no files.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
-from typing import NamedTuple
+
+from export.model.layers import Linear, Norm, NormKind, Part, Site
+from export.model.mixers import Attention, Mixer, RopeConfig, Rotary
+
+__all__ = [
+    "LM_HEAD",
+    "Activation",
+    "Attention",
+    "Block",
+    "Embedding",
+    "Experts",
+    "Head",
+    "Linear",
+    "Mixer",
+    "Mlp",
+    "ModelConfig",
+    "Norm",
+    "NormKind",
+    "Part",
+    "RopeConfig",
+    "Rotary",
+    "Site",
+]
 
 LM_HEAD = "lm_head"
-
-
-class Site(NamedTuple):
-    """The place of a linear layer: decoder layer and kind. For statistics, also `k` and `v` of the KV cache."""
-
-    layer: int
-    kind: str
-
-    def __str__(self) -> str:
-        return f"layers.{self.layer}.{self.kind}"
-
-
-class NormKind(Enum):
-    """Root mean square norm (arXiv:1910.07467), or layer norm (arXiv:1607.06450)."""
-
-    RMS = "rms"
-    LAYER = "layer"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Norm:
-    """A norm over the last axis.
-
-    name: of its tensors, without `.weight` and `.bias`; size: number of channels
-    adds_one: the checkpoint stores w, and the model multiplies by 1 + w
-    """
-
-    name: str
-    size: int
-    epsilon: float
-    kind: NormKind = NormKind.RMS
-    has_bias: bool = False
-    adds_one: bool = False
-
-
-class Part(NamedTuple):
-    """One matrix of the checkpoint, `[num_rows, num_inputs]`; `name` is without `.weight`."""
-
-    name: str
-    num_rows: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """One matrix product, `[N, K]` with N outputs. Matrices of the checkpoint with the same input are stacked.
-
-    site.kind: unique in a block; role: qkv, o, gate_up, up, down, router or lm_head, schemes choose a form by it
-    reads: the norm whose output is its input; None if the input comes from attention or from the activation
-    writes_stream: whether its output is added to the residual stream
-    """
-
-    site: Site
-    role: str
-    parts: tuple[Part, ...]
-    num_inputs: int
-    has_bias: bool = False
-    reads: Norm | None = None
-    writes_stream: bool = False
-
-    @property
-    def num_outputs(self) -> int:
-        return sum(part.num_rows for part in self.parts)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`[N, K]`."""
-        return self.num_outputs, self.num_inputs
-
-    @property
-    def is_quantizable(self) -> bool:
-        """False for a router, which has few weights and chooses between experts."""
-        return self.role != "router"
-
-    @property
-    def weight_names(self) -> list[str]:
-        return [f"{part.name}.weight" for part in self.parts]
-
-    @property
-    def bias_names(self) -> list[str]:
-        return [f"{part.name}.bias" for part in self.parts]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Frequencies of a rotary embedding, and how they are scaled for contexts beyond the trained length.
-
-    kind: default | linear | llama3 | yarn | longrope. Only the fields of that kind are read.
-    short_factors, long_factors: longrope's divisor of each frequency, for up to original_max_len tokens and for more
-    is_long: whether long_factors apply, see `ModelConfig.for_length`
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_len: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    is_long: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotary:
-    """The rotary embedding of a layer's queries and keys.
-
-    dim: the first channels of each head, which rotate; the others do not
-    interleaved: channels 2i and 2i + 1 are a pair; otherwise i and i + dim / 2
-    """
-
-    rope: RopeConfig
-    head_dim: int
-    dim: int
-    interleaved: bool = False
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all channels rotate."""
-        return self.dim == self.head_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """Causal attention of one block.
-
-    qkv: queries, keys and values stacked in this order; o: the output projection
-    scale: of the scores; None is 1 / sqrt(head_dim)
-    softcap: scores become softcap * tanh(score / softcap)
-    window: in tokens, including the token itself; None for no window
-    q_norm, k_norm: norms over each head
-    """
-
-    qkv: Linear
-    o: Linear
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float | None = None
-    softcap: float | None = None
-    window: int | None = None
-    rotary: Rotary | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
 
 
 class Activation(Enum):
@@ -212,11 +77,12 @@ class Block:
         sequential   x += norm_out(attention(norm_in(x)));  x += norm_out(mlp(norm_in(x)))
         parallel     x += attention(norm_in(x)) + mlp(norm_in(x))
 
+    mixer: attention, or what stands in its place in the formulas above
     attention_norm, mlp_norm: before attention and MLP; a parallel block may have attention_norm for both
     attention_out_norm, mlp_out_norm: after attention and MLP, before the sum (sandwich norms)
     """
 
-    attention: Attention
+    mixer: Mixer
     mlp: Mlp | Experts
     attention_norm: Norm
     mlp_norm: Norm | None
@@ -226,20 +92,27 @@ class Block:
 
     @property
     def layer(self) -> int:
-        return self.attention.qkv.site.layer
+        return self.mixer.linears[0].site.layer
+
+    @property
+    def attention(self) -> Attention:
+        """Its mixer, in a block that has attention."""
+        assert isinstance(self.mixer, Attention), f"layer {self.layer} has no attention"
+        return self.mixer
+
+    @property
+    def has_attention(self) -> bool:
+        return isinstance(self.mixer, Attention)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers, in the order in which they run."""
-        return self.attention.qkv, self.attention.o, *self.mlp.linears
+        return *self.mixer.linears, *self.mlp.linears
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        a = self.attention
-        every = (
-            self.attention_norm, a.q_norm, a.k_norm, self.attention_out_norm, self.mlp_norm, self.mlp_out_norm
-        )  # fmt: skip
-        return tuple(norm for norm in every if norm is not None)
+        behind = (self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
+        return self.attention_norm, *self.mixer.norms, *(norm for norm in behind if norm is not None)
 
     def linear(self, kind: str) -> Linear:
         """The linear layer of a kind; KeyError if the block has none."""
@@ -293,8 +166,13 @@ class ModelConfig:
 
     @property
     def attention(self) -> Attention:
-        """The first block's attention. All blocks have the same number and size of heads."""
-        return self.blocks[0].attention
+        """The first attention. All blocks that have one have the same number and size of heads."""
+        return self.attention_blocks[0].attention
+
+    @cached_property
+    def attention_blocks(self) -> tuple[Block, ...]:
+        """The blocks with attention, which alone have K and V."""
+        return tuple(block for block in self.blocks if block.has_attention)
 
     @property
     def num_heads(self) -> int:
@@ -316,7 +194,8 @@ class ModelConfig:
     @property
     def rope(self) -> RopeConfig | None:
         """The rotary embedding of the first block that has one."""
-        return next((block.attention.rotary.rope for block in self.blocks if block.attention.rotary), None)
+        rotaries = (block.attention.rotary for block in self.attention_blocks)
+        return next((rotary.rope for rotary in rotaries if rotary), None)
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -371,6 +250,7 @@ class ModelConfig:
 
 
 def _with_rope(block: Block, rope: RopeConfig) -> Block:
-    attention = block.attention
-    rotary = attention.rotary and replace(attention.rotary, rope=rope)
-    return replace(block, attention=replace(attention, rotary=rotary))
+    if not block.has_attention or block.attention.rotary is None:
+        return block
+    rotary = replace(block.attention.rotary, rope=rope)
+    return replace(block, mixer=replace(block.attention, rotary=rotary))

@@ -75,7 +75,7 @@ class _Layout:
         attention_norm = self.norm(f"{prefix}.{names.attention_norm}")
         mlp_norm = norm(names.mlp_norm)
         return Block(
-            attention=self._attention(layer, prefix, attention_norm),
+            mixer=self._attention(layer, prefix, attention_norm),
             mlp=self._mlp_or_experts(layer, prefix, mlp_norm or attention_norm),
             attention_norm=attention_norm,
             mlp_norm=mlp_norm,
