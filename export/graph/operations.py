@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import GraphBuilder
+from export.graph.experts import Routes, mix_by_expert, route
 from export.graph.weights import GraphWeights, Weight
 from export.model.description import Activation, Embedding, Experts, Head, Linear, Mlp
 
@@ -62,47 +63,19 @@ class GraphOperations(ABC):
         return self.g.op("Gelu", [x], out, approximate="tanh")
 
     def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
-        """Each expert computes only the tokens that chose it.
+        """Each expert computes only the tokens that chose it."""
+        return mix_by_expert(self.g, x, experts, self.routes(x, experts), run, self.compute)
 
-        Sums are float32, because on the CPU ScatterND does not add in half precision.
-        """
-        g, name = self.g, f"{experts.router.site}"
-        hidden = experts.router.num_inputs
-        flat = g.op("Reshape", [x, g.shape_constant(-1, hidden)], f"{name}.tokens")
-        logits = g.op("Cast", [self.linear(flat, experts.router)], f"{name}.logits", to=ir.DataType.FLOAT)
-        count = g.shape_constant(experts.top_k)
-        best, chosen = g.ops("TopK", [logits, count], [f"{name}.best", f"{name}.chosen"], axis=-1)
-        shares = g.op("Softmax", [best], f"{name}.shares", axis=-1)
-        nothing = ir.tensor(np.zeros(1, np.float32))
-        total = g.op("ConstantOfShape", [g.op("Shape", [flat], f"{name}.shape")], f"{name}.nothing", value=nothing)
-        for idx, expert in enumerate(experts.experts):
-            total = self._with_expert(total, flat, chosen, shares, idx, expert, run)
-        mixed = g.op("Cast", [total], f"{name}.mixed.tokens", to=self.compute)
-        return g.op("Reshape", [mixed, g.op("Shape", [x], f"{name}.outer")], f"{name}.mixed")
+    def routes(self, x: ir.Value, experts: Experts) -> Routes:
+        """Which experts the tokens of x choose."""
+        logits = self.linear(x, experts.router)
+        if self.compute != ir.DataType.FLOAT:
+            logits = self.g.op("Cast", [logits], f"{experts.router.site}.float32", to=ir.DataType.FLOAT)
+        bias = None if experts.choice_bias is None else self.weights.vector(experts.choice_bias)
+        return route(self.g, logits, experts, bias)
 
-    def _with_expert(
-        self,
-        total: ir.Value,
-        tokens: ir.Value,
-        chosen: ir.Value,
-        shares: ir.Value,
-        idx: int,
-        expert: Mlp,
-        run: Callable[[ir.Value, Mlp], ir.Value],
-    ) -> ir.Value:
-        """Add one expert's weighted output to `total`. chosen int64 and shares `[tokens, top_k]`."""
-        g, name = self.g, f"{expert.down.site}"
-        number = g.constant(f"expert.{idx}", np.array(idx, np.int64))
-        places = g.op("NonZero", [g.op("Equal", [chosen, number], f"{name}.hits")], f"{name}.places.2d")
-        places = g.op("Transpose", [places], f"{name}.places", perm=[1, 0])  # [hits, 2]: token and rank
-        rows = g.op("Gather", [places, g.constant("zero", np.array(0, np.int64))], f"{name}.rows", axis=1)
-        y = run(g.op("Gather", [tokens, rows], f"{name}.tokens", axis=0), expert)
-        wide = g.op("Cast", [y], f"{name}.float32", to=ir.DataType.FLOAT)
-        share = g.op("Unsqueeze", [g.op("GatherND", [shares, places], f"{name}.share.1d"), g.shape_constant(1)],
-                     f"{name}.share")  # fmt: skip
-        weighed = g.op("Mul", [wide, share], f"{name}.weighed")
-        where = g.op("Unsqueeze", [rows, g.shape_constant(1)], f"{name}.rows.2d")
-        return g.op("ScatterND", [total, where, weighed], f"{name}.total", reduction="add")
+    def gate(self, x: ir.Value, logits: ir.Value) -> ir.Value:
+        return self.g.op("Mul", [x, self.g.op("Sigmoid", [logits], f"{logits.name}.sigmoid")], f"{x.name}.gated")
 
     def placed(self, x: ir.Value, positions: ir.Value, embedding: Embedding, num_rows: int) -> ir.Value:
         """Scale embeddings, and add learned positions. num_rows: rows of their table that a graph can read."""

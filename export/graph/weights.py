@@ -69,6 +69,10 @@ class GraphWeights:
         bias = self._load(f"{norm.name}.bias", 1).astype(self._dtype, copy=False) if norm.has_bias else None
         return NormArrays(weight.astype(self._dtype, copy=False), bias)
 
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A tensor of one dimension that belongs to no norm and no linear layer, float32."""
+        return self._load(name, 1)
+
     def table(self, name: str) -> NDArray[np.float32]:
         """A table of embeddings or positions, float32 `[rows, hidden]`."""
         return self._load(f"{name}.weight", 2)

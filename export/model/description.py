@@ -12,6 +12,7 @@ from functools import cached_property
 
 from export.model.layers import Linear, Norm, NormKind, Part, Site
 from export.model.mixers import Attention, Mixer, RopeConfig, Rotary
+from export.model.routing import Routing
 
 __all__ = [
     "LM_HEAD",
@@ -59,15 +60,28 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A mixture of experts: the router's top_k largest logits choose the experts, their softmax gives the weights."""
+    """A mixture of experts: each token's weighted sum of the experts that the router chose for it.
+
+    choice_bias: name of a tensor `[experts]` that is added to the scores for choosing, and not for weighing
+    shared: an MLP for all tokens, added to the sum; shared_gate: a logit for each token, whose sigmoid multiplies it
+    """
 
     router: Linear
     experts: tuple[Mlp, ...]
-    top_k: int
+    routing: Routing
+    choice_bias: str | None = None
+    shared: Mlp | None = None
+    shared_gate: Linear | None = None
+
+    @property
+    def mlps(self) -> tuple[Mlp, ...]:
+        """The experts, and the shared one last."""
+        return self.experts if self.shared is None else (*self.experts, self.shared)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (self.router, *(linear for expert in self.experts for linear in expert.linears))
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        return (self.router, *(linear for mlp in self.mlps for linear in mlp.linears), *gate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +127,13 @@ class Block:
     def norms(self) -> tuple[Norm, ...]:
         behind = (self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
         return self.attention_norm, *self.mixer.norms, *(norm for norm in behind if norm is not None)
+
+    @property
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that belong to no norm and no linear layer."""
+        if isinstance(self.mlp, Mlp) or self.mlp.choice_bias is None:
+            return {}
+        return {self.mlp.choice_bias: (len(self.mlp.experts),)}
 
     def linear(self, kind: str) -> Linear:
         """The linear layer of a kind; KeyError if the block has none."""
@@ -246,7 +267,7 @@ class ModelConfig:
         mlp = self.blocks[site.layer].mlp
         if isinstance(mlp, Mlp) or not any(site == linear.site for expert in mlp.experts for linear in expert.linears):
             return 1.0
-        return mlp.top_k / len(mlp.experts)
+        return mlp.routing.top_k / len(mlp.experts)
 
 
 def _with_rope(block: Block, rope: RopeConfig) -> Block:

@@ -73,7 +73,7 @@ class Linear:
 
     @property
     def is_quantizable(self) -> bool:
-        """False for a router, which has few weights and chooses between experts."""
+        """False for a router and a gate of a shared expert: few weights that decide much."""
         return self.role != "router"
 
     @property

@@ -50,6 +50,10 @@ class Operations(Protocol[V]):
         """The weighted sum of the chosen experts; `run` computes one expert for some tokens."""
         ...
 
+    def gate(self, x: V, logits: V) -> V:
+        """x times the sigmoid of logits `[..., 1]`."""
+        ...
+
 
 def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]:
     """Run a block: the residual stream before it to the stream after it."""
@@ -75,7 +79,15 @@ def walk_mlp(ops: Operations[V], mlp: Mlp | Experts, hidden: V) -> V:
     def run(x: V, one: Mlp) -> V:
         return ops.linear(ops.activate(ops.linear(x, one.up), one), one.down)
 
-    return run(hidden, mlp) if isinstance(mlp, Mlp) else ops.mix(hidden, mlp, run)
+    if isinstance(mlp, Mlp):
+        return run(hidden, mlp)
+    mixed = ops.mix(hidden, mlp, run)
+    if mlp.shared is None:
+        return mixed
+    beside = run(hidden, mlp.shared)
+    if mlp.shared_gate is not None:
+        beside = ops.gate(beside, ops.linear(hidden, mlp.shared_gate))
+    return ops.add(mixed, beside)
 
 
 def walk_final_norm(ops: Operations[V], stream: Stream[V], norm: Norm) -> V:

@@ -127,7 +127,7 @@ def epsilon_of(theirs: Any) -> float:
 
 
 def mlps_of(block: Block) -> Sequence[Mlp]:
-    return [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.experts
+    return [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.mlps
 
 
 def windows_of(theirs: Any) -> tuple[int | None, ...]:

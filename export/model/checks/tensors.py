@@ -33,6 +33,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         tensors[f"{norm.name}.weight"] = (norm.size,)
         if norm.has_bias:
             tensors[f"{norm.name}.bias"] = (norm.size,)
+    for block in config.blocks:
+        tensors |= block.vectors
     for linear in config.linears:
         for part in linear.parts:
             tensors[f"{part.name}.weight"] = (part.num_rows, linear.num_inputs)

@@ -121,29 +121,42 @@ class _Layout:
         )
 
     def _mlp_or_experts(self, layer: int, prefix: str, reads: Norm) -> Mlp | Experts:
-        style, names = self._style, self._names
-        if not style.num_experts:
-            return self._mlp(layer, prefix, reads, "")
-        router = Part(f"{prefix}.{names.router}", style.num_experts)
+        mixture, names, hidden = self._style.mixture, self._names, self._sizes.hidden_size
+        if mixture is None or layer in mixture.dense_layers:
+            parts = [f"{prefix}.{name}" for name in (names.gate, names.up, names.down)]
+            return self._mlp(layer, parts, self._sizes.intermediate_size, reads, "")
+
+        def expert(name: str, size: int, number: str) -> Mlp:
+            return self._mlp(layer, [f"{prefix}.{name}.{part}" for part in names.expert_parts], size, reads, number)
+
+        def logits(kind: str, name: str, num_rows: int, *, has_bias: bool) -> Linear:
+            return self._linear(
+                layer, kind, [Part(f"{prefix}.{name}", num_rows)], hidden, has_bias=has_bias, reads=reads
+            )
+
         return Experts(
-            router=self._linear(layer, "router", [router], self._sizes.hidden_size, has_bias=False, reads=reads),
+            router=logits("router", names.router, mixture.num_experts, has_bias=mixture.router_bias),
             experts=tuple(
-                self._mlp(layer, f"{prefix}.{names.experts.format(expert=expert)}", reads, f".{expert}")
-                for expert in range(style.num_experts)
+                expert(names.experts.format(expert=idx), mixture.intermediate_size, f".{idx}")
+                for idx in range(mixture.num_experts)
             ),
-            top_k=style.top_k,
+            routing=mixture.routing,
+            choice_bias=f"{prefix}.{names.choice_bias}" if mixture.has_choice_bias else None,
+            shared=expert(names.shared, mixture.shared_size, ".shared") if mixture.shared_size else None,
+            shared_gate=logits("router.shared", names.shared_gate, 1, has_bias=False)
+            if mixture.has_shared_gate
+            else None,
         )
 
-    def _mlp(self, layer: int, prefix: str, reads: Norm, number: str) -> Mlp:
-        """`number`: an expert's suffix of its kinds, like ".3"."""
-        sizes, style, names = self._sizes, self._style, self._names
-        inner, hidden, bias = sizes.intermediate_size, sizes.hidden_size, style.mlp_bias
+    def _mlp(self, layer: int, names: Sequence[str], inner: int, reads: Norm, number: str) -> Mlp:
+        """names: of gate, up and down; number: an expert's suffix of its kinds, like ".3"."""
+        sizes, style = self._sizes, self._style
+        hidden, bias = sizes.hidden_size, style.mlp_bias
         kind = "gate_up" if style.is_gated else "up"
-        up_parts = [Part(f"{prefix}.{name}", inner) for name in (names.gate, names.up)[not style.is_gated :]]
-        down_parts = [Part(f"{prefix}.{names.down}", hidden)]
+        up_parts = [Part(name, inner) for name in names[not style.is_gated : 2]]
         return Mlp(
             up=self._linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=bias, reads=reads),
-            down=self._linear(layer, f"down{number}", down_parts, inner, has_bias=bias, reads=None),
+            down=self._linear(layer, f"down{number}", [Part(names[2], hidden)], inner, has_bias=bias, reads=None),
             activation=sizes.activation,
             is_gated=style.is_gated,
         )

@@ -1,8 +1,9 @@
 """Mixtral: Mistral's block with a mixture of experts instead of the MLP."""
 
 from export.model.families.config_values import integer
-from export.model.families.row import Architecture, Defaults, Names, Raw, Sizes, Style
+from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
+from export.model.routing import Routing
 from runtime.errors import InvalidCheckpoint
 
 _DEFAULTS = Defaults(
@@ -21,7 +22,8 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
         raise InvalidCheckpoint(
             f"config.json: num_experts_per_tok {top_k} is more than num_local_experts {num_experts}"
         )
-    return Style(num_experts=num_experts, top_k=top_k, windows=windows(raw, "uniform", sizes, _DEFAULTS))
+    mixture = Mixture(num_experts=num_experts, intermediate_size=sizes.intermediate_size, routing=Routing(top_k=top_k))
+    return Style(mixture=mixture, windows=windows(raw, "uniform", sizes, _DEFAULTS))
 
 
 MIXTRAL = Architecture(
@@ -29,7 +31,7 @@ MIXTRAL = Architecture(
     style=_style,
     defaults=_DEFAULTS,
     names=Names(
-        router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{expert}", gate="w1", up="w3", down="w2"
+        router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{expert}", expert_parts=("w1", "w3", "w2")
     ),
     fields={"num_local_experts": (), "num_experts_per_tok": (), "router_jitter_noise": ()},
 )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from export.checkpoint.fused import Split
 from export.model.description import Activation, NormKind
+from export.model.routing import Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,9 @@ class Sizes(NamedTuple):
 class Names:
     """The checkpoint's tensor names, without `.weight`. Names of a block's tensors follow `block`.
 
-    gate, up: the two matrices of a gated MLP; router, experts: of a mixture, {expert} is an expert's number
+    gate, up: the two matrices of a gated MLP
+    router, choice_bias, experts, shared, shared_gate: of a mixture, {expert} is an expert's number
+    expert_parts: gate, up and down of an expert and of the shared one
     """
 
     block: str = "model.layers.{layer}"
@@ -73,8 +76,30 @@ class Names:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    router: str = ""
-    experts: str = ""
+    router: str = "mlp.gate"
+    choice_bias: str = "mlp.gate.e_score_correction_bias"
+    experts: str = "mlp.experts.{expert}"
+    shared: str = "mlp.shared_expert"
+    shared_gate: str = "mlp.shared_expert_gate"
+    expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """A family's mixture of experts; `Experts` and `Routing` explain the fields.
+
+    intermediate_size: inner channels of an expert; shared_size: of the shared one, 0 for none
+    dense_layers: layers that have an MLP instead
+    """
+
+    num_experts: int
+    intermediate_size: int
+    routing: Routing
+    router_bias: bool = False
+    has_choice_bias: bool = False
+    shared_size: int = 0
+    has_shared_gate: bool = False
+    dense_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +107,7 @@ class Style:
     """How a family's blocks differ from Llama's; description.py explains the fields.
 
     rotary_dim: channels of a head that rotate, None for all of them; has_rotary False: none
-    windows: the window of each layer; num_experts: 0 for an MLP without experts
+    windows: the window of each layer; mixture: None for a decoder without experts
     """
 
     norm_kind: NormKind = NormKind.RMS
@@ -103,8 +128,7 @@ class Style:
     embedding_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
-    num_experts: int = 0
-    top_k: int = 0
+    mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()
 
 

@@ -1,7 +1,7 @@
 """The walker's operations in numpy and float32, for the reference and for calibration."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.model.description import Activation, Attention, Block, Experts, Linear, Mlp, Norm, NormKind, Rotary
+from export.model.reference.routing import route
 from export.model.rope import RopeTables
 from export.model.walker import Stream
 
@@ -27,11 +28,12 @@ class NormWeights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """One block's tensors, float32: matrices `[N, K]` and biases `[N]` by kind, norms by name."""
+    """One block's tensors, float32: matrices `[N, K]` and biases `[N]` by kind, norms and other vectors by name."""
 
     matrices: Mapping[str, Array]
     biases: Mapping[str, Array]
     norms: Mapping[str, NormWeights]
+    vectors: Mapping[str, Array] = field(default_factory=dict)
 
     def product(self, kind: str, x: Array) -> Array:
         """x `[n, K]` times the matrix of that kind, without its bias."""
@@ -104,11 +106,8 @@ class NumpyOperations:
         return activated
 
     def mix(self, x: Array, experts: Experts, run: Callable[[Array, Mlp], Array]) -> Array:
-        logits = self.linear(x, experts.router)
-        chosen = np.argsort(-logits, axis=1, kind="stable")[:, : experts.top_k]
-        scores = np.take_along_axis(logits, chosen, axis=1)
-        weights = np.exp(scores - scores[:, :1])
-        weights /= weights.sum(1, keepdims=True)
+        bias = None if experts.choice_bias is None else self._weights.vectors[experts.choice_bias]
+        chosen, weights = route(self.linear(x, experts.router), experts.routing, bias)
         out = np.zeros_like(x)
         for idx, expert in enumerate(experts.experts):
             self._rows, place = np.nonzero(chosen == idx)
@@ -116,6 +115,9 @@ class NumpyOperations:
                 out[self._rows] += run(x[self._rows], expert) * weights[self._rows, place][:, None]
         self._rows = None
         return out
+
+    def gate(self, x: Array, logits: Array) -> Array:
+        return np.asarray(x / (1 + np.exp(-logits)))
 
     def _rotated(self, x: Array, rotary: Rotary | None) -> Array:
         """Rotate pairs of the first `dim` channels of `[n, heads, head_dim]` by their position's angle."""
