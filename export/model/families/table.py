@@ -8,7 +8,7 @@ from export.model.families.dense.gemma import GEMMA2
 from export.model.families.dense.gpt2 import GPT2
 from export.model.families.dense.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from export.model.families.dense.phi3 import PHI3
-from export.model.families.mixtral import MIXTRAL
+from export.model.families.experts.mixtral import MIXTRAL
 from export.model.families.row import Architecture
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
