@@ -60,7 +60,12 @@ class GraphOperations(ABC):
     def _activated(self, x: ir.Value, activation: Activation, out: str) -> ir.Value:
         if activation is Activation.SILU:
             return self.silu(x, out)
-        return self.g.op("Gelu", [x], out, approximate="tanh")
+        if activation in (Activation.GELU, Activation.GELU_TANH):
+            return self.g.op("Gelu", [x], out, approximate="tanh" if activation is Activation.GELU_TANH else "none")
+        if activation is Activation.RELU:
+            return self.g.op("Relu", [x], out)
+        positive = self.g.op("Relu", [x], f"{out}.relu")
+        return self.g.op("Mul", [positive, positive], out)
 
     def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
         """Each expert computes only the tokens that chose it."""

@@ -38,10 +38,13 @@ LM_HEAD = "lm_head"
 
 
 class Activation(Enum):
-    """An MLP's activation; GELU_TANH is the tanh approximation of GELU (`gelu_new`, `gelu_pytorch_tanh`)."""
+    """An MLP's activation; GELU_TANH is the tanh approximation of GELU, RELU2 the square of ReLU."""
 
     SILU = "silu"
+    GELU = "gelu"
     GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+    RELU2 = "relu2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

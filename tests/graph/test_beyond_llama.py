@@ -26,6 +26,17 @@ MAX_KL = {"w8a16": 0.02, "w8a8": 0.03, "w4a16": 0.25}
 """Nats. Rounding moves random weights of width 64 much: the largest seen are 0.006, 0.012 and 0.097, where a router's
 choice turns. A wrong scale, norm or fold costs whole nats: an unrelated model of this vocabulary is 1.0 away."""
 
+LAYER_NORMS = {"gpt2", "cohere", "gpt_bigcode", "gpt_neo", "gptj", "jais2", "nemotron", "phi", "stablelm", "starcoder2"}
+NOT_ROTATED = LAYER_NORMS | {"gemma2", "glm4"}
+"""Families whose residual stream cannot be rotated: a layer norm in it, or a norm behind attention or MLP."""
+NOT_GATED = {"arcee", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "jais2", "nemotron", "phi", "starcoder2"}
+NOT_SMOOTHED = NOT_GATED | {"cohere", "mixtral"}
+"""Families with a layer whose input cannot be smoothed: an MLP without a gate, or a norm that several layers read."""
+
+MAX_KV_KL = {"gpt_neo": 0.03, "nemotron": 0.06}
+"""Of an int8 cache, in nats; 0.01 for the others. GPT-Neo does not scale scores, and Nemotron's squared ReLU makes
+random weights sensitive, so both are moved more: by 0.012 and 0.022."""
+
 
 class Model(NamedTuple):
     """A checkpoint that transformers wrote, and its logits `[NUM_TOKENS, vocab]` of some tokens."""
@@ -56,13 +67,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Model(request.param, path, ids, logits)
 
 
-@pytest.fixture(scope="module", params=DIALECTS)
-def exported(request: pytest.FixtureRequest, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if request.param == "native":
-        request.getfixturevalue("native_library")
-    out = tmp_path_factory.mktemp("fp32") / request.param
-    artifact = export_model(ExportOptions(model=str(model.path), out=out, dialects=(request.param,)))
+@pytest.fixture(scope="module")
+def artifact(model: Model, native_library: object, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The model in float32 and every dialect."""
+    out = tmp_path_factory.mktemp("fp32") / "artifact"
+    artifact = export_model(ExportOptions(model=str(model.path), out=out, dialects=DIALECTS))
     assert artifact.passed
+    return artifact
+
+
+@pytest.fixture(scope="module", params=DIALECTS)
+def exported(request: pytest.FixtureRequest, artifact: Artifact) -> Iterator[Session]:
     yield open_cpu_session(artifact, request.param, num_slots=8, capacity=128)
 
 
@@ -96,15 +111,12 @@ def test_every_precision_stays_near_the_reference(model: Model, tmp_path: Path, 
     assert 1e-7 < figures["kl"] < MAX_KL[precision] and 1e-7 < figures["trt.kl"] < MAX_KL[precision]
     # Alone and in a batch: to the bit, or integer products whose scales are static.
     assert figures["batch_token_agreement"] == 1
-
-
-def test_the_receipt_says_what_was_left_out(model: Model, tmp_path: Path) -> None:
-    account = calibrated(model, tmp_path / "out", "w8a8").receipt["quantization"]
-    assert ("stream_not_rotated" in account) == (model.name in ("gemma2", "gpt2", "cohere"))
-    assert ("not_smoothed" in account) == (model.name in ("gpt2", "cohere", "mixtral"))
+    account = artifact.receipt.get("quantization", {})
+    assert ("stream_not_rotated" in account) == (precision == "w8a8" and model.name in NOT_ROTATED)
+    assert ("not_smoothed" in account) == (precision == "w8a8" and model.name in NOT_SMOOTHED)
 
 
 def test_an_int8_cache_turns_the_pairs_that_the_model_turns(model: Model, tmp_path: Path) -> None:
     artifact = calibrated(model, tmp_path / "out", "fp32", kv="int8")
     # Of keys and values alone: a wrong pairing would leave some channels half their range.
-    assert 1e-8 < artifact.receipt["figures"]["kl"] < 0.01
+    assert 1e-8 < artifact.receipt["figures"]["kl"] < MAX_KV_KL.get(model.name, 0.01)

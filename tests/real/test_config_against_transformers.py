@@ -78,7 +78,7 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
     assert ours.intermediate_size == (getattr(theirs, "intermediate_size", None) or 4 * theirs.hidden_size)
     assert ours.num_layers == theirs.num_hidden_layers
     assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    assert ours.num_kv_heads == (getattr(theirs, "num_key_value_heads", None) or theirs.num_attention_heads)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     assert ours.vocab_size == theirs.vocab_size
@@ -94,13 +94,13 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
         ids = getattr(theirs, name)
         listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         # A family's default need not be in a small vocabulary.
-        assert list(found) == [token for token in listed if name in raw or token < ours.vocab_size], name
+        assert list(found) == [one for one in listed if raw.get(name) is not None or one < ours.vocab_size], name
     if raw["model_type"] in ("llama", "qwen3"):
         assert ours.attention.qkv.has_bias == ours.attention.o.has_bias == theirs.attention_bias
     if raw["model_type"] == "llama":
         assert {mlp.up.has_bias for block in ours.blocks for mlp in mlps_of(block)} == {theirs.mlp_bias}
     rotary = ours.attention.rotary
-    assert (rotary is None) == (raw["model_type"] == "gpt2")
+    assert (rotary is None) == (raw["model_type"] in ("gpt2", "gpt_bigcode", "gpt_neo"))
     if rotary is not None:
         frequencies, factor = rope_of(theirs, rotary.dim)
         # Theirs are computed in float32.
@@ -110,6 +110,9 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
 
 ACTIVATIONS = {
     "silu": Activation.SILU,
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU2,
+    "gelu": Activation.GELU,
     "gelu_new": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
 }
@@ -122,7 +125,7 @@ def activation_of(theirs: Any) -> str:
 
 
 def epsilon_of(theirs: Any) -> float:
-    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
     return float(next(getattr(theirs, name) for name in names if hasattr(theirs, name)))
 
 
@@ -133,16 +136,19 @@ def mlps_of(block: Block) -> Sequence[Mlp]:
 def windows_of(theirs: Any) -> tuple[int | None, ...]:
     """As the model code of each family reads them: some have none, some one for all, the others by layer_types."""
     num_layers, window = int(theirs.num_hidden_layers), getattr(theirs, "sliding_window", None)
-    if theirs.model_type in ("llama", "gpt2", "cohere"):
-        return (None,) * num_layers
-    if theirs.model_type in ("mistral", "mixtral", "phi3"):
+    if theirs.model_type in ("mistral", "mixtral", "phi3", "starcoder2"):
         return tuple(window for _ in range(num_layers))
-    return tuple(window if kind == "sliding_attention" else None for kind in theirs.layer_types)
+    if theirs.model_type == "gpt_neo":
+        return tuple(theirs.window_size if kind == "local" else None for kind in theirs.attention_layers)
+    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def rope_of(theirs: Any, head_dim: int) -> tuple[Any, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if theirs.model_type == "gptj":  # which has it in its code alone
+        return 1.0 / 10_000 ** (np.arange(0, head_dim, 2) / head_dim), 1.0
     kind = theirs.rope_parameters["rope_type"]
     if kind == "default":
         theta = theirs.rope_parameters["rope_theta"]
@@ -159,8 +165,9 @@ SHARED_NAMES = sorted(name for name, row in ARCHITECTURES.items() if not row.ali
 def test_every_missing_field_has_the_default_of_the_family(family: str, tmp_path: Path) -> None:
     for missing in (None, *WHOLE):
         raw = {"model_type": family, **{name: value for name, value in WHOLE.items() if name != missing}}
-        if missing in ("num_attention_heads", "num_key_value_heads"):
-            raw["hidden_size"] = raw["intermediate_size"]  # a multiple of every family's default, 32
+        if missing in ("num_attention_heads", "num_key_value_heads"):  # these fit every family's default
+            raw |= {"hidden_size": 960}
+            raw |= {"num_key_value_heads": 4} if missing == "num_attention_heads" else {"num_attention_heads": 160}
         assert_same(parse_config(raw), theirs_of(raw, tmp_path), raw)
 
 
@@ -197,8 +204,8 @@ def test_accepted_configs_mean_the_same_to_transformers(
         return
     try:
         theirs = theirs_of(raw, tmp_path)
-    except Exception:  # stricter than transformers 4, which wrote configs with null where a number belongs
-        assert None in raw.values(), raw
+    except Exception as error:  # stricter than transformers 4, which wrote configs with null where a number belongs
+        assert None in raw.values() or "validate_architecture" in str(error), raw  # the latter: InternLM3, IQuest
         return
     try:
         assert_same(ours, theirs, raw)

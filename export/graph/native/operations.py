@@ -74,7 +74,7 @@ class NativeOperations(PackedOperations):
 
     def activate(self, up: ir.Value, mlp: Mlp) -> ir.Value:
         """Split, activation and product in one kernel."""
-        if not mlp.is_gated:
+        if not mlp.is_gated or mlp.activation not in (Activation.SILU, Activation.GELU_TANH):
             return super().activate(up, mlp)
         is_gelu = int(mlp.activation is Activation.GELU_TANH)
         return self.g.op("GateUp", [up], f"{mlp.down.site}.gated", domain=NATIVE, gelu=is_gelu)

@@ -18,8 +18,9 @@ from export.model.description import Activation, ModelConfig
 from export.model.families.config_values import flag, integer, number, token_ids
 from export.model.families.layout import describe
 from export.model.families.rope_fields import rope_config
-from export.model.families.row import Architecture, Defaults, Sizes
+from export.model.families.row import Architecture, Sizes
 from export.model.families.table import ARCHITECTURES
+from export.model.families.windows import windows
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 MAX_LAYERS = 1024
@@ -29,9 +30,12 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "silu": Activation.SILU,
         "swish": Activation.SILU,
+        "gelu": Activation.GELU,
         "gelu_new": Activation.GELU_TANH,
         "gelu_pytorch_tanh": Activation.GELU_TANH,
         "gelu_fast": Activation.GELU_TANH,
+        "relu": Activation.RELU,
+        "relu2": Activation.RELU2,
     }
 )
 
@@ -46,11 +50,14 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     shared = _shared_names(raw, arch)
     refuse_unknown(shared, arch.fields)
     defaults = arch.defaults
-    sizes = _sizes(shared, defaults)
+    sizes = _sizes(shared, arch)
+    style = arch.style(shared, sizes)
+    if not style.windows:
+        windows(shared, "never", sizes, defaults)  # refuses a window
     config = describe(
         str(raw["model_type"]),
         sizes,
-        arch.style(shared, sizes),
+        style,
         arch.names,
         rope_config(shared, sizes.max_len, defaults.rope_theta, can_be_partial="partial_rotary_factor" in arch.fields),
         is_tied=flag(shared, "tie_word_embeddings", default=defaults.is_tied),
@@ -94,30 +101,31 @@ def as_described(checkpoint: Checkpoint) -> Checkpoint:
     is_tied = flag(checkpoint.config, "tie_word_embeddings", default=arch.defaults.is_tied)
     if table in checkpoint.tensors and (is_tied or f"{arch.names.head}.weight" in checkpoint.tensors):
         checkpoint = PrefixedView(checkpoint, prefix, unprefixed=f"{arch.names.head}.weight")
-    splits = arch.splits(_sizes(_shared_names(checkpoint.config, arch), arch.defaults))
+    splits = arch.splits(_sizes(_shared_names(checkpoint.config, arch), arch))
     return FusedView(checkpoint, splits) if splits else checkpoint
 
 
 def _shared_names(raw: Mapping[str, Any], arch: Architecture) -> Mapping[str, Any]:
-    """config.json with the family's own field names replaced by the shared ones.
+    """config.json with the family's own names of fields replaced by the shared ones.
 
     UnsupportedModel for a shared name that the family does not read; InvalidCheckpoint if two names' values differ.
     """
     own_names = {shared: own for own, shared in arch.aliases.items()}
+    shared_names = {**arch.aliases, **arch.synonyms}
     found: dict[str, Any] = {}
     for name, value in raw.items():
-        if name not in own_names:
-            found[arch.aliases.get(name, name)] = value
-        elif own_names[name] not in raw:
+        if name in own_names and own_names[name] not in raw:
             raise UnsupportedModel(
                 f"config.json: {name} = {shown(value)} is not supported for model_type {raw['model_type']!r}, which "
                 f"reads {own_names[name]}"
             )
-        elif raw[own_names[name]] != value:
+        shared = shared_names.get(name, name)
+        if shared in found and found[shared] != value:
+            other = next(other for other in raw if other != name and shared_names.get(other, other) == shared)
             raise InvalidCheckpoint(
-                f"config.json: {name} is {shown(value)}, and {own_names[name]} {shown(raw[own_names[name]])}; remove "
-                "the wrong one"
+                f"config.json: {name} is {shown(value)}, and {other} {shown(raw[other])}; remove the wrong one"
             )
+        found[shared] = value
     return found
 
 
@@ -148,8 +156,9 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
     return arch
 
 
-def _sizes(raw: Mapping[str, Any], defaults: Defaults) -> Sizes:
+def _sizes(raw: Mapping[str, Any], arch: Architecture) -> Sizes:
     """Read all sizes, and check that those of attention fit each other."""
+    defaults = arch.defaults
     hidden_size = integer(raw, "hidden_size", defaults.hidden_size)
     num_heads = integer(raw, "num_attention_heads", defaults.num_heads)
     # In transformers, null means one key-value head per head, and a missing field the family's default.
@@ -184,22 +193,22 @@ def _sizes(raw: Mapping[str, Any], defaults: Defaults) -> Sizes:
         vocab_size=integer(raw, "vocab_size", defaults.vocab_size),
         max_len=integer(raw, "max_position_embeddings", defaults.max_position_embeddings),
         norm_eps=number(raw, "rms_norm_eps", defaults.norm_eps),
-        activation=_activation(raw, defaults),
+        activation=_activation(raw, arch),
     )
 
 
-def _activation(raw: Mapping[str, Any], defaults: Defaults) -> Activation:
-    name = raw.get("hidden_act", defaults.activation)
-    own = _ACTIVATIONS[defaults.activation]
-    if not isinstance(name, str) or _ACTIVATIONS.get(name) is not own:
-        known = ", ".join(known for known, activation in _ACTIVATIONS.items() if activation is own and known != "swish")
-        raise UnsupportedModel(f"config.json: hidden_act {shown(name)} is not supported; supported: {known}")
-    return own
+def _activation(raw: Mapping[str, Any], arch: Architecture) -> Activation:
+    name = raw.get("hidden_act", arch.defaults.activation)
+    known = {**_ACTIVATIONS, **arch.activations}
+    if not isinstance(name, str) or name not in known:
+        raise UnsupportedModel(f"config.json: hidden_act {shown(name)} is not supported; supported: {', '.join(known)}")
+    return known[name]
 
 
-def _ids(raw: Mapping[str, Any], name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
-    if name not in raw:  # a small vocabulary may lack the family's default
-        return () if default is None or default >= vocab_size else (default,)
+def _ids(raw: Mapping[str, Any], name: str, default: int | tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
+    if name not in raw or (raw[name] is None and isinstance(default, tuple)):
+        ids = default if isinstance(default, tuple) else () if default is None else (default,)
+        return tuple(token_id for token_id in ids if token_id < vocab_size)  # a small vocabulary may lack it
     return token_ids(raw[name], f"config.json: {name}", vocab_size=vocab_size)
 
 

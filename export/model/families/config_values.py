@@ -54,11 +54,11 @@ def optional_number(raw: Mapping[str, Any], name: str, *, inside: str = "") -> f
     return None if is_unset else number(raw, name, inside=inside)
 
 
-def share(raw: Mapping[str, Any], name: str) -> float:
-    """A number above 0 and at most 1; 1 if it is missing. transformers 5 writes it to rope_parameters."""
+def share(raw: Mapping[str, Any], name: str, default: float = 1) -> float:
+    """A number above 0 and at most 1. transformers 5 writes it to rope_parameters."""
     nested = raw.get("rope_parameters")
     inner = nested.get(name) if isinstance(nested, dict) else None
-    value = number({name: raw[name] if raw.get(name) is not None else 1 if inner is None else inner}, name)
+    value = number({name: raw[name] if raw.get(name) is not None else default if inner is None else inner}, name)
     if value > 1:
         raise InvalidCheckpoint(f"config.json: {name} must be at most 1, got {value:g}")
     return value

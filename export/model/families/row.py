@@ -16,6 +16,7 @@ class Defaults:
     num_kv_heads, head_dim, intermediate_size: None means num_attention_heads, hidden_size / num_attention_heads and
         4 * hidden_size
     window: default of sliding_window
+    eos_id: where there are several, a null in config.json means them too
     """
 
     vocab_size: int = 32_000
@@ -33,7 +34,7 @@ class Defaults:
     max_window_layers: int = 28
     is_tied: bool = False
     bos_id: int | None = 1
-    eos_id: int | None = 2
+    eos_id: int | tuple[int, ...] | None = 2
 
 
 class Sizes(NamedTuple):
@@ -143,7 +144,9 @@ class Architecture:
     class_name: its class in transformers
     style: makes the style from config fields and sizes
     fields: config fields that only some families have, with their supported values; () allows any value
-    aliases: the family's own field names, and the shared name of each
+    aliases: the family's own field names, and the shared name of each, which it does not read
+    synonyms: further names of shared fields, which the family reads as well
+    activations: what a hidden_act means for this family alone
     rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
     splits: how matrices are fused or transposed in the checkpoint's layers
     """
@@ -154,5 +157,7 @@ class Architecture:
     names: Names = field(default_factory=Names)
     fields: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    activations: Mapping[str, Activation] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
     splits: Callable[[Sizes], tuple[Split, ...]] = lambda sizes: ()

@@ -4,24 +4,48 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from export.model.families.dense.cohere import COHERE
-from export.model.families.dense.gemma import GEMMA2
-from export.model.families.dense.gpt2 import GPT2
-from export.model.families.dense.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from export.model.families.dense.gemma import GEMMA, GEMMA2
+from export.model.families.dense.glm import GLM, GLM4
+from export.model.families.dense.layer_norms import JAIS2, NEMOTRON, PHI, STABLELM, STARCODER2
+from export.model.families.dense.llama import LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3
 from export.model.families.dense.phi3 import PHI3
+from export.model.families.dense.relatives import ARCEE, ERNIE4_5, EXAONE, HELIUM, INTERNLM3, IQUESTCODER, SEED_OSS
 from export.model.families.experts.mixtral import MIXTRAL
+from export.model.families.gpt.gpt2 import GPT2
+from export.model.families.gpt.gpt_bigcode import GPT_BIGCODE
+from export.model.families.gpt.gptj import GPT_NEO, GPTJ
 from export.model.families.row import Architecture
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
+        "arcee": ARCEE,
         "cohere": COHERE,
+        "ernie4_5": ERNIE4_5,
+        "exaone": EXAONE,
+        "gemma": GEMMA,
         "gemma2": GEMMA2,
+        "glm": GLM,
+        "glm4": GLM4,
         "gpt2": GPT2,
+        "gpt_bigcode": GPT_BIGCODE,
+        "gpt_neo": GPT_NEO,
+        "gptj": GPTJ,
+        "helium": HELIUM,
+        "internlm3": INTERNLM3,
+        "iquestcoder": IQUESTCODER,
+        "jais2": JAIS2,
         "llama": LLAMA,
+        "ministral": MINISTRAL,
         "mistral": MISTRAL,
         "mixtral": MIXTRAL,
+        "nemotron": NEMOTRON,
+        "phi": PHI,
         "phi3": PHI3,
         "qwen2": QWEN2,
         "qwen3": QWEN3,
+        "seed_oss": SEED_OSS,
+        "stablelm": STABLELM,
+        "starcoder2": STARCODER2,
     }
 )
 """By config.json's `model_type`."""

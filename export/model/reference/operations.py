@@ -161,8 +161,26 @@ def _gelu_tanh(x: Array) -> Array:
     return np.asarray(np.float32(0.5) * x * (1 + np.tanh(inner)))
 
 
+def _gelu(x: Array) -> Array:
+    """x * (1 + erf(x / sqrt 2)) / 2. The error of erf is below 1.5e-7 (Abramowitz and Stegun, formula 7.1.26)."""
+    z = np.abs(x) / np.float32(np.sqrt(2))
+    t = 1 / (1 + np.float32(0.3275911) * z)
+    series = np.zeros_like(t)
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = (series + np.float32(factor)) * t
+    erf = np.copysign(1 - series * np.exp(-z * z), x)
+    return np.asarray(np.float32(0.5) * x * (1 + erf))
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, np.float32(0))
+
+
 _ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
     Activation.SILU: _silu,
+    Activation.GELU: _gelu,
+    Activation.RELU: _relu,
+    Activation.RELU2: lambda x: np.square(_relu(x)),
     Activation.GELU_TANH: _gelu_tanh,
 }
 

@@ -47,7 +47,7 @@ class GraphReader:
 
         self._ov, self._ops = library, opset13
         self._artifact, self._dims = artifact, artifact.manifest.dims
-        self._angles: dict[str, Any] = {}
+        self._angles: dict[str, tuple[Any, Any]] = {}  # cos and sin, by the name of the table of cos
         self._attentions: list[Any] = []
         self._kept: list[NDArray[np.uint8]] = []
         self._refusal = ""
@@ -62,6 +62,7 @@ class GraphReader:
             "GatherBlockQuantized": self._embedding,
             "QuickGelu": self._silu,
             "GroupQueryAttention": self._attention,
+            "RotaryEmbedding": self._rotary,
         }
         for operator, convert in conversions.items():
             core.add_extension(ConversionExtension(operator, _MICROSOFT, convert))
@@ -97,7 +98,7 @@ class GraphReader:
             for parameter, position in zip(added, PAGED_INPUTS.values(), strict=True):
                 attention.input(position).replace_source_output(parameter.output(0))
         positions = self._parameter(POSITIONS, [-1], "i64")
-        for angle in self._angles.values():
+        for angle in (angle for pair in self._angles.values() for angle in pair):
             angle.input_value(0).get_node().input(1).replace_source_output(positions.output(0))
         for result in model.get_results():
             if "logits" not in result.input_value(0).get_names():
@@ -172,14 +173,13 @@ class GraphReader:
         for name in ("softcap", "rotary_interleaved", "smooth_softmax"):
             if node.get_attribute(name, 0):
                 raise self._refused(f"GroupQueryAttention with {name}")
+        if node.get_input_size() > 10 and node.get_input(10).get_node().get_type_name() != "NullNode":
+            raise self._refused("GroupQueryAttention with attention_bias")
         heads, kv_heads, head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
         query_and_key, value = self._query_key_value(node)
-        if not self._angles:
-            first = ops.constant(np.zeros(1, np.int64))  # `_page` puts the positions here
-            for name, table in (("cos", node.get_input(7)), ("sin", node.get_input(8))):
-                self._angles[name] = ops.unsqueeze(ops.gather(table, first, self._shape(0)), self._shape(1))
-        rotated = self._rotate(query_and_key) if node.get_attribute("do_rotary", 0) else query_and_key
-        parts = ops.variadic_split(rotated, self._shape(1), self._shape(heads, kv_heads))
+        if node.get_attribute("do_rotary", 0):
+            query_and_key = self._rotate(query_and_key, node.get_input(7), node.get_input(8))
+        parts = ops.variadic_split(query_and_key, self._shape(1), self._shape(heads, kv_heads))
         from openvino.op import _PagedAttentionExtension
 
         window = max(0, node.get_attribute("local_window_size", -1))
@@ -213,13 +213,30 @@ class GraphReader:
         )
         return ops.concat([query, key], 1).output(0), value.output(0)
 
-    def _rotate(self, x: Any) -> Any:
-        """Rotate pairs (i, i + head_dim / 2) by their position's angle."""
-        ops, half = self._ops, self._dims.head_dim // 2
-        halves = ops.variadic_split(x, self._shape(2), self._shape(half, half))
-        a, b, cos, sin = halves.output(0), halves.output(1), self._angles["cos"], self._angles["sin"]
-        first = ops.subtract(ops.multiply(a, cos), ops.multiply(b, sin))
-        return ops.concat([first, ops.add(ops.multiply(b, cos), ops.multiply(a, sin))], 2)
+    def _rotate(self, x: Any, cos_table: Any, sin_table: Any) -> Any:
+        """Rotate pairs (i, i + half) by their position's angle; the tables have `half` columns."""
+        ops, half = self._ops, cos_table.get_partial_shape()[1].get_length()
+        name = cos_table.get_node().get_friendly_name()
+        if name not in self._angles:
+            first = ops.constant(np.zeros(1, np.int64))  # `_page` puts the positions here
+            cos, sin = (
+                ops.unsqueeze(ops.gather(table, first, self._shape(0)), self._shape(1))
+                for table in (cos_table, sin_table)
+            )
+            self._angles[name] = cos, sin
+        cos, sin = self._angles[name]
+        rest = self._dims.head_dim - 2 * half
+        parts = ops.variadic_split(x, self._shape(2), self._shape(half, half, rest))
+        a, b = parts.output(0), parts.output(1)
+        turned = [
+            ops.subtract(ops.multiply(a, cos), ops.multiply(b, sin)).output(0),
+            ops.add(ops.multiply(b, cos), ops.multiply(a, sin)).output(0),
+        ]
+        return ops.concat([*turned, parts.output(2)] if rest else turned, 2).output(0)
+
+    def _rotary(self, node: _Node) -> list[Any]:
+        """The graph has it where ONNX Runtime's attention cannot rotate; it takes its positions from padded rows."""
+        raise self._refused("RotaryEmbedding")
 
     def _settings(self, scale: float, window: int) -> list[Any]:
         """PagedAttention's inputs behind the caches: 5 to 8 and 12 are placeholders, see PAGED_INPUTS; what is empty or

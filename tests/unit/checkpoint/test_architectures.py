@@ -43,7 +43,7 @@ def test_windows_follow_the_family_and_layer_types_win() -> None:
     [
         ({"model_type": "bert"}, "bert"),
         ({"model_type": None}, "None"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
@@ -205,9 +205,8 @@ def test_a_description_is_whole(raw: dict[str, Any]) -> None:
     config = parse_config(raw)
     assert [linear.site for linear in config.linears] == list(config.by_site), "sites are unique"
     for block in config.blocks:
-        assert (
-            block.attention.o.shape == (64, 64) and block.attention.qkv.num_outputs == 64 + 2 * block.attention.kv_size
-        )
+        a = block.attention
+        assert a.o.shape == (64, a.q_size) and a.qkv.shape == (a.q_size + 2 * a.kv_size, 64)
         for linear in block.linears:
             assert linear.reads is None or linear in block.readers_of(linear.reads)
     untied = config.untied()

@@ -1,7 +1,12 @@
-"""Gemma 2: norms before and after attention and MLP, which multiply by 1 + w, and softcaps of scores and logits."""
+"""Gemma: norms that multiply by 1 + w, and scaled embeddings.
+
+Gemma 2 has norms before and after attention and MLP, windows, and softcaps of scores and logits.
+"""
 
 import math
+from dataclasses import replace
 
+from export.model.description import Activation
 from export.model.families.config_values import flag, optional_number
 from export.model.families.row import Architecture, Defaults, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
@@ -59,4 +64,27 @@ GEMMA2 = Architecture(
         "final_logit_softcapping": (),
         "query_pre_attn_scalar": (),
     },
+)
+
+
+def _gemma(raw: Raw, sizes: Sizes) -> Style:
+    bias = flag(raw, "attention_bias")
+    return Style(norm_adds_one=True, qkv_bias=bias, o_bias=bias, embedding_scale=math.sqrt(sizes.hidden_size))
+
+
+GEMMA = Architecture(
+    class_name="GemmaForCausalLM",
+    style=_gemma,
+    defaults=replace(
+        _DEFAULTS,
+        hidden_size=3072,
+        intermediate_size=24_576,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=16,
+        window=None,
+    ),
+    # The first files say "gelu" and mean its approximation, as transformers reads them.
+    activations={"gelu": Activation.GELU_TANH},
+    fields={"attention_bias": (), "hidden_activation": ("gelu_pytorch_tanh",)},
 )

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: pre-norm blocks with RMS norms, a gated MLP with SiLU, rotary embedding."""
+"""Llama, Mistral, Ministral, Qwen2 and Qwen3: RMS norms before attention and MLP, gated SiLU, rotary embedding."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ _QWEN3 = replace(_QWEN2, head_dim=128)
 def _style(
     defaults: Defaults,
     *,
-    sliding: str,
+    sliding: str = "never",
     qkv_bias: bool | str = False,
     o_bias: bool | str = False,
     mlp_bias: bool | str = False,
@@ -51,12 +51,14 @@ def _style(
 
 LLAMA = Architecture(
     class_name="LlamaForCausalLM",
-    style=_style(_LLAMA, sliding="never", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    style=_style(_LLAMA, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
     defaults=_LLAMA,
     fields={"attention_bias": _ANY, "mlp_bias": _ANY},
 )
 
 MISTRAL = Architecture(class_name="MistralForCausalLM", style=_style(_MISTRAL, sliding="always"), defaults=_MISTRAL)
+
+MINISTRAL = Architecture(class_name="MinistralForCausalLM", style=_style(_MISTRAL, sliding="always"), defaults=_MISTRAL)
 
 QWEN2 = Architecture(
     class_name="Qwen2ForCausalLM",
