@@ -80,7 +80,7 @@ class GraphOperations(ABC):
         return route(self.g, logits, experts, bias)
 
     def gate(self, x: ir.Value, logits: ir.Value) -> ir.Value:
-        return self.g.op("Mul", [x, self.g.op("Sigmoid", [logits], f"{logits.name}.sigmoid")], f"{x.name}.gated")
+        return self.g.op("Mul", [x, self.g.op("Sigmoid", [logits], f"{logits.name}.sigmoid")], f"{x.name}.weighed")
 
     def placed(self, x: ir.Value, positions: ir.Value, embedding: Embedding, num_rows: int) -> ir.Value:
         """Scale embeddings, and add learned positions. num_rows: rows of their table that a graph can read."""

@@ -71,7 +71,7 @@ class GraphWeights:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A tensor of one dimension that belongs to no norm and no linear layer, float32."""
-        return self._load(name, 1)
+        return self._checkpoint.load(name).reshape(-1)
 
     def table(self, name: str) -> NDArray[np.float32]:
         """A table of embeddings or positions, float32 `[rows, hidden]`."""

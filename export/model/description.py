@@ -171,7 +171,10 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. Lengths in tokens, sizes in elements."""
+    """A decoder. Lengths in tokens, sizes in elements.
+
+    unused: a pattern for names of the checkpoint's tensors that are for something else than the next token
+    """
 
     model_type: str
     hidden_size: int
@@ -183,6 +186,7 @@ class ModelConfig:
     head: Head
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    unused: str = ""
 
     @property
     def num_layers(self) -> int:

@@ -12,7 +12,8 @@ class RopeConfig:
 
     kind: default | linear | llama3 | yarn | longrope. Only the fields of that kind are read.
     short_factors, long_factors: longrope's divisor of each frequency, for up to original_max_len tokens and for more
-    is_long: whether long_factors apply, see `ModelConfig.for_length`
+    short_scale, long_scale: longrope's factors of cos and sin, if it has its own
+    is_long: whether long_factors and long_scale apply, see `ModelConfig.for_length`
     """
 
     theta: float
@@ -29,6 +30,8 @@ class RopeConfig:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    short_scale: float | None = None
+    long_scale: float | None = None
     is_long: bool = False
 
 

@@ -50,6 +50,9 @@ def attention_factor(rope: RopeConfig) -> float:
     """The factor of cos and sin: YaRN's sqrt(1/t), LongRoPE's function of the two lengths, 1 for other kinds."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
+    own = rope.long_scale if rope.is_long else rope.short_scale
+    if own is not None:
+        return own
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.kind == "longrope":

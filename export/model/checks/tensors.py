@@ -52,12 +52,18 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     expected = expected_tensors(config)
     found = checkpoint.tensors
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not _BUFFER.fullmatch(name)]
+    extra = [
+        name
+        for name in found
+        if name not in expected and not _BUFFER.fullmatch(name) and not re.fullmatch(config.unused, name)
+    ]
     unused = [name for name in extra if not _has_no_effect(checkpoint, name, expected, config)]
     if missing or unused:
         raise InvalidCheckpoint(_told(checkpoint, config, missing, unused))
+    vectors = {name for block in config.blocks for name in block.vectors}
     for name, shape in expected.items():
-        if found[name].shape != shape:
+        found_shape = _without_ones(found[name].shape) if name in vectors else found[name].shape
+        if found_shape != shape:
             raise InvalidCheckpoint(
                 f"{_named(checkpoint, name)} has the shape {list(found[name].shape)}, and config.json means "
                 f"{list(shape)}{_shape_advice(name, found[name].shape, config)}"
@@ -67,6 +73,13 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
                 f"{_named(checkpoint, name)} is stored as {found[name].dtype}; supported: F32, F16 and BF16, and "
                 "integers as GPTQ and AWQ tools pack them"
             )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without leading dimensions of 1, with which some families store a vector."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _named(checkpoint: Checkpoint, name: str) -> str:

@@ -66,6 +66,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return replace(
         config,
         eos_ids=_ids(shared, "eos_token_id", defaults.eos_id, sizes.vocab_size),
+        unused=arch.unused(shared, sizes),
         bos_id=next(iter(_ids(shared, "bos_token_id", defaults.bos_id, sizes.vocab_size)), None),
     )
 

@@ -26,7 +26,10 @@ _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
             }
         ),
         "longrope": frozenset(
-            {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
+            {
+                "factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor",
+                "short_mscale", "long_mscale",
+            }
         ),
     }
 )  # fmt: skip
@@ -186,6 +189,8 @@ def _longrope(rope: RopeConfig, values: Mapping[str, Any], field: str, max_len: 
         attention_factor=optional_number(values, "attention_factor", inside=field),
         short_factors=_factors(values, "short_factor", field),
         long_factors=_factors(values, "long_factor", field),
+        short_scale=optional_number(values, "short_mscale", inside=field),
+        long_scale=optional_number(values, "long_mscale", inside=field),
     )
 
 

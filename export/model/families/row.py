@@ -149,6 +149,7 @@ class Architecture:
     activations: what a hidden_act means for this family alone
     rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
     splits: how matrices are fused or transposed in the checkpoint's layers
+    unused: a pattern for names of tensors that predict no next token, as transformers ignores them; "" for none
     """
 
     class_name: str
@@ -161,3 +162,4 @@ class Architecture:
     activations: Mapping[str, Activation] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
     splits: Callable[[Sizes], tuple[Split, ...]] = lambda sizes: ()
+    unused: Callable[[Raw, Sizes], str] = lambda raw, sizes: ""

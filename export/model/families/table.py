@@ -10,7 +10,11 @@ from export.model.families.dense.layer_norms import JAIS2, NEMOTRON, PHI, STABLE
 from export.model.families.dense.llama import LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3
 from export.model.families.dense.phi3 import PHI3
 from export.model.families.dense.relatives import ARCEE, ERNIE4_5, EXAONE, HELIUM, INTERNLM3, IQUESTCODER, SEED_OSS
+from export.model.families.experts.ernie import ERNIE4_5_MOE
+from export.model.families.experts.glm import GLM4_MOE
 from export.model.families.experts.mixtral import MIXTRAL
+from export.model.families.experts.phimoe import PHIMOE
+from export.model.families.experts.qwen import QWEN2_MOE, QWEN3_MOE
 from export.model.families.gpt.gpt2 import GPT2
 from export.model.families.gpt.gpt_bigcode import GPT_BIGCODE
 from export.model.families.gpt.gptj import GPT_NEO, GPTJ
@@ -21,11 +25,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "arcee": ARCEE,
         "cohere": COHERE,
         "ernie4_5": ERNIE4_5,
+        "ernie4_5_moe": ERNIE4_5_MOE,
         "exaone": EXAONE,
         "gemma": GEMMA,
         "gemma2": GEMMA2,
         "glm": GLM,
         "glm4": GLM4,
+        "glm4_moe": GLM4_MOE,
         "gpt2": GPT2,
         "gpt_bigcode": GPT_BIGCODE,
         "gpt_neo": GPT_NEO,
@@ -41,8 +47,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "nemotron": NEMOTRON,
         "phi": PHI,
         "phi3": PHI3,
+        "phimoe": PHIMOE,
         "qwen2": QWEN2,
+        "qwen2_moe": QWEN2_MOE,
         "qwen3": QWEN3,
+        "qwen3_moe": QWEN3_MOE,
         "seed_oss": SEED_OSS,
         "stablelm": STABLELM,
         "starcoder2": STARCODER2,

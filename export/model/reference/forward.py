@@ -159,7 +159,7 @@ def load_block(checkpoint: Checkpoint, block: Block) -> BlockWeights:
         matrices={linear.site.kind: stacked(linear.weight_names) for linear in block.linears},
         biases={linear.site.kind: stacked(linear.bias_names) for linear in block.linears if linear.has_bias},
         norms={norm.name: load_norm(checkpoint, norm) for norm in block.norms},
-        vectors={name: checkpoint.load(name) for name in block.vectors},
+        vectors={name: checkpoint.load(name).reshape(-1) for name in block.vectors},
     )
 
 

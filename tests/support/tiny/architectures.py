@@ -9,19 +9,8 @@ from numpy.typing import NDArray
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.model.checks.tensors import expected_tensors
 from export.model.description import ModelConfig
-
-_BASE: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from tests.support.tiny.experts import EXPERTS
+from tests.support.tiny.sizes import BASE as _BASE
 
 # Caps of 2 and 3 bend scores and logits near 1; the real ones of 50 and 30 would leave them straight.
 GEMMA2 = {
@@ -51,13 +40,6 @@ GPT2 = {
     "eos_token_id": 2,
 }
 COHERE = {**_BASE, "model_type": "cohere", "logit_scale": 0.5}
-MIXTRAL = {
-    **_BASE,
-    "model_type": "mixtral",
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 24,
-}
 
 # Several of GPT-2's descendants call sizes as it does.
 _GPT: dict[str, Any] = {
@@ -77,7 +59,7 @@ BEYOND_LLAMA: Mapping[str, dict[str, Any]] = {
     "phi3": PHI3,
     "gpt2": GPT2,
     "cohere": COHERE,
-    "mixtral": MIXTRAL,
+    **EXPERTS,
     "arcee": {**_BASE, "model_type": "arcee", "attention_bias": True, "mlp_bias": True},
     "ernie4_5": {**_BASE, "model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
     "exaone": {**_BASE, "model_type": "exaone", "num_hidden_layers": 2},

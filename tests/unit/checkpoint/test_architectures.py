@@ -9,13 +9,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from export.model.checks.model_reading import read_model
+from export.model.description import Experts
 from export.model.families.architectures import as_described, parse_config
 from export.model.families.table import ARCHITECTURES
 from export.model.reference.forward import run_reference
 from export.model.rope import attention_factor, inverse_frequencies
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.tiny.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, MIXTRAL, PHI3, RandomCheckpoint
+from tests.support.tiny.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, PHI3, RandomCheckpoint
+from tests.support.tiny.experts import MIXTRAL
 from tests.support.tiny.checkpoint import LLAMA3, VARIANTS, YARN, config_of
 
 
@@ -186,7 +188,7 @@ def test_two_sets_of_frequencies_are_chosen_between_once() -> None:
         (PHI3, {"partial_rotary_factor": 1.0}, "short_factor has 4 numbers, and 8 pairs"),
         (PHI3, {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be at most 1"),
         (PHI3, {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, "sliding_window in every layer"),
-        (MIXTRAL, {"num_experts_per_tok": 5}, "more than num_local_experts"),
+        (MIXTRAL, {"num_experts_per_tok": 5}, "more than the 4 experts of a layer"),
         (GEMMA2, {"hidden_act": "silu"}, "reads hidden_activation"),
         (GEMMA2, {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "silu"}, "remove the wrong one"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights"),
@@ -211,9 +213,13 @@ def test_a_description_is_whole(raw: dict[str, Any]) -> None:
             assert linear.reads is None or linear in block.readers_of(linear.reads)
     untied = config.untied()
     assert untied.head.linear.weight_names == ["lm_head.weight"] and not untied.tie_word_embeddings
-    experts = [config.num_macs(linear.site) for linear in config.linears if "." in linear.site.kind]
-    assert bool(experts) == (raw["model_type"] == "mixtral")
-    assert all(macs in (256 * 64 // 2, 128 * 64 // 2) for macs in experts), "two of four experts see a token"
+    for block in config.blocks:
+        if isinstance(block.mlp, Experts):
+            share = block.mlp.routing.top_k / len(block.mlp.experts)
+            for linear in block.mlp.linears:
+                is_chosen = any(linear in expert.linears for expert in block.mlp.experts)
+                whole = linear.num_outputs * linear.num_inputs
+                assert config.num_macs(linear.site) == int(whole * share if is_chosen else whole)
 
 
 def test_a_checkpoint_without_its_head_has_names_without_a_prefix(tmp_path: Path) -> None:

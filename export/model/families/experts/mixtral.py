@@ -1,10 +1,9 @@
 """Mixtral: Mistral's block with a mixture of experts instead of the MLP."""
 
-from export.model.families.config_values import integer
+from export.model.families.experts.mixture import num_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing
-from runtime.errors import InvalidCheckpoint
 
 _DEFAULTS = Defaults(
     intermediate_size=14_336,
@@ -16,13 +15,10 @@ _DEFAULTS = Defaults(
 
 
 def _style(raw: Raw, sizes: Sizes) -> Style:
-    num_experts = integer(raw, "num_local_experts", 8, maximum=1024)
-    top_k = integer(raw, "num_experts_per_tok", 2, maximum=1024)
-    if top_k > num_experts:
-        raise InvalidCheckpoint(
-            f"config.json: num_experts_per_tok {top_k} is more than num_local_experts {num_experts}"
-        )
-    mixture = Mixture(num_experts=num_experts, intermediate_size=sizes.intermediate_size, routing=Routing(top_k=top_k))
+    count = num_experts(raw, ["num_local_experts"], 8)
+    mixture = Mixture(
+        num_experts=count, intermediate_size=sizes.intermediate_size, routing=Routing(top_k=top_k(raw, 2, count))
+    )
     return Style(mixture=mixture, windows=windows(raw, "uniform", sizes, _DEFAULTS))
 
 

@@ -1,0 +1,81 @@
+"""Tiny configurations of families with experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tests.support.tiny.sizes import BASE
+
+MIXTRAL = {
+    **BASE,
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 24,
+}
+QWEN2_MOE = {
+    **BASE,
+    "model_type": "qwen2_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+    "mlp_only_layers": [1],
+    "use_sliding_window": False,
+}
+QWEN3_MOE = {
+    **BASE,
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "use_sliding_window": True,
+    "sliding_window": 24,
+}
+# With the real jitter of 0.01 nearly every token has one expert near the best.
+PHIMOE = {
+    **BASE,
+    "model_type": "phimoe",
+    "num_local_experts": 4,
+    "router_jitter_noise": 0.1,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        "short_mscale": 1.1,
+        "long_mscale": 1.2,
+        "original_max_position_embeddings": 256,
+    },
+}
+ERNIE4_5_MOE = {
+    **BASE,
+    "model_type": "ernie4_5_moe",
+    "moe_num_experts": 6,
+    "moe_k": 3,
+    "moe_intermediate_size": 64,
+    "moe_num_shared_experts": 2,
+    "use_bias": False,
+    "tie_word_embeddings": True,
+}
+GLM4_MOE = {
+    **BASE,
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "use_qk_norm": True,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
+
+EXPERTS: Mapping[str, dict[str, Any]] = {
+    str(raw["model_type"]): raw for raw in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE)
+}
