@@ -3,6 +3,7 @@
 from export.model.families.config_values import flag, integer, number
 from export.model.families.experts.mixture import num_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
+from export.model.families.windows import windows
 from export.model.routing import Routing
 
 _DEFAULTS = Defaults(
@@ -35,7 +36,14 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
         shared_size=inner * num_shared,
         dense_layers=_dense_layers(raw, sizes),
     )
-    return Style(qkv_bias=has_bias, o_bias=has_bias, mlp_bias=has_bias, rotary_interleaved=True, mixture=mixture)
+    return Style(
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        mlp_bias=has_bias,
+        rotary_interleaved=True,
+        mixture=mixture,
+        windows=windows(raw, "never", sizes, _DEFAULTS),
+    )
 
 
 def _dense_layers(raw: Raw, sizes: Sizes) -> frozenset[int]:

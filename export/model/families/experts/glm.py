@@ -3,6 +3,7 @@
 from export.model.families.config_values import flag, integer, number, share
 from export.model.families.experts.mixture import dense_first, further_layers, groups, num_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
+from export.model.families.windows import windows
 from export.model.routing import Routing, Scores
 
 _DEFAULTS = Defaults(
@@ -44,6 +45,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
             shared_size=inner * integer(raw, "n_shared_experts", 1),
             dense_layers=dense_first(raw, 1, sizes),
         ),
+        windows=windows(raw, "never", sizes, _DEFAULTS),
     )
 
 

@@ -70,7 +70,7 @@ def _qwen3(raw: Raw, sizes: Sizes) -> Style:
         o_bias=has_bias,
         qk_norm=True,
         mixture=_mixture(raw, sizes, experts=128, chosen=8, inner=768),
-        windows=(window,) * sizes.num_layers,
+        windows=windows({**raw, "sliding_window": window, "use_sliding_window": None}, "uniform", sizes, _QWEN3),
     )
 
 
