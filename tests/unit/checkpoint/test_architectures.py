@@ -17,8 +17,8 @@ from export.model.rope import attention_factor, inverse_frequencies
 from export.sources.open import open_checkpoint
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 from tests.support.tiny.architectures import BEYOND_LLAMA, COHERE, GEMMA2, GPT2, PHI3, RandomCheckpoint
-from tests.support.tiny.experts import MIXTRAL
 from tests.support.tiny.checkpoint import LLAMA3, VARIANTS, YARN, config_of
+from tests.support.tiny.experts import MIXTRAL
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
