@@ -72,7 +72,8 @@ class FusedView(CheckpointView):
         self._splits, self._renames = tuple(splits), dict(renames or {})
         if base.stored_bits is not None and any(split.transposed for split in splits):
             raise UnsupportedModel(
-                "a GPTQ or AWQ checkpoint of this architecture is not supported; give the one that is not quantized"
+                "packed integers of this architecture's transposed layers are not supported; give the checkpoint that "
+                "is not quantized"
             )
         self._slices: dict[str, _Slice] = {}
         self._names: dict[str, str] = {}

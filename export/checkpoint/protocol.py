@@ -75,8 +75,23 @@ class Checkpoint(ABC):
 
     @property
     def stored_bits(self) -> int | None:
-        """Bits of the layers that a GPTQ or AWQ tool quantized; None if none did."""
+        """Bits of the integers that a quantization tool left; None if there are none."""
         return None
+
+    @property
+    def quantization(self) -> str | None:
+        """What a quantization tool did to the weights, for messages; None if none did."""
+        return None
+
+    @property
+    def has_input_scales(self) -> bool:
+        """Whether a tool also chose static scales of int8 inputs."""
+        return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user: what an export does otherwise than the checkpoint's tool."""
+        return ()
 
     @property
     def commit(self) -> str | None:

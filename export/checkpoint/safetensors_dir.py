@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.checkpoint.safetensors_files import Place, find_tensors
 from export.checkpoint.texts.directory import read_directory_texts
-from export.checkpoint.texts.reading import AGAIN, read_json_object
+from export.checkpoint.texts.reading import AGAIN, read_json_object, read_text
 from export.storage.tensor_file import read_float32
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
@@ -27,6 +27,17 @@ STORED_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 )
 """The safetensors types that are plain weights; others are quantized, or not weights."""
 
+RAW_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        **STORED_TYPES,
+        **{name: np.dtype(code) for name, code in (("I8", "i1"), ("U8", "u1"), ("I32", "<i4"), ("I64", "<i8"))},
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    }
+)
+"""And those in which tools store quantized weights."""
+
 
 class SafetensorsCheckpoint(Checkpoint):
     """A Checkpoint over a directory: headers are read at once, a tensor when it is asked for."""
@@ -35,7 +46,7 @@ class SafetensorsCheckpoint(Checkpoint):
         """Open `path`; `source` is the user's name for it (default: the directory's), `commit` that of the hub.
 
         Raises InvalidCheckpoint for files that are missing, truncated or inconsistent. Weights that are quantized
-        already are for `quantized/gptq_awq.py`.
+        already are for `quantized/checkpoint.py`.
         """
         self._path, self._commit = path, commit
         self._source = source or path.resolve().name
@@ -93,21 +104,30 @@ class SafetensorsCheckpoint(Checkpoint):
             first_row=first_row,
         )
 
-    def load_words(self, name: str) -> NDArray[np.int32]:
-        """Read one tensor of 32-bit integers, in which quantization tools pack smaller ones."""
+    def load_stored(self, name: str, *types: str) -> NDArray[Any]:
+        """Read one tensor as its stored type, for tools that keep weights in integers or narrow floats.
+
+        types: the safetensors types that it may have. InvalidCheckpoint for another one, a missing tensor or an end of
+        the file inside it.
+        """
         place = self._places.get(name)
-        if place is None or place.info.dtype != "I32":
+        if place is None or place.info.dtype not in types:
             stored = "is not there" if place is None else f"is stored as {place.info.dtype}"
-            raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; it must be 32-bit integers (I32)")
+            raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; it must be {' or '.join(types)}")
+        dtype = RAW_TYPES[place.info.dtype]
         try:
             with place.file.open("rb") as handle:
                 handle.seek(place.offset)
-                words = np.fromfile(handle, "<i4", place.num_bytes // 4)
+                values = np.fromfile(handle, dtype, place.num_bytes // dtype.itemsize)
         except OSError as error:
             raise InvalidCheckpoint(f"{place.file} cannot be read: {error.strerror or error}") from error
-        if words.size != place.num_bytes // 4:
+        if values.size != place.num_bytes // dtype.itemsize:
             raise InvalidCheckpoint(f"{place.file} is truncated in tensor {name!r}; {AGAIN}")
-        return words.reshape(place.info.shape)
+        return values.reshape(place.info.shape)
+
+    def text_file(self, name: str) -> str | None:
+        """The text of a file beside the weights; None if there is none."""
+        return read_text(self._path / name) if (self._path / name).is_file() else None
 
     def text_files(self) -> Mapping[str, str]:
         if self._texts is None:

@@ -45,6 +45,18 @@ class CheckpointView(Checkpoint):
         return self._base.stored_bits
 
     @property
+    def quantization(self) -> str | None:
+        return self._base.quantization
+
+    @property
+    def has_input_scales(self) -> bool:
+        return self._base.has_input_scales
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._base.notes
+
+    @property
     def commit(self) -> str | None:
         return self._base.commit
 

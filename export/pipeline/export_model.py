@@ -1,5 +1,6 @@
 """Checkpoint to artifact: read, check, calibrate, write, verify, publish. Every export takes this path."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,7 +97,11 @@ def export_model(options: ExportOptions) -> Artifact:
 
 
 def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Artifact:
-    scheme = scheme_named(options.precision, stored_bits=checkpoint.stored_bits)
+    scheme = scheme_named(
+        options.precision, stored_bits=checkpoint.stored_bits, has_input_scales=checkpoint.has_input_scales
+    )
+    for note in checkpoint.notes:
+        sys.stderr.write(f"{note}\n")
     check_limits(options.limits, options.dialects, scheme.name, options.kv)
     _check_quantization(options, scheme)
     config = read_model(checkpoint)

@@ -62,11 +62,12 @@ class ExportPlan:
         return KvContract(dtype=NATIVE_CACHE if dialect == "native" and self.scheme.name != "fp32" else compute)
 
     def layers_of(self, dialect: str) -> QuantizedLayers:
-        """The layers that are integers already: from calibration, or as a GPTQ or AWQ tool has left them."""
+        """The layers that are integers already: from calibration, or as a tool has left them."""
         key = kind_of(dialect)
         takes_stored = key != "ort" or self.scheme.keeps_stored
         if not self.layers and takes_stored and self.checkpoint.stored_bits is not None:
-            return QuantizedLayers(layers_of_checkpoint(self.checkpoint, self.config))
+            layers = layers_of_checkpoint(self.checkpoint, self.config, multiplies_int8=self.scheme.multiplies_int8)
+            return QuantizedLayers(layers)
         return QuantizedLayers(self.layers.get(key, {}))
 
 

@@ -14,6 +14,7 @@ W8A8 = Scheme(
     name="w8a8",
     summary="8-bit weights and activations, calibrated: the fastest on a CPU with VNNI",
     calibration=CalibrationNeed.INT8,
+    multiplies_int8=True,
     ort=Storage(
         compute="float32",
         linear=Int8Products(fallback=INT8_BLOCKS),

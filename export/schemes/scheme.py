@@ -60,6 +60,7 @@ class Scheme:
     summary: for `--help` and the README
     ort, standard: storage of ONNX Runtime's graph and of the standard ones; None if there is no such graph
     keeps_stored: whether a quantized checkpoint's integers are kept
+    multiplies_int8: whether inputs are rounded to int8 with stored or calibrated scales
     """
 
     name: str
@@ -68,6 +69,7 @@ class Scheme:
     standard: Storage | None
     calibration: CalibrationNeed | None = None
     keeps_stored: bool = False
+    multiplies_int8: bool = False
 
     def storage_of(self, dialect: str) -> Storage | None:
         """The storage of a dialect's graph."""

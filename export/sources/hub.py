@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export.checkpoint.protocol import Checkpoint
-from export.checkpoint.quantized.gptq_awq import open_directory
+from export.checkpoint.quantized.checkpoint import open_directory
 from runtime.errors import HeadraceError, InvalidCheckpoint
 
 ALLOW_PATTERNS = (

@@ -28,7 +28,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
 
         return GgufCheckpoint(default_model_file(), source=DEFAULT_MODEL)
     if model and path.is_dir():
-        from export.checkpoint.quantized.gptq_awq import open_directory
+        from export.checkpoint.quantized.checkpoint import open_directory
 
         return open_directory(path)
     if path.is_file() and path.suffix == ".gguf":

@@ -44,11 +44,16 @@ class Codes(NamedTuple):
 
 
 class ImportedRows(NamedTuple):
-    """A matrix for MatMulNBits. `input_order`: the input of each column; None if they are in order."""
+    """A matrix for MatMulNBits.
+
+    input_order: the input of each column; None if they are in order
+    input_scale: of inputs in int8, where a tool chose one; None for float inputs
+    """
 
     rows: QuantizedRows
     blocks: Blocks
     input_order: NDArray[np.int64] | None
+    input_scale: float | None = None
 
     def dequantized(self) -> NDArray[np.float32]:
         """float32 `[N, K]` in the inputs' own order, as the artifact computes with it."""
@@ -92,7 +97,10 @@ def to_blocks(codes: Codes, *, bits: int, name: str) -> ImportedRows:
 
 
 def stacked(parts: Sequence[ImportedRows]) -> ImportedRows | None:
-    """Matrices of the same input as one, `[sum of N, K]`; None if their blocks or the order of their inputs differ."""
+    """Matrices of the same input as one, `[sum of N, K]`; None if their blocks or the order of their inputs differ.
+
+    It has an input scale if all have the same one.
+    """
     first, *others = parts
     for other in others:
         if (other.blocks.bits, other.blocks.block_size) != (first.blocks.bits, first.blocks.block_size):
@@ -105,7 +113,8 @@ def stacked(parts: Sequence[ImportedRows]) -> ImportedRows | None:
         np.concatenate([part.rows.scales for part in parts]),
         None if symmetric else np.concatenate([_zero_points(part) for part in parts]),
     )
-    return ImportedRows(rows, replace(first.blocks, symmetric=symmetric), first.input_order)
+    input_scale = first.input_scale if len({part.input_scale for part in parts}) == 1 else None
+    return ImportedRows(rows, replace(first.blocks, symmetric=symmetric), first.input_order, input_scale)
 
 
 def _order_of(part: ImportedRows) -> NDArray[np.int64]:

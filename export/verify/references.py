@@ -76,10 +76,10 @@ class TransformersReference:
         import torch
         import transformers
 
-        if (bits := checkpoint.stored_bits) is not None:
+        if (form := checkpoint.quantization) is not None:
             raise InvalidSetting(
-                f"--verify {TRANSFORMERS}: {checkpoint.source} holds {bits}-bit integers, which transformers does not "
-                f"read by itself; use --verify {NUMPY}"
+                f"--verify {TRANSFORMERS}: {checkpoint.source} is quantized ({form}), which transformers does not read "
+                f"by itself; use --verify {NUMPY}"
             )
         self.name = (
             f"the checkpoint in float32, read and computed by transformers {transformers.__version__} "

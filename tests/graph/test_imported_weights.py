@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.calibration.dataset import CalibrationOptions
-from export.checkpoint.quantized.gptq_awq import QuantizedCheckpoint
+from export.checkpoint.quantized.checkpoint import QuantizedCheckpoint
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.schemes.registry import scheme_named
@@ -179,15 +179,26 @@ def test_groups_that_fit_no_block_are_refused() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown setting": ({**Packing().config(), "rotation": "hadamard"}, "rotation = 'hadamard'"),
-    "no zero points": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point: false"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
-    "fp8": ({"quant_method": "fp8"}, "quant_method 'fp8'"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "quant_method 'compressed-tensors'"),
+    "eetq": ({"quant_method": "eetq"}, "quant_method 'eetq'"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "compressed-tensors in the format None"),
     "no method": ({"bits": 4}, "quant_method None"),
-    "three bits": ({"quant_method": "gptq", "bits": 3}, "gptq with bits 3"),
+    "five bits": ({"quant_method": "gptq", "bits": 5}, "gptq with bits 5"),
+    "auto-round in another packing": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8_static"},
+        "packing_format 'auto_round:fp8_static'",
+    ),
+    "auto-round with activations": ({"quant_method": "auto-round", "bits": 4, "act_bits": 8}, "act_bits 8"),
+    "sparse": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "sparsity_config": {"format": "sparse-24-bitmask"},
+        },
+        "sparsity_config",
+    ),
     "marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     "old marlin": ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "is_marlin_format True"),
-    "per module": ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 8}}}, "gptq with dynamic"),
+    "per module": ({"quant_method": "gptq", "bits": 4, "dynamic": {".*": {"bits": 5}}}, "gptq with bits 5"),
     "awq 8 bits": ({"quant_method": "awq", "bits": 8}, "awq with bits 8"),
     "awq gemv": ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "awq in version 'gemv'"),
 }
@@ -201,7 +212,9 @@ def test_what_is_not_imported_is_named_with_what_is(tmp_path: Path, case: str) -
     with pytest.raises(UnsupportedModel) as caught:
         open_checkpoint(tmp_path)
     assert words in str(caught.value)
-    assert "gptq (4 or 8 bits, formats gptq and gptq_v2) and awq (4 bits, version gemm)" in str(caught.value)
+    assert "awq (4 bits, version gemm), auto-round, compressed-tensors, bitsandbytes, fp8, modelopt and hqq" in str(
+        caught.value
+    )
 
 
 INCONSISTENT: dict[str, tuple[dict[str, Any], str]] = {

@@ -88,7 +88,7 @@ def imported_linear(
     g: GraphBuilder, x: ir.Value, weight: Weight, imported: ImportedRows, name: str, multiply: BlockProduct
 ) -> ir.Value:
     """x times a matrix that is quantized already; x is reordered first if GPTQ's act-order stored its columns so."""
-    rows, blocks, order = imported
+    rows, blocks, order, _ = imported
     if order is not None:
         x = g.op("Gather", [x, g.array(f"{weight.name}.input_order", order)], f"{name}.ordered", axis=-1)
     extent = g.write([rows.values])

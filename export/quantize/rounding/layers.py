@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from export.checkpoint.protocol import Checkpoint
 from export.model.description import Linear, ModelConfig, Site
 from export.quantize.rounding.int8 import Int8Rows
+from export.storage.blocks import signed_codes
 from export.storage.quantized_rows import ImportedRows, stacked
 from runtime.errors import CalibrationFailed
 
@@ -25,9 +28,12 @@ class Int8Layer:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayer:
-    """A layer whose weights are blocks of integers; `load` returns None for a layer stored as floats."""
+    """A layer whose weights are blocks of integers; `load` returns None for a layer stored as floats.
 
-    load: Callable[[], ImportedRows | None]
+    A checkpoint's layer may come with the scale of its inputs, and is then an `Int8Layer`.
+    """
+
+    load: Callable[[], ImportedRows | Int8Layer | None]
 
 
 Layers = Mapping[Site, Int8Layer | BlockLayer | None]
@@ -59,14 +65,21 @@ def undecided(config: ModelConfig) -> dict[Site, Int8Layer | BlockLayer | None]:
     return {linear.site: None for linear in config.linears if linear.is_quantizable}
 
 
-def layers_of_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> Layers:
-    """The layers of a checkpoint that a GPTQ or AWQ tool has quantized."""
+def layers_of_checkpoint(checkpoint: Checkpoint, config: ModelConfig, *, multiplies_int8: bool) -> Layers:
+    """The layers of a checkpoint that a tool has quantized.
+
+    multiplies_int8: whether a layer with a stored scale of its inputs multiplies in int8, as its tool meant it
+    """
 
     def layer(linear: Linear) -> BlockLayer:
-        def load() -> ImportedRows | None:
+        def load() -> ImportedRows | Int8Layer | None:
             parts = [checkpoint.imported(name) for name in linear.weight_names]
             whole = [part for part in parts if part is not None]
-            return stacked(whole) if len(whole) == len(parts) else None
+            rows = stacked(whole) if len(whole) == len(parts) else None
+            if rows is None or rows.input_scale is None or not multiplies_int8 or rows.rows.zero_points is not None:
+                return rows
+            channels = Int8Rows(signed_codes(rows.rows, bits=8), np.ascontiguousarray(rows.rows.scales[:, 0]))
+            return Int8Layer(rows.input_scale, None, lambda: channels)
 
         return BlockLayer(load)
 

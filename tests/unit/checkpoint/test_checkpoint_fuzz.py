@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 from export.checkpoint.config_fields import READ_FIELDS
 from export.checkpoint.gguf.config import _KNOWN_KEYS, _NEUTRAL_VALUES, model_config
 from export.checkpoint.gguf.tokenizer import text_files
-from export.checkpoint.quantized.config import _READ, parse_quantization
+from export.checkpoint.quantized.checkpoint import QuantizedCheckpoint
+from export.checkpoint.quantized.config import find_layers
+from export.checkpoint.quantized.gptq_settings import _READ
+from export.checkpoint.safetensors_dir import SafetensorsCheckpoint
 from export.model.checks.model_reading import read_model
 from export.model.families.architectures import parse_config
 from export.sources.open import open_checkpoint
@@ -22,6 +26,7 @@ from runtime.errors import InvalidCheckpoint
 from tests.support.byte_tokenizer import CONFIG, byte_level_hf
 from tests.support.tiny.checkpoint import LLAMA3, VARIANTS, YARN, config_of, write_checkpoint
 from tests.support.tiny.gguf import TinyGguf, byte_level_metadata, sentencepiece_metadata
+from tests.support.tiny.recorded.record import HERE
 
 ROPE_FIELDS = sorted({*YARN, *LLAMA3, "type", "rope_theta", "beta_fast", "mscale", "truncate", "attention_factor"})
 
@@ -71,13 +76,37 @@ def test_any_value_of_any_rotary_setting(field: str, base: dict[str, Any], name:
     assert_read_or_refused(read)
 
 
-QUANTIZATION_FIELDS = ["quant_method", *_READ, "mystery"]
+RECORDED = ["auto-round/mixed", "auto-round/awq", "compressed-tensors/w8a8-static", "bitsandbytes/nf4", "hqq/4-bits",
+            "modelopt/fp8"]  # fmt: skip
+SETTINGS = sorted(
+    {*_READ, "quant_method", "mystery", "config_groups", "kv_cache_scheme", "sparsity_config", "transform_config",
+     "quantization_status", "weight_block_size", "quant_algo", "quantization", "load_in_8bit", "quant_config"}
+)  # fmt: skip
 
 
-@given(method=st.sampled_from(["gptq", "awq"]), name=st.sampled_from(QUANTIZATION_FIELDS), value=junk)
+@given(case=st.sampled_from(RECORDED), name=st.sampled_from(SETTINGS), value=junk)
 @quick
-def test_any_value_of_any_quantization_setting(method: str, name: str, value: object) -> None:
-    assert_read_or_refused(lambda: parse_quantization({"quant_method": method, "bits": 4, name: value}))
+def test_any_value_of_any_quantization_setting(case: str, name: str, value: object) -> None:
+    def read() -> None:
+        plain = SafetensorsCheckpoint(HERE / case)
+        layers = find_layers(plain, {**plain.config["quantization_config"], name: value})
+        QuantizedCheckpoint(plain, layers).load("model.layers.0.mlp.down_proj.weight")
+
+    assert_read_or_refused(read)
+
+
+@given(case=st.sampled_from(RECORDED), data=st.data())
+@quick
+def test_any_tensor_of_a_quantized_layer_may_be_missing(case: str, data: st.DataObject) -> None:
+    def read() -> None:
+        plain = SafetensorsCheckpoint(HERE / case)
+        name = data.draw(st.sampled_from(sorted(name for name in plain.tensors if ".mlp.down_proj." in name)))
+        del plain._places[name]
+        plain._tensors = MappingProxyType({key: place.info for key, place in plain._places.items()})
+        layers = find_layers(plain, plain.config["quantization_config"])
+        QuantizedCheckpoint(plain, layers).load("model.layers.0.mlp.down_proj.weight")
+
+    assert_read_or_refused(read)
 
 
 def assert_read_or_refused(read: Any) -> None:

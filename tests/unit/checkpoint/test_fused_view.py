@@ -155,7 +155,7 @@ def test_integers_are_split_with_their_scales_and_zero_points() -> None:
     assert whole is not None and part is not None
     np.testing.assert_array_equal(part.dequantized(), whole.dequantized()[8:12])
     assert view.stored_bits == 4
-    with pytest.raises(UnsupportedModel, match="GPTQ or AWQ"):
+    with pytest.raises(UnsupportedModel, match="transposed layers are not supported"):
         FusedView(base, GPT2)
 
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from export.checkpoint.quantized.gptq_awq import open_directory
+from export.checkpoint.quantized.checkpoint import open_directory
 from export.model.checks.model_reading import read_model
 from export.model.checks.tensors import expected_tensors
 from export.model.families.architectures import parse_config
