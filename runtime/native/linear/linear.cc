@@ -36,12 +36,20 @@ constexpr int ROWS = 2, LONG_ROWS = 2, COLUMNS = 1;
 // Quantized rows that are multiplied by all weights before the next: they stay in the second-level cache.
 constexpr int64_t TILE_BYTES = 384 << 10;
 
+// Steps of a row with one scale between which memory is fetched ahead.
+constexpr int64_t SLICE = 32;
+
+// Slices of the inputs that a kernel takes one after the other.
+int64_t num_slices(const WeightShape& shape) {
+  return shape.num_blocks() > 1 ? shape.num_blocks() : (shape.padded_block() / 4 + SLICE - 1) / SLICE;
+}
+
 // What a kernel needs to know of one pair of panels.
 struct Panels {
   const WeightShape* shape;
   const uint8_t* packed;       // of the first panel
   const uint8_t* ahead;        // memory to fetch meanwhile: the next pair
-  int64_t ahead_per_block;     // bytes of it for each block
+  int64_t ahead_per_slice;     // bytes of it for each slice of the inputs
   int64_t row_bytes;           // of a quantized row
 };
 
@@ -60,9 +68,9 @@ HEADRACE_INLINE void store_columns(float* y, Vec value, int64_t count) {
   }
 }
 
-HEADRACE_INLINE void fetch_ahead(const Panels& panels, int64_t block) {
-  const uint8_t* from = panels.ahead + block * panels.ahead_per_block;
-  for (int64_t i = 0; i < panels.ahead_per_block; i += 64) __builtin_prefetch(from + i, 0, 2);
+HEADRACE_INLINE void fetch_ahead(const Panels& panels, int64_t slice) {
+  const uint8_t* from = panels.ahead + slice * panels.ahead_per_slice;
+  for (int64_t i = 0; i < panels.ahead_per_slice; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Adds the products of R rows and C vectors of columns over some steps.
@@ -176,9 +184,13 @@ void multiply_rows(const Panels& panels, const Rows& rows, int64_t lane) {
     HEADRACE_UNROLL
     for (int c = 0; c < COLUMNS; ++c) sums[r][c].clear(splat_int(load_int(row + r * row_bytes + 4)));
   }
-  fetch_ahead(panels, 0);
-  add_block<BITS, R, COLUMNS>(sums, panels.packed + lane * 4, panel_bytes, row + sizeof(RowBlock), row_bytes,
-                              shape.padded_block() / 4);
+  const int64_t num_steps = shape.padded_block() / 4;
+  for (int64_t step = 0; step < num_steps; step += SLICE) {
+    fetch_ahead(panels, step / SLICE);
+    const int64_t count = num_steps - step < SLICE ? num_steps - step : SLICE;
+    add_block<BITS, R, COLUMNS>(sums, panels.packed + (step * PANEL + lane) * 4, panel_bytes,
+                                row + sizeof(RowBlock) + step * 4, row_bytes, count);
+  }
   HEADRACE_UNROLL
   for (int c = 0; c < COLUMNS; ++c) {
     const Vec scale = load_as<Vec>(panels.packed + shape.integer_bytes() + lane * 4 + c * panel_bytes);
@@ -310,44 +322,60 @@ class Product {
     }
   }
 
-  // A unit is a pair of panels for the rows of a tile. Ranges of them get smaller towards the end, so that memory is
-  // read in long runs and all threads end together.
-  void take_units() {
+  // Units that a thread takes: a unit is a pair of panels for the rows of a tile.
+  struct Range {
+    int64_t first, last;
+  };
+
+  // Ranges get smaller towards the end, so that memory is read in long runs and all threads end together.
+  Range next_range() {
     int64_t first = next_unit_.load(std::memory_order_relaxed);
     for (;;) {
       const int64_t left = num_units_ - first;
-      if (left <= 0) return;
+      if (left <= 0) return {num_units_, num_units_};
       const int64_t share = left / (2 * num_threads_), count = share > 1 ? share : 1;
-      if (!next_unit_.compare_exchange_weak(first, first + count, std::memory_order_relaxed)) continue;
-      for (int64_t unit = first; unit < first + count; ++unit) multiply_unit(unit);
-      first = next_unit_.load(std::memory_order_relaxed);
+      if (next_unit_.compare_exchange_weak(first, first + count, std::memory_order_relaxed)) return {first, first + count};
     }
   }
 
-  void multiply_unit(int64_t unit) const {
+  // A thread knows its next unit while it multiplies one, and fetches its weights ahead.
+  void take_units() {
+    Range range = next_range();
+    for (int64_t unit = range.first; unit < num_units_;) {
+      if (unit + 1 == range.last) {
+        range = next_range();
+        multiply_unit(unit, range.first);
+        unit = range.first;
+      } else {
+        multiply_unit(unit, unit + 1);
+        ++unit;
+      }
+    }
+  }
+
+  void multiply_unit(int64_t unit, int64_t next) const {
     const int64_t pair = unit % num_pairs_, first = unit / num_pairs_ * rows_per_tile_;
     const int64_t left = num_rows_ - first, num_rows = left < rows_per_tile_ ? left : rows_per_tile_;
     const int64_t num_groups = (num_rows + kernels_.max_rows - 1) / kernels_.max_rows;
-    const int64_t pair_bytes = 2 * shape_.panel_bytes(), slices = num_groups * shape_.num_blocks();
-    const bool is_last = pair + 1 == num_pairs_;
+    const int64_t pair_bytes = 2 * shape_.panel_bytes(), slices = num_slices(shape_);
     Panels panels = {&shape_, packed_ + pair * pair_bytes, nullptr, 0, row_bytes_};
-    const int64_t ahead_per_block = is_last ? 0 : (pair_bytes / slices + 63) / 64 * 64;
-    panels.ahead = panels.packed + pair_bytes;
+    const int64_t ahead_per_slice = next >= num_units_ ? 0 : (pair_bytes / (num_groups * slices) + 63) / 64 * 64;
+    panels.ahead = packed_ + next % num_pairs_ * pair_bytes;
     for (int64_t group = 0, row = first; group < num_groups; ++group) {
       const int64_t count = (num_rows - (row - first)) / (num_groups - group);
-      panels.ahead_per_block = ahead_per_block;
+      panels.ahead_per_slice = ahead_per_slice;
       for (int64_t panel = 0; panel < 2; panel += COLUMNS) {
         const int64_t column = pair * 2 * PANEL + panel * PANEL;
         const Rows rows = {quantized_ + row * passes_ * row_bytes_, y_ + row * shape_.num_outputs + column,
                            shape_.num_outputs, shape_.num_outputs - column};
         for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
           kernels_.of[count - 1](panels, rows, lane);
-          panels.ahead_per_block = 0;
+          panels.ahead_per_slice = 0;
         }
         panels.packed += shape_.panel_bytes();
       }
       panels.packed = packed_ + pair * pair_bytes;
-      panels.ahead += ahead_per_block * shape_.num_blocks();
+      panels.ahead += ahead_per_slice * slices;
       row += count;
     }
   }
