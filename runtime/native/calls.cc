@@ -30,9 +30,9 @@ HEADRACE_EXPORT void headrace_pack_channels(const WeightShape* shape, const int8
 }
 
 HEADRACE_EXPORT void headrace_multiply(const WeightShape* shape, const uint8_t* packed, const float* x,
-                                       int64_t num_rows, float scale, float fine_scale, float* y, int num_threads) {
+                                       int64_t num_rows, float x_scale, float* y, int num_threads) {
   const Threads threads{num_threads};
-  linear_kernels().multiply(*shape, packed, x, num_rows, RowScales{scale, fine_scale}, y, threads.parallel());
+  linear_kernels().multiply(*shape, packed, x, num_rows, x_scale, y, threads.parallel());
 }
 
 HEADRACE_EXPORT int64_t headrace_multiply_bytes(size_t num_rounds, int32_t* sink) {

@@ -1,4 +1,4 @@
-"""BlockLinear and Int8Linear in sessions of ONNX Runtime: the kernels' own results, and what is refused."""
+"""BlockLinear and ChannelLinear in sessions of ONNX Runtime: the kernels' own results, and what is refused."""
 
 import ctypes
 from typing import Any
@@ -41,16 +41,13 @@ def test_blocks_in_a_session(native_library: ctypes.CDLL, bits: int, threads: in
         np.testing.assert_array_equal(y.reshape(-1, 200), kernel.multiply(x.reshape(-1, 96)))
 
 
-@pytest.mark.parametrize(
-    "attributes", [{"scale": 0.02}, {"scale": 0.02, "fine_scale": 0.0001}, {"group_size": 32}, {}], ids=str
-)
+@pytest.mark.parametrize("attributes", [{"scale": 0.02}, {"group_size": 32}, {}], ids=str)
 def test_channels_in_a_session(native_library: ctypes.CDLL, attributes: dict[str, Any]) -> None:
     values = np.random.default_rng(0).integers(-127, 128, (80, 50)).astype(np.int8)
     scales = np.abs(floats(50))
-    graph = session("Int8Linear", {"values": values, "scales": scales}, 2, **attributes)
-    scale, fine_scale = attributes.get("scale", 0), attributes.get("fine_scale", 0)
-    group = attributes.get("group_size", 0)
-    kernel = pack_channels(native_library, values, scales, group=group, scale=scale, fine_scale=fine_scale)
+    graph = session("ChannelLinear", {"values": values, "scales": scales}, 2, **attributes)
+    scale, group = attributes.get("scale", 0), attributes.get("group_size", 0)
+    kernel = pack_channels(native_library, values, scales, group=group, scale=scale)
     x = floats(2, 9, 80)
     (y,) = graph.run(None, {"x": x})
     np.testing.assert_array_equal(y.reshape(18, 50), kernel.multiply(x.reshape(18, 80)))
@@ -88,12 +85,12 @@ def test_channels_that_do_not_fit_are_refused(num_scales: int, attributes: dict[
         "scales": np.ones(num_scales, np.float32),
     }
     with pytest.raises(Exception, match=message):
-        session("Int8Linear", constants, 1, **attributes)
+        session("ChannelLinear", constants, 1, **attributes)
 
 
 @pytest.mark.usefixtures("native_library")
 def test_inputs_of_another_size_fail_the_run() -> None:
     values, scales = np.ones((32, 5), np.int8), np.ones(5, np.float32)
-    graph = session("Int8Linear", {"values": values, "scales": scales}, 1)
+    graph = session("ChannelLinear", {"values": values, "scales": scales}, 1)
     with pytest.raises(Exception, match="x does not fit the weights"):
         graph.run(None, {"x": floats(1, 2, 31)})

@@ -182,30 +182,18 @@ HEADRACE_INLINE void quantize_block(const float* x, int64_t count, int64_t size,
   to->start = -zero_point * sum_of(total);
 }
 
-// The same with a given scale: values beyond -128..127 steps are cut. With `fine`, what rounding left over follows
-// there, in steps of fine_scale.
+// The same with a given scale: values beyond -128..127 steps are cut.
 HEADRACE_INLINE void quantize_block(const float* x, int64_t count, int64_t size, int32_t zero_point, float scale,
-                                    float fine_scale, RowBlock* to, RowBlock* fine) {
-  const Vec inverse = splat(1 / scale), fine_inverse = splat(fine ? 1 / fine_scale : 0.0f);
-  VecI total = {}, fine_total = {};
+                                    RowBlock* to) {
+  const Vec inverse = splat(1 / scale);
+  VecI total = {};
   each_vector(count, size, [&](int64_t i, int64_t left) {
-    const Vec value = load_some(x + i, left);
-    const VecI steps = nearest(clamp(value * inverse, -128, 127));
-    total += steps;
-    store_some(to->bytes() + i, steps, size - i);
-    if (fine) {
-      const Vec rest = fma(to_float(steps), splat(-scale), value);
-      const VecI fine_steps = nearest(clamp(rest * fine_inverse, -128, 127));
-      fine_total += fine_steps;
-      store_some(fine->bytes() + i, fine_steps, size - i);
-    }
+    const VecI value = nearest(clamp(load_some(x + i, left) * inverse, -128, 127));
+    total += value;
+    store_some(to->bytes() + i, value, size - i);
   });
   to->scale = scale;
   to->start = -zero_point * sum_of(total);
-  if (fine) {
-    fine->scale = fine_scale;
-    fine->start = -zero_point * sum_of(fine_total);
-  }
 }
 
 }  // namespace HEADRACE_VARIANT

@@ -173,7 +173,7 @@ void multiply_blocks(const Panels& panels, const Rows& rows, int64_t lane) {
 }
 
 // R quantized rows times COLUMNS vectors of columns, with one scale for a whole row.
-template <int BITS, bool TWO_PASSES, int R>
+template <int BITS, int R>
 void multiply_rows(const Panels& panels, const Rows& rows, int64_t lane) {
   const WeightShape& shape = *panels.shape;
   const int64_t panel_bytes = shape.panel_bytes(), row_bytes = panels.row_bytes;
@@ -196,13 +196,9 @@ void multiply_rows(const Panels& panels, const Rows& rows, int64_t lane) {
     const Vec scale = load_as<Vec>(panels.packed + shape.integer_bytes() + lane * 4 + c * panel_bytes);
     const int64_t column = lane + c * PANEL;
     HEADRACE_UNROLL
-    for (int r = 0; r < R; r += 1 + TWO_PASSES) {
-      Vec value = to_float(sums[r][c].sums) * splat(load_as<float>(row + r * row_bytes));
-      if (TWO_PASSES) {
-        const Vec fine_scale = splat(load_as<float>(row + (r + TWO_PASSES) * row_bytes));
-        value = fma(to_float(sums[r + TWO_PASSES][c].sums), fine_scale, value);
-      }
-      store_columns(rows.y + (r >> TWO_PASSES) * rows.y_stride + column, value * scale, rows.num_columns - column);
+    for (int r = 0; r < R; ++r) {
+      const Vec value = to_float(sums[r][c].sums) * splat(load_as<float>(row + r * row_bytes));
+      store_columns(rows.y + r * rows.y_stride + column, value * scale, rows.num_columns - column);
     }
   }
 }
@@ -215,9 +211,9 @@ const Kernel* block_kernels(std::index_sequence<I...>) {
   return kernels;
 }
 
-template <bool TWO_PASSES, size_t... I>
+template <size_t... I>
 const Kernel* row_kernels(std::index_sequence<I...>) {
-  static const Kernel kernels[] = {multiply_rows<8, TWO_PASSES, (I + 1) << TWO_PASSES>...};
+  static const Kernel kernels[] = {multiply_rows<8, I + 1>...};
   return kernels;
 }
 
@@ -227,10 +223,9 @@ struct Kernels {
   int64_t max_rows;
 };
 
-Kernels kernels_for(const WeightShape& shape, bool two_passes) {
+Kernels kernels_for(const WeightShape& shape) {
   if (shape.bits == 8 && shape.num_blocks() == 1 && !shape.has_zero_points && !shape.has_block_scales) {
-    if (two_passes) return {row_kernels<true>(std::make_index_sequence<LONG_ROWS / 2>()), LONG_ROWS / 2};
-    return {row_kernels<false>(std::make_index_sequence<LONG_ROWS>()), LONG_ROWS};
+    return {row_kernels(std::make_index_sequence<LONG_ROWS>()), LONG_ROWS};
   }
   const auto counts = std::make_index_sequence<ROWS>();
   const bool zeros = shape.has_zero_points, scales = shape.has_block_scales;
@@ -263,16 +258,21 @@ constexpr int64_t CHUNK = 16384;
 // One call of multiply.
 class Product {
  public:
-  Product(const WeightShape& shape, const uint8_t* packed, const float* x, int64_t num_rows, RowScales scales, float* y,
+  Product(const WeightShape& shape, const uint8_t* packed, const float* x, int64_t num_rows, float x_scale, float* y,
           int num_threads)
-      : shape_(shape), packed_(packed), x_(x), y_(y), num_rows_(num_rows), scales_(scales), num_threads_(num_threads) {
-    passes_ = scales.fine_scale > 0 ? 2 : 1;
+      : shape_(shape),
+        packed_(packed),
+        x_(x),
+        y_(y),
+        num_rows_(num_rows),
+        x_scale_(x_scale),
+        num_threads_(num_threads) {
     row_bytes_ = shape.num_blocks() * (int64_t(sizeof(RowBlock)) + shape.padded_block());
-    quantized_ = reinterpret_cast<int8_t*>(scratch(size_t(num_rows * passes_ * row_bytes_)));
-    kernels_ = kernels_for(shape, passes_ == 2);
+    quantized_ = reinterpret_cast<int8_t*>(scratch(size_t(num_rows * row_bytes_)));
+    kernels_ = kernels_for(shape);
     rows_per_chunk_ = CHUNK / shape.num_inputs + 1;
     num_chunks_ = (num_rows + rows_per_chunk_ - 1) / rows_per_chunk_;
-    rows_per_tile_ = TILE_BYTES / (row_bytes_ * passes_) / kernels_.max_rows * kernels_.max_rows;
+    rows_per_tile_ = TILE_BYTES / row_bytes_ / kernels_.max_rows * kernels_.max_rows;
     if (rows_per_tile_ < kernels_.max_rows) rows_per_tile_ = kernels_.max_rows;
     num_pairs_ = shape.num_panels() / 2;
     num_units_ = (num_rows + rows_per_tile_ - 1) / rows_per_tile_ * num_pairs_;
@@ -308,14 +308,13 @@ class Product {
   void quantize_row(int64_t row) {
     const int64_t size = shape_.padded_block(), stride = size + int64_t(sizeof(RowBlock));
     const int32_t zero_point = shape_.has_zero_points ? 1 : 1 << (shape_.bits - 1);
-    int8_t* to = quantized_ + row * passes_ * row_bytes_;
+    int8_t* to = quantized_ + row * row_bytes_;
     for (int64_t start = 0; start < shape_.num_inputs; start += shape_.block_size, to += stride) {
       const int64_t left = shape_.num_inputs - start, count = left < shape_.block_size ? left : shape_.block_size;
       const float* from = x_ + row * shape_.num_inputs + start;
       RowBlock* block = reinterpret_cast<RowBlock*>(to);
-      if (scales_.scale > 0) {
-        RowBlock* fine = passes_ == 2 ? reinterpret_cast<RowBlock*>(to + row_bytes_) : nullptr;
-        quantize_block(from, count, size, zero_point, scales_.scale, scales_.fine_scale, block, fine);
+      if (x_scale_ > 0) {
+        quantize_block(from, count, size, zero_point, x_scale_, block);
       } else {
         quantize_block(from, count, size, zero_point, block);
       }
@@ -366,7 +365,7 @@ class Product {
       panels.ahead_per_slice = ahead_per_slice;
       for (int64_t panel = 0; panel < 2; panel += COLUMNS) {
         const int64_t column = pair * 2 * PANEL + panel * PANEL;
-        const Rows rows = {quantized_ + row * passes_ * row_bytes_, y_ + row * shape_.num_outputs + column,
+        const Rows rows = {quantized_ + row * row_bytes_, y_ + row * shape_.num_outputs + column,
                            shape_.num_outputs, shape_.num_outputs - column};
         for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
           kernels_.of[count - 1](panels, rows, lane);
@@ -385,9 +384,9 @@ class Product {
   const float* x_;
   float* y_;
   const int64_t num_rows_;
-  const RowScales scales_;
+  const float x_scale_;
   const int64_t num_threads_;
-  int64_t passes_, row_bytes_, rows_per_chunk_, num_chunks_, rows_per_tile_, num_pairs_, num_units_;
+  int64_t row_bytes_, rows_per_chunk_, num_chunks_, rows_per_tile_, num_pairs_, num_units_;
   int8_t* quantized_;
   Kernels kernels_;
   std::atomic<int64_t> next_chunk_{0}, chunks_done_{0}, next_unit_{0};
@@ -459,10 +458,10 @@ void pack_channels(const WeightShape& shape, const int8_t* values, const float* 
   });
 }
 
-void multiply(const WeightShape& shape, const uint8_t* packed, const float* x, int64_t num_rows, RowScales scales,
+void multiply(const WeightShape& shape, const uint8_t* packed, const float* x, int64_t num_rows, float x_scale,
               float* y, const Parallel& parallel) {
   if (num_rows == 0 || shape.num_outputs == 0) return;
-  Product(shape, packed, x, num_rows, scales, y, parallel.num_threads).run(parallel);
+  Product(shape, packed, x, num_rows, x_scale, y, parallel.num_threads).run(parallel);
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 //
 //   blocks    8 or 4 bits, with a scale (and perhaps a zero point) for each block of inputs of an output. Each block of
 //             a row of x gets a scale of its own. ONNX Runtime's MatMulNBits stores its weights so.
-//   channels  8 bits with one scale for each output. Rows of x have one calibrated scale; or two, when a second pass
-//             multiplies what the first pass's rounding left over; or a scale for each group of inputs, found here.
+//   channels  8 bits with one scale for each output. All rows of x have one calibrated scale, or each group of inputs
+//             of a row gets a scale of its own.
 //
 // Integer sums are exact. Float sums run over the blocks in order, with the same instructions for any number of rows:
 // a row's result does not depend on other rows, nor on the number of threads.
@@ -49,12 +49,6 @@ struct WeightShape {
   int64_t packed_bytes() const { return num_panels() * panel_bytes(); }
 };
 
-// How rows of x become int8.
-struct RowScales {
-  float scale;       // calibrated, for all rows and blocks; 0: each block of each row is scaled by its largest value
-  float fine_scale;  // of the second pass; 0 for one pass
-};
-
 struct LinearKernels {
   // Blocks. values: block_size * bits / 8 bytes for each block of each output, pairs of 4 bits low half first.
   // scales: [N, num_scale_blocks]. zero_points: [N, ceil(num_blocks * bits / 8)], pairs low half first; or null.
@@ -64,8 +58,9 @@ struct LinearKernels {
   // 8-bit channels. values: [K, N] around 0. scales: [N].
   void (*pack_channels)(const WeightShape&, const int8_t* values, const float* scales, uint8_t* packed,
                         const Parallel&);
-  // x: [num_rows, K]; y: [num_rows, N]. The calling thread keeps the memory for quantized rows until it ends.
-  void (*multiply)(const WeightShape&, const uint8_t* packed, const float* x, int64_t num_rows, RowScales, float* y,
+  // x: [num_rows, K]; y: [num_rows, N]. x_scale: calibrated, for all of x; 0: each block of each row is scaled by its
+  // largest value. The calling thread keeps the memory for quantized rows until it ends.
+  void (*multiply)(const WeightShape&, const uint8_t* packed, const float* x, int64_t num_rows, float x_scale, float* y,
                    const Parallel&);
 };
 

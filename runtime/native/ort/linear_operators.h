@@ -1,4 +1,4 @@
-// headrace.BlockLinear and headrace.Int8Linear: products with weights that are packed when a session is made.
+// headrace.BlockLinear and headrace.ChannelLinear: products with weights that are packed when a session is made.
 #pragma once
 
 #include "../linear/linear.h"
@@ -18,11 +18,11 @@ class PackedLinear {
     return packed_.get();
   }
 
-  void multiply(Context& run, RowScales scales) const {
+  void multiply(Context& run, float x_scale) const {
     const Tensor x = run.input(0);
     if (x.shape.count == 0 || x.shape.last() != shape_.num_inputs) throw Failure("x does not fit the weights");
     float* y = run.output<float>(0, x.shape.with_last(shape_.num_outputs));
-    kernels_.multiply(shape_, packed_.get(), x.data<float>(), x.shape.num_rows(), scales, y, run.parallel());
+    kernels_.multiply(shape_, packed_.get(), x.data<float>(), x.shape.num_rows(), x_scale, y, run.parallel());
   }
 
   const LinearKernels& kernels_;
@@ -60,27 +60,27 @@ class BlockLinearOp : PackedLinear {
                          sequential());
   }
 
-  void compute(Context& run) const { multiply(run, RowScales{0, 0}); }
+  void compute(Context& run) const { multiply(run, 0); }
 };
 
-// x [..., K], values int8 [K, N] and scales [N], both constants -> [..., N]. `scale` of x and, for two passes,
-// `fine_scale` are calibrated; without `scale`, each `group_size` inputs of a row (all, if 0) get one of their own.
-class Int8LinearOp : PackedLinear {
+// x [..., K], values int8 [K, N] and scales [N], both constants -> [..., N]. `scale` of x is calibrated; without it, each
+// `group_size` inputs of a row (all, if 0) get a scale of their own.
+class ChannelLinearOp : PackedLinear {
  public:
-  static constexpr const char* NAME = "Int8Linear";
+  static constexpr const char* NAME = "ChannelLinear";
   static constexpr Port INPUTS[] = {{FLOAT}, {INT8}, {FLOAT}};
   static constexpr Port OUTPUTS[] = {{FLOAT}};
 
-  explicit Int8LinearOp(const Info& info) : PackedLinear(linear_kernels()) {
+  explicit ChannelLinearOp(const Info& info) : PackedLinear(linear_kernels()) {
     const Tensor values = info.constant(1), scales = info.constant(2);
     if (!values || !scales) throw Failure("values and scales must be constants");
     if (values.shape.count != 2 || scales.shape.num_elements() != values.shape[1]) {
       throw Failure("values must be [K, N] and scales [N]");
     }
-    row_scales_ = RowScales{info.number("scale", 0), info.number("fine_scale", 0)};
+    x_scale_ = info.number("scale", 0);
     const int64_t group_size = info.integer("group_size", 0);
     if (group_size < 0 || group_size % 8 != 0) throw Failure("group_size must be a multiple of 8");
-    if (row_scales_.scale > 0 && group_size != 0) throw Failure("a calibrated scale is for the whole row");
+    if (x_scale_ > 0 && group_size != 0) throw Failure("a calibrated scale is for the whole row");
     shape_.num_inputs = values.shape[0];
     shape_.num_outputs = values.shape[1];
     shape_.block_size = group_size == 0 || group_size > shape_.num_inputs ? shape_.num_inputs : group_size;
@@ -88,10 +88,10 @@ class Int8LinearOp : PackedLinear {
     kernels_.pack_channels(shape_, values.data<int8_t>(), scales.data<float>(), allocate(), sequential());
   }
 
-  void compute(Context& run) const { multiply(run, row_scales_); }
+  void compute(Context& run) const { multiply(run, x_scale_); }
 
  private:
-  RowScales row_scales_;
+  float x_scale_;
 };
 
 }  // namespace ort

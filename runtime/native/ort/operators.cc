@@ -20,7 +20,7 @@ HEADRACE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const O
   if (api == nullptr) return nullptr;  // older than 1.18: the operators stay unknown, and the session says so
   OrtCustomOp* const operators[] = {describe<AddNormOp>(), describe<GateUpOp>(), describe<AttentionOp<FLOAT>>(),
                                     describe<AttentionOp<FLOAT16>>(), describe<AttentionOp<INT8>>(),
-                                    describe<BlockLinearOp>(), describe<Int8LinearOp>()};
+                                    describe<BlockLinearOp>(), describe<ChannelLinearOp>()};
   // Every session option that the library is registered with gets the one domain. It lives as long as the process.
   static OrtCustomOpDomain* domain = nullptr;
   if (domain == nullptr) {

@@ -25,23 +25,22 @@ class WeightShape(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Weights that the library has packed. scale, fine_scale: of the inputs; 0 to find one for each block."""
+    """Weights that the library has packed. scale: of the inputs; 0 to find one for each block."""
 
     library: ctypes.CDLL
     shape: WeightShape
     packed: NDArray[np.uint8]
     scale: float = 0
-    fine_scale: float = 0
 
     def multiply(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """float32 `[rows, K]` -> `[rows, N]`."""
         y = np.full((len(x), self.shape.num_outputs), np.nan, np.float32)
         function = self.library.headrace_multiply
         function.argtypes = (
-            *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_int,
+            *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int,
         )  # fmt: skip
         function(ctypes.addressof(self.shape), address(self.packed), address(np.ascontiguousarray(x)), len(x),
-                 self.scale, self.fine_scale, address(y), threads)  # fmt: skip
+                 self.scale, address(y), threads)  # fmt: skip
         return y
 
 
@@ -63,7 +62,6 @@ def pack_channels(
     *,
     group: int = 0,
     scale: float = 0,
-    fine_scale: float = 0,
 ) -> PackedWeights:
     """int8 `[K, N]` with a scale for each column. group: inputs that share a scale; 0 for all."""
     k, n = values.shape
@@ -71,7 +69,7 @@ def pack_channels(
     packed = _memory(library, shape)
     arrays = [ctypes.c_void_p(address(array)) for array in (values, scales, packed)]
     library.headrace_pack_channels(ctypes.byref(shape), *arrays)
-    return PackedWeights(library, shape, packed, scale, fine_scale)
+    return PackedWeights(library, shape, packed, scale)
 
 
 def _memory(library: ctypes.CDLL, shape: WeightShape) -> NDArray[np.uint8]:
