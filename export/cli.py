@@ -14,6 +14,7 @@ from runtime.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from export.artifact.identity import Present
+    from export.checkpoint.lora.adapter import Lora
     from runtime.artifact.manifest import Artifact
 
 
@@ -61,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-len", type=int, help="longest sequence in tokens; default: the model's, at most 32768")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[=WEIGHT]",
+        help="PEFT adapter to merge into the weights, with the weight 1 if none is given; several add up",
+    )
     parser.add_argument(
         "--if-missing", action="store_true", help="do nothing if --out is already a good artifact of this model"
     )
@@ -136,11 +144,15 @@ def main(argv: list[str]) -> int:
     """Export, then print the receipt's figures and the artifact's path."""
     args = _parser().parse_args(_with_new_names(argv))
     from export.artifact.identity import check_replaceable, default_name, identity_of
+    from export.checkpoint.lora.adapter import parse_lora
     from runtime.backends.ort.graph import CPU_FLOOR, load_library
 
     suffix = "-kv-int8" if args.kv == "int8" else ""
-    out = args.out or Path("artifacts") / f"{default_name(args.model)}-{args.precision}{suffix}"
-    wanted = identity_of(args.model, revision=args.revision, precision=args.precision, has_int8_kv=args.kv == "int8")
+    loras = tuple(map(parse_lora, args.lora))
+    out = args.out or Path("artifacts") / f"{default_name(args.model, loras)}-{args.precision}{suffix}"
+    wanted = identity_of(
+        args.model, revision=args.revision, precision=args.precision, has_int8_kv=args.kv == "int8", loras=loras
+    )
     dialects = _dialects(args)
     present = check_replaceable(out, wanted, replaces_any=args.replace)
     if args.if_missing and present is not None and wanted.is_same(present.identity):
@@ -155,7 +167,7 @@ def main(argv: list[str]) -> int:
     from export.artifact.termination import orderly_end
 
     with orderly_end(), _naming_what_is_kept(out):
-        artifact = _export(args, out, dialects)
+        artifact = _export(args, out, dialects, loras)
     _print(artifact, out)
     return 0
 
@@ -172,7 +184,7 @@ def _dialects(args: argparse.Namespace) -> tuple[str, ...]:
     return ("ort", "native") if has_native and is_built() else ("ort",)
 
 
-def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "Artifact":
+def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...], loras: tuple["Lora", ...]) -> "Artifact":
     from export.calibration.dataset import calibration_options
     from export.pipeline.auto_precision import export_fastest
     from export.pipeline.calibrated import QuantizationOptions
@@ -186,6 +198,7 @@ def _export(args: argparse.Namespace, out: Path, dialects: tuple[str, ...]) -> "
         precision=args.precision,
         max_len=args.max_len,
         revision=args.revision,
+        loras=loras,
         force=args.force,
         limits=_limits(args.gate),
         kv=args.kv,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoint.config_fields import shown_names
+from export.checkpoint.lora.adapter import Lora
 from export.schemes.registry import AUTO, IMPORTED, SCHEMES
 from export.sources.open import DEFAULT_MODEL
 from runtime.artifact.json_shape import read_json
@@ -52,29 +53,36 @@ class Identity:
         return self.source == other.source and is_same_place and is_same_precision and is_same_kv
 
 
-def identity_of(model: str, *, revision: str | None, precision: str, has_int8_kv: bool) -> Identity:
-    """The identity of an export of `model`, as the user wrote it. Reads no checkpoint."""
+def identity_of(
+    model: str, *, revision: str | None, precision: str, has_int8_kv: bool, loras: Sequence[Lora] = ()
+) -> Identity:
+    """The identity of an export of `model` with adapters merged, as the user wrote it. Reads no checkpoint."""
     path = Path(model).expanduser()
+    paths = [lora.path for lora in loras]
     if model == DEFAULT_MODEL or not path.exists():
         source = model if revision is None else f"{model}@{revision}"
-        return Identity(source=source, origin=None, precision=precision, has_int8_kv=has_int8_kv)
-    source = path.resolve().name if path.is_dir() else path.name
-    return Identity(source=source, origin=origin_of(path), precision=precision, has_int8_kv=has_int8_kv)
+    else:
+        source = path.resolve().name if path.is_dir() else path.name
+        paths.insert(0, path)
+    source = "+".join([source, *(lora.name for lora in loras)])
+    origin = origin_of(*paths) if paths else None
+    return Identity(source=source, origin=origin, precision=precision, has_int8_kv=has_int8_kv)
 
 
-def origin_of(path: Path) -> str:
-    """A hash of the path: tells two checkpoints of one name apart without revealing where they are."""
-    return hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
+def origin_of(*paths: Path) -> str:
+    """A hash of paths: tells two checkpoints of one name apart without revealing where they are."""
+    text = "\n".join(str(path.resolve()) for path in paths)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def default_name(model: str) -> str:
+def default_name(model: str, loras: Sequence[Lora] = ()) -> str:
     """The model's part of the default --out: its last name, lower-case, without the suffix of a weight file.
 
-    Other dots stay, because they tell models apart (Llama-3.2-1B, Llama-3.2-3B).
+    Other dots stay, because they tell models apart (Llama-3.2-1B, Llama-3.2-3B). Adapters follow after a `+`.
     """
     path = Path(model).expanduser()
     name = path.name if path.name not in ("", "..") else path.resolve().name
-    return (_WEIGHT_SUFFIX.sub("", name) or name).lower()
+    return "+".join([_WEIGHT_SUFFIX.sub("", name) or name, *(lora.name.replace("*", "x") for lora in loras)]).lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

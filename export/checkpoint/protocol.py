@@ -79,9 +79,14 @@ class Checkpoint(ABC):
         return None
 
     @property
-    def quantization(self) -> str | None:
-        """What a quantization tool did to the weights, for messages; None if none did."""
+    def conversion(self) -> str | None:
+        """How the weights are made from the files, for messages; None if the files hold them as they are."""
         return None
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Further facts about the weights' origin for the receipt; JSON-able."""
+        return {}
 
     @property
     def has_input_scales(self) -> bool:

@@ -72,11 +72,11 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._commit
 
     def load(self, name: str) -> NDArray[np.float32]:
-        return self._read(self._place(name), name)
+        return read_floats(self._place(name), name)
 
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         place = self._place(name)
-        return self._read(place.rows(start, stop), name, first_row=start)
+        return read_floats(place.rows(start, stop), name, first_row=start)
 
     def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
         return self.row_pieces(name, self._place(name).info.shape[0])
@@ -85,24 +85,6 @@ class SafetensorsCheckpoint(Checkpoint):
         if name not in self._places:
             raise InvalidCheckpoint(f"{self._path} has no tensor {name!r}; it has {len(self._places)} others")
         return self._places[name]
-
-    def _read(self, place: Place, name: str, *, first_row: int = 0) -> NDArray[np.float32]:
-        stored = STORED_TYPES.get(place.info.dtype)
-        if stored is None:
-            raise UnsupportedModel(
-                f"{place.file}: tensor {name!r} is stored as {place.info.dtype}; "
-                f"only {', '.join(STORED_TYPES)} are read"
-            )
-        return read_float32(
-            place.file,
-            name=name,
-            offset=place.offset,
-            num_bytes=place.num_bytes,
-            shape=place.info.shape,
-            block_bytes=stored.itemsize,
-            decode=lambda raw: raw.view(stored).astype(np.float32, copy=False),
-            first_row=first_row,
-        )
 
     def load_stored(self, name: str, *types: str) -> NDArray[Any]:
         """Read one tensor as its stored type, for tools that keep weights in integers or narrow floats.
@@ -133,3 +115,25 @@ class SafetensorsCheckpoint(Checkpoint):
         if self._texts is None:
             self._texts = read_directory_texts(self._path)
         return self._texts
+
+
+def read_floats(place: Place, name: str, *, first_row: int = 0) -> NDArray[np.float32]:
+    """Read a tensor as float32. `name` and the number of its first row are for errors.
+
+    UnsupportedModel for another type than STORED_TYPES, InvalidCheckpoint for a damaged file, NaN or infinity.
+    """
+    stored = STORED_TYPES.get(place.info.dtype)
+    if stored is None:
+        raise UnsupportedModel(
+            f"{place.file}: tensor {name!r} is stored as {place.info.dtype}; only {', '.join(STORED_TYPES)} are read"
+        )
+    return read_float32(
+        place.file,
+        name=name,
+        offset=place.offset,
+        num_bytes=place.num_bytes,
+        shape=place.info.shape,
+        block_bytes=stored.itemsize,
+        decode=lambda raw: raw.view(stored).astype(np.float32, copy=False),
+        first_row=first_row,
+    )

@@ -47,7 +47,7 @@ def find_tensors(path: Path) -> dict[str, Place]:
     """
     weight_map = _weight_map(path)
     files = sorted(set(weight_map.values())) if weight_map is not None else _files_without_index(path)
-    headers = {file: _read_header(path / file) for file in files}
+    headers = {file: read_header(path / file) for file in files}
     for name, file in (weight_map or {}).items():
         if name not in headers[file]:
             raise InvalidCheckpoint(f"{path / INDEX} says that {file} holds {name!r}, and it does not; {AGAIN}")
@@ -140,11 +140,11 @@ def _why_no_weights(path: Path) -> str:
             "convert them with transformers (AutoModelForCausalLM.from_pretrained, then save_pretrained)"
         )
     if (path / "adapter_model.safetensors").is_file():
-        return f"{path} holds an adapter, not a model; merge it into its base model"
+        return f"{path} holds an adapter, not a model; export its base model with --lora {path}"
     return f"{path} has neither {SINGLE} nor {INDEX}; a Hugging Face model directory has one of them"
 
 
-def _read_header(file: Path) -> dict[str, Place]:
+def read_header(file: Path) -> dict[str, Place]:
     """Tensor name to place. The library checks sizes, overlaps and file length, but returns no offsets."""
     from safetensors import SafetensorError, safe_open
 
@@ -160,6 +160,8 @@ def _read_header(file: Path) -> dict[str, Place]:
         raise InvalidCheckpoint(f"{file} is not a whole safetensors file: {error}; {AGAIN}") from error
     places = {}
     for name, entry in header.items():
+        if not name.isprintable():
+            raise InvalidCheckpoint(f"{file} is damaged: it holds a tensor called {name!r}; {AGAIN}")
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             info = TensorInfo(tuple(entry["shape"]), entry["dtype"])

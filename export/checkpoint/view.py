@@ -45,8 +45,12 @@ class CheckpointView(Checkpoint):
         return self._base.stored_bits
 
     @property
-    def quantization(self) -> str | None:
-        return self._base.quantization
+    def conversion(self) -> str | None:
+        return self._base.conversion
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self._base.provenance
 
     @property
     def has_input_scales(self) -> bool:

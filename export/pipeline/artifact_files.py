@@ -83,5 +83,6 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
 
 def _name_of(checkpoint: Checkpoint) -> str:
     """The name clients use: of a hub id the last part, without the revision, which may have a slash itself."""
-    source = checkpoint.source
-    return source.partition("@")[0].rpartition("/")[2] if "/" in source.partition("@")[0] else source
+    source, plus, adapters = checkpoint.source.partition("+")
+    base = source.partition("@")[0].rpartition("/")[2] if "/" in source.partition("@")[0] else source
+    return f"{base}{plus}{adapters}"

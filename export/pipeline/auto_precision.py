@@ -15,7 +15,6 @@ from export.artifact.writer import file_entry, staged, write_json, write_manifes
 from export.pipeline.export_model import ExportOptions, export_model
 from export.pipeline.speed import Speed, Workload, measure_speed
 from export.schemes.registry import AUTO, IMPORTED, SCHEMES
-from export.sources.open import open_checkpoint
 from export.verify.references import check_reference
 from runtime.artifact.manifest import CHOICE, Artifact
 from runtime.commands.roofline import describe_machine
@@ -66,7 +65,7 @@ def export_fastest(options: ExportOptions, profile: str, *, measure: Measure = m
     if options.force:
         raise InvalidSetting(f"--force contradicts --precision {AUTO}, which wants one that passes; name a precision")
     check_reference(options.verify)
-    checkpoint = open_checkpoint(options.model, revision=options.revision)
+    checkpoint = options.open()
     names = candidate_precisions(checkpoint.stored_bits)
     options.check_target()
     with staged(options.out, check=options.check_target) as staging:

@@ -8,6 +8,7 @@ from typing import Any
 
 from export.artifact.identity import Identity, check_replaceable, identity_of
 from export.artifact.writer import file_entry, resolved, staged, write_json, write_manifest
+from export.checkpoint.lora.adapter import Lora
 from export.checkpoint.protocol import Checkpoint
 from export.model.checks.model_reading import read_model
 from export.model.description import ModelConfig
@@ -44,7 +45,7 @@ DEFAULT_MAX_LEN = 32_768
 class ExportOptions:
     """What to export, how, and where to.
 
-    max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens
+    max_len: None is the model's own length, at most DEFAULT_MAX_LEN tokens; loras: adapters to merge
     quantization: for calibrated precisions and an int8 KV cache
     kv: type of the KV cache, one of kv_cache.KV_TYPES; verify: one of references.REFERENCES
     replaces: whether another model's artifact at `out` may be deleted
@@ -56,6 +57,7 @@ class ExportOptions:
     precision: str = "fp32"
     max_len: int | None = None
     revision: str | None = None
+    loras: tuple[Lora, ...] = ()
     force: bool = False
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -68,7 +70,17 @@ class ExportOptions:
     @property
     def identity(self) -> Identity:
         """Says which artifacts this export may replace."""
-        return identity_of(self.model, revision=self.revision, precision=self.precision, has_int8_kv=self.kv == INT8)
+        return identity_of(
+            self.model,
+            revision=self.revision,
+            precision=self.precision,
+            has_int8_kv=self.kv == INT8,
+            loras=self.loras,
+        )
+
+    def open(self) -> Checkpoint:
+        """The checkpoint, with its adapters merged. Errors are those of `open_checkpoint`."""
+        return open_checkpoint(self.model, revision=self.revision, loras=self.loras)
 
     def check_target(self) -> None:
         """InvalidSetting if `out` holds another model's artifact, or something that is not an artifact."""
@@ -88,7 +100,7 @@ def export_model(options: ExportOptions) -> Artifact:
     options.check_target()
     workdir = workdir_of(resolved(options.out))
     try:
-        artifact = _export(options, open_checkpoint(options.model, revision=options.revision), workdir)
+        artifact = _export(options, options.open(), workdir)
     except (GateFailed, CalibrationFailed):
         remove_workdir(workdir)  # the same command would fail again
         raise
@@ -127,7 +139,11 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, workdir: Path) -> Ar
         plan, accounts = _calibrated(plan, given, options)
         draft = write_unverified(staging, plan).manifest
         draft = replace(draft, origin=options.identity.origin)
-        receipt = verify(reference, config, Artifact(staging, draft, {}), options.limits) | accounts
+        receipt = (
+            verify(reference, config, Artifact(staging, draft, {}), options.limits)
+            | accounts
+            | {**checkpoint.provenance}
+        )
         if not receipt["passed"] and not options.force:
             raise GateFailed(failure(receipt))
         receipt = finite(receipt)

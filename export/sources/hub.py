@@ -15,6 +15,7 @@ from runtime.errors import HeadraceError, InvalidCheckpoint
 
 ALLOW_PATTERNS = (
     "config.json",
+    "hf_quant_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,8 +1,11 @@
 """Decides which reader a model name needs. Knows the four kinds of source, not how they are read."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from export.checkpoint.lora.adapter import Lora
+from export.checkpoint.lora.merged import MergedCheckpoint
 from export.checkpoint.protocol import Checkpoint
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 
@@ -11,13 +14,18 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, revision: str | None = None, loras: Sequence[Lora] = ()) -> Checkpoint:
     """Open the default model's name, a directory, a .gguf file or a hub id (`owner/name`), tried in that order.
 
-    revision: branch, tag or commit of a hub id
+    revision: branch, tag or commit of a hub id; loras: adapters to merge into the weights
     InvalidCheckpoint if `model` is none of the four or cannot be read, InvalidSetting for a revision of another source.
+    Also the errors of `MergedCheckpoint`.
     """
-    model = str(model)
+    base = _open(str(model), revision)
+    return MergedCheckpoint(base, loras) if loras else base
+
+
+def _open(model: str, revision: str | None) -> Checkpoint:
     path = Path(model).expanduser()
     is_hub_id = model != DEFAULT_MODEL and not path.exists() and _HUB_ID.fullmatch(model) is not None
     if revision is not None and not is_hub_id:

@@ -76,10 +76,10 @@ class TransformersReference:
         import torch
         import transformers
 
-        if (form := checkpoint.quantization) is not None:
+        if (conversion := checkpoint.conversion) is not None:
             raise InvalidSetting(
-                f"--verify {TRANSFORMERS}: {checkpoint.source} is quantized ({form}), which transformers does not read "
-                f"by itself; use --verify {NUMPY}"
+                f"--verify {TRANSFORMERS}: the weights of {checkpoint.source} are {conversion}, which transformers "
+                f"does not do by itself; use --verify {NUMPY}"
             )
         self.name = (
             f"the checkpoint in float32, read and computed by transformers {transformers.__version__} "

@@ -58,8 +58,8 @@ class QuantizedCheckpoint(CheckpointView):
         return min((layer.bits for layer in self._layers.values() if layer.bits is not None), default=None)
 
     @property
-    def quantization(self) -> str:
-        return self._stored.name
+    def conversion(self) -> str:
+        return f"dequantized from {self._stored.name}"
 
     @property
     def has_input_scales(self) -> bool:
