@@ -10,7 +10,7 @@ import onnx_ir as ir
 from export.graph.builder import GraphBuilder
 from export.graph.experts import Routes, mix_by_expert, route
 from export.graph.weights import GraphWeights, Weight
-from export.model.description import Activation, Embedding, Experts, Head, Linear, Mlp
+from export.model.description import Activation, Attention, Clamp, Embedding, Experts, Head, Linear, Mlp
 
 
 class CachedValues(NamedTuple):
@@ -55,6 +55,8 @@ class GraphOperations(ABC):
             return self._activated(up, mlp.activation, f"{name}.activated")
         sizes = g.shape_constant(mlp.down.num_inputs, mlp.down.num_inputs)
         gate, up = g.ops("Split", [up, sizes], [f"{name}.gate", f"{name}.up"], axis=-1)
+        if mlp.clamp is not None:
+            return self._clamped(gate, up, mlp.clamp, name)
         return g.op("Mul", [self._activated(gate, mlp.activation, f"{name}.activated"), up], f"{name}.gated")
 
     def _activated(self, x: ir.Value, activation: Activation, out: str) -> ir.Value:
@@ -66,6 +68,25 @@ class GraphOperations(ABC):
             return self.g.op("Relu", [x], out)
         positive = self.g.op("Relu", [x], f"{out}.relu")
         return self.g.op("Mul", [positive, positive], out)
+
+    def _clamped(self, gate: ir.Value, up: ir.Value, clamp: Clamp, name: str) -> ir.Value:
+        """See `Clamp`."""
+        g = self.g
+
+        def number(value: float) -> ir.Value:
+            return g.constant(f"clamp.{value!r}", np.array(value, self.compute.numpy()))
+
+        low = g.op("Min", [gate, number(clamp.limit)], f"{name}.gate.clamped")
+        share = g.op("Sigmoid", [g.op("Mul", [low, number(clamp.alpha)], f"{name}.alpha")], f"{name}.share")
+        active = g.op("Mul", [low, share], f"{name}.activated")
+        inside = g.op("Clip", [up, number(-clamp.limit), number(clamp.limit)], f"{name}.up.clamped")
+        return g.op("Mul", [g.op("Add", [inside, number(1.0)], f"{name}.up.plus"), active], f"{name}.gated")
+
+    def sinks(self, attention: Attention, dtype: ir.DataType) -> ir.Value | None:
+        """Scores of the attention sinks `[num_heads]`; None if there are none."""
+        if attention.sinks is None:
+            return None
+        return self.g.array(attention.sinks, self.weights.vector(attention.sinks).astype(dtype.numpy()))
 
     def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
         """Each expert computes only the tokens that chose it."""

@@ -19,6 +19,7 @@ __all__ = [
     "Activation",
     "Attention",
     "Block",
+    "Clamp",
     "Embedding",
     "Experts",
     "Head",
@@ -48,13 +49,28 @@ class Activation(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Clamp:
+    """A gated activation within limits: (clip(up) + 1) * min(gate, limit) * sigmoid(alpha * min(gate, limit)).
+
+    clip: to -limit .. limit
+    """
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
-    """down(act(gate(x)) * up(x)) if gated, with gate and up stacked in `up`; otherwise down(act(up(x)))."""
+    """down(act(gate(x)) * up(x)) if gated, with gate and up stacked in `up`; otherwise down(act(up(x))).
+
+    clamp: takes the place of act(gate) * up
+    """
 
     up: Linear
     down: Linear
     activation: Activation
     is_gated: bool
+    clamp: Clamp | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -134,9 +150,12 @@ class Block:
     @property
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that belong to no norm and no linear layer."""
-        if isinstance(self.mlp, Mlp) or self.mlp.choice_bias is None:
-            return {}
-        return {self.mlp.choice_bias: (len(self.mlp.experts),)}
+        found: dict[str, tuple[int, ...]] = {}
+        if self.attention.sinks is not None:
+            found[self.attention.sinks] = (self.attention.num_heads,)
+        if isinstance(self.mlp, Experts) and self.mlp.choice_bias is not None:
+            found[self.mlp.choice_bias] = (len(self.mlp.experts),)
+        return found
 
     def linear(self, kind: str) -> Linear:
         """The linear layer of a kind; KeyError if the block has none."""

@@ -63,6 +63,7 @@ class Attention:
     softcap: scores become softcap * tanh(score / softcap)
     window: in tokens, including the token itself; None for no window
     q_norm, k_norm: norms over each head
+    sinks: name of a tensor `[num_heads]` of scores that take a share of each head's softmax and add no value
     """
 
     qkv: Linear
@@ -76,6 +77,7 @@ class Attention:
     rotary: Rotary | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    sinks: str | None = None
 
     @property
     def q_size(self) -> int:

@@ -18,6 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "partial": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 80, "rotary_dim": 32, "is_interleaved": True},
     "window": {"num_heads": 14, "num_kv_heads": 2, "head_dim": 32, "rotary_dim": 32, "window": 100},
     "capped": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256, "softcap": 5.0, "scale": 0.1, "window": 300},
+    "sinks": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "rotary_dim": 64, "window": 128, "has_sinks": True},
     "odd": {"num_heads": 5, "num_kv_heads": 1, "head_dim": 36, "rotary_dim": 36, "has_norms": True},
 }
 CAPACITY = 800

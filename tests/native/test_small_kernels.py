@@ -51,6 +51,15 @@ def test_the_gate_is_that_of_float64(library: ctypes.CDLL, size: int, is_gelu: b
     np.testing.assert_allclose(gate_up(library, stacked, is_gelu=is_gelu), exact, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_clamped_gate_is_that_of_float64(library: ctypes.CDLL, size: int) -> None:
+    stacked = arrays(4, 2 * size) * 8
+    gate, up = np.split(stacked.astype(np.float64), 2, axis=1)
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    exact = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    np.testing.assert_allclose(gate_up(library, stacked, limit=7, alpha=1.702), exact, rtol=2e-5, atol=1e-6)
+
+
 def test_exp_in_silu_is_within_a_few_units_in_the_last_place(library: ctypes.CDLL) -> None:
     gate = np.linspace(-80, 80, 20_000, dtype=np.float32)
     stacked = np.concatenate([gate, np.ones_like(gate)])[None]
@@ -63,6 +72,7 @@ def test_what_is_not_a_number_stays_so(library: ctypes.CDLL) -> None:
     stacked = np.array([[np.nan, 1, 1, np.nan]], np.float32)
     assert np.isnan(gate_up(library, stacked, is_gelu=False)).all()
     assert np.isnan(gate_up(library, stacked, is_gelu=True)).all()
+    assert np.isnan(gate_up(library, stacked, limit=7)).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

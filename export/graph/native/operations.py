@@ -76,8 +76,12 @@ class NativeOperations(PackedOperations):
         """Split, activation and product in one kernel."""
         if not mlp.is_gated or mlp.activation not in (Activation.SILU, Activation.GELU_TANH):
             return super().activate(up, mlp)
+        name = f"{mlp.down.site}.gated"
+        if mlp.clamp is not None:
+            limits = {"limit": mlp.clamp.limit, "alpha": mlp.clamp.alpha}
+            return self.g.op("GateUp", [up], name, domain=NATIVE, **limits)
         is_gelu = int(mlp.activation is Activation.GELU_TANH)
-        return self.g.op("GateUp", [up], f"{mlp.down.site}.gated", domain=NATIVE, gelu=is_gelu)
+        return self.g.op("GateUp", [up], name, domain=NATIVE, gelu=is_gelu)
 
     def attend(self, qkv: ir.Value, block: Block) -> ir.Value:
         g, a, shared, name = self.g, block.attention, self._inputs, f"layers.{block.layer}"
@@ -104,7 +108,7 @@ class NativeOperations(PackedOperations):
         out, key, value = g.ops(
             _ATTENTION[past["k"].dtype or ir.DataType.UNDEFINED],
             [qkv, past["k"], past["v"], shared.slot, shared.past_len, shared.query_len, *tables, *norms,
-             *self._scales(block.layer)],
+             *self._scales(block.layer), self.sinks(a, ir.DataType.FLOAT)],
             [f"{name}.attention", f"present.{block.layer}.k", f"present.{block.layer}.v"],
             domain=NATIVE,
             **attributes,
@@ -112,9 +116,9 @@ class NativeOperations(PackedOperations):
         self.present.append({"k": key, "v": value})
         return out
 
-    def _scales(self, layer: int) -> list[ir.Value]:
+    def _scales(self, layer: int) -> list[ir.Value | None]:
         if self._inputs.scales is None:
-            return []
+            return [None, None]
         scales = self._inputs.scales[layer]
         return [self.g.constant(f"present.{layer}.{kv}.scale", scales.of(kv).reshape(-1)) for kv in "kv"]
 

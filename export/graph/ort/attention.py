@@ -33,9 +33,15 @@ class CacheInputs(NamedTuple):
 class AttentionStep(Protocol):
     """Adds a block's attention to the graph; its output is [B, S, heads * head_dim]."""
 
-    def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
+    def attend(
+        self,
+        block: Block,
+        query: Sequence[ir.Value | None],
+        past: Mapping[str, ir.Value],
+        sinks: ir.Value | None,
+    ) -> CachedValues:
         """query: q, k and v before the rotary embedding, [B, S, heads * head_dim] each, or all three packed in the
-        first; past: the layer's cache by k and v, [B, kv_heads, capacity, head_dim]."""
+        first; past: the layer's cache by k and v, [B, kv_heads, capacity, head_dim]; sinks [heads]."""
         ...
 
 
@@ -85,13 +91,20 @@ class FloatAttention:
     def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
         self._g, self._inputs, self._rotation = g, inputs, RotaryStep(g, inputs)
 
-    def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
+    def attend(
+        self,
+        block: Block,
+        query: Sequence[ir.Value | None],
+        past: Mapping[str, ir.Value],
+        sinks: ir.Value | None,
+    ) -> CachedValues:
         """As `AttentionStep.attend`."""
         shared, name = self._inputs, f"layers.{block.layer}.attention"
         rotates = kernel_rotates(block.attention)
         if not rotates:
             query = self._rotation(query, block.attention, name)
-        optional: list[ir.Value | None] = [None] * 7  # position_ids, bias, sink, k_scale, v_scale, q_norm, k_norm
+        none: list[ir.Value | None] = [None]
+        optional = [*none * 2, sinks, *none * 4]  # position_ids, bias, sinks, k_scale, v_scale, q_norm, k_norm
         values = self._g.ops(
             "GroupQueryAttention",
             [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),

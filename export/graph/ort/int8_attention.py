@@ -50,19 +50,29 @@ class Int8Attention:
         total = g.op("Add", [longest, size], "chunk.total")
         self._total = g.op("Cast", [total], "chunk.capacity", to=ir.DataType.INT32)
 
-    def attend(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> CachedValues:
+    def attend(
+        self,
+        block: Block,
+        query: Sequence[ir.Value | None],
+        past: Mapping[str, ir.Value],
+        sinks: ir.Value | None,
+    ) -> CachedValues:
         """As `AttentionStep.attend`."""
         g, layer, types = self._g, block.layer, (ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT8)
         names = [f"layers.{layer}.attention", f"present.{layer}.k", f"present.{layer}.v"]
-        one = g.branch(f"decode.{layer}", types, lambda: self._one_token(block, query, past))
-        chunk = g.branch(f"chunk.{layer}", types, lambda: self._chunk(block, query, past))
+        one = g.branch(f"decode.{layer}", types, lambda: self._one_token(block, query, past, sinks))
+        chunk = g.branch(f"chunk.{layer}", types, lambda: self._chunk(block, query, past, sinks))
         return CachedValues(*g.ops("If", [self._is_chunk], names, then_branch=chunk, else_branch=one))
 
     def _one_token(
-        self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]
+        self,
+        block: Block,
+        query: Sequence[ir.Value | None],
+        past: Mapping[str, ir.Value],
+        sinks: ir.Value | None,
     ) -> list[ir.Value]:
         g, shared, layer = self._g, self._inputs, block.layer
-        none: list[ir.Value | None] = [None]  # position_ids, bias, sink before the scales; norms after them
+        none: list[ir.Value | None] = [None]  # position_ids and bias before the sinks; norms after the scales
         steps = [self._step(layer, kv, (-1,)) for kv in "kv"]
         rotates = kernel_rotates(block.attention)
         if not rotates:
@@ -70,7 +80,7 @@ class Int8Attention:
         return g.ops(
             "GroupQueryAttention",
             [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),
-             *none * 3, *steps, *none * 2, shared.query_len],
+             *none * 2, sinks, *steps, *none * 2, shared.query_len],
             [f"decode.{layer}.{part}" for part in ("attention", "k", "v")],
             domain=MICROSOFT,
             k_quant_type="PER_CHANNEL",
@@ -79,7 +89,13 @@ class Int8Attention:
             **kernel_attributes(block.attention, rotates=rotates),
         )  # fmt: skip
 
-    def _chunk(self, block: Block, query: Sequence[ir.Value | None], past: Mapping[str, ir.Value]) -> list[ir.Value]:
+    def _chunk(
+        self,
+        block: Block,
+        query: Sequence[ir.Value | None],
+        past: Mapping[str, ir.Value],
+        sinks: ir.Value | None,
+    ) -> list[ir.Value]:
         g, a, shared, layer = self._g, block.attention, self._inputs, block.layer
         prefix = f"chunk.{layer}"
         q, k, v = self._rotation(query, a, prefix)
@@ -96,7 +112,8 @@ class Int8Attention:
             axis = g.shape_constant(2)
             read = g.op("Slice", [past[kv], g.shape_constant(0), self._num_read, axis], f"{prefix}.{kv}.read")
             floats.append(self._dequantize(read, layer, kv, (a.num_kv_heads, 1, a.head_dim), f"{prefix}.{kv}.past"))
-        optional: list[ir.Value | None] = [None] * 9  # cos, sin, position_ids, bias, sink, scales, norms
+        none: list[ir.Value | None] = [None]
+        optional = [*none * 4, sinks, *none * 4]  # cos, sin, position_ids, bias, sinks, scales, norms
         out = g.ops(
             "GroupQueryAttention",
             [q, *fresh, *floats, shared.last_idx, self._total, *optional, shared.query_len],

@@ -113,7 +113,7 @@ class OrtOperations(PackedOperations):
             sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
             q, k, v = g.ops("Split", [packed, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
             query = [self._head_norm(q, a.q_norm, a.num_heads), self._head_norm(k, a.k_norm, a.num_kv_heads), v]
-        out, key, value = self._attention.attend(block, query, self._past[block.layer])
+        out, key, value = self._attention.attend(block, query, self._past[block.layer], self.sinks(a, self.compute))
         self.present.append({"k": key, "v": value})
         return g.op("GatherND", [out, self._place_idx], f"{name}.attended")
 

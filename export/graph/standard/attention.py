@@ -4,7 +4,7 @@ TensorRT 10.15, TensorRT 11 and TensorRT-RTX have a layer for each of them. For 
 builds the same from elementary operators.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -46,9 +46,12 @@ class Dialect(Protocol):
         ...
 
     def attend(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
+        self, query: Sequence[ir.Value], past: Mapping[str, ir.Value], block: Block, sinks: ir.Value | None
     ) -> CachedValues:
-        """Write the new keys and values to the cache, and attend to it; `past`: the layer's cache, by k and v."""
+        """Write the new keys and values to the cache, and attend to it.
+
+        query: q, k and v; past: the layer's cache, by k and v; sinks: float32 `[heads]`
+        """
         ...
 
 
@@ -88,7 +91,9 @@ class ElementaryAttention:
         """num_new: int64 [1], S."""
         self._g, self._masks, self._num_new, self._compute = g, masks, num_new, compute
 
-    def __call__(self, query: ir.Value, key: ir.Value, value: ir.Value, block: Block) -> ir.Value:
+    def __call__(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, block: Block, sinks: ir.Value | None
+    ) -> ir.Value:
         """query `[B, heads, S, d]`, key and value `[B, kv_heads, C, d]`; returns `[B, heads, S, d]`."""
         g, a, name = self._g, block.attention, f"layers.{block.layer}.attention"
         # [B, heads, S, d] has the same memory layout as [B, kv_heads, group * S, d].
@@ -98,12 +103,12 @@ class ElementaryAttention:
         scaled = g.op("Mul", [folded, scale], f"{name}.scaled")
         turned = g.op("Transpose", [key], f"{name}.keys", perm=[0, 1, 3, 2])
         scores = g.op("MatMul", [scaled, turned], f"{name}.scores")
-        weights = self._softmax(scores, a, name)
+        weights = self._softmax(scores, a, sinks, name)
         narrow = g.op("Cast", [weights], f"{name}.weights", to=self._compute)
         mixed = g.op("MatMul", [narrow, value], f"{name}.mixed")
         return g.op("Reshape", [mixed, g.shape_constant(0, a.num_heads, -1, a.head_dim)], name)
 
-    def _softmax(self, scores: ir.Value, a: Attention, name: str) -> ir.Value:
+    def _softmax(self, scores: ir.Value, a: Attention, sinks: ir.Value | None, name: str) -> ir.Value:
         """Masked softmax of `[B, kv_heads, group * S, C]`, in float32."""
         g, group = self._g, a.num_heads // a.num_kv_heads
         wide = g.op("Cast", [scores], f"{name}.scores.float32", to=ir.DataType.FLOAT)
@@ -119,7 +124,10 @@ class ElementaryAttention:
         mask = self._masks.for_window(a.window)  # [B, 1, S, C]
         seen = g.op("Unsqueeze", [mask, g.shape_constant(1)], f"{name}.mask")
         masked = g.op("Where", [seen, unfolded, g.constant("masked", np.array(_MASKED, np.float32))], f"{name}.masked")
-        weights = g.op("Softmax", [masked], f"{name}.softmax", axis=-1)
+        if sinks is None:
+            weights = g.op("Softmax", [masked], f"{name}.softmax", axis=-1)
+        else:
+            weights = self._with_sinks(masked, a, sinks, name)
         shape = g.op(
             "Concat",
             [g.shape_constant(0, a.num_kv_heads, -1), self._masks.capacity_1d],
@@ -129,11 +137,23 @@ class ElementaryAttention:
         return g.op("Reshape", [weights, shape], f"{name}.softmax.folded")
 
 
+    def _with_sinks(self, scores: ir.Value, a: Attention, sinks: ir.Value, name: str) -> ir.Value:
+        """Softmax of `[B, kv_heads, group, S, C]` with one more column, the sinks, which is then left out."""
+        g, last = self._g, self._g.shape_constant(-1)
+        column = g.op("Reshape", [sinks, g.shape_constant(a.num_kv_heads, a.num_heads // a.num_kv_heads, 1, 1)],
+                      f"{name}.sinks")  # fmt: skip
+        highest = g.op("Max", [g.op("ReduceMax", [scores, last], f"{name}.most", keepdims=1), column], f"{name}.top")
+        powers = g.op("Exp", [g.op("Sub", [scores, highest], f"{name}.below")], f"{name}.powers")
+        extra = g.op("Exp", [g.op("Sub", [column, highest], f"{name}.sinks.below")], f"{name}.sinks.powers")
+        total = g.op("Add", [g.op("ReduceSum", [powers, last], f"{name}.sum", keepdims=1), extra], f"{name}.total")
+        return g.op("Div", [powers, total], f"{name}.softmax")
+
+
 class Opset24:
     """Opset 24. The mask is boolean and computed from the positions.
 
     TensorRT's parser accepts Attention's `nonpad_kv_seqlen` input and ignores it, which gives wrong tokens. It refuses
-    `softcap`, so attention with a softcap is built from elementary operators.
+    `softcap`, so attention with a softcap is built from elementary operators. Attention has no input for sinks either.
     """
 
     opset = 24
@@ -158,23 +178,23 @@ class Opset24:
         return self._g.op("RotaryEmbedding", [x, cos, sin, self._tables.position_ids], out, **attributes)
 
     def attend(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
+        self, query: Sequence[ir.Value], past: Mapping[str, ir.Value], block: Block, sinks: ir.Value | None
     ) -> CachedValues:
         g, layer, a = self._g, block.layer, block.attention
         present = {
             kv: g.op("TensorScatter", [past[kv], new, self._tables.write_idx], f"present.{layer}.{kv}", axis=2)
-            for kv, new in (("k", key), ("v", value))
+            for kv, new in zip("kv", query[1:], strict=True)
         }
-        if a.softcap is not None:
-            out = self._capped()(query, present["k"], present["v"], block)
+        if a.softcap is not None or sinks is not None:
+            out = self._from_elements()(query[0], present["k"], present["v"], block, sinks)
             return CachedValues(out, present["k"], present["v"])
         mask = self._masks.for_window(a.window)
         scale: dict[str, Any] = {} if a.scale is None else {"scale": a.scale}
-        inputs = [query, present["k"], present["v"], mask]
+        inputs = [query[0], present["k"], present["v"], mask]
         out = g.op("Attention", inputs, f"layers.{layer}.attention", **scale)
         return CachedValues(out, present["k"], present["v"])
 
-    def _capped(self) -> ElementaryAttention:
+    def _from_elements(self) -> ElementaryAttention:
         if self._elementary is None:
             num_new = self._g.op("Shape", [self._tables.position_ids], "num_new", start=1, end=2)
             self._elementary = ElementaryAttention(self._g, self._masks, num_new, self._compute)

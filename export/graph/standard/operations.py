@@ -79,7 +79,9 @@ class StandardOperations(GraphOperations):
         if a.rotary is not None:
             query = self._dialect.rotate(query, a.rotary, f"{name}.q.rotated")
             key = self._dialect.rotate(key, a.rotary, f"{name}.k.rotated")
-        out, present_key, present_value = self._dialect.attend(query, key, value, self._past[block.layer], block)
+        out, present_key, present_value = self._dialect.attend(
+            [query, key, value], self._past[block.layer], block, self.sinks(a, ir.DataType.FLOAT)
+        )
         self.present += [present_key, present_value]
         rows = g.op("Transpose", [out], f"{name}.attended.rows", perm=[0, 2, 1, 3])
         return g.op("Reshape", [rows, g.shape_constant(0, 0, a.q_size)], f"{name}.attended")

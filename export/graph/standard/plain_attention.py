@@ -4,7 +4,7 @@ JetPack 6 has TensorRT 10.3, without IAttention and IKVCacheUpdate, and its pars
 interface and the results are those of Opset24 in attention.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -73,14 +73,15 @@ class Opset21:
         return g.op("Concat", [a, b] if rest is None else [a, b, rest], out, axis=-1)
 
     def attend(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, past: Mapping[str, ir.Value], block: Block
+        self, query: Sequence[ir.Value], past: Mapping[str, ir.Value], block: Block, sinks: ir.Value | None
     ) -> CachedValues:
         g, layer = self._g, block.layer
         present = {}
-        for kv, new in (("k", key), ("v", value)):
+        for kv, new in zip("kv", query[1:], strict=True):
             rows = g.op("Transpose", [new], f"layers.{layer}.{kv}.rows", perm=[0, 2, 1, 3])
             present[kv] = g.op("ScatterND", [past[kv], self._scatter_idx, rows], f"present.{layer}.{kv}")
-        return CachedValues(self._attention(query, present["k"], present["v"], block), present["k"], present["v"])
+        out = self._attention(query[0], present["k"], present["v"], block, sinks)
+        return CachedValues(out, present["k"], present["v"])
 
     def _at_positions(self, table: ir.Value, position_ids: ir.Value) -> ir.Value:
         """`[positions, d / 2]` to `[B, 1, S, d / 2]`."""

@@ -1,6 +1,7 @@
 """Builds the description of a decoder from its family's style, names and sizes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from export.model.description import (
     LM_HEAD,
@@ -118,16 +119,19 @@ class _Layout:
             rotary=self._rotary,
             q_norm=q_norm,
             k_norm=k_norm,
+            sinks=f"{prefix}.{names.sinks}" if style.has_sinks else None,
         )
 
     def _mlp_or_experts(self, layer: int, prefix: str, reads: Norm) -> Mlp | Experts:
         mixture, names, hidden = self._style.mixture, self._names, self._sizes.hidden_size
         if mixture is None or layer in mixture.dense_layers:
             parts = [f"{prefix}.{name}" for name in (names.gate, names.up, names.down)]
-            return self._mlp(layer, parts, self._sizes.intermediate_size, reads, "")
+            return self._mlp(layer, parts, self._sizes.intermediate_size, reads, "", has_bias=self._style.mlp_bias)
 
         def expert(name: str, size: int, number: str) -> Mlp:
-            return self._mlp(layer, [f"{prefix}.{name}.{part}" for part in names.expert_parts], size, reads, number)
+            parts = [f"{prefix}.{name}.{part}" for part in names.expert_parts]
+            has_bias = mixture.expert_bias or self._style.mlp_bias
+            return replace(self._mlp(layer, parts, size, reads, number, has_bias=has_bias), clamp=mixture.clamp)
 
         def logits(kind: str, name: str, num_rows: int, *, has_bias: bool) -> Linear:
             return self._linear(
@@ -148,15 +152,17 @@ class _Layout:
             else None,
         )
 
-    def _mlp(self, layer: int, names: Sequence[str], inner: int, reads: Norm, number: str) -> Mlp:
+    def _mlp(
+        self, layer: int, names: Sequence[str], inner: int, reads: Norm, number: str, *, has_bias: bool
+    ) -> Mlp:
         """names: of gate, up and down; number: an expert's suffix of its kinds, like ".3"."""
         sizes, style = self._sizes, self._style
-        hidden, bias = sizes.hidden_size, style.mlp_bias
+        hidden = sizes.hidden_size
         kind = "gate_up" if style.is_gated else "up"
         up_parts = [Part(name, inner) for name in names[not style.is_gated : 2]]
         return Mlp(
-            up=self._linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=bias, reads=reads),
-            down=self._linear(layer, f"down{number}", [Part(names[2], hidden)], inner, has_bias=bias, reads=None),
+            up=self._linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=has_bias, reads=reads),
+            down=self._linear(layer, f"down{number}", [Part(names[2], hidden)], inner, has_bias=has_bias, reads=None),
             activation=sizes.activation,
             is_gated=style.is_gated,
         )

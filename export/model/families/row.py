@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from export.checkpoint.fused import Split
-from export.model.description import Activation, NormKind
+from export.model.description import Activation, Clamp, NormKind
 from export.model.routing import Routing
 
 
@@ -74,6 +74,7 @@ class Names:
     o: str = "self_attn.o_proj"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
@@ -97,6 +98,8 @@ class Mixture:
     intermediate_size: int
     routing: Routing
     router_bias: bool = False
+    expert_bias: bool = False
+    clamp: Clamp | None = None
     has_choice_bias: bool = False
     shared_size: int = 0
     has_shared_gate: bool = False
@@ -108,6 +111,7 @@ class Style:
     """How a family's blocks differ from Llama's; description.py explains the fields.
 
     rotary_dim: channels of a head that rotate, None for all of them; has_rotary False: none
+    has_sinks: see `Attention.sinks`
     windows: the window of each layer; mixture: None for a decoder without experts
     """
 
@@ -129,6 +133,7 @@ class Style:
     embedding_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
+    has_sinks: bool = False
     mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.description import Activation, Attention, Block, Experts, Linear, Mlp, Norm, NormKind, Rotary
+from export.model.description import Activation, Attention, Block, Clamp, Experts, Linear, Mlp, Norm, NormKind, Rotary
 from export.model.reference.routing import route
 from export.model.rope import RopeTables
 from export.model.walker import Stream
@@ -89,14 +89,17 @@ class NumpyOperations:
         q = q if a.q_norm is None else self.norm(q, a.q_norm)
         k = k if a.k_norm is None else self.norm(k, a.k_norm)
         attended = np.empty((len(qkv), a.q_size), np.float32)
+        sinks = None if a.sinks is None else self._weights.vectors[a.sinks]
         for first, last in pairwise(self._edges):
             rotated = self._rotated(k[first:last], a.rotary)
             self._observe("k", rotated)
             self._observe("v", v[first:last])
-            attended[first:last] = _attention(self._rotated(q[first:last], a.rotary), rotated, v[first:last], a)
+            attended[first:last] = _attention(self._rotated(q[first:last], a.rotary), rotated, v[first:last], a, sinks)
         return attended
 
     def activate(self, up: Array, mlp: Mlp) -> Array:
+        if mlp.clamp is not None:
+            return _clamped(up, mlp.clamp)
         act = _ACTIVATIONS[mlp.activation]
         if not mlp.is_gated:
             return act(up)
@@ -185,7 +188,16 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
 }
 
 
-def _attention(q: Array, k: Array, v: Array, attention: Attention) -> Array:
+def _clamped(up: Array, clamp: Clamp) -> Array:
+    """See `Clamp`."""
+    gate, up = np.split(up, 2, axis=1)
+    limit = np.float32(clamp.limit)
+    gate = np.minimum(gate, limit)
+    with np.errstate(over="ignore"):
+        return np.asarray((np.clip(up, -limit, limit) + 1) * gate / (1 + np.exp(-np.float32(clamp.alpha) * gate)))
+
+
+def _attention(q: Array, k: Array, v: Array, attention: Attention, sinks: Array | None) -> Array:
     """Causal attention of one sequence; q `[n, heads, d]`, k and v `[n, kv_heads, d]`; returns `[n, heads * d]`.
 
     Query heads that share a key-value head are rows of one product.
@@ -208,9 +220,15 @@ def _attention(q: Array, k: Array, v: Array, attention: Attention) -> Array:
             cap = np.float32(attention.softcap)
             scores = cap * np.tanh(scores / cap)
         scores.reshape(num_kv, group, stop - start, -1)[..., masked - first :] += mask
-        scores -= scores.max(-1, keepdims=True)
+        highest = scores.max(-1, keepdims=True)
+        of_sinks = None
+        if sinks is not None:
+            of_rows = np.repeat(sinks.reshape(num_kv, group, 1), stop - start, axis=1).reshape(num_kv, -1, 1)
+            highest = np.maximum(highest, of_rows)
+            of_sinks = np.exp(of_rows - highest)
+        scores -= highest
         np.exp(scores, out=scores)
         mixed = scores @ values[:, first:stop]
-        mixed /= scores.sum(-1, keepdims=True)
+        mixed /= scores.sum(-1, keepdims=True) + (0 if of_sinks is None else of_sinks)
         out[start:stop] = mixed.reshape(num_kv, group, -1, dim).transpose(2, 0, 1, 3)
     return out.reshape(n, -1)

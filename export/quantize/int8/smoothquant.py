@@ -43,7 +43,7 @@ def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
         return block.attention.qkv.parts[-1]
     mlps = [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.mlps
     mlp = next(mlp for mlp in mlps if mlp.down == linear)
-    return mlp.up.parts[-1] if mlp.is_gated else None
+    return mlp.up.parts[-1] if mlp.is_gated and mlp.clamp is None else None
 
 
 def smoothing_vector(

@@ -149,13 +149,22 @@ struct Attention {
     state = Part{most, fma(part.total, new_factor[0], state.total * old_factor[0])};
   }
 
+  // 1 / sum of the weights, the sink's among them.
+  float inverse_total(const Part& state, int head) const {
+    if (!call.sinks) return 1.0f / state.total;
+    const float sink = call.sinks[head] * LOG2_E;
+    if (sink <= state.most) return 1.0f / (state.total + exp2_nonpositive(sink - state.most));
+    const float factor = exp2_nonpositive(state.most - sink);
+    return factor / fma(state.total, factor, 1.0f);
+  }
+
   // Divide by the sum of the weights and write the outputs of the item's query rows. Adding 0 leaves one kind of zero.
   void finish(const Item& item, const Part* state, const float* sums) const {
     const float* value_scale = call.v_scale ? call.v_scale + (int64_t)item.head * call.head_dim : nullptr;
     for (int32_t i = 0; i < item.num_tokens * group; ++i, sums += padded_dim) {
       const int64_t token = plan.first_token[item.row] + item.first_token + i / group;
       float* out = call.out + (token * call.num_heads + item.head * group + i % group) * call.head_dim;
-      const float inverse = 1.0f / state[i].total;
+      const float inverse = inverse_total(state[i], item.head * group + i % group);
       if (value_scale) {
         for (int channel = 0; channel < call.head_dim; ++channel) out[channel] = sums[channel] * inverse * value_scale[channel] + 0.0f;
       } else {

@@ -42,6 +42,7 @@ struct AttentionCall {
   float scale;                 // of the scores
   float softcap;               // scores become softcap * tanh(score / softcap); 0: they stay
   float epsilon;               // of the norms
+  const float* sinks;          // [num_heads], scores that take a share of the softmax and add no value; null: none
 };
 
 // What is wrong with a call, null if nothing. It reads sizes and the small arrays of the rows.

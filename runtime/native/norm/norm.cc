@@ -89,6 +89,13 @@ void add_norm(const AddNorm& job, const Parallel& parallel) {
   });
 }
 
+HEADRACE_INLINE Vec gated(const GateUp& job, Vec gate, Vec up) {
+  if (job.activation == Gate::silu) return silu(gate) * up;
+  if (job.activation == Gate::gelu_tanh) return gelu_tanh(gate) * up;
+  const Vec low = min(splat(job.limit), gate), inside = max(splat(-job.limit), min(splat(job.limit), up));
+  return low / (splat(1.0f) + exp(splat(-job.alpha) * low)) * (inside + splat(1.0f));
+}
+
 void gate_up(const GateUp& job, const Parallel& parallel) {
   const size_t rows = rows_of_task(2 * job.size);
   parallel.each((job.num_rows + rows - 1) / rows, [&](size_t task) {
@@ -97,8 +104,8 @@ void gate_up(const GateUp& job, const Parallel& parallel) {
       const float* gate = job.stacked + row * 2 * job.size;
       each_vector(job.size, [&](size_t at, size_t count) {
         const Vec x = load_some(gate + at, count);
-        const Vec active = job.activation == Gate::silu ? silu(x) : gelu_tanh(x);
-        store_some(job.gated + row * job.size + at, active * load_some(gate + job.size + at, count), count);
+        const Vec up = load_some(gate + job.size + at, count);
+        store_some(job.gated + row * job.size + at, gated(job, x, up), count);
       });
     }
   });

@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-enum class Gate { silu, gelu_tanh };
+enum class Gate { silu, gelu_tanh, clamped };
 
 // One norm over the last axis of `num_rows` rows of `size` floats.
 struct AddNorm {
@@ -24,13 +24,15 @@ struct AddNorm {
   bool is_layer_norm;  // subtracts the mean; otherwise the root mean square
 };
 
-// gated[r, i] = activation(stacked[r, i]) * stacked[r, size + i]
+// gated[r, i] = activation(stacked[r, i]) * stacked[r, size + i]; clamped, with gate = min(stacked[r, i], limit):
+//               gate * sigmoid(alpha * gate) * (clip(stacked[r, size + i], -limit, limit) + 1)
 struct GateUp {
   const float* stacked;  // [num_rows, 2 * size]: gate, then up
   float* gated;          // [num_rows, size]
   size_t num_rows;
   size_t size;
   Gate activation;
+  float limit, alpha;    // of clamped
 };
 
 struct NormKernels {

@@ -11,7 +11,7 @@ namespace ort {
 //
 // qkv [N, (num_heads + 2 * kv_num_heads) * head_dim]; past k and v [slots, kv_num_heads, capacity, head_dim] in float32,
 // float16 or int8; slot, past_len, query_len int32 [rows]; cos and sin [max_len, rotary_dim / 2]; norms of queries and
-// keys [head_dim]; scales of an int8 cache [kv_num_heads * head_dim]. The present cache is bound to the memory of the
+// keys [head_dim]; scales of an int8 cache [kv_num_heads * head_dim]; sinks [num_heads]. The present cache is bound to the memory of the
 // past one.
 template <ElementType CACHE>
 class AttentionOp {
@@ -19,7 +19,7 @@ class AttentionOp {
   static constexpr const char* NAME = CACHE == FLOAT ? "Attention" : CACHE == FLOAT16 ? "AttentionFloat16" : "AttentionInt8";
   static constexpr Port INPUTS[] = {{FLOAT}, {CACHE}, {CACHE}, {INT32}, {INT32}, {INT32},
                                     {FLOAT, OPTIONAL}, {FLOAT, OPTIONAL}, {FLOAT, OPTIONAL}, {FLOAT, OPTIONAL},
-                                    {FLOAT, OPTIONAL}, {FLOAT, OPTIONAL}};
+                                    {FLOAT, OPTIONAL}, {FLOAT, OPTIONAL}, {FLOAT, OPTIONAL}};
   static constexpr Port OUTPUTS[] = {{FLOAT}, {CACHE}, {CACHE}};
 
   explicit AttentionOp(const Info& info) : kernels_(attention_kernels()) {
@@ -40,7 +40,7 @@ class AttentionOp {
     const Tensor qkv = run.input(0), keys = run.input(1), values = run.input(2);
     const Tensor slot = run.input(3), past_len = run.input(4), query_len = run.input(5);
     const Tensor cos = run.input(6), sin = run.input(7), q_norm = run.input(8), k_norm = run.input(9);
-    const Tensor k_scale = run.input(10), v_scale = run.input(11);
+    const Tensor k_scale = run.input(10), v_scale = run.input(11), sinks = run.input(12);
     AttentionCall call = call_;
     if (keys.shape.count != 4 || values.shape.num_elements() != keys.shape.num_elements()) {
       throw Failure("past k and v are [slots, kv_num_heads, capacity, head_dim], both alike");
@@ -60,6 +60,7 @@ class AttentionOp {
     require(k_norm, dim);
     require(k_scale, call.num_kv_heads * dim);
     require(v_scale, call.num_kv_heads * dim);
+    require(sinks, call.num_heads);
     call.rotary_dim = cos ? static_cast<int32_t>(2 * cos.shape.last()) : 0;
     call.qkv = qkv.data<float>();
     call.slot = slot.data<int32_t>();
@@ -71,6 +72,7 @@ class AttentionOp {
     call.k_norm = k_norm.data<float>();
     call.k_scale = k_scale.data<float>();
     call.v_scale = v_scale.data<float>();
+    call.sinks = sinks.data<float>();
     if (const char* fault = find_fault(call)) throw Failure(fault);
     int64_t num_tokens = 0;
     for (int32_t row = 0; row < call.num_rows; ++row) {

@@ -48,7 +48,7 @@ class AddNormOp {
   bool is_layer_norm_;
 };
 
-// stacked [..., 2 * size], gate before up -> activation(gate) * up, [..., size]
+// stacked [..., 2 * size], gate before up -> activation(gate) * up, [..., size]; with a `limit`, clamped (norm.h)
 class GateUpOp {
  public:
   static constexpr const char* NAME = "GateUp";
@@ -56,7 +56,10 @@ class GateUpOp {
   static constexpr Port OUTPUTS[] = {{FLOAT}};
 
   explicit GateUpOp(const Info& info)
-      : kernels_(norm_kernels()), activation_(info.integer("gelu", 0) != 0 ? Gate::gelu_tanh : Gate::silu) {}
+      : kernels_(norm_kernels()), limit_(info.number("limit", 0)), alpha_(info.number("alpha", 1)) {
+    if (info.integer("gelu", 0) != 0) activation_ = Gate::gelu_tanh;
+    if (limit_ > 0) activation_ = Gate::clamped;
+  }
 
   void compute(Context& run) {
     const Tensor stacked = run.input(0);
@@ -68,12 +71,15 @@ class GateUpOp {
     job.num_rows = static_cast<size_t>(stacked.shape.num_rows());
     job.size = static_cast<size_t>(size);
     job.activation = activation_;
+    job.limit = limit_;
+    job.alpha = alpha_;
     kernels_.gate_up(job, run.parallel());
   }
 
  private:
   const NormKernels& kernels_;
-  Gate activation_;
+  Gate activation_ = Gate::silu;
+  float limit_, alpha_;
 };
 
 }  // namespace ort

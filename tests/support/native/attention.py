@@ -28,6 +28,7 @@ class AttentionCall(ctypes.Structure):
             "num_rows", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "is_interleaved", "window",
             "cache_type")),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "epsilon")),
+        ("sinks", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class Layer:
     scale: float = 0.0
     epsilon: float = 1e-5
     has_norms: bool = False
+    has_sinks: bool = False
     keys: NDArray[Any] = field(init=False)
     values: NDArray[Any] = field(init=False)
     weights: dict[str, Array] = field(init=False, default_factory=dict)
@@ -65,6 +67,8 @@ class Layer:
         if self.has_norms:
             for name in ("q_norm", "k_norm"):
                 self.weights[name] = rng.uniform(0.5, 1.5, self.head_dim).astype(np.float32)
+        if self.has_sinks:  # some above the scores, some below
+            self.weights["sinks"] = np.linspace(-3, 5, self.num_heads).astype(np.float32)
         if self.dtype == np.int8:
             for name in ("k_scale", "v_scale"):
                 steps = rng.uniform(0.02, 0.03, self.num_kv_heads * self.head_dim)
@@ -88,7 +92,7 @@ class Layer:
             *(address(self.weights.get(name)) for name in names),
             self.num_slots, self.capacity, len(slots), self.num_heads, self.num_kv_heads, self.head_dim,
             self.rotary_dim, self.is_interleaved, self.window, CACHE_TYPES.index(self.dtype),
-            self.scale, self.softcap, self.epsilon,
+            self.scale, self.softcap, self.epsilon, address(self.weights.get("sinks")),
         )  # fmt: skip
         library.headrace_attend.restype = ctypes.c_char_p
         fault = library.headrace_attend(ctypes.byref(call), threads)
@@ -133,7 +137,11 @@ class Layer:
             if self.softcap:
                 scores = self.softcap * np.tanh(scores / self.softcap)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
+            total = weights.sum(-1, keepdims=True)
+            if self.has_sinks:
+                sinks = self.weights["sinks"].astype(np.float64).reshape(-1, group, 1)
+                total += np.exp(sinks - scores.max(-1, keepdims=True))
+            weights /= total
             found.append(np.einsum("kgt,ktd->kgd", weights, values).reshape(-1))
         return np.array(found)
 

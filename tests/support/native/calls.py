@@ -50,6 +50,8 @@ class GateUpJob(ctypes.Structure):
         ("num_rows", ctypes.c_size_t),
         ("size", ctypes.c_size_t),
         ("activation", ctypes.c_int),
+        ("limit", ctypes.c_float),
+        ("alpha", ctypes.c_float),
     )
 
 
@@ -72,10 +74,16 @@ def add_norm(
 
 
 def gate_up(
-    library: ctypes.CDLL, stacked: NDArray[np.float32], *, is_gelu: bool, threads: int = 1
+    library: ctypes.CDLL,
+    stacked: NDArray[np.float32],
+    *,
+    is_gelu: bool = False,
+    limit: float = 0,
+    alpha: float = 1,
+    threads: int = 1,
 ) -> NDArray[np.float32]:
-    """activation(gate) * up of `[rows, gate | up]`."""
+    """activation(gate) * up of `[rows, gate | up]`, or with a limit the clamped activation."""
     gated = np.empty((len(stacked), stacked.shape[1] // 2), np.float32)
-    job = GateUpJob(address(stacked), address(gated), len(stacked), gated.shape[1], int(is_gelu))
+    job = GateUpJob(address(stacked), address(gated), len(stacked), gated.shape[1], 2 if limit else int(is_gelu), limit, alpha)
     library.headrace_gate_up(ctypes.byref(job), threads)
     return gated
