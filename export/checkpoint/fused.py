@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
+from export.checkpoint.safetensors_dir import STORED_TYPES
 from export.checkpoint.view import CheckpointView
 from export.storage.quantized_rows import ImportedRows
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -40,20 +41,22 @@ class Split:
     parts: what takes the place of `fused` in the name, and the number of outputs; None is an equal share of the outputs
         that the others leave. A single part renames.
     transposed: safetensors hold the weight as `[inputs, outputs]`, as GPT-2's Conv1D does
-    experts: the weight is `[experts, outputs, inputs]` and may lack `.weight`; `{}` in a part is the expert's number
+    experts: the weight is `[experts, outputs, inputs]` and may lack `.weight`, the bias may end in `_bias`; `{}` in a
+        part is the expert's number
+    interleaved: the parts' outputs take turns
     """
 
     fused: str
     parts: tuple[tuple[str, int | None], ...]
     transposed: bool = False
     experts: bool = False
+    interleaved: bool = False
 
 
 class _Slice(NamedTuple):
-    """A layer's place: outputs `start` to `stop` of a stored tensor, or of one expert in it."""
+    """A layer's place: some outputs of a stored tensor, or of one expert in it."""
 
-    start: int
-    stop: int
+    outputs: slice
     is_transposed: bool
     expert: int | None
 
@@ -70,16 +73,11 @@ class FusedView(CheckpointView):
         """
         super().__init__(base)
         self._splits, self._renames = tuple(splits), dict(renames or {})
-        if base.stored_bits is not None and any(split.transposed for split in splits):
-            raise UnsupportedModel(
-                "packed integers of this architecture's transposed layers are not supported; give the checkpoint that "
-                "is not quantized"
-            )
         self._slices: dict[str, _Slice] = {}
         self._names: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
         for stored, info in base.tensors.items():
-            for name, shape in self._layers_in(stored, info.shape):
+            for name, shape in self._layers_in(stored, info):
                 if name in tensors:
                     both = f"{self.stored_name(name)} and {base.stored_name(stored)}"
                     raise InvalidCheckpoint(f"{both} both hold {name}; remove one of them")
@@ -102,19 +100,21 @@ class FusedView(CheckpointView):
         stored, place = self._known(name), self._slices.get(name)
         if place is None:
             return self._base.load_rows(stored, start, stop)
-        first, last = place.start + start, min(place.start + stop, place.stop)
+        outputs = place.outputs
         if place.expert is not None:
             whole = self._base.load_rows(stored, place.expert, place.expert + 1)[0]
-        elif place.is_transposed:
+        elif place.is_transposed or outputs.step != 1:
             whole = self._base.load(stored)
         else:
-            return self._base.load_rows(stored, first, last)
-        return np.ascontiguousarray(whole[:, first:last].T if place.is_transposed else whole[first:last])
+            return self._base.load_rows(stored, outputs.start + start, min(outputs.start + stop, outputs.stop))
+        return np.ascontiguousarray((whole.T if place.is_transposed else whole)[outputs][start:stop])
 
     def imported(self, name: str) -> ImportedRows | None:
         stored, place = self._known(name), self._slices.get(name)
+        if place is not None and (place.expert is not None or place.outputs.step != 1):
+            return None
         whole = self._base.imported(stored)
-        return whole if whole is None or place is None else whole.between(place.start, place.stop)
+        return whole if whole is None or place is None else whole.between(place.outputs.start, place.outputs.stop)
 
     def stored_name(self, name: str) -> str:
         """The name in the files; of a tensor that is missing, the name that it would have there."""
@@ -133,7 +133,7 @@ class FusedView(CheckpointView):
             raise InvalidCheckpoint(f"the checkpoint has no tensor {self.stored_name(name)!r}")
         return self._names[name]
 
-    def _layers_in(self, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _layers_in(self, stored: str, info: TensorInfo) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the layers in one tensor of the base."""
         name = stored
         for old, new in self._renames.items():
@@ -141,13 +141,15 @@ class FusedView(CheckpointView):
         for split in self._splits:
             found = _ending_in(re.escape(split.fused)).fullmatch(name)
             if found and (found[2] or split.experts):
-                yield from self._parts(split, found[1] or "", found[2] or ".weight", stored, shape)
+                suffix = ".bias" if found[2] == "_bias" else found[2] or ".weight"
+                yield from self._parts(split, found[1] or "", suffix, stored, info)
                 return
-        yield name, shape
+        yield name, info.shape
 
     def _parts(
-        self, split: Split, before: str, suffix: str, stored: str, shape: tuple[int, ...]
+        self, split: Split, before: str, suffix: str, stored: str, info: TensorInfo
     ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        shape = info.shape
         one = shape[1:] if split.experts else shape
         num_dims = 1 if suffix == ".bias" else 2
         if len(one) != num_dims:
@@ -156,13 +158,19 @@ class FusedView(CheckpointView):
                 f"{num_dims + split.experts} dimensions"
             )
         is_transposed = split.transposed and num_dims == 2
+        if is_transposed and self._base.stored_bits is not None and info.dtype not in STORED_TYPES:
+            raise UnsupportedModel(
+                "packed integers of this architecture's transposed layers are not supported; give the checkpoint that "
+                "is not quantized"
+            )
         one = one[::-1] if is_transposed else one
         for expert in range(shape[0]) if split.experts else (None,):
             start = 0
             for (part, _), size in zip(split.parts, self._sizes(split, one[0], stored), strict=True):
                 name = f"{before}{part.replace('{}', str(expert))}{suffix}"
-                self._slices[name] = _Slice(start, start + size, is_transposed, expert)
-                start += size
+                step = len(split.parts) if split.interleaved else 1
+                self._slices[name] = _Slice(slice(start, start + size * step, step), is_transposed, expert)
+                start += 1 if split.interleaved else size
                 yield name, (size, *one[1:])
 
     def _sizes(self, split: Split, num_outputs: int, stored: str) -> list[int]:
@@ -179,7 +187,7 @@ class FusedView(CheckpointView):
 
 def _ending_in(pattern: str) -> re.Pattern[str]:
     """Matches a tensor's name that ends in the pattern. Groups: the beginning, and the suffix."""
-    return re.compile(rf"(.*\.)?{pattern}(\.weight|\.bias|)")
+    return re.compile(rf"(.*\.)?{pattern}(\.weight|\.bias|_bias|)")
 
 
 def _replaced(name: str, old: str, new: str) -> str:

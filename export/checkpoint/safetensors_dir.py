@@ -86,17 +86,18 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InvalidCheckpoint(f"{self._path} has no tensor {name!r}; it has {len(self._places)} others")
         return self._places[name]
 
-    def load_stored(self, name: str, *types: str) -> NDArray[Any]:
+    def load_stored(self, name: str, *types: str, row: int | None = None) -> NDArray[Any]:
         """Read one tensor as its stored type, for tools that keep weights in integers or narrow floats.
 
-        types: the safetensors types that it may have. InvalidCheckpoint for another one, a missing tensor or an end of
-        the file inside it.
+        types: the safetensors types that it may have; row: of the first axis, if only one is wanted
+        InvalidCheckpoint for another type, a missing tensor or an end of the file inside it.
         """
         place = self._places.get(name)
         if place is None or place.info.dtype not in types:
             stored = "is not there" if place is None else f"is stored as {place.info.dtype}"
             raise InvalidCheckpoint(f"{self._path}: tensor {name!r} {stored}; it must be {' or '.join(types)}")
         dtype = RAW_TYPES[place.info.dtype]
+        place = place if row is None else place.rows(row, row + 1)
         try:
             with place.file.open("rb") as handle:
                 handle.seek(place.offset)
@@ -105,7 +106,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InvalidCheckpoint(f"{place.file} cannot be read: {error.strerror or error}") from error
         if values.size != place.num_bytes // dtype.itemsize:
             raise InvalidCheckpoint(f"{place.file} is truncated in tensor {name!r}; {AGAIN}")
-        return values.reshape(place.info.shape)
+        return values.reshape(place.info.shape if row is None else place.info.shape[1:])
 
     def text_file(self, name: str) -> str | None:
         """The text of a file beside the weights; None if there is none."""

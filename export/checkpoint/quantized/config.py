@@ -7,6 +7,7 @@ Refuses every other format by name.
     bitsandbytes            bitsandbytes.py        int8, nf4 and fp4
     fp8, fbgemm_fp8         float8.py              fp8 with a scale for each block, row or matrix
     modelopt                modelopt.py            int8, int4, fp8 and nvfp4
+    mxfp4                   mxfp4.py               experts in fp4, as gpt-oss stores them
     hqq                     hqq.py                 1 to 8 bits with zero points between the integers
 """
 
@@ -37,6 +38,7 @@ FORMATS: Mapping[str, str] = {
     "modelopt": "modelopt",
     "modelopt_fp4": "modelopt",
     "hqq": "hqq",
+    "mxfp4": "mxfp4",
 }
 """Module of this folder for each `quant_method`."""
 

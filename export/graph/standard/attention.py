@@ -136,7 +136,6 @@ class ElementaryAttention:
         )
         return g.op("Reshape", [weights, shape], f"{name}.softmax.folded")
 
-
     def _with_sinks(self, scores: ir.Value, a: Attention, sinks: ir.Value, name: str) -> ir.Value:
         """Softmax of `[B, kv_heads, group, S, C]` with one more column, the sinks, which is then left out."""
         g, last = self._g, self._g.shape_constant(-1)

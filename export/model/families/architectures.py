@@ -48,6 +48,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """
     arch = _architecture(raw)
     shared = _shared_names(raw, arch)
+    if arch.rope and not (shared.get("rope_scaling") or shared.get("rope_parameters")):
+        shared = {**shared, "rope_scaling": arch.rope}
     refuse_unknown(shared, arch.fields)
     defaults = arch.defaults
     sizes = _sizes(shared, arch)

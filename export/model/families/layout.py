@@ -152,9 +152,7 @@ class _Layout:
             else None,
         )
 
-    def _mlp(
-        self, layer: int, names: Sequence[str], inner: int, reads: Norm, number: str, *, has_bias: bool
-    ) -> Mlp:
+    def _mlp(self, layer: int, names: Sequence[str], inner: int, reads: Norm, number: str, *, has_bias: bool) -> Mlp:
         """names: of gate, up and down; number: an expert's suffix of its kinds, like ".3"."""
         sizes, style = self._sizes, self._style
         hidden = sizes.hidden_size

@@ -152,6 +152,7 @@ class Architecture:
     aliases: the family's own field names, and the shared name of each, which it does not read
     synonyms: further names of shared fields, which the family reads as well
     activations: what a hidden_act means for this family alone
+    rope: the rotary settings of a config.json that has none
     rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
     splits: how matrices are fused or transposed in the checkpoint's layers
     unused: a pattern for names of tensors that predict no next token, as transformers ignores them; "" for none
@@ -166,5 +167,6 @@ class Architecture:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     activations: Mapping[str, Activation] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
+    rope: Mapping[str, object] = field(default_factory=dict)
     splits: Callable[[Sizes], tuple[Split, ...]] = lambda sizes: ()
     unused: Callable[[Raw, Sizes], str] = lambda raw, sizes: ""

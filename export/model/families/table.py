@@ -12,6 +12,7 @@ from export.model.families.dense.phi3 import PHI3
 from export.model.families.dense.relatives import ARCEE, ERNIE4_5, EXAONE, HELIUM, INTERNLM3, IQUESTCODER, SEED_OSS
 from export.model.families.experts.ernie import ERNIE4_5_MOE
 from export.model.families.experts.glm import GLM4_MOE
+from export.model.families.experts.gpt_oss import GPT_OSS
 from export.model.families.experts.mixtral import MIXTRAL
 from export.model.families.experts.phimoe import PHIMOE
 from export.model.families.experts.qwen import QWEN2_MOE, QWEN3_MOE
@@ -36,6 +37,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_bigcode": GPT_BIGCODE,
         "gpt_neo": GPT_NEO,
         "gptj": GPTJ,
+        "gpt_oss": GPT_OSS,
         "helium": HELIUM,
         "internlm3": INTERNLM3,
         "iquestcoder": IQUESTCODER,

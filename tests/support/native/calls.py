@@ -84,6 +84,8 @@ def gate_up(
 ) -> NDArray[np.float32]:
     """activation(gate) * up of `[rows, gate | up]`, or with a limit the clamped activation."""
     gated = np.empty((len(stacked), stacked.shape[1] // 2), np.float32)
-    job = GateUpJob(address(stacked), address(gated), len(stacked), gated.shape[1], 2 if limit else int(is_gelu), limit, alpha)
+    job = GateUpJob(
+        address(stacked), address(gated), len(stacked), gated.shape[1], 2 if limit else int(is_gelu), limit, alpha
+    )
     library.headrace_gate_up(ctypes.byref(job), threads)
     return gated

@@ -76,6 +76,26 @@ GLM4_MOE = {
     "partial_rotary_factor": 0.5,
 }
 
+# Some activations of random weights are beyond 1, and none beyond the real limit of 7.
+GPT_OSS = {
+    **BASE,
+    "model_type": "gpt_oss",
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "sliding_window": 24,
+    "swiglu_limit": 1.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+}
+
 EXPERTS: Mapping[str, dict[str, Any]] = {
-    str(raw["model_type"]): raw for raw in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE)
+    str(raw["model_type"]): raw for raw in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE, GPT_OSS)
 }
