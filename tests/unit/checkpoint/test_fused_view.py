@@ -47,7 +47,8 @@ class Arrays(Checkpoint):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(array.shape, "F32") for name, array in self.arrays.items()}
+        kind = "F32" if self.bits is None else f"{self.bits} bits"
+        return {name: TensorInfo(array.shape, kind) for name, array in self.arrays.items()}
 
     @property
     def stored_bits(self) -> int | None:
@@ -156,7 +157,20 @@ def test_integers_are_split_with_their_scales_and_zero_points() -> None:
     np.testing.assert_array_equal(part.dequantized(), whole.dequantized()[8:12])
     assert view.stored_bits == 4
     with pytest.raises(UnsupportedModel, match="transposed layers are not supported"):
-        FusedView(base, GPT2)
+        FusedView(Arrays({"model.layers.0.attn.c_attn.weight": random(32, 48)}, bits=4), GPT2)
+
+
+def test_experts_whose_outputs_take_turns() -> None:
+    fused = "mlp.experts.gate_up_proj"
+    both = (("mlp.experts.{}.gate", None), ("mlp.experts.{}.up", None))
+    base = Arrays({f"a.{fused}": random(3, 6, 10), f"a.{fused}_bias": random(3, 10)})
+    view = FusedView(base, (Split(fused, both, transposed=True, experts=True, interleaved=True),))
+    assert len(view.tensors) == 12 and view.tensors["a.mlp.experts.2.up.weight"].shape == (5, 6)
+    for place, part in enumerate(("gate", "up")):
+        weight, bias = base.arrays[f"a.{fused}"][2].T[place::2], base.arrays[f"a.{fused}_bias"][2, place::2]
+        np.testing.assert_array_equal(view.load(f"a.mlp.experts.2.{part}.weight"), weight)
+        np.testing.assert_array_equal(view.load_rows(f"a.mlp.experts.2.{part}.weight", 1, 4), weight[1:4])
+        np.testing.assert_array_equal(view.load(f"a.mlp.experts.2.{part}.bias"), bias)
 
 
 @pytest.mark.parametrize(
