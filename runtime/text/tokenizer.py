@@ -56,9 +56,10 @@ class Tokenizer:
         self._hf.no_truncation()
         self._hf.no_padding()
         self._encoder = BoundedEncoder(tokenizer)
-        decoder = msgspec.json.decode(tokenizer.to_str()).get("decoder")
-        self._decode_steps = _flatten_decoder(decoder, where)
+        parts = msgspec.json.decode(tokenizer.to_str())
+        self._decode_steps = _flatten_decoder(parts.get("decoder"), where)
         self._is_byte_level = any(step["type"] == "ByteLevel" for step in self._decode_steps)
+        self._literal_ids = _literal_ids(tokenizer, parts["model"]) if self._is_byte_level else frozenset()
         added = tokenizer.get_added_tokens_decoder().items()
         self._special_ids = frozenset(i for i, token in added if token.special)
         self.special_id_of: Mapping[str, int] = {token.content: i for i, token in added if token.special}
@@ -94,8 +95,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens the tokenizer knows; a model's vocabulary may be padded beyond it."""
-        return self._hf.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id that the tokenizer knows; a model's vocabulary may be padded beyond it."""
+        return max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text.
@@ -136,9 +137,13 @@ class Tokenizer:
         return SecretSpelling(self._hf, ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a whole list of ids, special tokens left out, as `tokenizers` decodes it."""
-        text: str = self._hf.decode(list(ids), skip_special_tokens=True)
-        return text
+        """Text of a whole list of ids, special tokens left out.
+
+        As `tokenizers` decodes it, but for two things that a stream cannot have, or should not: in a run of byte tokens
+        that is not UTF-8, only what is wrong becomes U+FFFD; and an added token is its own text (`_literal_ids`).
+        """
+        detokenizer = self.detokenizer()
+        return "".join(map(detokenizer.push, ids)) + detokenizer.finish()
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a control token, which adds no text."""
@@ -169,21 +174,32 @@ class Tokenizer:
         """
         is_beginning = not prompt_ids or self.is_special(prompt_ids[-1])
         token_bytes = self.token_bytes if skips_special else self.shown_bytes
-        return Detokenizer(token_bytes, strip_first=is_beginning and self._strips_first)
+        strips = is_beginning and any(
+            step["type"] == "Strip" and step.get("start", 0) > 0 for step in self._decode_steps
+        )
+        first_bytes = self._first_bytes if is_beginning and self._metaspace is not None else None
+        return Detokenizer(token_bytes, strip_first=strips, first_bytes=first_bytes)
 
     @property
-    def _strips_first(self) -> bool:
-        return any(
-            (step["type"] == "Strip" and step.get("start", 0) > 0)
-            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-            for step in self._decode_steps
-        )
+    def _metaspace(self) -> str | None:
+        """The character that a Metaspace decoder drops wherever it is in the first token."""
+        for step in self._decode_steps:
+            if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+                return str(step.get("replacement", "\u2581"))
+        return None
+
+    def _first_bytes(self, token_id: int) -> bytes:
+        """The bytes of the first token of a text where a Metaspace decoder is."""
+        assert self._metaspace is not None
+        return str(self._hf.id_to_token(token_id) or "").replace(self._metaspace, "").encode()
 
     def _compute_bytes(self, token_id: int) -> bytes:
         token = None if token_id in self._special_ids else self._hf.id_to_token(token_id)
         if token is None:
             return b""
         if self._is_byte_level:
+            if token_id in self._literal_ids:
+                return str(token).encode()
             try:
                 return str(token).translate(_BYTE_CHARS).encode("latin-1")
             except UnicodeEncodeError:  # an added token, written as it is
@@ -213,15 +229,27 @@ class Detokenizer:
     16, section 3.9), as the decoder of byte-level tokenizers does. Time and memory are constant per token.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes], *, strip_first: bool = False) -> None:
-        """`token_bytes` gives the bytes that a token adds to the text."""
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        *,
+        strip_first: bool = False,
+        first_bytes: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """token_bytes: gives the bytes that a token adds to the text
+        strip_first: whether a space at the beginning is dropped
+        first_bytes: takes the place of token_bytes for the first token that adds something
+        """
         self._token_bytes = token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._strip_first = strip_first
+        self._strip_first, self._first_bytes = strip_first, first_bytes
 
     def push(self, token_id: int) -> str:
         """Add a token; return the characters that are now whole."""
-        return self._stripped(self._decode(self._token_bytes(token_id)))
+        added = self._token_bytes(token_id)
+        if self._first_bytes is not None and added:
+            added, self._first_bytes = self._first_bytes(token_id), None
+        return self._stripped(self._decode(added))
 
     def finish(self) -> str:
         """The rest of an unfinished character: U+FFFD or nothing."""
@@ -270,6 +298,22 @@ def _flatten_decoder(decoder: Any, where: str) -> list[dict[str, Any]]:
                 f"{where} has the decoder {kind!r}; only byte-level BPE and SentencePiece can be streamed"
             )
     return list(steps)
+
+
+def _literal_ids(tokenizer: "HfTokenizer", model: Mapping[str, Any]) -> frozenset[int]:
+    """Added tokens that stand for their own text although each of their characters also stands for a byte.
+
+    An added token is found in a text by its own characters, so `\u00d6` in it is that letter and not the byte 0xD6, as
+    the library's decoder takes it. Only a token that merges of bytes also lead to is left to the alphabet.
+    """
+    added = tokenizer.get_added_tokens_decoder().items()
+    ids = {token.content: token_id for token_id, token in added if not token.content.isascii()}
+    if not ids:
+        return frozenset()
+    merges = model.get("merges") or ()
+    merged = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in merges}
+    own = tokenizer.get_vocab(with_added_tokens=False)
+    return frozenset(i for text, i in ids.items() if text not in own or (text not in merged and len(text) > 1))
 
 
 def _byte_level_alphabet() -> dict[int, int]:

@@ -36,10 +36,15 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], prompt_ids: list[int] | None
     return [*(detokenizer.push(i) for i in ids), detokenizer.finish()]
 
 
+def decoded_by_library(tokenizer: Tokenizer, ids: list[int]) -> str:
+    text: str = tokenizer._hf.decode(ids, skip_special_tokens=True)
+    return text
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.integers(0, 259), max_size=40))
 def test_byte_level_pieces_of_random_ids_add_up_to_the_decoded_whole(ids: list[int]) -> None:
-    assert "".join(pieces_of(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
+    assert "".join(pieces_of(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids) == decoded_by_library(BYTE_LEVEL, ids)
 
 
 @settings(max_examples=300, deadline=None)
@@ -49,7 +54,7 @@ def test_byte_fallback_pieces_of_random_ids_are_the_text_of_their_bytes(ids: lis
     whole = b"".join(BYTE_FALLBACK.token_bytes(i) for i in ids).decode(errors="replace").removeprefix(" ")
     assert "".join(pieces_of(BYTE_FALLBACK, ids)) == whole
     if "\ufffd" not in whole:
-        assert whole == BYTE_FALLBACK.decode(ids)
+        assert whole == BYTE_FALLBACK.decode(ids) == decoded_by_library(BYTE_FALLBACK, ids)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
@@ -57,7 +62,7 @@ def test_byte_fallback_pieces_of_random_ids_are_the_text_of_their_bytes(ids: lis
 def test_text_in_many_scripts_survives_and_no_piece_has_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     pieces = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == text == tokenizer.decode(ids)
+    assert "".join(pieces) == text == tokenizer.decode(ids) == decoded_by_library(tokenizer, ids)
     assert not any("\ufffd" in piece for piece in pieces)
 
 
