@@ -49,8 +49,8 @@ def measure_speed(artifact: Artifact, work: Workload) -> Speed:
     from runtime.commands.bench_runs import decode, prefill
 
     capacity = min(work.prompt_len + max(work.new_tokens, 1), artifact.manifest.dims.max_len)
-    rows = max(1, min(work.rows, int(default_budget() // (capacity * artifact.kv_bytes_per_token))))
     dialect = "native" if has_native_graph(artifact) else "ort"
+    rows = max(1, min(work.rows, int(default_budget() // (capacity * artifact.kv_bytes_per_token(dialect)))))
     session = open_cpu_session(artifact, dialect, num_slots=rows, capacity=capacity)
     try:
         prefill(session, work.prompt_len)  # the first run of a length allocates

@@ -242,10 +242,9 @@ class Artifact:
         """Size of the weight file."""
         return self.manifest.files[WEIGHTS].size if WEIGHTS in self.manifest.files else 0
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache a token takes, in the `ort` dialect."""
-        return self.manifest.dims.kv_bytes_per_token(self.manifest.kv.dtype)
+    def kv_bytes_per_token(self, dialect: str = "ort") -> int:
+        """Bytes of a dialect's KV cache that a token takes."""
+        return self.manifest.dims.kv_bytes_per_token(self.manifest.kv_of(dialect).dtype)
 
     def listed(self, name: str) -> Path | None:
         """Path of a file that the manifest lists, else None: one that lies there all the same has no hash and is not

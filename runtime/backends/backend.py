@@ -93,7 +93,7 @@ def slots_for(artifact: "Artifact", settings: "EngineSettings", budget: int) -> 
     num_slots = plan_slots(
         max_batch=settings.max_batch,
         capacity=capacity,
-        bytes_per_token=artifact.kv_bytes_per_token,
+        bytes_per_token=artifact.kv_bytes_per_token(),
         budget=budget if settings.kv_memory is None else settings.kv_memory,
     )
     return Slots(num_slots, capacity)

@@ -37,9 +37,10 @@ def beside_draft(settings: EngineSettings, target: Artifact, draft: Artifact) ->
         budget = share.host_kv
     if budget is None:
         budget = default_budget(weight_bytes=target.weight_bytes + draft.weight_bytes)
-    ours, its = target.kv_bytes_per_token, draft.kv_bytes_per_token
     is_native = settings.device != OrtCpu.name and has_native_graph(target)
     device = Native.name if is_native or settings.device == Native.name else OrtCpu.name
+    ours = target.kv_bytes_per_token("native" if device == Native.name else "ort")
+    its = draft.kv_bytes_per_token("native" if has_native_graph(draft) else "ort")
     return replace(settings, device=device, kv_memory=max(1, budget * ours // (ours + its)))
 
 

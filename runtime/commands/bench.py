@@ -136,7 +136,8 @@ def measure(artifact: "Artifact", plan: Plan) -> dict[str, Any]:
             bar.update(1)
         rounds = [_round(session, model, times, plan, lambda: bar.update(1)) for _ in range(plan.repeat)]
         peak = peak_memory()
-    return {**_result(artifact, plan, describe_machine(), rounds, peak), "device": session.info.device}
+    figures = _result(artifact, session.info.dialect, plan, describe_machine(), rounds, peak)
+    return {**figures, "device": session.info.device}
 
 
 def _round(
@@ -163,7 +164,7 @@ def _round(
 
 
 def _result(
-    artifact: "Artifact", plan: Plan, machine: "Machine", rounds: list[Round], peak_bytes: int
+    artifact: "Artifact", dialect: str, plan: Plan, machine: "Machine", rounds: list[Round], peak_bytes: int
 ) -> dict[str, Any]:
     def median(of: Callable[[Round], float]) -> float:
         return statistics.median(map(of, rounds))
@@ -183,8 +184,8 @@ def _result(
         "read_gb_s": peaks.read / 1e9,
         "gemm_gflop_s": peaks.gemm / 1e9,
         "int8_gop_s": None if peaks.int8 is None else peaks.int8 / 1e9,
-        "prefill": [_prefill_row(artifact, length, rounds) for length in plan.prompts],
-        "decode": [_decode_row(artifact, plan, batch, rounds) for batch in plan.batches],
+        "prefill": [_prefill_row(artifact, dialect, length, rounds) for length in plan.prompts],
+        "decode": [_decode_row(artifact, dialect, plan, batch, rounds) for batch in plan.batches],
         "engine": [_engine_row(plan, batch, dict(how), list(map(of, rounds))) for batch, how, of in engines],
         "peak_rss_bytes": peak_bytes,
     }
@@ -196,20 +197,21 @@ def _best_peaks(rounds: list[Round]) -> "Peaks":
     return Peaks.best([one.peaks for one in rounds])
 
 
-def _prefill_row(artifact: "Artifact", length: int, rounds: list[Round]) -> dict[str, Any]:
+def _prefill_row(artifact: "Artifact", dialect: str, length: int, rounds: list[Round]) -> dict[str, Any]:
     from runtime.commands.roofline import prefill_cost
 
     seconds = statistics.median(one.prefill_s[length] for one in rounds)
-    row = _roofline_row(artifact, prefill_cost(artifact, length), seconds, _best_peaks(rounds))
+    row = _roofline_row(artifact, prefill_cost(artifact, length, dialect), seconds, _best_peaks(rounds))
     return {"tokens": length, "tokens_per_s": length / seconds, "step_ms": seconds * 1e3, **row}
 
 
-def _decode_row(artifact: "Artifact", plan: Plan, batch: int, rounds: list[Round]) -> dict[str, Any]:
+def _decode_row(artifact: "Artifact", dialect: str, plan: Plan, batch: int, rounds: list[Round]) -> dict[str, Any]:
     from runtime.commands.roofline import decode_cost
 
     context = plan.context + plan.new_tokens // 2  # the mean over the steps
     step_s = statistics.median(one.step_s[batch] for one in rounds)
-    row = _roofline_row(artifact, decode_cost(artifact, batch=batch, context=context), step_s, _best_peaks(rounds))
+    cost = decode_cost(artifact, batch=batch, context=context, dialect=dialect)
+    row = _roofline_row(artifact, cost, step_s, _best_peaks(rounds))
     return {"batch": batch, "context": context, "tokens_per_s": batch / step_s, "step_ms": step_s * 1e3, **row}
 
 

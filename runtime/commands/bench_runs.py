@@ -122,7 +122,7 @@ def opened(
     Raises InvalidArtifact without a tokenizer (requests of the engine carry text), InvalidSetting if the cache does not
     fit in memory: with fewer slots the engine would measure something else.
     """
-    wanted, room = batch * capacity * artifact.kv_bytes_per_token, default_budget()
+    wanted, room = batch * capacity * artifact.kv_bytes_per_token(), default_budget()
     if wanted > room:
         raise InvalidSetting(
             f"{batch} rows of {capacity:,} tokens take {format_bytes(wanted)} of KV cache and {format_bytes(room)} "

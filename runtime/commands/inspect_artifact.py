@@ -49,8 +49,8 @@ def as_json(artifact: Artifact) -> dict[str, Any]:
         "path": str(artifact.path),
         "passed": artifact.passed,
         "parameters": num_parameters(artifact),
-        "kv_bytes_per_token": artifact.kv_bytes_per_token,
-        "kv_bytes_per_slot": artifact.kv_bytes_per_token * artifact.manifest.dims.max_len,
+        "kv_bytes_per_token": artifact.kv_bytes_per_token(),
+        "kv_bytes_per_slot": artifact.kv_bytes_per_token() * artifact.manifest.dims.max_len,
         "manifest": asdict(artifact.manifest),
         "receipt": finite(dict(artifact.receipt)),
         "choice": read_choice(artifact),
@@ -77,10 +77,21 @@ def quantization_lines(artifact: Artifact) -> Iterator[str]:
         yield from sensitivity_lines(calibration, two_pass)
 
 
+def _cache_lines(artifact: Artifact) -> Iterator[str]:
+    """What the cache of the `ort` graph takes, and that of the `native` one where it differs."""
+    manifest = artifact.manifest
+    for dialect in ("ort", "native"):
+        kv, per_token = manifest.kv_of(dialect), artifact.kv_bytes_per_token(dialect)
+        if dialect == "ort" or (dialect in manifest.dialects and kv.dtype != manifest.kv.dtype):
+            scales = f", scales {kv.scales}" if kv.scales else ""
+            of = "" if dialect == "ort" else f"{dialect}: "
+            whole = format_bytes(per_token * manifest.dims.max_len)
+            yield f"{of}{format_bytes(per_token)} a token, {whole} a full slot, {kv.dtype}{scales}"
+
+
 def as_lines(artifact: Artifact) -> Iterator[str]:
     """The same for people."""
     manifest, dims, receipt = artifact.manifest, artifact.manifest.dims, artifact.receipt
-    per_token = artifact.kv_bytes_per_token
     yield f"{manifest.name}  ({artifact.path})"
     rows = {
         "source": manifest.source + (f" at commit {manifest.commit}" if manifest.commit else ""),
@@ -91,8 +102,7 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
         "attention": f"{dims.num_heads} heads of {dims.head_dim}, {dims.num_kv_heads} for keys and values",
         "vocabulary": f"{dims.vocab_size:,}, ends at {', '.join(map(str, manifest.eos_ids)) or 'nothing'}",
         "longest": f"{dims.max_len:,} tokens",
-        "KV cache": f"{format_bytes(per_token)} a token, {format_bytes(per_token * dims.max_len)} a full slot, "
-        f"{manifest.kv.dtype}{f', scales {manifest.kv.scales}' if manifest.kv.scales else ''}",
+        "KV cache": "; ".join(_cache_lines(artifact)),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     yield from (f"  {name:12}{value}" for name, value in rows.items())

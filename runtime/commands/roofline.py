@@ -173,7 +173,7 @@ class StepCost(NamedTuple):
         return self.weight_bytes + self.kv_bytes
 
 
-def prefill_cost(artifact: Artifact, length: int) -> StepCost:
+def prefill_cost(artifact: Artifact, length: int, dialect: str = "ort") -> StepCost:
     """Bytes and operations of a prompt of `length` tokens in one run, up to its last token's logits.
 
     Every weight is read once, K and V are written once; that attention reads them again from a cache counts nothing.
@@ -186,7 +186,7 @@ def prefill_cost(artifact: Artifact, length: int) -> StepCost:
     attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * (length * (length + 1) // 2)
     return StepCost(
         weight_bytes=_step_weight_bytes(artifact),
-        kv_bytes=length * artifact.kv_bytes_per_token,
+        kv_bytes=length * artifact.kv_bytes_per_token(dialect),
         flop=2 * (layers * length + head) + attention,
     )
 
@@ -197,7 +197,7 @@ def _step_weight_bytes(artifact: Artifact) -> int:
     return artifact.weight_bytes if counted is None else counted
 
 
-def decode_cost(artifact: Artifact, *, batch: int, context: int) -> StepCost:
+def decode_cost(artifact: Artifact, *, batch: int, context: int, dialect: str = "ort") -> StepCost:
     """Bytes and operations of one step of `batch` rows with `context` cached tokens each.
 
     Every weight is read once, as stored, however many rows share it; of an untied embedding only the rows asked for,
@@ -211,6 +211,6 @@ def decode_cost(artifact: Artifact, *, batch: int, context: int) -> StepCost:
     attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * context
     return StepCost(
         weight_bytes=_step_weight_bytes(artifact),
-        kv_bytes=batch * context * artifact.kv_bytes_per_token,
+        kv_bytes=batch * context * artifact.kv_bytes_per_token(dialect),
         flop=batch * (2 * used + attention),
     )

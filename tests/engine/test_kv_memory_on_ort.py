@@ -128,7 +128,7 @@ def test_slots_are_addresses(tmp_path: Any, device: str) -> None:
     export_model(ExportOptions(model=str(source), out=tmp_path / "artifact", quantization=FEW_IDS, force=True))
     artifact = open_artifact(tmp_path / "artifact", allow_failed=True)
     longest = artifact.manifest.dims.max_len
-    request_bytes = longest * artifact.kv_bytes_per_token
+    request_bytes = longest * artifact.kv_bytes_per_token()
     session = open_session(artifact, EngineSettings(device=device, max_batch=50, kv_memory=request_bytes))
     assert session.info.num_slots == 50 and session.info.capacity == longest and session.info.kv_bytes == request_bytes
     assert session.info.threads is not None and session.info.layout.page_bytes == PAGE_BYTES

@@ -190,12 +190,12 @@ def test_where_a_prompt_is_cut_reorders_sums_and_nothing_else(root: Path) -> Non
 
 def test_a_slot_takes_a_quarter_of_the_bytes(root: Path) -> None:
     small, wide = export_kv(root, "llama-tied"), export_kv(root, "llama-tied", kv="compute")
-    assert 4 * small.kv_bytes_per_token == wide.kv_bytes_per_token
+    assert 4 * small.kv_bytes_per_token() == wide.kv_bytes_per_token()
     session = open_session(small)
-    assert session.info.kv_bytes_per_token == small.kv_bytes_per_token == 2 * 3 * 2 * 16
-    budget = 3 * CAPACITY * wide.kv_bytes_per_token
+    assert session.info.kv_bytes_per_token == small.kv_bytes_per_token() == 2 * 3 * 2 * 16
+    budget = 3 * CAPACITY * wide.kv_bytes_per_token()
     slots = [
-        plan_slots(max_batch=100, capacity=CAPACITY, bytes_per_token=artifact.kv_bytes_per_token, budget=budget)
+        plan_slots(max_batch=100, capacity=CAPACITY, bytes_per_token=artifact.kv_bytes_per_token(), budget=budget)
         for artifact in (wide, small)
     ]
     assert slots == [3, 12]

@@ -107,6 +107,12 @@ def test_logits_are_near_the_other_dialects(artifact: Artifact, expected: NDArra
     assert distance.kl < 0.03
 
 
+def test_the_cache_of_quantized_weights_takes_half(artifact: Artifact, session: NativeSession) -> None:
+    share = 1 if artifact.manifest.precision == "fp32" else 2
+    assert session.info.kv_bytes_per_token == artifact.kv_bytes_per_token("native")
+    assert share * artifact.kv_bytes_per_token("native") == artifact.kv_bytes_per_token()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_is_cut_exact(artifact: Artifact, native_library: ctypes.CDLL, name: str) -> None:
     with variant(native_library, name) as runs:

@@ -20,8 +20,12 @@ from export.graph.ort.decoder import DecoderGraph
 from export.graph.rotary import rotary_initializers
 from export.graph.types import numpy_type
 
-NATIVE_CACHE = "float32"
-"""Type of the KV cache of quantized precisions, if --kv does not say int8."""
+NATIVE_CACHE = "float16"
+"""Type of the KV cache of quantized precisions, if --kv does not say int8: half the bytes of float32.
+
+w8a8 of SmolLM2-135M: KL to float32 0.0049 with either; with 180 tokens before, steps of 1, 8 and 32 rows take 0.96,
+0.92 and 0.88 of the time, 0.87 with 1,000 before; a prompt of 512 tokens takes 1.03.
+"""
 
 
 class NativeDecoderGraph(DecoderGraph):

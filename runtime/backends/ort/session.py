@@ -107,7 +107,7 @@ class OrtSession:
             vocab_size=dims.vocab_size,
             is_ragged=False,
             is_cut_exact=False,
-            kv_bytes_per_token=artifact.kv_bytes_per_token,
+            kv_bytes_per_token=artifact.kv_bytes_per_token(),
         )
         names = kv.cache_names(dims.num_layers)
         return cls(graph, DevicePool(names, shape, kv.dtype, device=device, copier=copier), PackedInputs(), info)
