@@ -1,6 +1,7 @@
 """Tiny random checkpoints in Hugging Face's layout, written with numpy: one for every branch of the graph."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,24 @@ def config_of(variant: str, **changes: Any) -> dict[str, Any]:
     return {**BASE, **VARIANTS[variant], **changes}
 
 
-def write_checkpoint(directory: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
-    """Write config.json and model.safetensors with random weights that keep activations near 1."""
+def write_checkpoint(
+    directory: Path,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Path:
+    """Write config.json and model.safetensors with random weights that keep activations near 1.
+
+    shapes: of all tensors, if the family is none of `shapes_of`
+    """
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
         if len(shape) > 1
         else (rng.standard_normal(shape) * 0.1 + name.endswith("norm.weight")).astype(np.float32)
-        for name, shape in shapes_of(config).items()
+        for name, shape in (shapes or shapes_of(config)).items()
     }
     # Wide logits, so that two likeliest tokens are seldom close.
     head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
