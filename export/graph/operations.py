@@ -1,7 +1,7 @@
 """The walker's operations that all ONNX graphs share: linear layers, MLPs, mixtures of experts, logits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,10 @@ class GraphOperations(ABC):
     """Operations that need no dialect's own operators. A value is `[tokens, channels]` or `[B, S, channels]`.
 
     compute: type of every value except those that a dialect keeps in float32
+    num_outer: dimensions of a value before the channels
     """
+
+    num_outer = 1
 
     def __init__(self, g: GraphBuilder, weights: GraphWeights, compute: ir.DataType) -> None:
         self.g, self.weights, self.compute = g, weights, compute
@@ -87,6 +90,42 @@ class GraphOperations(ABC):
         if attention.sinks is None:
             return None
         return self.g.array(attention.sinks, self.weights.vector(attention.sinks).astype(dtype.numpy()))
+
+    def split(self, x: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+        names = [f"{x.name}.part.{idx}" for idx in range(len(sizes))]
+        return self.g.ops("Split", [x, self.g.shape_constant(*sizes)], names, axis=-1)
+
+    def unfold(self, q: ir.Value, kv: ir.Value, rotating: ir.Value, attention: Attention) -> ir.Value:
+        g, a, latent = self.g, attention, attention.latent
+        assert latent is not None
+        name, outer = f"layers.{a.qkv.site.layer}.latent", (0,) * self.num_outer
+        rotating_dim, zeros = a.head_dim - latent.still_dim, a.head_dim - latent.value_dim
+
+        def heads(x: ir.Value, num_heads: int, dim: int, out: str) -> ir.Value:
+            return g.op("Reshape", [x, g.shape_constant(*outer, num_heads, dim)], f"{name}.{out}")
+
+        q_sizes, kv_sizes = (latent.still_dim, rotating_dim), (latent.still_dim, latent.value_dim)
+        q_still, q_turning = self.split(heads(q, a.num_heads, a.head_dim, "q"), q_sizes)
+        k_still, v = self.split(heads(kv, a.num_heads, sum(kv_sizes), "kv"), kv_sizes)
+        every = g.shape_constant(a.num_heads, 1)  # broadcast against [..., 1, rotating_dim]
+        k_turning = g.op("Expand", [heads(rotating, 1, rotating_dim, "shared"), every], f"{name}.k.turning")
+        pads = g.constant(f"pads.{zeros}", np.array([0, zeros], np.int64))
+        padded = g.op("Pad", [v, pads, None, g.shape_constant(-1)], f"{name}.v.padded")
+        parts = [
+            g.op("Concat", [q_turning, q_still], f"{name}.q.heads", axis=-1),
+            g.op("Concat", [k_turning, k_still], f"{name}.k.heads", axis=-1),
+            padded,
+        ]
+        flat = [g.op("Reshape", [x, g.shape_constant(*outer, a.q_size)], f"{x.name}.flat") for x in parts]
+        return g.op("Concat", flat, f"{name}.qkv", axis=-1)
+
+    def without_padding(self, attended: ir.Value, attention: Attention) -> ir.Value:
+        g, a, name = self.g, attention, f"{attended.name}.values"
+        assert a.latent is not None
+        outer, dim = (0,) * self.num_outer, a.latent.value_dim
+        heads = g.op("Reshape", [attended, g.shape_constant(*outer, a.num_heads, a.head_dim)], f"{name}.heads")
+        values, _ = self.split(heads, (dim, a.head_dim - dim))
+        return g.op("Reshape", [values, g.shape_constant(*outer, a.num_heads * dim)], name)
 
     def mix(self, x: ir.Value, experts: Experts, run: Callable[[ir.Value, Mlp], ir.Value]) -> ir.Value:
         """Each expert computes only the tokens that chose it."""

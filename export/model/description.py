@@ -11,7 +11,7 @@ from enum import Enum
 from functools import cached_property
 
 from export.model.layers import Linear, Norm, NormKind, Part, Site
-from export.model.mixers import Attention, Mixer, RopeConfig, Rotary
+from export.model.mixers import Attention, Latent, Mixer, RopeConfig, Rotary
 from export.model.routing import Routing
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Embedding",
     "Experts",
     "Head",
+    "Latent",
     "Linear",
     "Mixer",
     "Mlp",

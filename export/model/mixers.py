@@ -55,6 +55,34 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention (arXiv:2405.04434): queries, keys and values are made of narrower vectors.
+
+    `Attention.qkv` makes those: the queries or their latent, the latent of keys and values, and the rotating channels
+    of keys, which all heads share. A head's rotating channels come first. Values are filled up with zeros to head_dim.
+
+    q_norm, q: norm and projection of the queries' latent; None if `qkv` has the queries themselves
+    kv_norm, kv: of the latent of keys and values; `kv` has for each head still_dim rows of keys, then value_dim
+    still_dim: channels of a head that do not rotate, the first of the checkpoint's; value_dim: of a head's values
+    """
+
+    q_norm: Norm | None
+    q: Linear | None
+    kv_norm: Norm
+    kv: Linear
+    still_dim: int
+    value_dim: int
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.kv,) if self.q is None else (self.q, self.kv)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.kv_norm,) if self.q_norm is None else (self.q_norm, self.kv_norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Causal attention of one block.
 
@@ -63,6 +91,7 @@ class Attention:
     softcap: scores become softcap * tanh(score / softcap)
     window: in tokens, including the token itself; None for no window
     q_norm, k_norm: norms over each head
+    latent: None if `qkv` makes queries, keys and values themselves
     sinks: name of a tensor `[num_heads]` of scores that take a share of each head's softmax and add no value
     """
 
@@ -78,6 +107,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: str | None = None
+    latent: Latent | None = None
 
     @property
     def q_size(self) -> int:
@@ -88,12 +118,21 @@ class Attention:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def split_sizes(self) -> tuple[int, int, int]:
+        """Channels of each part of what `qkv` makes."""
+        if self.latent is None:
+            return self.q_size, self.kv_size, self.kv_size
+        narrow, rotating = self.latent.kv.num_inputs, self.head_dim - self.latent.still_dim
+        return self.qkv.num_outputs - narrow - rotating, narrow, rotating
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
-        return self.qkv, self.o
+        return self.qkv, *(() if self.latent is None else self.latent.linears), self.o
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+        own = tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return own if self.latent is None else (*own, *self.latent.norms)
 
 
 Mixer: TypeAlias = Attention

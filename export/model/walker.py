@@ -8,10 +8,10 @@
 Knows how blocks are connected, and nothing about weights or numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from export.model.description import Block, Experts, Linear, Mlp, Norm
+from export.model.description import Attention, Block, Experts, Latent, Linear, Mlp, Norm
 
 V = TypeVar("V")
 
@@ -50,6 +50,18 @@ class Operations(Protocol[V]):
         """The weighted sum of the chosen experts; `run` computes one expert for some tokens."""
         ...
 
+    def split(self, x: V, sizes: Sequence[int]) -> Sequence[V]:
+        """Cut the channels into parts."""
+        ...
+
+    def unfold(self, q: V, kv: V, rotating: V, attention: Attention) -> V:
+        """Queries, keys and values, stacked along the channels, as `attend` takes them: see `Latent`."""
+        ...
+
+    def without_padding(self, attended: V, attention: Attention) -> V:
+        """The channels of each head that are values."""
+        ...
+
     def gate(self, x: V, logits: V) -> V:
         """x times the sigmoid of logits `[..., 1]`."""
         ...
@@ -59,7 +71,12 @@ def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]
     """Run a block: the residual stream before it to the stream after it."""
     hidden, x = _normed(ops, stream, block.attention_norm)
     attention = block.attention
-    attended = ops.linear(ops.attend(ops.linear(hidden, attention.qkv), block), attention.o)
+    qkv = ops.linear(hidden, attention.qkv)
+    if attention.latent is None:
+        attended = ops.attend(qkv, block)
+    else:
+        attended = ops.without_padding(ops.attend(walk_latent(ops, qkv, attention, attention.latent), block), attention)
+    attended = ops.linear(attended, attention.o)
     if block.attention_out_norm is not None:
         attended = ops.norm(attended, block.attention_out_norm)
     if block.is_parallel:
@@ -71,6 +88,15 @@ def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]
     if block.mlp_out_norm is not None:
         out = ops.norm(out, block.mlp_out_norm)
     return Stream(x, out)
+
+
+def walk_latent(ops: Operations[V], x: V, attention: Attention, latent: Latent) -> V:
+    """Queries, keys and values of latent attention from the output of `qkv`."""
+    q, narrow, rotating = ops.split(x, attention.split_sizes)
+    if latent.q is not None and latent.q_norm is not None:
+        q = ops.linear(ops.norm(q, latent.q_norm), latent.q)
+    kv = ops.linear(ops.norm(narrow, latent.kv_norm), latent.kv)
+    return ops.unfold(q, kv, rotating, attention)
 
 
 def walk_mlp(ops: Operations[V], mlp: Mlp | Experts, hidden: V) -> V:

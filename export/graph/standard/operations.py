@@ -25,6 +25,8 @@ class StandardOperations(GraphOperations):
     present: the caches with the new tokens, k and v of each layer in turn
     """
 
+    num_outer = 2
+
     def __init__(
         self,
         g: GraphBuilder,

@@ -10,6 +10,7 @@ from export.model.description import (
     Embedding,
     Experts,
     Head,
+    Latent,
     Linear,
     Mlp,
     ModelConfig,
@@ -19,7 +20,7 @@ from export.model.description import (
     Rotary,
     Site,
 )
-from export.model.families.row import Names, Sizes, Style
+from export.model.families.row import LatentSizes, Names, Sizes, Style
 
 
 def describe(
@@ -98,6 +99,8 @@ class _Layout:
 
     def _attention(self, layer: int, prefix: str, reads: Norm) -> Attention:
         sizes, style, names = self._sizes, self._style, self._names
+        if style.latent is not None:
+            return self._latent_attention(layer, prefix, reads, style.latent)
         q_rows, kv_rows = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         parts = [
             Part(f"{prefix}.{name}", rows) for name, rows in zip(names.qkv, (q_rows, kv_rows, kv_rows), strict=True)
@@ -120,6 +123,44 @@ class _Layout:
             q_norm=q_norm,
             k_norm=k_norm,
             sinks=f"{prefix}.{names.sinks}" if style.has_sinks else None,
+        )
+
+    def _latent_attention(self, layer: int, prefix: str, reads: Norm, latent: LatentSizes) -> Attention:
+        """Its narrow norms have an epsilon of their own, which no config.json says."""
+        sizes, style, names = self._sizes, self._style, self._names
+        heads, head_dim = sizes.num_heads, latent.still_dim + latent.rotating_dim
+
+        def narrow_norm(name: str, size: int) -> Norm:
+            return replace(self.norm(f"{prefix}.self_attn.{name}", size), epsilon=1e-6)
+
+        def widened(kind: str, name: str, rows: int, norm: Norm) -> Linear:
+            parts = [Part(f"{prefix}.self_attn.{name}", rows)]
+            return self._linear(layer, kind, parts, norm.size, has_bias=False, reads=norm)
+
+        q_norm = None if latent.q_rank is None else narrow_norm("q_a_layernorm", latent.q_rank)
+        kv_norm = narrow_norm("kv_a_layernorm", latent.kv_rank)
+        queries = Part(f"{prefix}.self_attn.q_proj", heads * head_dim)
+        if latent.q_rank is not None:
+            queries = Part(f"{prefix}.self_attn.q_a_proj", latent.q_rank)
+        narrow = Part(f"{prefix}.self_attn.kv_a_proj_with_mqa", latent.kv_rank + latent.rotating_dim)
+        o_parts = [Part(f"{prefix}.{names.o}", sizes.hidden_size)]
+        assert self._rotary is not None
+        return Attention(
+            qkv=self._linear(layer, "qkv", [queries, narrow], sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
+            o=self._linear(layer, "o", o_parts, heads * latent.value_dim, has_bias=style.o_bias, reads=None),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            scale=style.attention_scale,
+            rotary=replace(self._rotary, head_dim=head_dim, dim=latent.rotating_dim),
+            latent=Latent(
+                q_norm=q_norm,
+                q=None if q_norm is None else widened("qkv.q", "q_b_proj", heads * head_dim, q_norm),
+                kv_norm=kv_norm,
+                kv=widened("qkv.kv", "kv_b_proj", heads * (latent.still_dim + latent.value_dim), kv_norm),
+                still_dim=latent.still_dim,
+                value_dim=latent.value_dim,
+            ),
         )
 
     def _mlp_or_experts(self, layer: int, prefix: str, reads: Norm) -> Mlp | Experts:

@@ -107,6 +107,17 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSizes:
+    """Of multi-head latent attention; `Latent` explains them. q_rank: of the queries' latent, None for none."""
+
+    q_rank: int | None
+    kv_rank: int
+    still_dim: int
+    rotating_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
     """How a family's blocks differ from Llama's; description.py explains the fields.
 
@@ -134,6 +145,7 @@ class Style:
     logit_scale: float | None = None
     logit_softcap: float | None = None
     has_sinks: bool = False
+    latent: LatentSizes | None = None
     mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()
 

@@ -10,6 +10,7 @@ from export.model.families.dense.layer_norms import JAIS2, NEMOTRON, PHI, STABLE
 from export.model.families.dense.llama import LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3
 from export.model.families.dense.phi3 import PHI3
 from export.model.families.dense.relatives import ARCEE, ERNIE4_5, EXAONE, HELIUM, INTERNLM3, IQUESTCODER, SEED_OSS
+from export.model.families.experts.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from export.model.families.experts.ernie import ERNIE4_5_MOE
 from export.model.families.experts.glm import GLM4_MOE
 from export.model.families.experts.gpt_oss import GPT_OSS
@@ -25,6 +26,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "arcee": ARCEE,
         "cohere": COHERE,
+        "deepseek_v2": DEEPSEEK_V2,
+        "deepseek_v3": DEEPSEEK_V3,
         "ernie4_5": ERNIE4_5,
         "ernie4_5_moe": ERNIE4_5_MOE,
         "exaone": EXAONE,

@@ -1,6 +1,6 @@
 """The walker's operations in numpy and float32, for the reference and for calibration."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -118,6 +118,24 @@ class NumpyOperations:
                 out[self._rows] += run(x[self._rows], expert) * weights[self._rows, place][:, None]
         self._rows = None
         return out
+
+    def split(self, x: Array, sizes: Sequence[int]) -> Sequence[Array]:
+        return np.split(x, np.cumsum(sizes)[:-1], axis=1)
+
+    def unfold(self, q: Array, kv: Array, rotating: Array, attention: Attention) -> Array:
+        latent, num_heads = attention.latent, attention.num_heads
+        assert latent is not None
+        q_still, q_turning = np.split(q.reshape(len(q), num_heads, -1), [latent.still_dim], axis=2)
+        k_still, v = np.split(kv.reshape(len(kv), num_heads, -1), [latent.still_dim], axis=2)
+        k_turning = np.broadcast_to(rotating[:, None], q_turning.shape)
+        padding = np.zeros((len(v), num_heads, attention.head_dim - latent.value_dim), np.float32)
+        pairs = ((q_turning, q_still), (k_turning, k_still), (v, padding))
+        return np.concatenate([np.concatenate(pair, axis=2).reshape(len(q), -1) for pair in pairs], axis=1)
+
+    def without_padding(self, attended: Array, attention: Attention) -> Array:
+        assert attention.latent is not None
+        heads = attended.reshape(len(attended), attention.num_heads, -1)
+        return heads[..., : attention.latent.value_dim].reshape(len(attended), -1)
 
     def gate(self, x: Array, logits: Array) -> Array:
         return np.asarray(x / (1 + np.exp(-logits)))

@@ -150,13 +150,15 @@ class RotatedCheckpoint(CheckpointView):
     def _planned(self, config: ModelConfig) -> Iterator[tuple[str, _Change]]:
         rotates_stream = stream_obstacle(config) is None
         for block in config.blocks:
+            stream_norms = (block.attention_norm, block.mlp_norm)
             values, o = block.attention.qkv.parts[-1], block.attention.o
             for linear in block.linears:
-                if rotates_stream and linear.reads is not None:
+                if rotates_stream and linear.reads is not None and linear.reads in stream_norms:
                     yield from self._reading(linear.weight_names, linear.reads)
-            yield f"{values.name}.weight", _Change.MAKES_VALUES
-            yield f"{values.name}.bias", _Change.MAKES_VALUES
-            yield o.weight_names[0], _Change.READS_VALUES
+            if block.attention.latent is None:
+                yield f"{values.name}.weight", _Change.MAKES_VALUES
+                yield f"{values.name}.bias", _Change.MAKES_VALUES
+                yield o.weight_names[0], _Change.READS_VALUES
             for linear in block.linears:
                 if rotates_stream and linear.writes_stream:
                     yield from ((name, _Change.WRITES_STREAM) for name in (*linear.weight_names, *linear.bias_names))

@@ -96,6 +96,52 @@ GPT_OSS = {
     },
 }
 
-EXPERTS: Mapping[str, dict[str, Any]] = {
-    str(raw["model_type"]): raw for raw in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE, GPT_OSS)
+DEEPSEEK_V2 = {
+    **BASE,
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
 }
+DEEPSEEK_V3 = {
+    **BASE,
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+_EVERY = (
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3
+)  # fmt: skip
+EXPERTS: Mapping[str, dict[str, Any]] = {str(raw["model_type"]): raw for raw in _EVERY}

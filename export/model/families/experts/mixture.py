@@ -47,8 +47,9 @@ def dense_first(raw: Raw, default: int, sizes: Sizes) -> frozenset[int]:
 
 def groups(raw: Raw, experts: int, chosen: int, default: tuple[int, int]) -> tuple[int, int]:
     """n_group and topk_group; InvalidCheckpoint if they do not fit the experts."""
-    num_groups = integer(raw, "n_group", default[0], maximum=experts)
-    top_groups = integer(raw, "topk_group", default[1], maximum=num_groups)
+    named = {name: value for name, value in raw.items() if value is not None}
+    num_groups = integer(named, "n_group", default[0], maximum=experts)
+    top_groups = integer(named, "topk_group", default[1], maximum=num_groups)
     if experts % num_groups or chosen > experts // num_groups * top_groups:
         raise InvalidCheckpoint(
             f"config.json: {experts} experts in n_group {num_groups} groups, of which topk_group {top_groups} count, "
