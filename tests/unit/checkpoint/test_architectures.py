@@ -208,7 +208,8 @@ def test_a_description_is_whole(raw: dict[str, Any]) -> None:
     assert [linear.site for linear in config.linears] == list(config.by_site), "sites are unique"
     for block in config.blocks:
         a = block.attention
-        assert a.o.shape == (64, a.q_size) and a.qkv.shape == (a.q_size + 2 * a.kv_size, 64)
+        assert a.o.shape == (64, a.num_heads * (a.latent.value_dim if a.latent else a.head_dim))
+        assert a.qkv.shape == (sum(a.split_sizes), 64)
         for linear in block.linears:
             assert linear.reads is None or linear in block.readers_of(linear.reads)
     untied = config.untied()

@@ -10,7 +10,7 @@ from export.model.families.experts.mixture import dense_first, further_layers, g
 from export.model.families.row import Architecture, Defaults, LatentSizes, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing, Scores
-from runtime.errors import UnsupportedModel
+from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 _V2 = Defaults(vocab_size=102_400)
 _V3 = Defaults(
@@ -33,6 +33,8 @@ _FIELDS = (
 
 def _v2(raw: Raw, sizes: Sizes) -> Style:
     count = num_experts(raw, ["n_routed_experts", "num_experts"], 64)
+    if raw.get("num_experts_per_tok") is None:
+        raise InvalidCheckpoint("config.json: there is no num_experts_per_tok, which has no default in this family")
     chosen = top_k(raw, 6, count)
     is_grouped = raw.get("topk_method") == "group_limited_greedy"
     num_groups, top_groups = groups(raw, count, chosen, (1, 1)) if is_grouped else (1, 1)
