@@ -44,6 +44,7 @@ class Split:
     experts: the weight is `[experts, outputs, inputs]` and may lack `.weight`, the bias may end in `_bias`; `{}` in a
         part is the expert's number
     interleaved: the parts' outputs take turns
+    groups: the outputs are so many groups, each of which has all parts in turn; sizes are those in a group
     """
 
     fused: str
@@ -51,14 +52,16 @@ class Split:
     transposed: bool = False
     experts: bool = False
     interleaved: bool = False
+    groups: int = 1
 
 
 class _Slice(NamedTuple):
-    """A layer's place: some outputs of a stored tensor, or of one expert in it."""
+    """A layer's place: some outputs of each group of a stored tensor, or of one expert in it."""
 
     outputs: slice
     is_transposed: bool
     expert: int | None
+    num_groups: int
 
 
 class FusedView(CheckpointView):
@@ -103,15 +106,18 @@ class FusedView(CheckpointView):
         outputs = place.outputs
         if place.expert is not None:
             whole = self._base.load_rows(stored, place.expert, place.expert + 1)[0]
-        elif place.is_transposed or outputs.step != 1:
+        elif place.is_transposed or place.num_groups > 1:
             whole = self._base.load(stored)
         else:
             return self._base.load_rows(stored, outputs.start + start, min(outputs.start + stop, outputs.stop))
-        return np.ascontiguousarray((whole.T if place.is_transposed else whole)[outputs][start:stop])
+        whole = whole.T if place.is_transposed else whole
+        rest = whole.shape[1:]
+        chosen = whole.reshape(place.num_groups, -1, *rest)[:, outputs].reshape(-1, *rest)
+        return np.ascontiguousarray(chosen[start:stop])
 
     def imported(self, name: str) -> ImportedRows | None:
         stored, place = self._known(name), self._slices.get(name)
-        if place is not None and (place.expert is not None or place.outputs.step != 1):
+        if place is not None and (place.expert is not None or place.num_groups > 1):
             return None
         whole = self._base.imported(stored)
         return whole if whole is None or place is None else whole.between(place.outputs.start, place.outputs.stop)
@@ -166,21 +172,22 @@ class FusedView(CheckpointView):
         one = one[::-1] if is_transposed else one
         for expert in range(shape[0]) if split.experts else (None,):
             start = 0
-            for (part, _), size in zip(split.parts, self._sizes(split, one[0], stored), strict=True):
+            groups = max(1, one[0] // len(split.parts)) if split.interleaved else split.groups
+            for (part, _), size in zip(split.parts, self._sizes(split, one[0], groups, stored), strict=True):
                 name = f"{before}{part.replace('{}', str(expert))}{suffix}"
-                step = len(split.parts) if split.interleaved else 1
-                self._slices[name] = _Slice(slice(start, start + size * step, step), is_transposed, expert)
-                start += 1 if split.interleaved else size
-                yield name, (size, *one[1:])
+                self._slices[name] = _Slice(slice(start, start + size), is_transposed, expert, groups)
+                start += size
+                yield name, (size * groups, *one[1:])
 
-    def _sizes(self, split: Split, num_outputs: int, stored: str) -> list[int]:
-        """The outputs of each part."""
-        left = num_outputs - sum(size or 0 for _, size in split.parts)
+    def _sizes(self, split: Split, num_outputs: int, num_groups: int, stored: str) -> list[int]:
+        """The outputs of each part, in each of equal groups."""
+        left = num_outputs // num_groups - sum(size or 0 for _, size in split.parts)
         num_equal = sum(size is None for _, size in split.parts)
-        if left < 0 or (left % num_equal if num_equal else left):
+        if num_outputs % num_groups or left < 0 or (left % num_equal if num_equal else left):
             wanted = ", ".join(f"{part} {'an equal share' if size is None else size}" for part, size in split.parts)
+            in_each = f" in each of {num_groups} groups" if num_groups > 1 else ""
             raise InvalidCheckpoint(
-                f"{self._base.stored_name(stored)} has {num_outputs} outputs, and config.json means {wanted}"
+                f"{self._base.stored_name(stored)} has {num_outputs} outputs, and config.json means {wanted}{in_each}"
             )
         return [left // num_equal if size is None else size for _, size in split.parts]
 

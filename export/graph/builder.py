@@ -101,6 +101,24 @@ class GraphBuilder:
         finally:
             self._nodes = outer
 
+    def body(
+        self,
+        name: str,
+        inputs: Sequence[tuple[str, ir.DataType]],
+        build: Callable[[Sequence[ir.Value]], Sequence[tuple[ir.Value, ir.DataType]]],
+    ) -> ir.Graph:
+        """The body of a Scan: `build` makes its outputs from its inputs. Names must differ from the outer graph's."""
+        outer, self._nodes = self._nodes, []
+        try:
+            values = [ir.Value(name=label, type=ir.TensorType(dtype)) for label, dtype in inputs]
+            outputs = []
+            for value, dtype in build(values):
+                value.type = ir.TensorType(dtype)
+                outputs.append(value)
+            return ir.Graph(values, outputs, nodes=self._nodes, name=name)
+        finally:
+            self._nodes = outer
+
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
         """A small initializer in the graph file. A second call with the same name returns the first one's value."""
         if name not in self._initializers:

@@ -1,6 +1,6 @@
 """The walker's operations that all ONNX graphs share: linear layers, MLPs, mixtures of experts, logits."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from export.graph.builder import GraphBuilder
 from export.graph.experts import Routes, mix_by_expert, route
+from export.graph.recurrence import RecurrentOperations
 from export.graph.weights import GraphWeights, Weight
 from export.model.description import Activation, Attention, Clamp, Embedding, Experts, Head, Linear, Mlp
 
@@ -21,7 +22,7 @@ class CachedValues(NamedTuple):
     value: ir.Value
 
 
-class GraphOperations(ABC):
+class GraphOperations(RecurrentOperations):
     """Operations that need no dialect's own operators. A value is `[tokens, channels]` or `[B, S, channels]`.
 
     compute: type of every value except those that a dialect keeps in float32

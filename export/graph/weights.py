@@ -77,6 +77,13 @@ class GraphWeights:
         """A table of embeddings or positions, float32 `[rows, hidden]`."""
         return self._load(f"{name}.weight", 2)
 
+    def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A tensor that is neither a matrix, a norm nor a table, in the graph's type."""
+        array = self._checkpoint.load(name)
+        if array.shape != shape:
+            raise InvalidCheckpoint(f"{name} has shape {array.shape}, and config.json means {shape}")
+        return array.astype(self._dtype, copy=False)
+
     def _load(self, name: str, num_dims: int) -> NDArray[np.float32]:
         array = self._checkpoint.load(name)
         if array.ndim != num_dims:

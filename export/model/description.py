@@ -11,7 +11,19 @@ from enum import Enum
 from functools import cached_property
 
 from export.model.layers import Linear, Norm, NormKind, Part, Site
-from export.model.mixers import Attention, Latent, Mixer, RopeConfig, Rotary
+from export.model.mixers import (
+    Attention,
+    Convolution,
+    GatedDelta,
+    Latent,
+    Mamba2,
+    Mixer,
+    RecurrentHeads,
+    RopeConfig,
+    Rotary,
+    ShortConv,
+    State,
+)
 from export.model.routing import Routing
 
 __all__ = [
@@ -20,20 +32,26 @@ __all__ = [
     "Attention",
     "Block",
     "Clamp",
+    "Convolution",
     "Embedding",
     "Experts",
+    "GatedDelta",
     "Head",
     "Latent",
     "Linear",
+    "Mamba2",
     "Mixer",
     "Mlp",
     "ModelConfig",
     "Norm",
     "NormKind",
     "Part",
+    "RecurrentHeads",
     "RopeConfig",
     "Rotary",
+    "ShortConv",
     "Site",
+    "State",
 ]
 
 LM_HEAD = "lm_head"
@@ -150,13 +168,10 @@ class Block:
 
     @property
     def vectors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that belong to no norm and no linear layer."""
-        found: dict[str, tuple[int, ...]] = {}
-        if self.attention.sinks is not None:
-            found[self.attention.sinks] = (self.attention.num_heads,)
-        if isinstance(self.mlp, Experts) and self.mlp.choice_bias is not None:
-            found[self.mlp.choice_bias] = (len(self.mlp.experts),)
-        return found
+        """Names and shapes of the MLP's tensors that belong to no linear layer. The mixer has `tensors` of its own."""
+        if isinstance(self.mlp, Mlp) or self.mlp.choice_bias is None:
+            return {}
+        return {self.mlp.choice_bias: (len(self.mlp.experts),)}
 
     def linear(self, kind: str) -> Linear:
         """The linear layer of a kind; KeyError if the block has none."""
@@ -223,6 +238,11 @@ class ModelConfig:
         return tuple(block for block in self.blocks if block.has_attention)
 
     @property
+    def has_states(self) -> bool:
+        """Whether slots hold states beside K and V."""
+        return any(block.mixer.states for block in self.blocks)
+
+    @property
     def num_heads(self) -> int:
         return self.attention.num_heads
 
@@ -281,6 +301,12 @@ class ModelConfig:
             return self
         chosen = replace(rope, is_long=max_len > rope.original_max_len)
         return replace(self, blocks=tuple(_with_rope(block, chosen) for block in self.blocks))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all matrices and of the embedding; one that is the LM head too counts once."""
+        table = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return table + sum(linear.num_outputs * linear.num_inputs for linear in self.linears)
 
     def num_macs(self, site: Site) -> int:
         """Multiply-adds of a linear layer per token, averaged over all tokens for an expert."""

@@ -49,7 +49,8 @@ class Part(NamedTuple):
 class Linear:
     """One matrix product, `[N, K]` with N outputs. Matrices of the checkpoint with the same input are stacked.
 
-    site.kind: unique in a block; role: qkv, o, gate_up, up, down, router or lm_head, schemes choose a form by it
+    site.kind: unique in a block
+    role: qkv, gate, o, mix_in, mix_out, gate_up, up, down, router or lm_head; schemes choose a form by it
     reads: the norm whose output is its input; None if the input comes from attention or from the activation
     writes_stream: whether its output is added to the residual stream
     """
@@ -73,7 +74,7 @@ class Linear:
 
     @property
     def is_quantizable(self) -> bool:
-        """False for a router and a gate of a shared expert: few weights that decide much."""
+        """False for a router and the gates of a shared expert or a recurrence: few weights that decide much."""
         return self.role != "router"
 
     @property

@@ -11,7 +11,18 @@ Knows how blocks are connected, and nothing about weights or numbers.
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from export.model.description import Attention, Block, Experts, Latent, Linear, Mlp, Norm
+from export.model.description import (
+    Attention,
+    Block,
+    Experts,
+    GatedDelta,
+    Latent,
+    Linear,
+    Mamba2,
+    Mlp,
+    Norm,
+    ShortConv,
+)
 
 V = TypeVar("V")
 
@@ -42,6 +53,18 @@ class Operations(Protocol[V]):
         """Attention over queries, keys and values, stacked along the channels; returns all heads, concatenated."""
         ...
 
+    def convolve(self, x: V, mixer: ShortConv) -> V:
+        """c * conv(b * x) of b, c and x stacked along the channels; reads and writes the rows' states."""
+        ...
+
+    def delta(self, x: V, gates: V, mixer: GatedDelta) -> V:
+        """The input of `mixer.out` from the outputs of `into` and `gates`; reads and writes the rows' states."""
+        ...
+
+    def mamba(self, x: V, gates: V, mixer: Mamba2) -> V:
+        """As `delta`, of Mamba 2."""
+        ...
+
     def activate(self, up: V, mlp: Mlp) -> V:
         """The input of `down`: act(up), or act(gate) * up if `up` is gate and up stacked."""
         ...
@@ -63,20 +86,14 @@ class Operations(Protocol[V]):
         ...
 
     def gate(self, x: V, logits: V) -> V:
-        """x times the sigmoid of logits `[..., 1]`."""
+        """x times the sigmoid of logits `[..., 1]` or `[..., channels]`."""
         ...
 
 
 def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]:
     """Run a block: the residual stream before it to the stream after it."""
     hidden, x = _normed(ops, stream, block.attention_norm)
-    attention = block.attention
-    qkv = ops.linear(hidden, attention.qkv)
-    if attention.latent is None:
-        attended = ops.attend(qkv, block)
-    else:
-        attended = ops.without_padding(ops.attend(walk_latent(ops, qkv, attention, attention.latent), block), attention)
-    attended = ops.linear(attended, attention.o)
+    attended = walk_mixer(ops, block, hidden)
     if block.attention_out_norm is not None:
         attended = ops.norm(attended, block.attention_out_norm)
     if block.is_parallel:
@@ -88,6 +105,32 @@ def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]
     if block.mlp_out_norm is not None:
         out = ops.norm(out, block.mlp_out_norm)
     return Stream(x, out)
+
+
+def walk_mixer(ops: Operations[V], block: Block, hidden: V) -> V:
+    """A block's attention, or what it has instead."""
+    mixer = block.mixer
+    if isinstance(mixer, Attention):
+        return walk_attention(ops, block, hidden)
+    x = ops.linear(hidden, mixer.into)
+    if isinstance(mixer, ShortConv):
+        return ops.linear(ops.convolve(x, mixer), mixer.out)
+    gates = ops.linear(hidden, mixer.gates)
+    mixed = ops.delta(x, gates, mixer) if isinstance(mixer, GatedDelta) else ops.mamba(x, gates, mixer)
+    return ops.linear(mixed, mixer.out)
+
+
+def walk_attention(ops: Operations[V], block: Block, hidden: V) -> V:
+    """A block's attention."""
+    attention = block.attention
+    qkv = ops.linear(hidden, attention.qkv)
+    if attention.latent is None:
+        attended = ops.attend(qkv, block)
+    else:
+        attended = ops.without_padding(ops.attend(walk_latent(ops, qkv, attention, attention.latent), block), attention)
+    if attention.gate is not None:
+        attended = ops.gate(attended, ops.linear(hidden, attention.gate))
+    return ops.linear(attended, attention.o)
 
 
 def walk_latent(ops: Operations[V], x: V, attention: Attention, latent: Latent) -> V:

@@ -13,7 +13,16 @@ from export.checkpoint.protocol import Checkpoint
 from export.pipeline.graph_files import ExportPlan, write_graphs
 from export.quantize.int8.saved import save_calibration
 from export.schemes.registry import SCHEMES
-from runtime.artifact.manifest import DIALECT_FILES, SCHEMA_VERSION, Artifact, KvContract, Manifest, ModelDims, kind_of
+from runtime.artifact.manifest import (
+    DIALECT_FILES,
+    SCHEMA_VERSION,
+    Artifact,
+    KvContract,
+    Manifest,
+    ModelDims,
+    StateTensor,
+    kind_of,
+)
 
 _VERSIONED = ("headrace", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
@@ -65,6 +74,16 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
             max_len=plan.max_len,
+            attention_layers=tuple(block.layer for block in config.attention_blocks) if config.has_states else None,
+        ),
+        states=tuple(
+            StateTensor(
+                past=f"past.{block.layer}.{state.kind}",
+                present=f"present.{block.layer}.{state.kind}",
+                shape=state.shape,
+            )
+            for block in config.blocks
+            for state in block.mixer.states
         ),
         kv=plan.kv_of(first),
         native_kv=plan.kv_of("native") if "native" in plan.dialects else None,
@@ -76,6 +95,8 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
         files={file.name: file_entry(file) for file in sorted(directory.iterdir())},
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
         step_weight_bytes=step_weight_bytes,
+        num_parameters=config.num_parameters,
+        num_active=sum(config.num_macs(linear.site) for linear in config.linears),
         estimates=plan.estimates,
         commit=plan.checkpoint.commit,
     )

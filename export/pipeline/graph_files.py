@@ -1,7 +1,7 @@
 """Writes the graphs of an artifact, one file for each dialect, and the weights that they read."""
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class ExportPlan:
     max_len: int
     dialects: tuple[str, ...] = ("ort",)
     layers: Mapping[str, Layers] = field(default_factory=dict)
-    kv_scales: Sequence[KvScales] | None = None
+    kv_scales: Mapping[int, KvScales] | None = None
     calibration: Calibration | None = None
     estimates: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 

@@ -148,7 +148,10 @@ _PHASES = {CalibrationNeed.INT8: _int8_phases, CalibrationNeed.BLOCKS: _int4_pha
 def _verification(s: _Sizes, config: ModelConfig, scheme: Scheme, dialects: Sequence[str]) -> float:
     """Each graph runs, then the reference runs beside the memory that the allocator keeps."""
     per_token = kv_bytes_per_token(
-        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype="float32"
+        num_layers=len(config.attention_blocks),
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype="float32",
     )
     # The KV cache: one slot with a window, and all slots with a prompt and its continuation.
     cache = (WINDOW + BATCH * (MAX_PROMPT + NUM_GREEDY)) * per_token

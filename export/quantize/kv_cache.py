@@ -53,7 +53,7 @@ def load_kv_calibration(path: Path, config: ModelConfig) -> Calibration:
     size = config.num_kv_heads * config.head_dim
     stored = _of_kv(found.statistics)
     layers = {site.layer for site in stored}
-    if (layers and layers != set(range(config.num_layers))) or any(
+    if (layers and layers != {block.layer for block in config.attention_blocks}) or any(
         entry.absmax.shape[1] != size for entry in stored.values()
     ):
         raise InvalidSetting(f"--reuse-calibration {path} belongs to a model of another shape; calibrate this one")
@@ -66,8 +66,8 @@ def unrotated(found: Calibration) -> Calibration:
 
 
 def has_kv_statistics(found: Calibration, config: ModelConfig) -> bool:
-    """Whether a calibration covers K and V of every layer."""
-    return all(Site(layer, kv) in found.statistics for layer in range(config.num_layers) for kv in _KINDS)
+    """Whether a calibration covers K and V of every layer that has them."""
+    return all(Site(block.layer, kv) in found.statistics for block in config.attention_blocks for kv in _KINDS)
 
 
 def with_kv_statistics(
@@ -89,9 +89,10 @@ def _of_kv(statistics: Statistics) -> Statistics:
     return {site: entry for site, entry in statistics.items() if site.kind in _KINDS}
 
 
-def scales_of(found: Calibration, checkpoint: Checkpoint, config: ModelConfig) -> list[KvScales]:
-    """The scales of every layer; `checkpoint` is the one that the graph is written from, smoothed or not."""
+def scales_of(found: Calibration, checkpoint: Checkpoint, config: ModelConfig) -> dict[int, KvScales]:
+    """The scales by layer; `checkpoint` is the one that the graph is written from, smoothed or not."""
     if not isinstance(checkpoint, SmoothedCheckpoint):
         return kv_scales(found.statistics, config)
-    names = [f"{block.attention.qkv.parts[-1].name}.weight" for block in config.blocks]
-    return kv_scales(found.statistics, config, [checkpoint.row_divisor(name) for name in names])
+    names = {block.layer: f"{block.attention.qkv.parts[-1].name}.weight" for block in config.attention_blocks}
+    divisors = {layer: checkpoint.row_divisor(name) for layer, name in names.items()}
+    return kv_scales(found.statistics, config, divisors)

@@ -7,6 +7,7 @@ from pathlib import Path
 from export.checkpoint.lora.adapter import Lora
 from export.checkpoint.lora.merged import MergedCheckpoint
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.text_part import text_part
 from runtime.errors import InvalidCheckpoint, InvalidSetting
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -38,7 +39,7 @@ def _open(model: str, revision: str | None) -> Checkpoint:
     if model and path.is_dir():
         from export.checkpoint.quantized.checkpoint import open_directory
 
-        return open_directory(path)
+        return text_part(open_directory(path))
     if path.is_file() and path.suffix == ".gguf":
         from export.checkpoint.gguf.file import GgufCheckpoint
 
@@ -46,7 +47,7 @@ def _open(model: str, revision: str | None) -> Checkpoint:
     if is_hub_id:
         from export.sources.hub import open_hub_model
 
-        return open_hub_model(model, revision=revision)
+        return text_part(open_hub_model(model, revision=revision))
     what = "is a file that does not end in .gguf" if path.is_file() else "does not exist"
     raise InvalidCheckpoint(
         f"{model!r} {what}; give {DEFAULT_MODEL}, a Hugging Face model directory, a .gguf file, "

@@ -20,7 +20,7 @@ from export.tensorrt.profiles import PlanLimits, derive_profiles, input_shape
 from export.tensorrt.progress import Monitor, progress_monitor
 from export.tensorrt.store import list_files, plan_directory, write_plan_files
 from export.tensorrt.timings import attach_timings, keep_timings, timings_file
-from runtime.artifact.manifest import Artifact, FileEntry, ModelDims, read_manifest
+from runtime.artifact.manifest import Artifact, FileEntry, Manifest, read_manifest
 from runtime.artifact.plan_files import (
     ENGINES,
     PlanIdentity,
@@ -147,7 +147,7 @@ def _compile(
     for attention in attentions(library, network):
         # Where no fused kernel fits (float32, odd head sizes) it is taken apart; without leave, the build fails.
         attention.decomposable = True
-    _add_profiles(builder, config, network, identity, artifact.manifest.dims)
+    _add_profiles(builder, config, network, identity, artifact.manifest)
     if library.keeps_timings:
         attach_timings(config, timings, read_manifest(artifact.path).engines.get(timings.name))
     plan = _serialize(library, logger, builder, network, config)
@@ -178,12 +178,14 @@ def _choose_gpus(library: TrtLibrary, config: Any, identity: PlanIdentity) -> No
         config.set_compute_capability(getattr(kinds, gpu.upper()), idx)
 
 
-def _add_profiles(builder: Any, config: Any, network: Any, identity: PlanIdentity, dims: ModelDims) -> None:
+def _add_profiles(builder: Any, config: Any, network: Any, identity: PlanIdentity, manifest: Manifest) -> None:
     names = [network.get_input(idx).name for idx in range(network.num_inputs)]
     for profile in identity.profiles:
         shapes = builder.create_optimization_profile()
         for name in names:
-            shapes.set_shape(name, *(input_shape(name, dims, profile, end) for end in range(3)))
+            shapes.set_shape(
+                name, *(input_shape(name, manifest.dims, profile, end, manifest.states) for end in range(3))
+            )
         if config.add_optimization_profile(shapes) < 0:
             raise PlanBuildFailed(f"{identity.target} {identity.version} refuses the {profile.name} profile")
 

@@ -1,6 +1,7 @@
 """`headrace engine`: build a TensorRT engine of an artifact, list those it has, remove those that are of no use."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ from runtime.artifact.plan_files import TARGETS, PlanFile, PlanInfo, plans_of
 from runtime.errors import InvalidSetting
 from runtime.machine.sizes import format_bytes
 from runtime.settings import add_flags, from_namespace
+
+log = logging.getLogger(__name__)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +86,8 @@ def _build(artifact: Artifact, args: argparse.Namespace) -> None:
     derive_profiles(options.limits, artifact.manifest.dims)
     if wanted_dialect(library, artifact) not in artifact.manifest.dialects:
         artifact = add_graph(artifact, library.dialect, model=args.model)
+    if artifact.manifest.states:
+        log.warning("%s has recurrent states, which --device tensorrt does not run: for other programs", artifact.path)
     built = build_plan(artifact, options)
     sys.stdout.write(f"{built.path}{'' if built.is_new else ' is there already'}\n")
     sys.stdout.writelines(f"{line}\n" for line in _details(built.info))

@@ -7,10 +7,10 @@
 TensorRT refuses a cache whose length is not fixed: the engine's slots have exactly `max_len` tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.artifact.manifest import ModelDims
+from runtime.artifact.manifest import ModelDims, StateTensor
 from runtime.artifact.plan_files import PROFILES, Profile, Span
 from runtime.errors import InvalidSetting
 from runtime.settings import EngineSettings, check_at_least, setting
@@ -71,13 +71,20 @@ def derive_profiles(limits: PlanLimits, dims: ModelDims) -> tuple[Profile, ...]:
     return tuple(sizes[name] for name in PROFILES)
 
 
-def input_shape(name: str, dims: ModelDims, profile: Profile, end: int) -> tuple[int, ...]:
-    """Shape of one graph input at one end of a profile: 0 smallest, 1 tuned for, 2 largest."""
+def input_shape(
+    name: str, dims: ModelDims, profile: Profile, end: int, states: Sequence[StateTensor] = ()
+) -> tuple[int, ...]:
+    """Shape of one graph input at one end of a profile: 0 smallest, 1 tuned for, 2 largest.
+
+    states: those of the manifest
+    """
     rows, tokens = profile.rows[end], profile.tokens[end]
     named = {
         "input_ids": (rows, tokens),
         "position_ids": (rows, tokens),
         "write_idx": (rows,),
+        "query_len": (rows,),
         "logits_idx": (profile.logits[end],),
+        **{state.past: (rows, *state.shape) for state in states},
     }
     return named.get(name, (rows, dims.num_kv_heads, profile.capacity[end], dims.head_dim))

@@ -16,8 +16,9 @@ Nothing here loads a model.
 
 import json
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,7 +30,7 @@ from runtime.artifact.known_hashes import known_sha256_of
 from runtime.artifact.onnx_files import external_files
 from runtime.artifact.shapes import read_receipt
 from runtime.errors import InvalidArtifact
-from runtime.machine.sizes import kv_bytes_per_token
+from runtime.machine.sizes import item_bytes, kv_bytes_per_token
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +72,18 @@ class ModelDims:
     vocab_size: Size
     max_len: Size
     """Longest sequence, prompt and answer together, that the rotary tables cover."""
+    attention_layers: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
+    """The layers that have K and V, if not all of them do."""
+
+    @property
+    def kv_layers(self) -> Sequence[int]:
+        """The layers that have K and V."""
+        return range(self.num_layers) if self.attention_layers is None else self.attention_layers
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V that one token takes over all layers. InvalidSetting for an unknown dtype."""
         return kv_bytes_per_token(
-            num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=dtype
+            num_layers=len(self.kv_layers), num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=dtype
         )
 
 
@@ -100,13 +108,29 @@ class KvContract:
     past_name: TensorName = "past.{layer}.{kv}"
     present_name: TensorName = "present.{layer}.{kv}"
 
-    def cache_names(self, num_layers: int) -> list[CacheNames]:
-        """The names of every cache tensor, layer by layer, K before V."""
+    def cache_names(self, layers: Iterable[int]) -> list[CacheNames]:
+        """The names of every cache tensor of these layers, K before V."""
         return [
             CacheNames(self.past_name.format(layer=layer, kv=kv), self.present_name.format(layer=layer, kv=kv))
-            for layer in range(num_layers)
+            for layer in layers
             for kv in "kv"
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTensor:
+    """What a recurrent layer remembers of a slot's tokens, in every dialect: float32 `[B, *shape]`, written in place.
+
+    It cannot be cut back to fewer tokens. A graph reads it as zero in a row without earlier tokens.
+    """
+
+    past: str
+    present: str
+    shape: tuple[Size, ...]
+
+    @property
+    def slot_bytes(self) -> int:
+        return math.prod(self.shape) * item_bytes("float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,10 +170,16 @@ class Manifest:
     versions: Mapping[str, str]
     step_weight_bytes: Annotated[int, Meta(ge=0)] | None = None
     """Bytes of weights that every run reads whole; None in artifacts written before it was counted."""
+    num_parameters: Annotated[int, Meta(ge=0)] | None = None
+    """Weights of the matrices, those of a tied embedding once; None in artifacts written before they were counted."""
+    num_active: Annotated[int, Meta(ge=0)] | None = None
+    """Of these, what a token is multiplied with, on average: of experts the chosen ones, and the LM head."""
     trt_kv: KvContract | None = None
     """The TensorRT dialects' cache, whose dtype is their compute type; None where there is no such dialect."""
     native_kv: KvContract | None = None
     """The `native` dialect's cache; None where there is no such dialect."""
+    states: tuple[StateTensor, ...] = ()
+    """What slots hold beside K and V."""
     commit: str | None = None
     """Of the hub, which `source` stood at when it was exported; None for what has none."""
     origin: str | None = None
@@ -163,6 +193,11 @@ class Manifest:
         """How one dialect's cache tensors look."""
         own = self.native_kv if dialect == "native" else None if dialect == "ort" else self.trt_kv
         return own or self.kv
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a slot's states, however many tokens it holds."""
+        return sum(state.slot_bytes for state in self.states)
 
     @property
     def is_exact(self) -> bool:
@@ -188,6 +223,13 @@ class Manifest:
         manifest = shaped(raw, cls, where)
         _check_fields(manifest, where)
         return manifest
+
+
+WITHOUT_REUSE = (
+    "its layers have recurrent states, which follow every token and cannot be cut back to fewer: no prefix cache, no "
+    "speculation; every prompt is computed from its beginning"
+)
+"""What is switched off for a model with states."""
 
 
 def kind_of(dialect: str) -> str:
@@ -218,6 +260,10 @@ def _check_fields(manifest: Manifest, where: str) -> None:
     if dims.num_heads % dims.num_kv_heads:
         raise InvalidArtifact(
             f"{where} is malformed: {dims.num_heads} heads cannot share {dims.num_kv_heads} key-value heads"
+        )
+    if manifest.dims.attention_layers == () or any(layer >= dims.num_layers for layer in dims.kv_layers):
+        raise InvalidArtifact(
+            f"{where} is malformed: attention_layers are {list(dims.kv_layers)}, and there are {dims.num_layers} layers"
         )
     for name in (*manifest.files, *manifest.engines):
         if os.sep in name or "\0" in name or name in ("", ".", ".."):

@@ -42,6 +42,7 @@ class Backend(ABC):
     packages: the distributions that it can come from, under every name they are published as
     dialects: the graphs that it reads, the first that an artifact has
     flags: fields of EngineSettings that only some backends act on, and this one does
+    runs_states: whether its slots can hold states beside K and V
     is_extra: whether most artifacts have no graph for it, so that `auto` passes over it without a warning then
     """
 
@@ -51,6 +52,7 @@ class Backend(ABC):
     dialects: ClassVar[tuple[str, ...]]
     flags: ClassVar[frozenset[str]] = frozenset()
     is_extra: ClassVar[bool] = False
+    runs_states: ClassVar[bool] = False
 
     def missing_hardware(self, env: Environment) -> Problem | None:
         """Why no package could make it work on this machine; None if one could."""
@@ -74,6 +76,11 @@ class Backend(ABC):
             raise InvalidArtifact(
                 f"{artifact.path} has no {' or '.join(self.dialects)} graph, which --device {self.name} reads; "
                 f"export it with --dialect {','.join(dict.fromkeys(['ort', self.dialects[0]]))}"
+            )
+        if artifact.manifest.states and not self.runs_states:
+            raise InvalidArtifact(
+                f"{artifact.path} has layers with recurrent states, which --device {self.name} does not run; "
+                "use --device cpu or native"
             )
 
     @abstractmethod
@@ -118,10 +125,11 @@ def paged_slots(artifact: "Artifact", settings: "EngineSettings", dialect: str =
     """
     from runtime.machine.kv_pages import head_layout
 
-    manifest, budget = artifact.manifest, host_budget(artifact, settings)
+    manifest = artifact.manifest
+    budget = host_budget(artifact, settings) - settings.max_batch * manifest.state_bytes
     capacity = settings.max_len or manifest.dims.max_len
     layout = head_layout(
-        num_layers=manifest.dims.num_layers,
+        num_layers=len(manifest.dims.kv_layers),
         num_kv_heads=manifest.dims.num_kv_heads,
         head_dim=manifest.dims.head_dim,
         dtype=manifest.kv_of(dialect).dtype,
@@ -131,10 +139,17 @@ def paged_slots(artifact: "Artifact", settings: "EngineSettings", dialect: str =
         lower = "" if settings.max_len is None or fitting < 2 else f"--max-len {fitting:,} or less, or "
         raise InvalidSetting(
             f"a request of {needed:,} tokens takes {format_bytes(layout.committed(needed))} of KV memory (in pages of "
-            f"{layout.page_bytes // 1024} KiB) and only {format_bytes(budget)} may be used; "
+            f"{layout.page_bytes // 1024} KiB) and only {format_bytes(max(0, budget))} may be used"
+            f"{_beside_states(artifact, settings.max_batch)}; "
             f"set {lower}a larger --kv-memory"
         )
     return PagedSlots(settings.max_batch, capacity, budget)
+
+
+def _beside_states(artifact: "Artifact", num_slots: int) -> str:
+    """Words about the memory of states."""
+    state_bytes = artifact.manifest.state_bytes
+    return f", beside {format_bytes(state_bytes)} of states in each of {num_slots} slots" if state_bytes else ""
 
 
 def host_budget(artifact: "Artifact", settings: "EngineSettings") -> int:

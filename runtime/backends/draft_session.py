@@ -22,6 +22,11 @@ def open_draft(path: str, target: Artifact, settings: EngineSettings) -> Artifac
     ours, its = target.manifest, draft.manifest
     if its.dims.vocab_size != ours.dims.vocab_size or its.files.get(TOKENIZER) != ours.files.get(TOKENIZER):
         raise InvalidSetting(f"--draft {path}: {its.name} has other tokens than {ours.name}; both need one tokenizer")
+    if its.states:
+        raise InvalidSetting(
+            f"--draft {path}: {its.name} has layers with recurrent states, which cannot be taken back after a wrong "
+            "draft; choose a model without them"
+        )
     if its.dims.max_len < capacity:
         raise InvalidSetting(
             f"--draft {path}: {its.name} takes {its.dims.max_len:,} tokens and a slot has {capacity:,}; "

@@ -87,7 +87,8 @@ def check_settings(settings: EngineSettings) -> None:
 
 
 def check_speculation(artifact: "Artifact", settings: EngineSettings, info: "SessionInfo | None" = None) -> None:
-    """InvalidSetting if --speculate or --draft would do nothing: with an int8 cache, or on the device that was chosen.
+    """InvalidSetting if --speculate or --draft would do nothing: with an int8 cache, for a model with states, or on the
+    device that was chosen.
 
     info: of the session that was opened; None before, when only the cache's type is known
     """
@@ -98,6 +99,11 @@ def check_speculation(artifact: "Artifact", settings: EngineSettings, info: "Ses
         raise InvalidSetting(
             f"{flag} does nothing for {artifact.path}, whose KV cache is in 8 bits: a token's logits depend on how its "
             f"run is cut there, and drafts would change answers; leave {flag} out, or export without --kv int8"
+        )
+    if artifact.manifest.states:
+        raise InvalidSetting(
+            f"{flag} does nothing for {artifact.path}, whose layers have recurrent states: they cannot be taken back "
+            f"after a wrong draft; leave {flag} out"
         )
     if info is not None and not (info.is_ragged and info.is_cut_exact):
         raise InvalidSetting(

@@ -122,7 +122,8 @@ def opened(
     Raises InvalidArtifact without a tokenizer (requests of the engine carry text), InvalidSetting if the cache does not
     fit in memory: with fewer slots the engine would measure something else.
     """
-    wanted, room = batch * capacity * artifact.kv_bytes_per_token(), default_budget()
+    slot_bytes = capacity * artifact.kv_bytes_per_token() + artifact.manifest.state_bytes
+    wanted, room = batch * slot_bytes, default_budget()
     if wanted > room:
         raise InvalidSetting(
             f"{batch} rows of {capacity:,} tokens take {format_bytes(wanted)} of KV cache and {format_bytes(room)} "
@@ -130,7 +131,7 @@ def opened(
         )
     times, eos_ids = StepTimes(), frozenset(artifact.manifest.eos_ids)
     dims = artifact.manifest.dims
-    rounding = batch * 2 * dims.num_layers * dims.num_kv_heads * PAGE_BYTES
+    rounding = batch * 2 * len(dims.kv_layers) * dims.num_kv_heads * PAGE_BYTES
     settings = EngineSettings(
         device=device,
         max_batch=batch,

@@ -67,7 +67,13 @@ def _row(
     fraction = DEVICE_FREE_FRACTION if dialect == "trt" else FREE_FRACTION
     budget = kv_budget(memory - size.weights - buffer_bytes, fraction)
     slots = {
-        length: fitting_slots(max_batch=max_batch, capacity=length, bytes_per_token=token_bytes, budget=budget)
+        length: fitting_slots(
+            max_batch=max_batch,
+            capacity=length,
+            bytes_per_token=token_bytes,
+            budget=budget,
+            state_bytes=artifact.manifest.state_bytes,
+        )
         for length in _contexts(dims)
     }
     return Row(dialect, precision, is_estimate, size.weights, buffer_bytes, size.kv, token_bytes, budget, slots)

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.artifact.choice import choice_lines, read_choice
 from runtime.artifact.json_shape import finite
-from runtime.artifact.manifest import CALIBRATION, Artifact, open_artifact
+from runtime.artifact.manifest import CALIBRATION, WITHOUT_REUSE, Artifact, Manifest, open_artifact
 from runtime.artifact.shapes import read_calibration_account
 from runtime.commands.sensitivity_picture import sensitivity_lines
 from runtime.machine.sizes import format_bytes
@@ -35,7 +35,12 @@ def main(argv: list[str]) -> int:
 
 
 def num_parameters(artifact: Artifact) -> int:
-    """Weights of the matrices, from the dimensions; a tied embedding counts once. Norms and biases are left out."""
+    """Weights of the matrices; a tied embedding counts once. Norms and biases are left out.
+
+    For an artifact that does not say, they are computed from the dimensions, as those of a decoder like Llama.
+    """
+    if artifact.manifest.num_parameters is not None:
+        return artifact.manifest.num_parameters
     dims = artifact.manifest.dims
     attention = dims.hidden_size * dims.head_dim * 2 * (dims.num_heads + dims.num_kv_heads)
     mlp = 3 * dims.hidden_size * dims.intermediate_size
@@ -89,6 +94,18 @@ def _cache_lines(artifact: Artifact) -> Iterator[str]:
             yield f"{of}{format_bytes(per_token)} a token, {whole} a full slot, {kv.dtype}{scales}"
 
 
+def _state_rows(manifest: Manifest) -> dict[str, str]:
+    """Which layers have states instead of attention, their size, and what that switches off."""
+    if not manifest.states:
+        return {}
+    num_layers, num_attention = manifest.dims.num_layers, len(manifest.dims.kv_layers)
+    size = format_bytes(manifest.state_bytes)
+    return {
+        "recurrence": f"{num_layers - num_attention} of {num_layers} layers, with {size} of states in a slot",
+        "": WITHOUT_REUSE,
+    }
+
+
 def as_lines(artifact: Artifact) -> Iterator[str]:
     """The same for people."""
     manifest, dims, receipt = artifact.manifest, artifact.manifest.dims, artifact.receipt
@@ -100,6 +117,7 @@ def as_lines(artifact: Artifact) -> Iterator[str]:
         "parameters": f"{num_parameters(artifact) / 1e6:,.1f} million",
         "layers": f"{dims.num_layers} of {dims.hidden_size} (MLP {dims.intermediate_size})",
         "attention": f"{dims.num_heads} heads of {dims.head_dim}, {dims.num_kv_heads} for keys and values",
+        **_state_rows(manifest),
         "vocabulary": f"{dims.vocab_size:,}, ends at {', '.join(map(str, manifest.eos_ids)) or 'nothing'}",
         "longest": f"{dims.max_len:,} tokens",
         "KV cache": "; ".join(_cache_lines(artifact)),

@@ -180,15 +180,24 @@ def prefill_cost(artifact: Artifact, length: int, dialect: str = "ort") -> StepC
     Every token takes part in every product but the LM head's, which is for the last one. A token attends to itself
     and to those before it.
     """
-    manifest, dims = artifact.manifest, artifact.manifest.dims
+    dims = artifact.manifest.dims
     head = dims.vocab_size * dims.hidden_size
-    layers = num_parameters(artifact) - head * (1 if manifest.is_tied else 2)
-    attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * (length * (length + 1) // 2)
+    layers = _num_used(artifact) - head
+    attention = 4 * len(dims.kv_layers) * dims.num_heads * dims.head_dim * (length * (length + 1) // 2)
     return StepCost(
         weight_bytes=_step_weight_bytes(artifact),
         kv_bytes=length * artifact.kv_bytes_per_token(dialect),
         flop=2 * (layers * length + head) + attention,
     )
+
+
+def _num_used(artifact: Artifact) -> int:
+    """Weights that a token is multiplied with, the LM head among them."""
+    manifest = artifact.manifest
+    if manifest.num_active is not None:
+        return manifest.num_active
+    parameters = num_parameters(artifact)
+    return parameters if manifest.is_tied else parameters - manifest.dims.vocab_size * manifest.dims.hidden_size
 
 
 def _step_weight_bytes(artifact: Artifact) -> int:
@@ -205,10 +214,8 @@ def decode_cost(artifact: Artifact, *, batch: int, context: int, dialect: str = 
     some. Two operations a weight and row, and four a cached element of each query head (QK and PV products).
     Artifacts that do not say what a step reads count as reading the whole weight file.
     """
-    manifest, dims = artifact.manifest, artifact.manifest.dims
-    parameters = num_parameters(artifact)
-    used = parameters if manifest.is_tied else parameters - dims.vocab_size * dims.hidden_size
-    attention = 4 * dims.num_layers * dims.num_heads * dims.head_dim * context
+    dims, used = artifact.manifest.dims, _num_used(artifact)
+    attention = 4 * len(dims.kv_layers) * dims.num_heads * dims.head_dim * context
     return StepCost(
         weight_bytes=_step_weight_bytes(artifact),
         kv_bytes=batch * context * artifact.kv_bytes_per_token(dialect),

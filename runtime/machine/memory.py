@@ -22,9 +22,9 @@ def kv_budget(free: int, fraction: float) -> int:
     return max(0, int(free * fraction))
 
 
-def fitting_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:
-    """How many slots of `capacity` tokens fit `budget` bytes, at most `max_batch`; 0 if none does."""
-    return min(max_batch, budget // (capacity * bytes_per_token))
+def fitting_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int, state_bytes: int = 0) -> int:
+    """How many slots of `capacity` tokens, and states, fit `budget` bytes, at most `max_batch`; 0 if none does."""
+    return min(max_batch, budget // (capacity * bytes_per_token + state_bytes))
 
 
 def plan_slots(*, max_batch: int, capacity: int, bytes_per_token: int, budget: int) -> int:

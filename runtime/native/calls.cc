@@ -3,6 +3,7 @@
 #include "linear/linear.h"
 #include "linear/peak.h"
 #include "norm/norm.h"
+#include "recurrent/recurrent.h"
 #include "threads.h"
 
 using namespace headrace;
@@ -37,6 +38,22 @@ HEADRACE_EXPORT void headrace_multiply(const WeightShape* shape, const uint8_t* 
 
 HEADRACE_EXPORT int64_t headrace_multiply_bytes(size_t num_rounds, int32_t* sink) {
   return peak_kernels().multiply_bytes(num_rounds, sink);
+}
+
+// Null, or what is wrong with the call.
+HEADRACE_EXPORT const char* headrace_convolve(const Convolution* job, int num_threads) {
+  const Threads threads{num_threads};
+  if (const char* fault = find_fault(job->rows)) return fault;
+  convolution_kernels().convolve(*job, threads.parallel());
+  return nullptr;
+}
+
+// Null, or what is wrong with the call.
+HEADRACE_EXPORT const char* headrace_recurrence(const Recurrence* job, int num_threads) {
+  const Threads threads{num_threads};
+  if (const char* fault = find_fault(job->rows)) return fault;
+  recurrence_kernels().run(*job, threads.parallel());
+  return nullptr;
 }
 
 // Null, or what is wrong with the call.

@@ -56,16 +56,18 @@ def packed_inputs(batch: Batch) -> Mapping[str, NDArray[np.int64] | NDArray[np.i
     return PackedInputs()(batch)
 
 
-def padded_inputs(batch: Batch) -> Mapping[str, NDArray[np.int64]]:
+def padded_inputs(batch: Batch, *, has_states: bool = False) -> Mapping[str, NDArray[np.int64]]:
     """Inputs of the standard ONNX graphs: input_ids and position_ids int64 `[B, S]`, write_idx int64 `[B]`,
-    logits_idx int64 `[R]`.
+    logits_idx int64 `[R]`; for a model with states also query_len int64 `[B]`.
 
     Idle rows are fed like others: they write after their valid tokens, and their logits are not asked for.
     """
     past = batch.past_len.astype(np.int64)
+    lengths = {"query_len": batch.query_len.astype(np.int64)} if has_states else {}
     return {
         "input_ids": batch.token_ids,
         "position_ids": past[:, None] + np.arange(batch.token_ids.shape[1]),
         "write_idx": past,
         "logits_idx": batch.logits_idx,
+        **lengths,
     }

@@ -68,6 +68,10 @@ class SessionInfo:
     is_run_exact: bool = False
     """Whether K, V and logits of a token are the same, bit for bit, in a run by itself and in a run with others of its
     row. If so, tokens that decode runs had computed may be computed again by a prefill."""
+    has_states: bool = False
+    """Whether slots hold states beside K and V: sums over all their tokens, in a fixed size. They follow every token
+    that is run, and cannot be cut back to fewer. So nothing is drafted, and no beginnings of prompts are kept. A row
+    with `past_len` 0 begins with states of zero; padding and idle rows change none."""
     kv_layout: PageLayout | None = None
     """How the tokens of a slot commit memory. None: the pool is allocated whole."""
     kv_budget: int | None = None
@@ -105,11 +109,14 @@ class Session(Protocol):
         ...
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the first `num_tokens` positions of one slot's cache to another slot."""
+        """Copy the first `num_tokens` positions of one slot's cache to another slot, and its states."""
         ...
 
     def read_slot(self, slot: int, start: int, stop: int) -> KvRows:
-        """A copy of positions `start .. stop` of a slot's cache; nothing that runs later changes it."""
+        """A copy of positions `start .. stop` of a slot's cache; nothing that runs later changes it.
+
+        Not in a session with states, which belong to no positions.
+        """
         ...
 
     def write_slot(self, slot: int, start: int, rows: KvRows) -> None:

@@ -25,7 +25,9 @@ from runtime.artifact.manifest import MANIFEST, RECEIPT, Artifact, open_artifact
 from runtime.artifact.plan_files import find_plan, plans_of
 from runtime.backends.tensorrt.library import TrtLibrary, open_library
 from runtime.errors import InvalidArtifact, InvalidSetting, PlanBuildFailed
+from tests.support.tiny.architectures import write_random
 from tests.support.tiny.checkpoint import config_of, write_checkpoint
+from tests.support.tiny.hybrids import HYBRIDS
 
 ALL_GPUS = ("sm80", "sm86", "sm89", "sm120")
 LIMITS = PlanLimits(max_batch=4, prefill_chunk=16, max_len=64)
@@ -285,3 +287,18 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(artifact: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         build_plan(open_artifact(artifact), ONE_GPU)
     assert not list((artifact / "engines").iterdir())
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "bamba"])
+def test_a_model_with_states_becomes_an_engine(tmp_path: Path, name: str) -> None:
+    """No session of ours runs it; it shows that TensorRT takes every operator of the standard graph."""
+    source = write_random(tmp_path / "checkpoint", HYBRIDS[name])
+    options = ExportOptions(
+        model=str(source), out=tmp_path / "artifact", dialects=("trt",), precision="fp16", force=True
+    )
+    artifact = export_model(options)
+    layers = build_plan(artifact, ONE_GPU).info.layers
+    num_attention = len(artifact.manifest.dims.kv_layers)
+    has_scan = len(artifact.manifest.states) > HYBRIDS[name]["num_hidden_layers"] - num_attention
+    # Beside a Scan, attention is in elementary operators.
+    assert (layers["attention"], layers["kv_cache_update"]) == (0 if has_scan else num_attention, 2 * num_attention)

@@ -167,6 +167,7 @@ def test_a_graph_that_openvino_cannot_read_is_refused_by_what_it_has(family: str
     artifact = write_unverified(tmp_path, plan)
     attention, rotary = config.attention, config.attention.rotary
     reasons = {
+        "recurrent states": config.has_states,
         "learned positions": config.embedding.positions is not None,
         "softcap": attention.softcap is not None,
         "RotaryEmbedding": rotary is not None and rotary.dim % 16,

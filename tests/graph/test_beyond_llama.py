@@ -16,6 +16,7 @@ from runtime.session.session import Session
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny.architectures import BEYOND_LLAMA
 from tests.support.tiny.experts import EXPERTS
+from tests.support.tiny.hybrids import HYBRIDS
 
 pytestmark = pytest.mark.oracle
 
@@ -27,12 +28,16 @@ MAX_KL = {"w8a16": 0.02, "w8a8": 0.03, "w4a16": 0.25}
 """Nats. Rounding moves random weights of width 64 much: the largest seen are 0.006, 0.012 and 0.097, where a router's
 choice turns. A wrong scale, norm or fold costs whole nats: an unrelated model of this vocabulary is 1.0 away."""
 
+SENSITIVE = {("qwen3_5_moe", "w4a16"): 0.4}
+"""Qwen3.5-MoE has experts in every layer behind a recurrence, so more choices turn: 0.21 and 0.25 were seen."""
+
 LAYER_NORMS = {"gpt2", "cohere", "gpt_bigcode", "gpt_neo", "gptj", "jais2", "nemotron", "phi", "stablelm", "starcoder2"}
 NOT_ROTATED = LAYER_NORMS | {"gemma2", "glm4", "phimoe"}
 """Families whose residual stream cannot be rotated: a layer norm in it, or a norm behind attention or MLP."""
 NOT_GATED = {"arcee", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "jais2", "nemotron", "phi", "starcoder2"}
-NOT_SMOOTHED = NOT_GATED | EXPERTS.keys() | {"cohere"}
-"""Families with a layer whose input cannot be smoothed: an MLP without a gate, or a norm that several layers read."""
+NOT_SMOOTHED = NOT_GATED | EXPERTS.keys() | HYBRIDS.keys() | {"cohere"}
+"""Families with a layer whose input cannot be smoothed: an MLP without a gate, a norm that several layers read, or the
+output of a recurrence."""
 
 MAX_KV_KL = {"gpt_neo": 0.03, "nemotron": 0.06, "phimoe": 0.03}
 """Of an int8 cache, in nats; 0.01 for the others. GPT-Neo does not scale scores, and Nemotron's squared ReLU makes
@@ -114,7 +119,8 @@ def calibrated(model: Model, out: Path, precision: str, **options: Any) -> Artif
 def test_every_precision_stays_near_the_reference(model: Model, tmp_path: Path, precision: str) -> None:
     artifact = calibrated(model, tmp_path / "out", precision, dialects=("ort", "trt"))
     figures = artifact.receipt["figures"]
-    assert 1e-7 < figures["kl"] < MAX_KL[precision] and 1e-7 < figures["trt.kl"] < MAX_KL[precision]
+    limit = SENSITIVE.get((model.name, precision), MAX_KL[precision])
+    assert 1e-7 < figures["kl"] < limit and 1e-7 < figures["trt.kl"] < limit
     # Alone and in a batch: to the bit, or integer products whose scales are static.
     assert figures["batch_token_agreement"] == 1
     account = artifact.receipt.get("quantization", {})

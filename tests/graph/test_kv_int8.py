@@ -115,13 +115,14 @@ def test_scales_of_a_smoothed_model_are_those_of_its_own_values(tmp_path: Path) 
     wide = np.broadcast_to(per_head, (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim))
     vectors = {Site(1, "o"): wide.reshape(-1)}
     smoothed = SmoothedCheckpoint(checkpoint, config, vectors)
-    divisors = [smoothed.row_divisor(f"model.layers.{layer}.self_attn.v_proj.weight") for layer in range(3)]
+    divisors = {layer: smoothed.row_divisor(f"model.layers.{layer}.self_attn.v_proj.weight") for layer in range(3)}
     assert divisors[0] is None and divisors[1] is not None
     found = kv_scales(collect_statistics(checkpoint, config, sequences, tmp_path / "a"), config, divisors)
     own = kv_scales(collect_statistics(smoothed, config, sequences, tmp_path / "b"), config)
-    for ours, theirs in zip(found, own, strict=True):
-        np.testing.assert_allclose(ours.value, theirs.value, rtol=1e-4)
-        np.testing.assert_allclose(ours.key, theirs.key, rtol=1e-4)
+    assert found.keys() == own.keys() == {0, 1, 2}
+    for layer in found:
+        np.testing.assert_allclose(found[layer].value, own[layer].value, rtol=1e-4)
+        np.testing.assert_allclose(found[layer].key, own[layer].key, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "llama-mqa-wide-heads", "mistral-sliding", "qwen3-bias"])

@@ -88,7 +88,7 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
     assert {norm.epsilon for norm in ours.norms if "_a_layernorm" not in norm.name} == {epsilon_of(theirs)}
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert {mlp.activation for block in ours.blocks for mlp in mlps_of(block)} == {ACTIVATIONS[activation_of(theirs)]}
-    assert tuple(block.attention.window for block in ours.blocks) == windows_of(theirs)
+    assert tuple(block.attention.window for block in ours.attention_blocks) == windows_of(theirs)
     for name, found in (
         ("eos_token_id", ours.eos_ids),
         ("bos_token_id", () if ours.bos_id is None else (ours.bos_id,)),
@@ -112,7 +112,7 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
 
 def assert_same_mlps(ours: ModelConfig, theirs: Any) -> None:
     """Inner channels, and how many experts there are and are chosen."""
-    inner = getattr(theirs, "intermediate_size", None) or 4 * theirs.hidden_size
+    inner = inner_of(theirs)
     for block in ours.blocks:
         if isinstance(block.mlp, Mlp):
             assert block.mlp.down.num_inputs == inner
@@ -137,10 +137,21 @@ ACTIVATIONS = {
 }
 
 
+def inner_of(theirs: Any) -> int:
+    """Channels of the MLP. LFM2's code changes what its config says."""
+    if theirs.model_type == "lfm2":
+        import torch
+        from transformers.models.lfm2.modeling_lfm2 import Lfm2MLP
+
+        with torch.device("meta"):
+            return int(Lfm2MLP(theirs).w1.out_features)
+    return int(getattr(theirs, "intermediate_size", None) or 4 * theirs.hidden_size)
+
+
 def activation_of(theirs: Any) -> str:
-    """gemma2 computes by hidden_activation, GPT-2 by activation_function."""
+    """gemma2 computes by hidden_activation, GPT-2 by activation_function; LFM2 has no field for it."""
     names = ("hidden_activation", "activation_function", "hidden_act")
-    return str(next(getattr(theirs, name) for name in names if hasattr(theirs, name)))
+    return str(next((getattr(theirs, name) for name in names if hasattr(theirs, name)), "silu"))
 
 
 def epsilon_of(theirs: Any) -> float:
@@ -153,13 +164,18 @@ def mlps_of(block: Block) -> Sequence[Mlp]:
 
 
 def windows_of(theirs: Any) -> tuple[int | None, ...]:
-    """As the model code of each family reads them: some have none, some one for all, the others by layer_types."""
+    """Of the layers with attention, as the model code of each family reads them: some have none, some one for all, the
+    others by layer_types."""
     num_layers, window = int(theirs.num_hidden_layers), getattr(theirs, "sliding_window", None)
     if theirs.model_type in ("mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"):
         return tuple(window for _ in range(num_layers))
     if theirs.model_type == "gpt_neo":
         return tuple(theirs.window_size if kind == "local" else None for kind in theirs.attention_layers)
-    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * num_layers
+    kinds = [
+        kind
+        for kind in getattr(theirs, "layer_types", None) or ["full_attention"] * num_layers
+        if kind in ("full_attention", "sliding_attention")
+    ]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -179,8 +195,15 @@ def rope_of(theirs: Any, head_dim: int) -> tuple[Any, float]:
 SHARED_NAMES = sorted(name for name, row in ARCHITECTURES.items() if not row.aliases)
 """Families that call no field otherwise than WHOLE does."""
 
+HYBRID_NEEDED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    **{name: {"full_attention_interval": 2} for name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
+}
+"""Of hybrids: fields without which none of the three layers of WHOLE has attention."""
+
 
 NEEDED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 6, "num_key_value_heads": None},
     "deepseek_v3": {"num_key_value_heads": None},
     "glm4_moe": {"head_dim": 128},
@@ -191,7 +214,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", SHARED_NAMES)
 def test_every_missing_field_has_the_default_of_the_family(family: str, tmp_path: Path) -> None:
     for missing in (None, *WHOLE):
-        raw = {"model_type": family, **{name: value for name, value in WHOLE.items() if name != missing}}
+        given = {name: value for name, value in WHOLE.items() if name != missing}
+        raw = {"model_type": family, **HYBRID_NEEDED.get(family, {}), **given}
         if missing in ("num_attention_heads", "num_key_value_heads"):  # these fit every family's default
             raw |= {"hidden_size": 960}
             raw |= {"num_key_value_heads": 4} if missing == "num_attention_heads" else {"num_attention_heads": 160}
@@ -225,7 +249,8 @@ def test_accepted_configs_mean_the_same_to_transformers(
 ) -> None:
     """A refusal is always safe, so refused mixtures are not compared; which are accepted, the tests above hold."""
     values = {**{name: value for name, value in WHOLE.items() if name not in missing}, **chosen}
-    raw = {"model_type": family, **{name: None if value == NULL else value for name, value in values.items()}}
+    given = {name: None if value == NULL else value for name, value in values.items()}
+    raw = {"model_type": family, **HYBRID_NEEDED.get(family, {}), **given}
     try:
         ours = parse_config(raw)
     except InvalidCheckpoint:

@@ -7,8 +7,9 @@
              query_len   int32 [B]      new tokens of the row
              logits_idx  int64 [R]      tokens whose logits are wanted
              past.L.k/v  [slots, kv_heads, capacity, head_dim], the whole pool
+             past.L.KIND [slots, ...]   states of layers with a recurrence, the whole pool
     outputs  logits      float32 [R, vocab_size]
-             present.L.k/v              bound to the memory of past.L.k/v: written in place
+             present.L...               bound to the memory of past.L...: written in place
 
 Unlike in the `ort` dialect, attention finds rows and slots itself: no gathering, no padding, no idle rows.
 """
@@ -39,12 +40,9 @@ class NativeDecoderGraph(DecoderGraph):
             g.input(name, ir.DataType.INT32, ["B"]) for name in ("slot", "past_len", "query_len")
         )
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
-        past = [
-            {kv: g.input(f"past.{layer}.{kv}", self.kv_dtype, self._cache_shape()) for kv in "kv"}
-            for layer in range(c.num_layers)
-        ]
+        past = self._declare_caches()
         tables = rotary_initializers(g, c, self.max_len, numpy_type(self.storage.compute))
-        inputs = CacheInputs(past, slot, past_len, query_len, tables, self.kv_scales)
+        inputs = CacheInputs(past, self.states, slot, past_len, query_len, tables, self.kv_scales)
         return NativeOperations(g, self.weights, self.storage, self.layers, inputs)
 
     def _positions(self) -> ir.Value:

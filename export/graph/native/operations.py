@@ -3,14 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import NATIVE, GraphBuilder
 from export.graph.native.linear import block_linear, int8_linear
 from export.graph.ort.operations import PackedOperations
+from export.graph.recurrence import DeltaInputs, SumInputs
 from export.graph.rotary import RotaryTables
+from export.graph.states import RowStates
 from export.graph.weights import GraphWeights
-from export.model.description import Activation, Block, Mlp, Norm, NormKind, Rotary
+from export.model.description import (
+    Activation,
+    Block,
+    Convolution,
+    GatedDelta,
+    Mlp,
+    Norm,
+    NormKind,
+    RecurrentHeads,
+    Rotary,
+    ShortConv,
+)
 from export.model.walker import Stream
 from export.quantize.rounding.layers import QuantizedLayers
 from export.quantize.statistics.kv_scales import KvScales
@@ -27,16 +41,17 @@ _ATTENTION = {
 class CacheInputs(NamedTuple):
     """Inputs of every layer's attention.
 
-    past: by layer, the whole pool of k and of v; slot, past_len, query_len int32 [B]
+    past: by layer, the whole pool of k and of v; states: the pools of states; slot, past_len, query_len int32 [B]
     scales: of an int8 cache, by layer
     """
 
-    past: Sequence[Mapping[str, ir.Value]]
+    past: Mapping[int, Mapping[str, ir.Value]]
+    states: RowStates
     slot: ir.Value
     past_len: ir.Value
     query_len: ir.Value
     tables: Mapping[Rotary, RotaryTables]
-    scales: Sequence[KvScales] | None
+    scales: Mapping[int, KvScales] | None
 
 
 class NativeOperations(PackedOperations):
@@ -115,6 +130,62 @@ class NativeOperations(PackedOperations):
         )  # fmt: skip
         self.present.append({"k": key, "v": value})
         return out
+
+    def convolve(self, x: ir.Value, mixer: ShortConv) -> ir.Value:
+        """Both products and the convolution in one kernel."""
+        return self._convolved(x, mixer.conv, mixer.into.site.layer, is_gated=True)
+
+    def convolved(self, x: ir.Value, conv: Convolution, layer: int) -> ir.Value:
+        return self._convolved(x, conv, layer, is_gated=False)
+
+    def _convolved(self, x: ir.Value, conv: Convolution, layer: int, *, is_gated: bool) -> ir.Value:
+        g, shared = self.g, self._inputs
+        past = shared.states.past(layer, conv.state)
+        taps = self.weights.tensor(f"{conv.name}.weight", (conv.size, 1, conv.width))
+        weight = g.array(f"{conv.name}.weight", np.ascontiguousarray(taps[:, 0].T))
+        bias = []
+        if conv.has_bias:
+            bias.append(g.array(f"{conv.name}.bias", self.weights.tensor(f"{conv.name}.bias", (conv.size,))))
+        out, present = g.ops(
+            "CausalConv",
+            [x, past, shared.slot, shared.past_len, shared.query_len, weight, *bias],
+            [f"layers.{layer}.conv.out", f"present.{layer}.conv"],
+            domain=NATIVE,
+            gated=int(is_gated),
+        )
+        shared.states.write(layer, conv.state, present)
+        return out
+
+    def delta_rule(self, inputs: DeltaInputs, mixer: GatedDelta, layer: int) -> ir.Value:
+        gates = self.g.op("Concat", [inputs.b, inputs.a], f"layers.{layer}.gates", axis=-1)
+        vectors = [inputs.a_log, inputs.dt_bias]
+        return self._recurrence([inputs.q, inputs.k, inputs.v], gates, vectors, mixer.heads, layer)
+
+    def decayed_sum(self, inputs: SumInputs, heads: RecurrentHeads, layer: int) -> ir.Value:
+        return self._recurrence([inputs.q, inputs.k, inputs.v], inputs.decay, [], heads, layer)
+
+    def _recurrence(
+        self,
+        parts: Sequence[ir.Value],
+        gates: ir.Value,
+        vectors: Sequence[ir.Value],
+        heads: RecurrentHeads,
+        layer: int,
+    ) -> ir.Value:
+        """One kernel, which takes q, k and v stacked. vectors: a_log and dt_bias of a delta rule; none of a sum."""
+        g, shared, state, name = self.g, self._inputs, heads.state, f"layers.{layer}.recurrence"
+        stacked = [g.op("Reshape", [x, g.shape_constant(0, -1)], f"{x.name}.flat") for x in parts]
+        out, present = g.ops(
+            "Recurrence",
+            [g.op("Concat", stacked, f"{name}.qkv", axis=-1), gates, shared.states.past(layer, state), shared.slot,
+             shared.past_len, shared.query_len, *vectors],
+            [f"{name}.tokens", f"present.{layer}.{state.kind}"],
+            domain=NATIVE,
+            k_heads=heads.num_k_heads,
+            delta=int(bool(vectors)),
+        )  # fmt: skip
+        shared.states.write(layer, state, present)
+        return self.heads(out, heads.num_v_heads, name)
 
     def _scales(self, layer: int) -> list[ir.Value | None]:
         if self._inputs.scales is None:

@@ -6,15 +6,16 @@
              past_len    int32 [B]      tokens already in the row's cache
              query_len   int32 [B]      new tokens of the row, 0 = idle
              logits_idx  int64 [R]      tokens whose logits are wanted
-             past.L.k/v  [B, kv_heads, capacity, head_dim], in the compute type or int8
+             past.L.k/v  [B, kv_heads, capacity, head_dim], in the compute type or int8, of layers with attention
+             past.L.KIND [B, ...]       states of layers with a recurrence, see states.py
     outputs  logits      float32 [R, vocab_size]
-             present.L.k/v              bound to the memory of past.L.k/v: written in place
+             present.L...               bound to the memory of past.L...: written in place
 
 Only attention sees rows. Everything else runs over packed tokens, so that padding costs nothing in a batch of rows of
 different lengths. Gathering tokens into rows and back costs nothing measurable in a step of 15 ms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +27,7 @@ from export.graph.ort.int8_attention import Int8Attention
 from export.graph.ort.linear import embedding
 from export.graph.ort.operations import OrtOperations, PackedOperations
 from export.graph.rotary import rotary_initializers
+from export.graph.states import RowStates
 from export.graph.types import numpy_type, onnx_type
 from export.graph.weights import GraphWeights
 from export.model.description import ModelConfig
@@ -48,7 +50,7 @@ class DecoderGraph:
         layers: QuantizedLayers,
         *,
         kv: str,
-        kv_scales: Sequence[KvScales] | None = None,
+        kv_scales: Mapping[int, KvScales] | None = None,
     ) -> None:
         """kv: type of the cache, by numpy's name; kv_scales: scales of an int8 cache, by layer."""
         self.g, self.config, self.storage, self.max_len = g, config, storage, max_len
@@ -72,6 +74,7 @@ class DecoderGraph:
         for present in ops.present:
             for kv in "kv":
                 g.output(present[kv], self.kv_dtype, self._cache_shape())
+        self.states.declare_outputs()
         self.layers.check_all_taken()
 
     def _declare_inputs(self) -> PackedOperations:
@@ -82,15 +85,12 @@ class DecoderGraph:
         self.past_len = g.input("past_len", ir.DataType.INT32, ["B"])
         query_len = g.input("query_len", ir.DataType.INT32, ["B"])
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
-        past = [
-            {kv: g.input(f"past.{layer}.{kv}", self.kv_dtype, self._cache_shape()) for kv in "kv"}
-            for layer in range(c.num_layers)
-        ]
+        past = self._declare_caches()
         one = g.constant("one.int32", np.array(1, np.int32))
         total = g.op("Add", [self.past_len, query_len], "total_len")
         # The kernel needs the length minus one, and at least 0, even for an idle row with an empty slot.
         last_idx = g.op("Sub", [g.op("Max", [total, one], "total_len.min1"), one], "last_idx")
-        shape = g.op("Shape", [past[0]["k"]], "capacity.long", start=2, end=3)
+        shape = g.op("Shape", [next(iter(past.values()))["k"]], "capacity.long", start=2, end=3)
         capacity = g.op("Cast", [g.op("Squeeze", [shape], "capacity.scalar")], "capacity", to=ir.DataType.INT32)
         inputs = CacheInputs(
             token_idx,
@@ -100,13 +100,29 @@ class DecoderGraph:
             capacity,
             rotary_initializers(g, c, self.max_len, numpy_type(self.storage.compute)),
         )
+        if c.has_states:
+            self.states.begin(
+                g.op("Cast", [self.past_len], "past_len.long", to=ir.DataType.INT64),
+                g.op("Cast", [query_len], "query_len.long", to=ir.DataType.INT64),
+            )
         attention: AttentionStep = (
             FloatAttention(g, inputs) if self.kv_scales is None else Int8Attention(g, inputs, self.kv_scales)
         )
         return OrtOperations(
             g, self.weights, self.storage, self.layers, attention,
-            past=past, token_idx=token_idx, place_idx=self.place_idx,
+            past=past, states=self.states, token_idx=token_idx, place_idx=self.place_idx,
         )  # fmt: skip
+
+    def _declare_caches(self) -> dict[int, dict[str, ir.Value]]:
+        """Inputs for K and V by layer, and for states."""
+        past = {
+            block.layer: {
+                kv: self.g.input(f"past.{block.layer}.{kv}", self.kv_dtype, self._cache_shape()) for kv in "kv"
+            }
+            for block in self.config.attention_blocks
+        }
+        self.states = RowStates(self.g, self.config, self.weights, onnx_type(self.storage.compute))
+        return past
 
     def _positions(self) -> ir.Value:
         """int64 [N], the position of each token; unused, and input_ids, without learned positions."""

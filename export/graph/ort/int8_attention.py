@@ -36,7 +36,7 @@ INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
 class Int8Attention:
     """Builds both branches of every layer; values that layers share are computed once per run."""
 
-    def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Sequence[KvScales]) -> None:
+    def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Mapping[int, KvScales]) -> None:
         self._g, self._inputs, self._scales, self._rotation = g, inputs, scales, RotaryStep(g, inputs)
         # Outside the branches, because both may read the positions.
         self._rotation.make_positions()

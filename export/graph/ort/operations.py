@@ -1,7 +1,7 @@
 """The walker's operations in ONNX Runtime's fused operators."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from export.graph.operations import GraphOperations
 from export.graph.ort.attention import AttentionStep
 from export.graph.ort.int8_linear import int8_linear
 from export.graph.ort.linear import BlockProduct, float_or_block_linear, imported_linear, matmul_nbits, tied_lm_head
+from export.graph.recurrence import DeltaInputs, SumInputs
+from export.graph.states import RowStates
 from export.graph.types import onnx_type
 from export.graph.weights import GraphWeights, Weight
-from export.model.description import Block, Linear, Norm, NormKind
+from export.model.description import Block, Convolution, GatedDelta, Linear, Norm, NormKind, RecurrentHeads
 from export.model.walker import Stream
 from export.quantize.rounding.layers import Int8Layer, QuantizedLayers
 from export.schemes.scheme import Storage
@@ -23,7 +25,7 @@ from export.schemes.scheme import Storage
 class PackedOperations(GraphOperations):
     """A value is packed: `[tokens of all rows, channels]`. Only `attend` sees rows.
 
-    present: by layer, the caches with the new tokens
+    present: of each layer with attention in turn, the cache with the new tokens
     multiply_blocks, multiply_int8: the operators of quantized products
     """
 
@@ -43,6 +45,12 @@ class PackedOperations(GraphOperations):
 
     @abstractmethod
     def attend(self, qkv: ir.Value, block: Block) -> ir.Value: ...
+
+    def heads(self, x: ir.Value, num_heads: int, out: str) -> ir.Value:
+        return self.g.op("Reshape", [x, self.g.shape_constant(0, num_heads, -1)], out)
+
+    def flat(self, x: ir.Value, size: int, out: str) -> ir.Value:
+        return self.g.op("Reshape", [x, self.g.shape_constant(0, size)], out)
 
     def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
         stored = self._layers.take(linear)
@@ -78,13 +86,15 @@ class OrtOperations(PackedOperations):
         layers: QuantizedLayers,
         attention: AttentionStep,
         *,
-        past: Sequence[Mapping[str, ir.Value]],
+        past: Mapping[int, Mapping[str, ir.Value]],
+        states: RowStates,
         token_idx: ir.Value,
         place_idx: ir.Value,
     ) -> None:
         super().__init__(g, weights, storage, layers)
-        self._attention, self._past = attention, past
+        self._attention, self._past, self._states = attention, past, states
         self._token_idx, self._place_idx = token_idx, place_idx
+        self._edges: ir.Value | None = None
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
         kind = "RMSNormalization" if norm.kind is NormKind.RMS else "LayerNormalization"
@@ -116,6 +126,50 @@ class OrtOperations(PackedOperations):
         out, key, value = self._attention.attend(block, query, self._past[block.layer], self.sinks(a, self.compute))
         self.present.append({"k": key, "v": value})
         return g.op("GatherND", [out, self._place_idx], f"{name}.attended")
+
+    def convolved(self, x: ir.Value, conv: Convolution, layer: int) -> ir.Value:
+        name = f"layers.{layer}.conv"
+        rows = self.g.op("Gather", [x, self._token_idx], f"{name}.rows", axis=0)
+        return self.g.op("GatherND", [self._states.convolve(rows, conv, layer), self._place_idx], f"{name}.packed")
+
+    def delta_rule(self, inputs: DeltaInputs, mixer: GatedDelta, layer: int) -> ir.Value:
+        """One kernel, over packed tokens. Its sums do not depend on how a row is cut, or on what runs beside it."""
+        state = mixer.heads.state
+        out, present = self.g.ops(
+            "GatedDeltaNet",
+            [inputs.q, inputs.k, inputs.v, self._row_edges(), inputs.a, inputs.b, self._states.read(layer, state),
+             inputs.a_log, inputs.dt_bias],
+            [f"layers.{layer}.delta", f"present.{layer}.{state.kind}"],
+            domain=MICROSOFT,
+            qk_l2_norm=1,
+            gate_activation="softplus",
+            beta_activation="sigmoid",
+        )  # fmt: skip
+        self._states.write(layer, state, present)
+        return out
+
+    def decayed_sum(self, inputs: SumInputs, heads: RecurrentHeads, layer: int) -> ir.Value:
+        """The same kernel, with another rule."""
+        read = self._states.read(layer, heads.state)
+        out, present = self.g.ops(
+            "GatedDeltaNet",
+            [inputs.q, inputs.k, inputs.v, self._row_edges(), inputs.decay, None, read],
+            [f"layers.{layer}.sum", f"present.{layer}.{heads.state.kind}"],
+            domain=MICROSOFT,
+            update_rule="gated",
+            scale=1.0,
+        )
+        self._states.write(layer, heads.state, present)
+        return out
+
+    def _row_edges(self) -> ir.Value:
+        """int32 [B + 1]: where each row's tokens begin, and the end."""
+        if self._edges is None:
+            g = self.g
+            ends = g.op("CumSum", [self._states.lengths[1], g.constant("zero", np.array(0, np.int64))], "row.ends")
+            edges = g.op("Concat", [g.shape_constant(0), ends], "row.edges.long", axis=0)
+            self._edges = g.op("Cast", [edges], "row.edges", to=ir.DataType.INT32)
+        return self._edges
 
     def _head_norm(self, x: ir.Value, norm: Norm, num_heads: int) -> ir.Value:
         """A norm over each head of `[B, S, num_heads * head_dim]`."""

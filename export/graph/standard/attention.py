@@ -20,11 +20,15 @@ _MASKED = -3e4
 
 
 class Tables(NamedTuple):
-    """Inputs of every layer's attention: positions of the new tokens, and the rotary tables."""
+    """Inputs of every layer's attention: positions of the new tokens, and the rotary tables.
+
+    has_scan: whether another layer is a Scan
+    """
 
     position_ids: ir.Value  # int64 [B, S]
     write_idx: ir.Value  # int64 [B]
     rotary: Mapping[Rotary, RotaryTables]
+    has_scan: bool = False
 
 
 class Dialect(Protocol):
@@ -153,6 +157,7 @@ class Opset24:
 
     TensorRT's parser accepts Attention's `nonpad_kv_seqlen` input and ignores it, which gives wrong tokens. It refuses
     `softcap`, so attention with a softcap is built from elementary operators. Attention has no input for sinks either.
+    TensorRT-RTX 1.7.1's builder crashes with Attention and Scan in one graph, so attention beside a Scan is elementary.
     """
 
     opset = 24
@@ -184,7 +189,7 @@ class Opset24:
             kv: g.op("TensorScatter", [past[kv], new, self._tables.write_idx], f"present.{layer}.{kv}", axis=2)
             for kv, new in zip("kv", query[1:], strict=True)
         }
-        if a.softcap is not None or sinks is not None:
+        if a.softcap is not None or sinks is not None or self._tables.has_scan:
             out = self._from_elements()(query[0], present["k"], present["v"], block, sinks)
             return CachedValues(out, present["k"], present["v"])
         mask = self._masks.for_window(a.window)

@@ -4,14 +4,17 @@
              position_ids  int64 [B, S]   their positions; past_len[b] + s, for padding too
              write_idx     int64 [B]      where the row's first new token goes: past_len
              logits_idx    int64 [R]      positions in the flattened [B * S] whose logits are wanted
-             past.L.k/v    [B, kv_heads, capacity, head_dim]
+             query_len     int64 [B]      new tokens of the row; only models with states have it
+             past.L.k/v    [B, kv_heads, capacity, head_dim], of layers with attention
+             past.L.KIND   [B, ...]       states of layers with a recurrence, see states.py
     outputs  logits        float32 [R, vocab_size]
              top_logits    float32 [R, 64]   the largest logits, in descending order
              top_ids       int64   [R, 64]   their token ids
              log_sum       float32 [R, 1]    log of the sum of exp(logits): log-probability = logit - log_sum
-             present.L.k/v                   bound to the memory of past.L.k/v: written in place
+             present.L...                    bound to the memory of past.L...: written in place
 
-A row needs no query length: padding writes to slots after the valid tokens, which every valid token's mask excludes.
+Attention needs no query length: padding writes to slots after the valid tokens, which every valid token's mask
+excludes. A state would keep the padding, so it is read at the row's length.
 Weights with the same bytes as in the `ort` dialect refer to its weight file.
 """
 
@@ -24,9 +27,10 @@ from export.graph.rotary import rotary_initializers
 from export.graph.standard.attention import Dialect, Tables
 from export.graph.standard.linear import StandardLinear
 from export.graph.standard.operations import StandardOperations
+from export.graph.states import RowStates
 from export.graph.types import numpy_type, onnx_type
 from export.graph.weights import GraphWeights
-from export.model.description import ModelConfig
+from export.model.description import GatedDelta, Mamba2, ModelConfig
 from export.model.walker import Stream, walk_block, walk_final_norm
 from export.quantize.rounding.layers import QuantizedLayers
 from export.schemes.scheme import Storage
@@ -52,7 +56,7 @@ class StandardDecoderGraph:
         self.g, self.config, self.storage, self.max_len = g, config, storage, max_len
         self.compute, self.dtype = onnx_type(storage.compute), numpy_type(storage.compute)
         self.dialect, self.layers = dialect, layers
-        self.weights = GraphWeights(checkpoint, np.dtype(np.float32))
+        self.checkpoint, self.weights = checkpoint, GraphWeights(checkpoint, np.dtype(np.float32))
 
     def build(self) -> None:
         """Embed, run the blocks, norm, pick the wanted rows, project to the vocabulary, pick the candidates."""
@@ -81,12 +85,17 @@ class StandardDecoderGraph:
         self.position_ids = g.input("position_ids", ir.DataType.INT64, ["B", "S"])
         write_idx = g.input("write_idx", ir.DataType.INT64, ["B"])
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
-        past = [
-            {kv: g.input(f"past.{layer}.{kv}", self.compute, self._cache_shape()) for kv in "kv"}
-            for layer in range(c.num_layers)
-        ]
+        query_len = g.input("query_len", ir.DataType.INT64, ["B"]) if c.has_states else None
+        past = {
+            block.layer: {kv: g.input(f"past.{block.layer}.{kv}", self.compute, self._cache_shape()) for kv in "kv"}
+            for block in c.attention_blocks
+        }
+        self.states = RowStates(g, c, GraphWeights(self.checkpoint, self.dtype), self.compute)
+        if query_len is not None:
+            self.states.begin(write_idx, query_len)
         rotary = rotary_initializers(g, c, self.max_len, self.dtype)
-        self.dialect.begin(Tables(self.position_ids, write_idx, rotary), past[0]["k"])
+        has_scan = any(isinstance(block.mixer, GatedDelta | Mamba2) for block in c.blocks)
+        self.dialect.begin(Tables(self.position_ids, write_idx, rotary, has_scan), next(iter(past.values()))["k"])
         return StandardOperations(
             g,
             self.weights,
@@ -94,6 +103,7 @@ class StandardDecoderGraph:
             dialect=self.dialect,
             linear=StandardLinear(g, self.storage, self.layers),
             past=past,
+            states=self.states,
         )
 
     def _declare_outputs(self, logits: ir.Value, presents: list[ir.Value]) -> None:
@@ -111,6 +121,7 @@ class StandardDecoderGraph:
         g.output(log_sum, ir.DataType.FLOAT, ["R", 1])
         for present in presents:
             g.output(present, self.compute, self._cache_shape())
+        self.states.declare_outputs()
 
     def _cache_shape(self) -> list[int | str]:
         return ["B", self.config.num_kv_heads, "capacity", self.config.head_dim]

@@ -55,7 +55,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     sizes = _sizes(shared, arch)
     style = arch.style(shared, sizes)
     if not style.windows:
-        windows(shared, "never", sizes, defaults)  # refuses a window
+        own_kinds = {"layer_types": None} if style.mixers else {}  # those of a hybrid say which layers have attention
+        windows({**shared, **own_kinds}, "never", sizes, defaults)  # refuses a window
     config = describe(
         str(raw["model_type"]),
         sizes,
@@ -104,7 +105,8 @@ def as_described(checkpoint: Checkpoint) -> Checkpoint:
     is_tied = flag(checkpoint.config, "tie_word_embeddings", default=arch.defaults.is_tied)
     if table in checkpoint.tensors and (is_tied or f"{arch.names.head}.weight" in checkpoint.tensors):
         checkpoint = PrefixedView(checkpoint, prefix, unprefixed=f"{arch.names.head}.weight")
-    splits = arch.splits(_sizes(_shared_names(checkpoint.config, arch), arch))
+    raw = _shared_names(checkpoint.config, arch)
+    splits = arch.splits(raw, _sizes(raw, arch))
     return FusedView(checkpoint, splits) if splits else checkpoint
 
 

@@ -12,6 +12,7 @@ from export.model.description import (
     Head,
     Latent,
     Linear,
+    Mixer,
     Mlp,
     ModelConfig,
     Norm,
@@ -58,6 +59,28 @@ def describe(
     )
 
 
+class _BlockParts:
+    """`BlockParts` of one block."""
+
+    def __init__(self, layout: "_Layout", layer: int, prefix: str, reads: Norm) -> None:
+        self._layout, self._layer, self.prefix, self.reads = layout, layer, prefix, reads
+
+    def linear(
+        self,
+        kind: str,
+        parts: Sequence[tuple[str, int]],
+        num_inputs: int,
+        *,
+        has_bias: bool = False,
+        reads: Norm | None = None,
+    ) -> Linear:
+        named = [Part(name, num_rows) for name, num_rows in parts]
+        return self._layout.linear(self._layer, kind, named, num_inputs, has_bias=has_bias, reads=reads)
+
+    def norm(self, name: str, size: int) -> Norm:
+        return self._layout.norm(name, size)
+
+
 class _Layout:
     """Builds the parts of one decoder."""
 
@@ -77,7 +100,7 @@ class _Layout:
         attention_norm = self.norm(f"{prefix}.{names.attention_norm}")
         mlp_norm = norm(names.mlp_norm)
         return Block(
-            mixer=self._attention(layer, prefix, attention_norm),
+            mixer=self._mixer(layer, prefix, attention_norm),
             mlp=self._mlp_or_experts(layer, prefix, mlp_norm or attention_norm),
             attention_norm=attention_norm,
             mlp_norm=mlp_norm,
@@ -97,6 +120,10 @@ class _Layout:
             adds_one=style.norm_adds_one,
         )
 
+    def _mixer(self, layer: int, prefix: str, reads: Norm) -> Mixer:
+        make = self._style.mixers[layer] if self._style.mixers else None
+        return self._attention(layer, prefix, reads) if make is None else make(_BlockParts(self, layer, prefix, reads))
+
     def _attention(self, layer: int, prefix: str, reads: Norm) -> Attention:
         sizes, style, names = self._sizes, self._style, self._names
         if style.latent is not None:
@@ -109,10 +136,13 @@ class _Layout:
             self.norm(f"{prefix}.{name}", sizes.head_dim) if style.qk_norm else None
             for name in (names.q_norm, names.k_norm)
         )
-        o_parts = [Part(f"{prefix}.{names.o}", sizes.hidden_size)]
+        o_parts, gate_parts = (
+            [Part(f"{prefix}.{names.o}", sizes.hidden_size)],
+            [Part(f"{prefix}.{names.attention_gate}", q_rows)],
+        )
         return Attention(
-            qkv=self._linear(layer, "qkv", parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
-            o=self._linear(layer, "o", o_parts, q_rows, has_bias=style.o_bias, reads=None),
+            qkv=self.linear(layer, "qkv", parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
+            o=self.linear(layer, "o", o_parts, q_rows, has_bias=style.o_bias, reads=None),
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
@@ -123,6 +153,9 @@ class _Layout:
             q_norm=q_norm,
             k_norm=k_norm,
             sinks=f"{prefix}.{names.sinks}" if style.has_sinks else None,
+            gate=self.linear(layer, "gate", gate_parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads)
+            if style.has_attention_gate
+            else None,
         )
 
     def _latent_attention(self, layer: int, prefix: str, reads: Norm, latent: LatentSizes) -> Attention:
@@ -135,7 +168,7 @@ class _Layout:
 
         def widened(kind: str, name: str, rows: int, norm: Norm) -> Linear:
             parts = [Part(f"{prefix}.self_attn.{name}", rows)]
-            return self._linear(layer, kind, parts, norm.size, has_bias=False, reads=norm)
+            return self.linear(layer, kind, parts, norm.size, has_bias=False, reads=norm)
 
         q_norm = None if latent.q_rank is None else narrow_norm("q_a_layernorm", latent.q_rank)
         kv_norm = narrow_norm("kv_a_layernorm", latent.kv_rank)
@@ -146,8 +179,8 @@ class _Layout:
         o_parts = [Part(f"{prefix}.{names.o}", sizes.hidden_size)]
         assert self._rotary is not None
         return Attention(
-            qkv=self._linear(layer, "qkv", [queries, narrow], sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
-            o=self._linear(layer, "o", o_parts, heads * latent.value_dim, has_bias=style.o_bias, reads=None),
+            qkv=self.linear(layer, "qkv", [queries, narrow], sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
+            o=self.linear(layer, "o", o_parts, heads * latent.value_dim, has_bias=style.o_bias, reads=None),
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=head_dim,
@@ -167,7 +200,8 @@ class _Layout:
         mixture, names, hidden = self._style.mixture, self._names, self._sizes.hidden_size
         if mixture is None or layer in mixture.dense_layers:
             parts = [f"{prefix}.{name}" for name in (names.gate, names.up, names.down)]
-            return self._mlp(layer, parts, self._sizes.intermediate_size, reads, "", has_bias=self._style.mlp_bias)
+            inner = self._style.intermediate_size or self._sizes.intermediate_size
+            return self._mlp(layer, parts, inner, reads, "", has_bias=self._style.mlp_bias)
 
         def expert(name: str, size: int, number: str) -> Mlp:
             parts = [f"{prefix}.{name}.{part}" for part in names.expert_parts]
@@ -175,7 +209,7 @@ class _Layout:
             return replace(self._mlp(layer, parts, size, reads, number, has_bias=has_bias), clamp=mixture.clamp)
 
         def logits(kind: str, name: str, num_rows: int, *, has_bias: bool) -> Linear:
-            return self._linear(
+            return self.linear(
                 layer, kind, [Part(f"{prefix}.{name}", num_rows)], hidden, has_bias=has_bias, reads=reads
             )
 
@@ -200,13 +234,13 @@ class _Layout:
         kind = "gate_up" if style.is_gated else "up"
         up_parts = [Part(name, inner) for name in names[not style.is_gated : 2]]
         return Mlp(
-            up=self._linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=has_bias, reads=reads),
-            down=self._linear(layer, f"down{number}", [Part(names[2], hidden)], inner, has_bias=has_bias, reads=None),
+            up=self.linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=has_bias, reads=reads),
+            down=self.linear(layer, f"down{number}", [Part(names[2], hidden)], inner, has_bias=has_bias, reads=None),
             activation=sizes.activation,
             is_gated=style.is_gated,
         )
 
-    def _linear(
+    def linear(
         self, layer: int, kind: str, parts: Sequence[Part], num_inputs: int, *, has_bias: bool, reads: Norm | None
     ) -> Linear:
         """A linear layer. One that does not read a norm writes to the residual stream."""

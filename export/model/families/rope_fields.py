@@ -37,8 +37,9 @@ _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
 
 _ORIGINAL = "original_max_position_embeddings"
 
-_NO_EFFECT = frozenset({"finetuned", _ORIGINAL})
-"""Allowed in every type: they tell how the model was made."""
+_NO_EFFECT = frozenset({"finetuned", _ORIGINAL, "mrope_section", "mrope_interleaved"})
+"""Allowed in every type: they tell how the model was made, or where the patches of an image stand. A token of text has
+one position."""
 
 _NEUTRAL_ONE = frozenset({"factor", "partial_rotary_factor", "attention_factor", "attn_factor", "extrapolation_factor"})
 

@@ -1,11 +1,11 @@
 """The dataclasses of a row in the table of architectures: defaults, sizes, tensor names, style, config fields."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from export.checkpoint.fused import Split
-from export.model.description import Activation, Clamp, NormKind
+from export.model.description import Activation, Clamp, Linear, Mixer, Norm, NormKind
 from export.model.routing import Routing
 
 
@@ -72,6 +72,7 @@ class Names:
     mlp_out_norm: str = ""
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
+    attention_gate: str = ""
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     sinks: str = "self_attn.sinks"
@@ -106,6 +107,33 @@ class Mixture:
     dense_layers: frozenset[int] = frozenset()
 
 
+class BlockParts(Protocol):
+    """What a mixer of one block is made of.
+
+    prefix: of the block's tensors; reads: the norm whose output is the mixer's input
+    """
+
+    prefix: str
+    reads: Norm
+
+    def linear(
+        self,
+        kind: str,
+        parts: Sequence[tuple[str, int]],
+        num_inputs: int,
+        *,
+        has_bias: bool = False,
+        reads: Norm | None = None,
+    ) -> Linear:
+        """A linear layer of matrices by name and number of rows; without `reads` it writes to the residual stream."""
+        ...
+
+    def norm(self, name: str, size: int) -> Norm: ...
+
+
+MakeMixer = Callable[[BlockParts], Mixer]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSizes:
     """Of multi-head latent attention; `Latent` explains them. q_rank: of the queries' latent, None for none."""
@@ -124,6 +152,9 @@ class Style:
     rotary_dim: channels of a head that rotate, None for all of them; has_rotary False: none
     has_sinks: see `Attention.sinks`
     windows: the window of each layer; mixture: None for a decoder without experts
+    intermediate_size: of the MLP, if it is not that of config.json
+    has_attention_gate: whether attention has `Attention.gate`
+    mixers: for each layer what makes its mixer, None for attention; empty if all layers have attention
     """
 
     norm_kind: NormKind = NormKind.RMS
@@ -148,6 +179,9 @@ class Style:
     latent: LatentSizes | None = None
     mixture: Mixture | None = None
     windows: tuple[int | None, ...] = ()
+    intermediate_size: int | None = None
+    has_attention_gate: bool = False
+    mixers: tuple[MakeMixer | None, ...] = ()
 
 
 Raw = Mapping[str, Any]
@@ -180,5 +214,5 @@ class Architecture:
     activations: Mapping[str, Activation] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
     rope: Mapping[str, object] = field(default_factory=dict)
-    splits: Callable[[Sizes], tuple[Split, ...]] = lambda sizes: ()
+    splits: Callable[[Raw, Sizes], tuple[Split, ...]] = lambda raw, sizes: ()
     unused: Callable[[Raw, Sizes], str] = lambda raw, sizes: ""

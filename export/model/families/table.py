@@ -20,11 +20,15 @@ from export.model.families.experts.qwen import QWEN2_MOE, QWEN3_MOE
 from export.model.families.gpt.gpt2 import GPT2
 from export.model.families.gpt.gpt_bigcode import GPT_BIGCODE
 from export.model.families.gpt.gptj import GPT_NEO, GPTJ
+from export.model.families.hybrid.lfm2 import LFM2, LFM2_MOE
+from export.model.families.hybrid.mamba import BAMBA
+from export.model.families.hybrid.qwen import QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
 from export.model.families.row import Architecture
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "arcee": ARCEE,
+        "bamba": BAMBA,
         "cohere": COHERE,
         "deepseek_v2": DEEPSEEK_V2,
         "deepseek_v3": DEEPSEEK_V3,
@@ -45,6 +49,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "internlm3": INTERNLM3,
         "iquestcoder": IQUESTCODER,
         "jais2": JAIS2,
+        "lfm2": LFM2,
+        "lfm2_moe": LFM2_MOE,
         "llama": LLAMA,
         "ministral": MINISTRAL,
         "mistral": MISTRAL,
@@ -60,6 +66,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "seed_oss": SEED_OSS,
         "stablelm": STABLELM,
         "starcoder2": STARCODER2,
+        "qwen3_5_moe_text": QWEN3_5_MOE_TEXT,
+        "qwen3_5_text": QWEN3_5_TEXT,
+        "qwen3_next": QWEN3_NEXT,
     }
 )
 """By config.json's `model_type`."""

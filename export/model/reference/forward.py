@@ -97,7 +97,7 @@ def load_head(checkpoint: Checkpoint, head: Head, matrix: Array | None = None) -
 
 def rotary_tables(config: ModelConfig, length: int) -> dict[Rotary, RopeTables]:
     """cos and sin of every rotary embedding of the blocks, for `length` positions."""
-    found = {block.attention.rotary: None for block in config.blocks}
+    found = {block.attention.rotary: None for block in config.attention_blocks}
     return {rotary: rope_tables(rotary.rope, rotary.dim, length) for rotary in found if rotary is not None}
 
 
@@ -159,7 +159,10 @@ def load_block(checkpoint: Checkpoint, block: Block) -> BlockWeights:
         matrices={linear.site.kind: stacked(linear.weight_names) for linear in block.linears},
         biases={linear.site.kind: stacked(linear.bias_names) for linear in block.linears if linear.has_bias},
         norms={norm.name: load_norm(checkpoint, norm) for norm in block.norms},
-        vectors={name: checkpoint.load(name).reshape(-1) for name in block.vectors},
+        tensors={
+            **{name: checkpoint.load(name).reshape(-1) for name in block.vectors},
+            **{name: checkpoint.load(name) for name in block.mixer.tensors},
+        },
     )
 
 

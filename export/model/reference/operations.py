@@ -8,7 +8,22 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model.description import Activation, Attention, Block, Clamp, Experts, Linear, Mlp, Norm, NormKind, Rotary
+from export.model.description import (
+    Activation,
+    Attention,
+    Block,
+    Clamp,
+    Experts,
+    GatedDelta,
+    Linear,
+    Mamba2,
+    Mlp,
+    Norm,
+    NormKind,
+    Rotary,
+    ShortConv,
+)
+from export.model.reference.recurrent import convolved, recurred, unit
 from export.model.reference.routing import route
 from export.model.rope import RopeTables
 from export.model.walker import Stream
@@ -28,12 +43,12 @@ class NormWeights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """One block's tensors, float32: matrices `[N, K]` and biases `[N]` by kind, norms and other vectors by name."""
+    """One block's tensors, float32: matrices `[N, K]` and biases `[N]` by kind, norms and other tensors by name."""
 
     matrices: Mapping[str, Array]
     biases: Mapping[str, Array]
     norms: Mapping[str, NormWeights]
-    vectors: Mapping[str, Array] = field(default_factory=dict)
+    tensors: Mapping[str, Array] = field(default_factory=dict)
 
     def product(self, kind: str, x: Array) -> Array:
         """x `[n, K]` times the matrix of that kind, without its bias."""
@@ -89,13 +104,46 @@ class NumpyOperations:
         q = q if a.q_norm is None else self.norm(q, a.q_norm)
         k = k if a.k_norm is None else self.norm(k, a.k_norm)
         attended = np.empty((len(qkv), a.q_size), np.float32)
-        sinks = None if a.sinks is None else self._weights.vectors[a.sinks]
+        sinks = None if a.sinks is None else self._weights.tensors[a.sinks]
         for first, last in pairwise(self._edges):
             rotated = self._rotated(k[first:last], a.rotary)
             self._observe("k", rotated)
             self._observe("v", v[first:last])
             attended[first:last] = _attention(self._rotated(q[first:last], a.rotary), rotated, v[first:last], a, sinks)
         return attended
+
+    def convolve(self, x: Array, mixer: ShortConv) -> Array:
+        b, c, x = np.split(x, 3, axis=1)
+        return c * convolved(b * x, mixer.conv, self._weights.tensors, self._edges)
+
+    def delta(self, x: Array, gates: Array, mixer: GatedDelta) -> Array:
+        tensors, heads = self._weights.tensors, mixer.heads
+        mixed = _silu(convolved(x[:, : mixer.conv.size], mixer.conv, tensors, self._edges))
+        q, k, v = np.split(mixed, [heads.k_size, 2 * heads.k_size], axis=1)
+        b, a = np.split(gates, 2, axis=1)
+        decay = -np.exp(tensors[mixer.a_log]) * np.logaddexp(0, a + tensors[mixer.dt_bias])
+        out = recurred(
+            unit(q.reshape(len(x), -1, heads.k_dim)) / np.float32(np.sqrt(heads.k_dim)),
+            unit(k.reshape(len(x), -1, heads.k_dim)),
+            v.reshape(len(x), -1, heads.v_dim),
+            decay,
+            self._edges,
+            beta=np.asarray(1 / (1 + np.exp(-b)), np.float32),
+        )
+        return self.norm(out, mixer.norm).reshape(len(x), -1) * _silu(x[:, mixer.conv.size :])
+
+    def mamba(self, x: Array, gates: Array, mixer: Mamba2) -> Array:
+        tensors, heads = self._weights.tensors, mixer.heads
+        z, mixed = np.split(x, [heads.v_size], axis=1)
+        mixed = _silu(convolved(mixed, mixer.conv, tensors, self._edges))
+        v, k, q = np.split(mixed, [heads.v_size, heads.v_size + heads.k_size], axis=1)
+        k, q = (part.reshape(len(x), -1, heads.k_dim) for part in (k, q))
+        v = v.reshape(len(x), -1, heads.v_dim)
+        dt = np.clip(np.logaddexp(0, gates + tensors[mixer.dt_bias]), *mixer.dt_limits).astype(np.float32)
+        out = recurred(q, k, v * dt[..., None], -np.exp(tensors[mixer.a_log]) * dt, self._edges)
+        out += tensors[mixer.d][:, None] * v
+        gated = out.reshape(len(x), -1) * _silu(z)
+        return gated if mixer.norm is None else self.norm(gated, mixer.norm)
 
     def activate(self, up: Array, mlp: Mlp) -> Array:
         if mlp.clamp is not None:
@@ -109,7 +157,7 @@ class NumpyOperations:
         return activated
 
     def mix(self, x: Array, experts: Experts, run: Callable[[Array, Mlp], Array]) -> Array:
-        bias = None if experts.choice_bias is None else self._weights.vectors[experts.choice_bias]
+        bias = None if experts.choice_bias is None else self._weights.tensors[experts.choice_bias]
         chosen, weights = route(self.linear(x, experts.router), experts.routing, bias)
         out = np.zeros_like(x)
         for idx, expert in enumerate(experts.experts):

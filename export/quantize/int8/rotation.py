@@ -151,11 +151,12 @@ class RotatedCheckpoint(CheckpointView):
         rotates_stream = stream_obstacle(config) is None
         for block in config.blocks:
             stream_norms = (block.attention_norm, block.mlp_norm)
-            values, o = block.attention.qkv.parts[-1], block.attention.o
             for linear in block.linears:
                 if rotates_stream and linear.reads is not None and linear.reads in stream_norms:
                     yield from self._reading(linear.weight_names, linear.reads)
-            if block.attention.latent is None:
+            # A gate multiplies each channel of a head by itself.
+            if block.has_attention and block.attention.gate is None and block.attention.latent is None:
+                values, o = block.attention.qkv.parts[-1], block.attention.o
                 yield f"{values.name}.weight", _Change.MAKES_VALUES
                 yield f"{values.name}.bias", _Change.MAKES_VALUES
                 yield o.weight_names[0], _Change.READS_VALUES

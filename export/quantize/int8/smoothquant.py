@@ -31,7 +31,7 @@ def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
     """The norm or matrix that produces a site's input and that a division can be folded into, exactly.
 
     None if there is none: a norm that several sites read would have to be divided by several vectors, and an MLP
-    without a gate is not linear in any matrix.
+    without a gate is not linear in any matrix. The output of a recurrence is not smoothed.
     """
     linear = config.by_site[site]
     if linear.reads is not None:
@@ -39,8 +39,9 @@ def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
             return linear.reads
         return linear.reads if len(config.blocks[site.layer].readers_of(linear.reads)) == 1 else None
     block = config.blocks[site.layer]
-    if linear == block.attention.o:
-        return block.attention.qkv.parts[-1] if block.attention.latent is None else None
+    if linear in block.mixer.linears:
+        is_plain = block.has_attention and block.attention.latent is None
+        return block.attention.qkv.parts[-1] if is_plain else None
     mlps = [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.mlps
     mlp = next(mlp for mlp in mlps if mlp.down == linear)
     return mlp.up.parts[-1] if mlp.is_gated and mlp.clamp is None else None

@@ -134,7 +134,7 @@ def chunks_of(sequences: Sequence[Sequence[int]], config: ModelConfig, *, limit:
 
 def token_bytes(config: ModelConfig) -> int:
     """Bytes of activations per token in one layer."""
-    widest = max(linear.num_outputs for linear in config.linears if linear.role in ("gate_up", "up"))
+    widest = max(linear.num_outputs for linear in config.linears if linear.role in ("gate_up", "up", "mix_in"))
     return int(4 * (widest * _COPIES + 6 * config.hidden_size))
 
 
@@ -289,5 +289,5 @@ def fingerprint_of(checkpoint: Checkpoint, config: ModelConfig) -> bytes:
     """A hash of a model's description, and of one matrix each of its first and last block."""
     digest = hashlib.sha256(repr(config).encode())
     for block in (config.blocks[0], config.blocks[-1]):
-        digest.update(checkpoint.load(block.attention.qkv.weight_names[1]).tobytes())
+        digest.update(checkpoint.load(block.mixer.linears[0].weight_names[-1]).tobytes())
     return digest.digest()

@@ -7,7 +7,7 @@ length. So both channels of a pair get one scale, from the length of their two m
 Nothing is clipped below the calibrated maximum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -37,20 +37,21 @@ class KvScales(NamedTuple):
 
 
 def kv_scales(
-    statistics: Statistics, config: ModelConfig, value_divisors: Sequence[Array | None] | None = None
-) -> list[KvScales]:
-    """Compute the scales of every layer from the largest magnitudes of `Site(layer, "k")` and `Site(layer, "v")`.
+    statistics: Statistics, config: ModelConfig, value_divisors: Mapping[int, Array | None] | None = None
+) -> dict[int, KvScales]:
+    """Compute the scales of every layer with attention from the largest magnitudes of `Site(layer, "k")` and
+    `Site(layer, "v")`.
 
-    value_divisors: for each layer, the vector by which smoothing divides the values, `[kv_heads * head_dim]`, or None
+    value_divisors: by layer, the vector by which smoothing divides the values, `[kv_heads * head_dim]`, or None
     """
-    scales = []
-    for layer in range(config.num_layers):
-        key = pair_lengths(statistics[Site(layer, "k")].highest, config.blocks[layer].attention)
-        value = statistics[Site(layer, "v")].highest
-        divisor = value_divisors[layer] if value_divisors is not None else None
+    scales = {}
+    for block in config.attention_blocks:
+        key = pair_lengths(statistics[Site(block.layer, "k")].highest, block.attention)
+        value = statistics[Site(block.layer, "v")].highest
+        divisor = value_divisors[block.layer] if value_divisors is not None else None
         if divisor is not None:
             value = value / divisor
-        scales.append(KvScales(_steps(key), _steps(value)))
+        scales[block.layer] = KvScales(_steps(key), _steps(value))
     return scales
 
 

@@ -68,6 +68,8 @@ class GraphReader:
             core.add_extension(ConversionExtension(operator, _MICROSOFT, convert))
         file = self._artifact.model_file("ort")
         try:
+            if self._artifact.manifest.states:
+                raise RuntimeError("recurrent states")
             model = core.read_model(str(file))
             self._page(model)
         except RuntimeError as error:
@@ -104,7 +106,7 @@ class GraphReader:
             if "logits" not in result.input_value(0).get_names():
                 model.remove_result(result)
         model.add_parameters([*added, positions])
-        for cache in self._artifact.manifest.kv.cache_names(self._dims.num_layers):
+        for cache in self._artifact.manifest.kv.cache_names(self._dims.kv_layers):
             by_name[cache.past].set_partial_shape(self._ov.PartialShape([-1, kv_heads, BLOCK, head_dim]))
         for name in _UNUSED:
             model.remove_parameter(by_name[name])

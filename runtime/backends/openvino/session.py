@@ -40,7 +40,7 @@ class OpenVinoSession:
         self._blocks = num_blocks(info.capacity)
         self._request: Any = model.create_infer_request()
         shape = cache_shape(dims, info.num_slots, info.capacity)
-        all_names = artifact.manifest.kv.cache_names(dims.num_layers)
+        all_names = artifact.manifest.kv.cache_names(dims.kv_layers)
         self._memory = LazyArrays(len(all_names), (info.num_slots, self._blocks, *shape[1:]), np.float32)
         self._pool = self._memory.arrays
         for names, array in zip(all_names, self._pool, strict=True):
@@ -165,7 +165,7 @@ class OpenVinoSession:
 def _layout(dims: ModelDims) -> PageLayout:
     """Tokens fill the part of one head in a block, then that of the next block. If such a part does not fill whole
     pages, whole blocks count."""
-    token_bytes, num_tensors = dims.head_dim * np.dtype(np.float32).itemsize, 2 * dims.num_layers
+    token_bytes, num_tensors = dims.head_dim * np.dtype(np.float32).itemsize, 2 * len(dims.kv_layers)
     if BLOCK * token_bytes % PAGE_BYTES == 0:
         return PageLayout(token_bytes, num_tensors * dims.num_kv_heads)
     token_bytes *= dims.num_kv_heads

@@ -21,6 +21,7 @@ class OrtCpu(Backend):
     packages = ("onnxruntime", "onnxruntime-gpu")
     dialects = ("ort",)
     flags = frozenset({"threads", "speculate", "draft"})
+    runs_states = True
 
     def missing_software(self, env: Environment) -> Iterator[Problem]:
         yield from runtime_problems(env, self.packages)

@@ -28,6 +28,7 @@ class Native(Backend):
     dialects = ("native",)
     flags = frozenset({"threads", "speculate", "draft"})
     is_extra = True
+    runs_states = True
 
     def passed_over(self, env: Environment) -> Problem | None:
         """Where the operators are not built, nobody wants them."""

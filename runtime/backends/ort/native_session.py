@@ -37,7 +37,7 @@ class NativeSession(OrtSession):
         dims, kv = artifact.manifest.dims, artifact.manifest.kv_of("native")
         check_capacity(artifact, capacity)
         graph = load_cpu_graph(artifact, "native", threads=threads, saves_memory=saves_memory, keeps_rows_whole=False)
-        pool, layout = host_pool(dims, kv, num_slots=num_slots, capacity=capacity)
+        pool, layout = host_pool(artifact.manifest, "native", num_slots=num_slots, capacity=capacity)
         info = SessionInfo(
             device="native",
             num_slots=num_slots,
@@ -47,6 +47,7 @@ class NativeSession(OrtSession):
             is_cut_exact=True,
             is_sparse=True,
             is_run_exact=True,
+            has_states=bool(artifact.manifest.states),
             kv_layout=layout,
             kv_budget=kv_budget,
             threads=cpu_threads(threads).likely,

@@ -1,6 +1,7 @@
 """The KV pool of a session on ONNX Runtime, in the host's memory or in a device's, behind one interface.
 
-For each layer one K and one V array `[num_slots, kv_heads, slot_len, head_dim]`. A run reads and writes the same
+For each layer with attention one K and one V array `[num_slots, kv_heads, slot_len, head_dim]`, for each state of a
+recurrent layer one array `[num_slots, ...]`. A run reads and writes the same
 memory: a graph's cache output is bound to where its input is. Knows no requests and no text.
 """
 
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact.manifest import CacheNames
+from runtime.artifact.manifest import CacheNames, StateTensor
 from runtime.backends.cuda.rows import RowCopier, RowStage
 from runtime.machine.kv_pages import LazyArrays
 from runtime.session.host_rows import HostRows
@@ -58,12 +59,15 @@ class HostPool:
 
     A slot's length must fill whole pages (`aligned_len`)."""
 
-    def __init__(self, names: Sequence[CacheNames], shape: PoolShape, dtype: str) -> None:
+    def __init__(
+        self, names: Sequence[CacheNames], shape: PoolShape, dtype: str, states: Sequence[StateTensor] = ()
+    ) -> None:
         from onnxruntime import OrtValue
 
         self._value = OrtValue.ortvalue_from_numpy
-        self._names = names
         self._memory = LazyArrays(len(names), shape, dtype)
+        self._states = [np.zeros((shape.num_slots, *state.shape), np.float32) for state in states]
+        self._all_names = [*names, *(CacheNames(state.past, state.present) for state in states)]
 
     @property
     def arrays(self) -> list[NDArray[Any]]:
@@ -71,7 +75,7 @@ class HostPool:
         return self._memory.arrays
 
     def bind(self, binding: Any, first_slot: int, num_rows: int) -> None:
-        for names, array in zip(self._names, self.arrays, strict=True):
+        for names, array in zip(self._all_names, [*self.arrays, *self._states], strict=True):
             value = self._value(array[first_slot : first_slot + num_rows])
             binding.bind_ortvalue_input(names.past, value)
             binding.bind_ortvalue_output(names.present, value)
@@ -79,8 +83,11 @@ class HostPool:
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         for array in self.arrays:
             array[target, :, :num_tokens] = array[source, :, :num_tokens]
+        for state in self._states:
+            state[target] = state[source]
 
     def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
+        assert not self._states, "states belong to no positions"
         return HostRows([array[slot, :, start:stop].copy() for array in self.arrays])
 
     def write_slot(self, slot: int, start: int, rows: HostRows) -> None:
@@ -92,6 +99,7 @@ class HostPool:
 
     def free(self) -> None:
         self._memory.free()
+        self._states.clear()
 
 
 class DeviceCopier(RowCopier, Protocol):

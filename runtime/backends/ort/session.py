@@ -5,12 +5,13 @@ Knows the tensor names of an artifact's graph through the manifest, and nothing 
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact.manifest import Artifact, KvContract, ModelDims
+from runtime.artifact.manifest import Artifact, Manifest
 from runtime.backends.ort.graph import cpu_threads, load_cpu_graph
 from runtime.backends.ort.pools import DeviceCopier, DevicePool, HostPool, Pool, PoolShape
 from runtime.errors import InvalidSetting
@@ -72,8 +73,9 @@ class OrtSession:
             artifact, dialect, threads=threads, saves_memory=saves_memory, keeps_rows_whole=keeps_rows_whole
         )
         # One position more, for the copy of a single token (`PackedInputs`), when the slot is full too.
-        pool, layout = host_pool(dims, kv, num_slots=num_slots, capacity=capacity, num_spare=int(is_run_exact))
-        packed = PackedInputs(doubles_singles=is_run_exact)
+        pool, layout = host_pool(manifest, dialect, num_slots=num_slots, capacity=capacity, num_spare=int(is_run_exact))
+        assert not (is_run_exact and manifest.states), "a copy of a token would enter the states"
+        inputs = PackedInputs(doubles_singles=is_run_exact) if dialect == "ort" else padded_inputs_of(manifest)
         info = SessionInfo(
             device="cpu",
             num_slots=num_slots,
@@ -83,11 +85,12 @@ class OrtSession:
             kv_bytes_per_token=dims.kv_bytes_per_token(kv.dtype),
             is_cut_exact=kv.dtype != "int8",
             is_run_exact=is_run_exact,
+            has_states=bool(manifest.states),
             kv_layout=layout,
             kv_budget=kv_budget,
             threads=cpu_threads(threads).likely,
         )
-        return cls(graph, pool, packed if dialect == "ort" else padded_inputs, info)
+        return cls(graph, pool, inputs, info)
 
     @classmethod
     def on_device(
@@ -109,7 +112,7 @@ class OrtSession:
             is_cut_exact=False,
             kv_bytes_per_token=artifact.kv_bytes_per_token(),
         )
-        names = kv.cache_names(dims.num_layers)
+        names = kv.cache_names(dims.kv_layers)
         return cls(graph, DevicePool(names, shape, kv.dtype, device=device, copier=copier), PackedInputs(), info)
 
     @property
@@ -178,16 +181,25 @@ class OrtSession:
         self._graph = None
 
 
+def padded_inputs_of(manifest: Manifest) -> Inputs:
+    """What makes the inputs of a standard graph."""
+    return partial(padded_inputs, has_states=bool(manifest.states))
+
+
 def host_pool(
-    dims: ModelDims, kv: KvContract, *, num_slots: int, capacity: int, num_spare: int = 0
+    manifest: Manifest, dialect: str, *, num_slots: int, capacity: int, num_spare: int = 0
 ) -> tuple[HostPool, PageLayout]:
-    """The KV cache in the host's memory, and how its tokens fill pages. num_spare: positions behind a slot's last"""
+    """The KV cache and the states in the host's memory, and how tokens fill its pages.
+
+    num_spare: positions behind a slot's last
+    """
+    dims, kv = manifest.dims, manifest.kv_of(dialect)
     layout = head_layout(
-        num_layers=dims.num_layers, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv.dtype
+        num_layers=len(dims.kv_layers), num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, dtype=kv.dtype
     )._replace(num_spare=num_spare)
     slot_len = aligned_len(capacity + num_spare, layout.token_bytes)
     shape = PoolShape(num_slots, dims.num_kv_heads, slot_len, dims.head_dim)
-    return HostPool(kv.cache_names(dims.num_layers), shape, kv.dtype), layout
+    return HostPool(kv.cache_names(dims.kv_layers), shape, kv.dtype, manifest.states), layout
 
 
 def check_capacity(artifact: Artifact, capacity: int) -> None:

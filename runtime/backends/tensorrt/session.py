@@ -190,7 +190,7 @@ class _Opening:
         self._contract = artifact.manifest.kv_of(plan.info.dialect)
         self._loaded = LoadedPlan(library, plan.path, plan.info)
         stack.callback(self._loaded.close)
-        self._names = self._contract.cache_names(self._dims.num_layers)
+        self._names = self._contract.cache_names(self._dims.kv_layers)
         self._is_in_place = self._loaded.is_aliased({name.present: name.past for name in self._names})
         if plan.info.dialect == "trt" and not self._is_in_place:
             raise InvalidPlan(f"{plan.path} does not write its KV cache in place; build the engine again")

@@ -2,7 +2,6 @@
 #include "norm.h"
 
 #include "../vec.h"
-#include "../vec_math.h"
 
 namespace headrace {
 namespace HEADRACE_VARIANT {
@@ -12,26 +11,6 @@ namespace {
 constexpr size_t TASK_FLOATS = 16384;
 
 HEADRACE_INLINE size_t rows_of_task(size_t size) { return size >= TASK_FLOATS ? 1 : TASK_FLOATS / size; }
-
-// Calls visit(offset, count) for each vector of a row; count is WIDTH but for the last.
-template <typename Visit>
-HEADRACE_INLINE void each_vector(size_t size, Visit&& visit) {
-  size_t offset = 0;
-  for (; offset + WIDTH <= size; offset += WIDTH) visit(offset, size_t{WIDTH});
-  if (offset < size) visit(offset, size - offset);
-}
-
-HEADRACE_INLINE Vec load_some(const float* from, size_t count) {
-  return count == WIDTH ? load(from) : load_first(from, count);
-}
-
-HEADRACE_INLINE void store_some(float* to, Vec value, size_t count) {
-  if (count == WIDTH) {
-    store(to, value);
-  } else {
-    store_first(to, value, count);
-  }
-}
 
 float root(float value) {
   float result;

@@ -5,6 +5,7 @@
 #include "attention_operator.h"
 #include "linear_operators.h"
 #include "norm_operators.h"
+#include "recurrent_operators.h"
 
 namespace {
 std::atomic<int> num_session_threads{1};
@@ -20,7 +21,8 @@ HEADRACE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const O
   if (api == nullptr) return nullptr;  // older than 1.18: the operators stay unknown, and the session says so
   OrtCustomOp* const operators[] = {describe<AddNormOp>(), describe<GateUpOp>(), describe<AttentionOp<FLOAT>>(),
                                     describe<AttentionOp<FLOAT16>>(), describe<AttentionOp<INT8>>(),
-                                    describe<BlockLinearOp>(), describe<ChannelLinearOp>()};
+                                    describe<BlockLinearOp>(), describe<ChannelLinearOp>(), describe<CausalConvOp>(),
+                                    describe<RecurrenceOp>()};
   // Every session option that the library is registered with gets the one domain. It lives as long as the process.
   static OrtCustomOpDomain* domain = nullptr;
   if (domain == nullptr) {

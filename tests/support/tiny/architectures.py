@@ -1,15 +1,20 @@
 """Tiny configurations of architectures that each break another of Llama's assumptions, and random checkpoints."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.model.checks.tensors import expected_tensors
 from export.model.description import ModelConfig
+from export.model.families.architectures import parse_config
 from tests.support.tiny.experts import EXPERTS
+from tests.support.tiny.hybrids import HYBRIDS
 from tests.support.tiny.sizes import BASE as _BASE
 
 # Caps of 2 and 3 bend scores and logits near 1; the real ones of 50 and 30 would leave them straight.
@@ -92,7 +97,21 @@ BEYOND_LLAMA: Mapping[str, dict[str, Any]] = {
     "seed_oss": {**_BASE, "model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True},
     "stablelm": {**_BASE, "model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "starcoder2": {**_BASE, "model_type": "starcoder2", "sliding_window": 24},
+    **HYBRIDS,
 }
+
+
+def write_random(directory: Path, raw: dict[str, Any], *, seed: int = 0) -> Path:
+    """Write config.json and model.safetensors with random weights that keep activations near 1, without torch."""
+    config = parse_config(raw)
+    checkpoint = RandomCheckpoint(config, seed)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
+    # Wide logits, so that two likeliest tokens are seldom close.
+    tensors[config.head.linear.weight_names[0]] *= 4
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
 
 
 class RandomCheckpoint(Checkpoint):

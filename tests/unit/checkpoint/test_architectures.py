@@ -207,9 +207,12 @@ def test_a_description_is_whole(raw: dict[str, Any]) -> None:
     config = parse_config(raw)
     assert [linear.site for linear in config.linears] == list(config.by_site), "sites are unique"
     for block in config.blocks:
-        a = block.attention
-        assert a.o.shape == (64, a.num_heads * (a.latent.value_dim if a.latent else a.head_dim))
-        assert a.qkv.shape == (sum(a.split_sizes), 64)
+        if block.has_attention:
+            a = block.attention
+            assert a.o.shape == (64, a.num_heads * (a.latent.value_dim if a.latent else a.head_dim))
+            assert a.qkv.shape == (sum(a.split_sizes), 64)
+        else:
+            assert block.mixer.linears[-1].num_outputs == 64 and block.mixer.states
         for linear in block.linears:
             assert linear.reads is None or linear in block.readers_of(linear.reads)
     untied = config.untied()

@@ -26,7 +26,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
     )
 
 
-def _splits(sizes: Sizes) -> tuple[Split, ...]:
+def _splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
     return (Split("mlp.gate_up_proj", (("mlp.gate_proj", None), ("mlp.up_proj", None))),)
 
 

@@ -23,7 +23,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
     )
 
 
-def _splits(sizes: Sizes) -> tuple[Split, ...]:
+def _splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
     q_rows, kv_rows = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     qkv = (("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows))
     return (

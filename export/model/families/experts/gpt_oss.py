@@ -46,7 +46,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
     )
 
 
-def _splits(sizes: Sizes) -> tuple[Split, ...]:
+def _splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
     both = tuple((f"mlp.experts.{{}}.{part}_proj", None) for part in ("gate", "up"))
     return (
         Split("mlp.experts.gate_up_proj", both, transposed=True, experts=True, interleaved=True),

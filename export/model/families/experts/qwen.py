@@ -31,18 +31,25 @@ _QWEN3 = Defaults(
     eos_id=None,
 )
 _NAMES = ("num_experts", "num_local_experts")
-_FIELDS = (
+MIXTURE_FIELDS = (
     *_NAMES, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"
 )  # fmt: skip
 
 
-def _mixture(raw: Raw, sizes: Sizes, *, experts: int, chosen: int, inner: int, shared: int = 0) -> Mixture:
-    """experts, chosen, inner: the family's defaults."""
+def mixture_of(
+    raw: Raw, sizes: Sizes, *, experts: int, chosen: int, inner: int, shared: int = 0, is_normalized: bool = False
+) -> Mixture:
+    """A mixture of experts in the fields of Qwen's configs.
+
+    experts, chosen, inner, is_normalized: the family's defaults; shared: channels of the shared expert, 0 for none
+    """
     count = num_experts(raw, _NAMES, experts)
     return Mixture(
         num_experts=count,
         intermediate_size=integer(raw, "moe_intermediate_size", inner),
-        routing=Routing(top_k=top_k(raw, chosen, count), is_normalized=flag(raw, "norm_topk_prob")),
+        routing=Routing(
+            top_k=top_k(raw, chosen, count), is_normalized=flag(raw, "norm_topk_prob", default=is_normalized)
+        ),
         shared_size=shared,
         has_shared_gate=shared > 0,
         dense_layers=dense_between(raw, sizes),
@@ -57,7 +64,7 @@ def _qwen2(raw: Raw, sizes: Sizes) -> Style:
     shared = integer(raw, "shared_expert_intermediate_size", 5632)
     return Style(
         qkv_bias=flag(raw, "qkv_bias", default=True),
-        mixture=_mixture(raw, sizes, experts=60, chosen=4, inner=1408, shared=shared),
+        mixture=mixture_of(raw, sizes, experts=60, chosen=4, inner=1408, shared=shared),
         windows=windows({**raw, "sliding_window": window}, "flagged", sizes, _QWEN2),
     )
 
@@ -69,7 +76,7 @@ def _qwen3(raw: Raw, sizes: Sizes) -> Style:
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,
-        mixture=_mixture(raw, sizes, experts=128, chosen=8, inner=768),
+        mixture=mixture_of(raw, sizes, experts=128, chosen=8, inner=768),
         windows=windows({**raw, "sliding_window": window, "use_sliding_window": None}, "uniform", sizes, _QWEN3),
     )
 
@@ -78,12 +85,12 @@ QWEN2_MOE = Architecture(
     class_name="Qwen2MoeForCausalLM",
     style=_qwen2,
     defaults=_QWEN2,
-    fields=dict.fromkeys((*_FIELDS, "qkv_bias", "shared_expert_intermediate_size"), ()),
+    fields=dict.fromkeys((*MIXTURE_FIELDS, "qkv_bias", "shared_expert_intermediate_size"), ()),
 )
 
 QWEN3_MOE = Architecture(
     class_name="Qwen3MoeForCausalLM",
     style=_qwen3,
     defaults=_QWEN3,
-    fields=dict.fromkeys((*_FIELDS, "attention_bias"), ()),
+    fields=dict.fromkeys((*MIXTURE_FIELDS, "attention_bias"), ()),
 )

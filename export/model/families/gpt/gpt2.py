@@ -45,7 +45,7 @@ GPT2 = Architecture(
         up="mlp.c_fc",
         down="mlp.c_proj",
     ),
-    splits=lambda sizes: (
+    splits=lambda raw, sizes: (
         Split("attn.c_attn", (("attn.q", None), ("attn.k", None), ("attn.v", None)), transposed=True),
         *(Split(name, ((name, None),), transposed=True) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
     ),

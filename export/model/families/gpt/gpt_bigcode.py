@@ -16,7 +16,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
     return GPT2.style(raw, sizes)
 
 
-def _splits(sizes: Sizes) -> tuple[Split, ...]:
+def _splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
     parts = (("attn.q", sizes.hidden_size), ("attn.k", sizes.head_dim), ("attn.v", sizes.head_dim))
     return (Split("attn.c_attn", parts),)
 
