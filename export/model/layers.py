@@ -11,6 +11,12 @@ class Site(NamedTuple):
     layer: int
     kind: str
 
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert whose layer it is."""
+        number = self.kind.rpartition(".")[2]
+        return int(number) if number.isdigit() else None
+
     def __str__(self) -> str:
         return f"layers.{self.layer}.{self.kind}"
 

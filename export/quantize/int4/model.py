@@ -34,7 +34,7 @@ from export.checkpoint.protocol import Checkpoint
 from export.model.description import Linear, ModelConfig, Site
 from export.quantize.int4.rounding import Plan, pieces_of, round_layers
 from export.quantize.int8.saved import Calibration
-from export.quantize.rounding.layers import BlockLayer, Layers, undecided
+from export.quantize.rounding.layers import BlockLayer, Layers, num_experts_of, undecided
 from export.schemes.forms import Blocks
 from export.schemes.scheme import Storage
 from export.storage.blocks import check_divisible
@@ -100,5 +100,15 @@ def int4_report(models: Mapping[str, Int4Model], provenance: dict[str, Any]) -> 
             figure_name(dialect, "layer_errors"): {str(site): error for site, error in model.errors.items()}
             for dialect, model in models.items()
         },
+        **_not_reached(models),
         "calibration": provenance,
     }
+
+
+def _not_reached(models: Mapping[str, Int4Model]) -> dict[str, int]:
+    """How many experts no token of the text chose, whose weights are rounded to nearest; nothing if there are none."""
+    counts = {
+        figure_name(dialect, "experts_not_reached"): num_experts_of(model.layers.keys() - model.errors.keys())
+        for dialect, model in models.items()
+    }
+    return {name: count for name, count in counts.items() if count}

@@ -23,7 +23,7 @@ from export.quantize.int8.saved import Calibration
 from export.quantize.int8.search import RangeSearch, RoundedWeights, round_weights
 from export.quantize.int8.sensitivity import DEFAULT_MAX_INCREASE, CostMeasurement, choose_two_pass
 from export.quantize.int8.smoothquant import SmoothedCheckpoint, producer_of, smoothed_config
-from export.quantize.rounding.layers import Int8Layer, Layers, undecided
+from export.quantize.rounding.layers import Int8Layer, Layers, num_experts_of, undecided
 from export.quantize.statistics.collect import collect_statistics
 
 
@@ -98,6 +98,8 @@ def _left_out(model: Int8Model) -> dict[str, Any]:
         found["stream_not_rotated"] = obstacle
     if plain := [str(site) for site in model.ranges if producer_of(config, site) is None]:
         found["not_smoothed"] = plain
-    if missing := [str(site) for site, layer in model.layers.items() if layer is None]:
-        found["weight_only"] = missing
+    if missing := [site for site, layer in model.layers.items() if layer is None]:
+        found["weight_only"] = list(map(str, missing))
+    if count := num_experts_of(missing):
+        found["experts_not_reached"] = count
     return found

@@ -1,6 +1,6 @@
 """The quantized linear layers that calibration, or a quantized checkpoint, hands to a graph, by site."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,11 @@ class QuantizedLayers:
         """CalibrationFailed if a layer was quantized and the graph did not take it; the message names one."""
         if left := sorted(site for site in self._left if self._layers[site] is not None):
             raise CalibrationFailed(f"{left[0]} was quantized, and the graph has no such layer")
+
+
+def num_experts_of(sites: Iterable[Site]) -> int:
+    """How many experts have these layers."""
+    return len({(site.layer, site.expert) for site in sites if site.expert is not None})
 
 
 def undecided(config: ModelConfig) -> dict[Site, Int8Layer | BlockLayer | None]:

@@ -198,7 +198,11 @@ class _Run:
             for site, part in result.statistics.items():
                 self.statistics.setdefault(site, SiteStatistics.empty(part.absmax.shape[1])).merge(part)
             for kind, seen in result.seen.items():
-                samples.setdefault(kind, []).append(seen)
+                found = samples.setdefault(kind, [])
+                # Of the sequences that observers get nothing of, only what an expert still lacks.
+                lacks = sum(len(part.fold) for part in found) < _TOKENS_A_SEQUENCE
+                if lacks or chunk.sequence_idx.start < _NUM_SAMPLED:
+                    found.append(seen)
             on_tokens(chunk.stop - chunk.start)
         if self.observers:
             self._observe(layer, block, {kind: _joined(parts) for kind, parts in samples.items()})
@@ -216,8 +220,8 @@ class _Run:
     ) -> _ChunkResult:
         """Run one chunk through one layer; `norm` is the final norm if the layer is the last."""
         statistics: Statistics = {}
-        inputs: dict[str, tuple[Array, NDArray[np.int64] | None]] = {}
-        sampled, fold = _sampled_rows(chunk)
+        inputs: dict[str, tuple[Array, NDArray[np.int64]]] = {}
+        sampled = _sampled_rows(chunk)
 
         def update(site: Site, x: Array, rows: NDArray[np.int64] | None) -> None:
             entry = statistics.setdefault(site, SiteStatistics.empty(x.shape[1]))
@@ -226,9 +230,11 @@ class _Run:
                 if stop > start:
                     entry.update(x[start:stop], idx, site)
             if rows is None:
-                inputs[site.kind] = x[sampled], None
-            elif (chosen := np.isin(rows, sampled)).any():
-                inputs[site.kind] = x[chosen], np.searchsorted(sampled, rows[chosen])
+                inputs[site.kind] = x[sampled], sampled
+            else:  # an expert whose tokens are not among the samples gets its first one, so that text never misses it
+                chosen = np.flatnonzero(np.isin(rows, sampled))
+                chosen = chosen if len(chosen) else np.arange(min(1, len(rows)))
+                inputs[site.kind] = x[chosen], rows[chosen]
 
         def product(kind: str, x: Array, rows: NDArray[np.int64] | None) -> Array:
             update(Site(layer, kind), x, rows)
@@ -247,11 +253,10 @@ class _Run:
         x = run_block(weights, self.config.blocks[layer], x, chunk.edges, tables, product=product, observe=observe_kv)
         if norm is not None:
             update(self.config.head.linear.site, normed(x, norm, self.config.final_norm), None)
-        residual = np.square(x[sampled]).mean(1)
         seen = {
-            kind: Seen(some, fold, residual) if which is None else Seen(some, fold[which], residual[which])
-            for kind, (some, which) in inputs.items()
-            if len(sampled)
+            kind: Seen(some, _sequences_of(chunk, rows), np.square(x[rows]).mean(1))
+            for kind, (some, rows) in inputs.items()
+            if len(rows)
         }
         return _ChunkResult(x, statistics, seen)
 
@@ -275,14 +280,18 @@ def _joined(parts: Sequence[Seen]) -> Seen:
     return Seen(inputs, fold, residual)
 
 
-def _sampled_rows(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of a chunk that observers get, and the sequence number of each."""
-    rows, fold = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+def _sampled_rows(chunk: Chunk) -> NDArray[np.int64]:
+    """The rows of a chunk that observers get."""
+    rows = [np.zeros(0, np.int64)]
     for idx, (start, stop) in zip(chunk.sequence_idx, pairwise(chunk.edges), strict=True):
         if idx < _NUM_SAMPLED:
             rows.append(np.unique(np.linspace(start, stop - 1, _TOKENS_A_SEQUENCE).astype(np.int64)))
-            fold.append(np.full(len(rows[-1]), idx))
-    return np.concatenate(rows), np.concatenate(fold)
+    return np.concatenate(rows)
+
+
+def _sequences_of(chunk: Chunk, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of each row's sequence."""
+    return np.asarray(chunk.sequence_idx.start + np.searchsorted(chunk.edges, rows, side="right") - 1, np.int64)
 
 
 def fingerprint_of(checkpoint: Checkpoint, config: ModelConfig) -> bytes:
