@@ -85,7 +85,7 @@ class RecurrentOperations(ABC):
 
     def delta(self, x: ir.Value, gates: ir.Value, mixer: GatedDelta) -> ir.Value:
         """Convolution, delta rule, norm and gate, between the linear layers."""
-        layer, heads, name = mixer.into.site.layer, mixer.heads, f"layers.{mixer.into.site.layer}"
+        layer, heads, name = mixer.into.site.layer, mixer.heads, f"layers.{mixer.into.site.layer}.mix"
         qkv, z = self._split(x, (mixer.conv.size, heads.v_size), (f"{name}.mixed", f"{name}.z"))
         qkv = self.silu(self.convolved(qkv, mixer.conv, layer), f"{name}.qkv")
         sizes = (heads.k_size, heads.k_size, heads.v_size)
@@ -106,7 +106,7 @@ class RecurrentOperations(ABC):
 
     def mamba(self, x: ir.Value, gates: ir.Value, mixer: Mamba2) -> ir.Value:
         """Convolution, sum, gate and norm, between the linear layers."""
-        g, layer, heads, name = self.g, mixer.into.site.layer, mixer.heads, f"layers.{mixer.into.site.layer}"
+        g, layer, heads, name = self.g, mixer.into.site.layer, mixer.heads, f"layers.{mixer.into.site.layer}.mix"
         z, mixed = self._split(x, (heads.v_size, mixer.conv.size), (f"{name}.z", f"{name}.mixed"))
         mixed = self.silu(self.convolved(mixed, mixer.conv, layer), f"{name}.vkq")
         sizes = (heads.v_size, heads.k_size, heads.k_size)

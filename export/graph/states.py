@@ -24,7 +24,7 @@ class RowStates:
         self._past = {
             (block.layer, state): g.input(f"past.{block.layer}.{state.kind}", ir.DataType.FLOAT, ["B", *state.shape])
             for block in config.blocks
-            for state in block.mixer.states
+            for state in block.states
         }
         self._present: dict[tuple[int, State], ir.Value] = {}
         self._lengths: tuple[ir.Value, ir.Value] | None = None

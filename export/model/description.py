@@ -130,12 +130,14 @@ class Block:
         parallel     x += attention(norm_in(x)) + mlp(norm_in(x))
 
     mixer: attention, or what stands in its place in the formulas above
+    beside: another mixer with the same input, whose output is added to that of `mixer`
     attention_norm, mlp_norm: before attention and MLP; a parallel block may have attention_norm for both
     attention_out_norm, mlp_out_norm: after attention and MLP, before the sum (sandwich norms)
     """
 
     mixer: Mixer
     mlp: Mlp | Experts
+    beside: Mamba2 | None = None
     attention_norm: Norm
     mlp_norm: Norm | None
     attention_out_norm: Norm | None = None
@@ -145,6 +147,15 @@ class Block:
     @property
     def layer(self) -> int:
         return self.mixer.linears[0].site.layer
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        return (self.mixer,) if self.beside is None else (self.mixer, self.beside)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """What slots hold for it beside K and V."""
+        return tuple(state for mixer in self.mixers for state in mixer.states)
 
     @property
     def attention(self) -> Attention:
@@ -159,12 +170,13 @@ class Block:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers, in the order in which they run."""
-        return *self.mixer.linears, *self.mlp.linears
+        return *(linear for mixer in self.mixers for linear in mixer.linears), *self.mlp.linears
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         behind = (self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
-        return self.attention_norm, *self.mixer.norms, *(norm for norm in behind if norm is not None)
+        inside = (norm for mixer in self.mixers for norm in mixer.norms)
+        return self.attention_norm, *inside, *(norm for norm in behind if norm is not None)
 
     @property
     def vectors(self) -> dict[str, tuple[int, ...]]:
@@ -240,7 +252,7 @@ class ModelConfig:
     @property
     def has_states(self) -> bool:
         """Whether slots hold states beside K and V."""
-        return any(block.mixer.states for block in self.blocks)
+        return any(block.states for block in self.blocks)
 
     @property
     def num_heads(self) -> int:

@@ -19,6 +19,7 @@ from export.model.description import (
     Latent,
     Linear,
     Mamba2,
+    Mixer,
     Mlp,
     Norm,
     ShortConv,
@@ -93,7 +94,9 @@ class Operations(Protocol[V]):
 def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]:
     """Run a block: the residual stream before it to the stream after it."""
     hidden, x = _normed(ops, stream, block.attention_norm)
-    attended = walk_mixer(ops, block, hidden)
+    attended = walk_attention(ops, block, hidden) if block.has_attention else walk_mixer(ops, block.mixer, hidden)
+    if block.beside is not None:
+        attended = ops.add(attended, walk_mixer(ops, block.beside, hidden))
     if block.attention_out_norm is not None:
         attended = ops.norm(attended, block.attention_out_norm)
     if block.is_parallel:
@@ -107,11 +110,9 @@ def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]
     return Stream(x, out)
 
 
-def walk_mixer(ops: Operations[V], block: Block, hidden: V) -> V:
-    """A block's attention, or what it has instead."""
-    mixer = block.mixer
-    if isinstance(mixer, Attention):
-        return walk_attention(ops, block, hidden)
+def walk_mixer(ops: Operations[V], mixer: Mixer, hidden: V) -> V:
+    """What a block has instead of attention, or beside it."""
+    assert not isinstance(mixer, Attention)
     x = ops.linear(hidden, mixer.into)
     if isinstance(mixer, ShortConv):
         return ops.linear(ops.convolve(x, mixer), mixer.out)

@@ -83,7 +83,7 @@ def _manifest(directory: Path, plan: ExportPlan, step_weight_bytes: int) -> Mani
                 shape=state.shape,
             )
             for block in config.blocks
-            for state in block.mixer.states
+            for state in block.states
         ),
         kv=plan.kv_of(first),
         native_kv=plan.kv_of("native") if "native" in plan.dialects else None,

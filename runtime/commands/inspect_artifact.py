@@ -95,13 +95,13 @@ def _cache_lines(artifact: Artifact) -> Iterator[str]:
 
 
 def _state_rows(manifest: Manifest) -> dict[str, str]:
-    """Which layers have states instead of attention, their size, and what that switches off."""
+    """How large the states of a slot are, how many layers have attention, and what states switch off."""
     if not manifest.states:
         return {}
     num_layers, num_attention = manifest.dims.num_layers, len(manifest.dims.kv_layers)
     size = format_bytes(manifest.state_bytes)
     return {
-        "recurrence": f"{num_layers - num_attention} of {num_layers} layers, with {size} of states in a slot",
+        "recurrence": f"{size} of states in a slot; {num_attention} of {num_layers} layers have attention",
         "": WITHOUT_REUSE,
     }
 

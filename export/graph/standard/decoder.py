@@ -94,7 +94,7 @@ class StandardDecoderGraph:
         if query_len is not None:
             self.states.begin(write_idx, query_len)
         rotary = rotary_initializers(g, c, self.max_len, self.dtype)
-        has_scan = any(isinstance(block.mixer, GatedDelta | Mamba2) for block in c.blocks)
+        has_scan = any(isinstance(mixer, GatedDelta | Mamba2) for block in c.blocks for mixer in block.mixers)
         self.dialect.begin(Tables(self.position_ids, write_idx, rotary, has_scan), next(iter(past.values()))["k"])
         return StandardOperations(
             g,

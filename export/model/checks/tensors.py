@@ -34,7 +34,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if norm.has_bias:
             tensors[f"{norm.name}.bias"] = (norm.size,)
     for block in config.blocks:
-        tensors |= {**block.vectors, **block.mixer.tensors}
+        tensors |= block.vectors
+        for mixer in block.mixers:
+            tensors |= mixer.tensors
     for linear in config.linears:
         for part in linear.parts:
             tensors[f"{part.name}.weight"] = (part.num_rows, linear.num_inputs)

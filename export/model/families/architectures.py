@@ -13,6 +13,7 @@ from typing import Any
 from export.checkpoint.config_fields import refuse_unknown, shown
 from export.checkpoint.fused import FusedView
 from export.checkpoint.protocol import Checkpoint
+from export.checkpoint.scaled import ScaledView
 from export.checkpoint.view import PrefixedView
 from export.model.description import Activation, ModelConfig
 from export.model.families.config_values import flag, integer, number, token_ids
@@ -106,8 +107,11 @@ def as_described(checkpoint: Checkpoint) -> Checkpoint:
     if table in checkpoint.tensors and (is_tied or f"{arch.names.head}.weight" in checkpoint.tensors):
         checkpoint = PrefixedView(checkpoint, prefix, unprefixed=f"{arch.names.head}.weight")
     raw = _shared_names(checkpoint.config, arch)
-    splits = arch.splits(raw, _sizes(raw, arch))
-    return FusedView(checkpoint, splits) if splits else checkpoint
+    sizes = _sizes(raw, arch)
+    splits = arch.splits(raw, sizes)
+    checkpoint = FusedView(checkpoint, splits) if splits else checkpoint
+    scales = arch.scales(raw, sizes)
+    return ScaledView(checkpoint, scales) if scales else checkpoint
 
 
 def _shared_names(raw: Mapping[str, Any], arch: Architecture) -> Mapping[str, Any]:

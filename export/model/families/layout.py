@@ -101,6 +101,7 @@ class _Layout:
         mlp_norm = norm(names.mlp_norm)
         return Block(
             mixer=self._mixer(layer, prefix, attention_norm),
+            beside=self._style.beside and self._style.beside(_BlockParts(self, layer, prefix, attention_norm)),
             mlp=self._mlp_or_experts(layer, prefix, mlp_norm or attention_norm),
             attention_norm=attention_norm,
             mlp_norm=mlp_norm,

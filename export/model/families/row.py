@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from export.checkpoint.fused import Split
-from export.model.description import Activation, Clamp, Linear, Mixer, Norm, NormKind
+from export.model.description import Activation, Clamp, Linear, Mamba2, Mixer, Norm, NormKind
 from export.model.routing import Routing
 
 
@@ -155,6 +155,7 @@ class Style:
     intermediate_size: of the MLP, if it is not that of config.json
     has_attention_gate: whether attention has `Attention.gate`
     mixers: for each layer what makes its mixer, None for attention; empty if all layers have attention
+    beside: makes a second mixer for every layer
     """
 
     norm_kind: NormKind = NormKind.RMS
@@ -182,6 +183,7 @@ class Style:
     intermediate_size: int | None = None
     has_attention_gate: bool = False
     mixers: tuple[MakeMixer | None, ...] = ()
+    beside: Callable[[BlockParts], Mamba2] | None = None
 
 
 Raw = Mapping[str, Any]
@@ -201,6 +203,7 @@ class Architecture:
     rope: the rotary settings of a config.json that has none
     rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
     splits: how matrices are fused or transposed in the checkpoint's layers
+    scales: constants by which tensors are multiplied, see `ScaledView`
     unused: a pattern for names of tensors that predict no next token, as transformers ignores them; "" for none
     """
 
@@ -215,4 +218,5 @@ class Architecture:
     rope_kinds: tuple[str, ...] = ()
     rope: Mapping[str, object] = field(default_factory=dict)
     splits: Callable[[Raw, Sizes], tuple[Split, ...]] = lambda raw, sizes: ()
+    scales: Callable[[Raw, Sizes], Mapping[str, float]] = lambda raw, sizes: {}
     unused: Callable[[Raw, Sizes], str] = lambda raw, sizes: ""

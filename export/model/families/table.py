@@ -20,6 +20,7 @@ from export.model.families.experts.qwen import QWEN2_MOE, QWEN3_MOE
 from export.model.families.gpt.gpt2 import GPT2
 from export.model.families.gpt.gpt_bigcode import GPT_BIGCODE
 from export.model.families.gpt.gptj import GPT_NEO, GPTJ
+from export.model.families.hybrid.falcon_h1 import FALCON_H1
 from export.model.families.hybrid.lfm2 import LFM2, LFM2_MOE
 from export.model.families.hybrid.mamba import BAMBA
 from export.model.families.hybrid.qwen import QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
@@ -35,6 +36,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "ernie4_5": ERNIE4_5,
         "ernie4_5_moe": ERNIE4_5_MOE,
         "exaone": EXAONE,
+        "falcon_h1": FALCON_H1,
         "gemma": GEMMA,
         "gemma2": GEMMA2,
         "glm": GLM,

@@ -161,7 +161,7 @@ def load_block(checkpoint: Checkpoint, block: Block) -> BlockWeights:
         norms={norm.name: load_norm(checkpoint, norm) for norm in block.norms},
         tensors={
             **{name: checkpoint.load(name).reshape(-1) for name in block.vectors},
-            **{name: checkpoint.load(name) for name in block.mixer.tensors},
+            **{name: checkpoint.load(name) for mixer in block.mixers for name in mixer.tensors},
         },
     )
 

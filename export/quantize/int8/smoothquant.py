@@ -39,9 +39,10 @@ def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
             return linear.reads
         return linear.reads if len(config.blocks[site.layer].readers_of(linear.reads)) == 1 else None
     block = config.blocks[site.layer]
-    if linear in block.mixer.linears:
-        is_plain = block.has_attention and block.attention.latent is None
-        return block.attention.qkv.parts[-1] if is_plain else None
+    if linear.role == "o":
+        return block.attention.qkv.parts[-1] if block.attention.latent is None else None
+    if linear.role == "mix_out":
+        return None
     mlps = [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.mlps
     mlp = next(mlp for mlp in mlps if mlp.down == linear)
     return mlp.up.parts[-1] if mlp.is_gated and mlp.clamp is None else None

@@ -52,8 +52,8 @@ class Exported(NamedTuple):
         return session
 
 
-MODELS = [("lfm2", "fp32"), ("lfm2", "w8a16"), ("qwen3_5", "fp32"), ("bamba", "fp32")]
-"""One for each kind of state."""
+MODELS = [("lfm2", "fp32"), ("lfm2", "w8a16"), ("qwen3_5", "fp32"), ("bamba", "fp32"), ("falcon_h1", "fp32")]
+"""One for each kind of state, and one with states beside attention."""
 
 
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)

@@ -51,7 +51,7 @@ def test_the_prefix_cache_is_switched_off_with_one_line(artifact: Artifact, capl
 def test_inspect_says_what_the_states_are(artifact: Artifact) -> None:
     lines = "\n".join(as_lines(artifact))
     # Three layers with two inputs of 64 channels each.
-    assert "3 of 4 layers, with 1.5 kB of states in a slot" in lines and WITHOUT_REUSE in lines
+    assert "1.5 kB of states in a slot; 1 of 4 layers have attention" in lines and WITHOUT_REUSE in lines
 
 
 def test_drafts_are_refused(artifact: Artifact, tiny: TinyExports) -> None:

@@ -65,8 +65,34 @@ BAMBA = {
     "time_step_limit": [0.1, 1.0],
 }
 
+FALCON_H1 = {
+    **BASE,
+    "model_type": "falcon_h1",
+    "mamba_d_ssm": 96,
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 24,
+    "mamba_d_head": 24,
+    "mamba_chunk_size": 16,
+    "mamba_rms_norm": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "mamba_proj_bias": True,
+    "projectors_bias": True,
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.8,
+    "ssm_in_multiplier": 1.1,
+    "ssm_out_multiplier": 0.9,
+    "mlp_multipliers": [0.6, 1.3],
+    "ssm_multipliers": [0.5, 0.7, 1.4, 1.2, 0.8],
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.75,
+}
+
 HYBRIDS: Mapping[str, dict[str, Any]] = {
     "bamba": BAMBA,
+    "falcon_h1": FALCON_H1,
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "qwen3_5": QWEN3_5,

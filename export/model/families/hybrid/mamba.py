@@ -28,39 +28,49 @@ MAMBA_FIELDS: Mapping[str, tuple[object, ...]] = {
 
 
 def mamba_heads(raw: Raw, sizes: Sizes) -> RecurrentHeads:
-    """Heads of Mamba 2, checked against each other. UnsupportedModel for several groups, whose norms are separate."""
+    """Heads of Mamba 2, checked against each other."""
     inner, num_heads = integer(raw, "mamba_expand", 2) * sizes.hidden_size, integer(raw, "mamba_n_heads", 128)
+    if "mamba_d_ssm" in raw:
+        inner = integer(raw, "mamba_d_ssm", 0)
     groups = integer(raw, "mamba_n_groups", 1)
-    if groups != 1:
-        raise UnsupportedModel(f"config.json: mamba_n_groups {groups} is not supported; supported: 1")
+    if num_heads % groups:
+        raise InvalidCheckpoint(f"config.json: mamba_n_heads {num_heads} is not a multiple of mamba_n_groups {groups}")
     size = raw.get("mamba_d_head", "auto")
     head_dim = inner // num_heads if size in ("auto", None) else integer(raw, "mamba_d_head", 0)
     if num_heads * head_dim != inner:
         raise InvalidCheckpoint(
             f"config.json: mamba_n_heads {num_heads} of mamba_d_head {shown(size)} are not the {inner} channels of "
-            "mamba_expand * hidden_size"
+            "mamba_d_ssm, or of mamba_expand * hidden_size"
         )
     return RecurrentHeads(groups, num_heads, integer(raw, "mamba_d_state", 256), head_dim)
 
 
-def mamba(raw: Raw, sizes: Sizes, parts: BlockParts) -> Mamba2:
-    """The mixer of a block. Its `in_proj` is split by `mamba_splits`."""
+def mamba(raw: Raw, sizes: Sizes, parts: BlockParts, *, out_bias: bool | None = None, has_norm: bool = True) -> Mamba2:
+    """The mixer of a block. Its `in_proj` is split by `mamba_splits`. out_bias: None is the same as `in_proj`
+
+    UnsupportedModel for a norm with several groups, because each group has a norm of its own.
+    """
     heads, hidden = mamba_heads(raw, sizes), sizes.hidden_size
     name, mixed = f"{parts.prefix}.mamba", heads.v_size + 2 * heads.k_size
     has_bias, reads = flag(raw, "mamba_proj_bias"), parts.reads
-    into = [(f"{name}.in_proj.z", heads.v_size), (f"{name}.in_proj.xbc", mixed)]
+    if has_norm and heads.num_k_heads != 1:
+        raise UnsupportedModel(f"config.json: mamba_n_groups {heads.num_k_heads} is not supported; supported: 1")
+    out_bias, widths = has_bias if out_bias is None else out_bias, _widths(heads)
+    into = [(f"{name}.in_proj.{part}", widths[part]) for part in ("z", "x", "b", "c")]
     gates = [(f"{name}.in_proj.dt", heads.num_v_heads)]
     return Mamba2(
         into=parts.linear("mix_in", into, hidden, has_bias=has_bias, reads=reads),
         gates=parts.linear("router.mix", gates, hidden, has_bias=has_bias, reads=reads),
-        out=parts.linear("mix_out", [(f"{name}.out_proj", hidden)], heads.v_size, has_bias=has_bias),
+        out=parts.linear(
+            "mix_out", [(f"{name}.out_proj", hidden)], heads.v_size, has_bias=has_bias if out_bias is None else out_bias
+        ),
         conv=Convolution(
             name=f"{name}.conv1d",
             size=mixed,
             width=integer(raw, "mamba_d_conv", 4, minimum=2, maximum=16),
             has_bias=flag(raw, "mamba_conv_bias", default=True),
         ),
-        norm=Norm(name=f"{name}.norm", size=heads.v_size, epsilon=sizes.norm_eps),
+        norm=Norm(name=f"{name}.norm", size=heads.v_size, epsilon=sizes.norm_eps) if has_norm else None,
         a_log=f"{name}.A_log",
         d=f"{name}.D",
         dt_bias=f"{name}.dt_bias",
@@ -71,23 +81,26 @@ def mamba(raw: Raw, sizes: Sizes, parts: BlockParts) -> Mamba2:
 
 def mamba_splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
     """z, the inputs of the convolution, and dt."""
-    heads = mamba_heads(raw, sizes)
-    widths = {"z": heads.v_size, "xbc": heads.v_size + 2 * heads.k_size, "dt": heads.num_v_heads}
+    widths = _widths(mamba_heads(raw, sizes))
     return (Split("mamba.in_proj", tuple((f"mamba.in_proj.{part}", width) for part, width in widths.items())),)
+
+
+def _widths(heads: RecurrentHeads) -> Mapping[str, int]:
+    """Outputs of `in_proj`, by what they are called in the paper."""
+    return {"z": heads.v_size, "x": heads.v_size, "b": heads.k_size, "c": heads.k_size, "dt": heads.num_v_heads}
 
 
 def _dt_limits(raw: Raw) -> tuple[float, float]:
     limits = raw.get("time_step_limit")
     if limits is None:
         return 0.0, math.inf
-    if not (
-        isinstance(limits, list)
-        and len(limits) == 2
-        and all(isinstance(limit, int | float) and not isinstance(limit, bool) for limit in limits)
-        and limits[0] <= limits[1]
-    ):
+    # transformers 5 writes infinity in this way.
+    listed = limits if isinstance(limits, list) else []
+    plain = [math.inf if limit == {"__float__": "Infinity"} else limit for limit in listed]
+    is_valid = len(plain) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in plain)
+    if not is_valid or not plain[0] <= plain[1]:
         raise InvalidCheckpoint(f"config.json: time_step_limit must be two numbers in order, got {shown(limits)}")
-    return float(limits[0]), float(limits[1])
+    return float(plain[0]), float(plain[1])
 
 
 def _bamba(raw: Raw, sizes: Sizes) -> Style:
