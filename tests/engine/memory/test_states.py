@@ -46,7 +46,10 @@ class Exported(NamedTuple):
 
     def open(self, **settings: int) -> OrtSession:
         session = open_cpu_session(
-            self.artifact, self.dialect, num_slots=settings.get("num_slots", NUM_SLOTS), capacity=CAPACITY
+            self.artifact,
+            self.dialect,
+            num_slots=settings.get("num_slots", NUM_SLOTS),
+            capacity=settings.get("capacity", CAPACITY),
         )
         assert isinstance(session, OrtSession)
         return session
@@ -133,14 +136,14 @@ def test_padding_and_idle_rows_change_no_state(exported: Exported) -> None:
 def test_preempted_requests_get_their_tokens(exported: Exported) -> None:
     rng = np.random.default_rng(5)
     asked = [
-        (rng.integers(3, 320, rng.integers(1, 50)).tolist(), SamplingParams(max_tokens=40, temperature=0))
-        for _ in range(20)
+        (rng.integers(3, 320, rng.integers(1, 50)).tolist(), SamplingParams(max_tokens=150, temperature=0))
+        for _ in range(8)
     ]
-    session = exported.open()
+    session = exported.open(capacity=256)
     alone, layout = each_alone(session, asked), session.info.layout
     session.close()
-    budget = layout.committed(CAPACITY) + 3 * layout.step_bytes
-    session = exported.open()
+    budget = layout.committed(256) + 3 * layout.step_bytes  # a page holds 64 tokens or 128
+    session = exported.open(capacity=256)
     object.__setattr__(session._info, "kv_budget", budget)
     engine = Engine(session, prefill_chunk=CHUNK)
     for _ in range(MIN_SEEN):  # short answers are expected, so that memory runs out

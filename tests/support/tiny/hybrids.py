@@ -68,11 +68,11 @@ BAMBA = {
 FALCON_H1 = {
     **BASE,
     "model_type": "falcon_h1",
-    "mamba_d_ssm": 96,
+    "mamba_d_ssm": 192,
     "mamba_n_heads": 4,
     "mamba_n_groups": 2,
     "mamba_d_state": 24,
-    "mamba_d_head": 24,
+    "mamba_d_head": 48,
     "mamba_chunk_size": 16,
     "mamba_rms_norm": False,
     "attention_bias": True,
