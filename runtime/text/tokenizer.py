@@ -39,6 +39,10 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 
+SAME_TEXT = "headrace_same_text"
+"""In tokenizer_config.json: ids of tokens whose text another token has too, with the id of that one. tokenizer.json can
+hold only one of them."""
+
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _BYTE_TOKEN_LEN = len("<0xE2>")
 
@@ -64,6 +68,7 @@ class Tokenizer:
         self._special_ids = frozenset(i for i, token in added if token.special)
         self.special_id_of: Mapping[str, int] = {token.content: i for i, token in added if token.special}
         """The ids of control tokens, by the text that names them."""
+        self._same_text = _same_text(config, where)
         self._bytes: dict[int, bytes] = {}
         self._added_bos_id = self._bos_to_add()
 
@@ -96,7 +101,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the highest id that the tokenizer knows; a model's vocabulary may be padded beyond it."""
-        return max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return max([*self._hf.get_vocab(with_added_tokens=True).values(), *self._same_text], default=-1) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text.
@@ -194,6 +199,7 @@ class Tokenizer:
         return str(self._hf.id_to_token(token_id) or "").replace(self._metaspace, "").encode()
 
     def _compute_bytes(self, token_id: int) -> bytes:
+        token_id = self._same_text.get(token_id, token_id)
         token = None if token_id in self._special_ids else self._hf.id_to_token(token_id)
         if token is None:
             return b""
@@ -268,6 +274,13 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InvalidArtifact(f"{file} is not a JSON object; export the model again")
     return config
+
+
+def _same_text(config: Mapping[str, Any], where: str) -> dict[int, int]:
+    found = config.get(SAME_TEXT, {})
+    if not isinstance(found, dict) or not all(key.isdigit() and isinstance(i, int) for key, i in found.items()):
+        raise InvalidArtifact(f"{where}: {SAME_TEXT} beside it must map ids to ids; export the model again")
+    return {int(key): token_id for key, token_id in found.items()}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.checkpoint.config_fields import shown
+from export.checkpoint.gguf.architectures import ARCHITECTURES, GgufArchitecture, row_of
 from export.checkpoint.gguf.metadata import AGAIN, GgufMetadata
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
-ARCHITECTURES: Mapping[str, str] = MappingProxyType(
-    {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-)
-"""GGUF architecture (also Hugging Face's model_type) to class name. GGUF calls Mistral llama."""
+ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Under `tokenizer.ggml.`: the end of a text, of a turn and of a message. Each ends generation."""
@@ -31,7 +29,8 @@ _KNOWN_KEYS = frozenset(
     {
         "vocab_size", "block_count", "context_length", "embedding_length", "feed_forward_length", "tensor_data_layout",
         "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-        "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+        "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.dimension_count", "rope.freq_base",
+        "rope.scaling.type",
         "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
         "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scale_linear",
     }
@@ -56,26 +55,28 @@ _LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
 def model_config(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    rope_freqs: NDArray[np.float32] | None,
+    rope: Mapping[str, NDArray[np.float32]],
     where: str,
 ) -> dict[str, Any]:
     """config.json of a GGUF file.
 
     `metadata` is every key of the file; `shapes` the tensors' by GGUF name, in numpy's order (rows first);
-    `rope_freqs` the divisors of the rotary frequencies [head_dim / 2] from the tensor of that name, if there
-    is one; `where` names the file in errors. Raises UnsupportedModel for an architecture or setting without a
+    `rope` the divisors of the rotary frequencies [head_dim / 2] by the name of their tensor, where there
+    are some; `where` names the file in errors. Raises UnsupportedModel for an architecture or setting without a
     graph, InvalidCheckpoint for missing keys.
     """
     m = GgufMetadata(metadata, where)
     arch = architecture(metadata, where)
-    _refuse_unknown(metadata, arch, where)
+    row = row_of(arch, metadata)
+    _refuse_unknown(metadata, arch, row, where)
     num_heads = m.size(f"{arch}.attention.head_count")
     hidden_size = m.size(f"{arch}.embedding_length")
-    head_dim = _head_dim(m, arch, hidden_size // num_heads)
+    head_dim = _head_dim(m, arch, row, hidden_size // num_heads)
     if len(shapes.get("token_embd.weight", ())) != 2:
         raise InvalidCheckpoint(f"{where} has no matrix token_embd.weight: not a whole language model")
-    if f"{arch}.attention.layer_norm_rms_epsilon" not in m:
-        raise InvalidCheckpoint(f"{where} has no {arch}.attention.layer_norm_rms_epsilon; convert the model again")
+    epsilon = f"{arch}.{row.epsilon[0]}"
+    if epsilon not in m:
+        raise InvalidCheckpoint(f"{where} has no {epsilon}; convert the model again")
     vocab_size = shapes["token_embd.weight"][0]
     eos = eos_ids(metadata, where)
     ids = {key: m.integer(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "padding")}
@@ -85,9 +86,8 @@ def model_config(
                 f"{where}: {key}_token_id {token_id} is outside the vocabulary of {vocab_size:,} tokens; {AGAIN}"
             )
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[arch]],
-        "model_type": arch,
-        "hidden_act": "silu",
+        "architectures": [row.class_name],
+        "model_type": row.model_type,
         "hidden_size": hidden_size,
         "intermediate_size": m.size(f"{arch}.feed_forward_length"),
         "num_hidden_layers": m.size(f"{arch}.block_count"),
@@ -96,20 +96,46 @@ def model_config(
         "head_dim": head_dim,
         "vocab_size": vocab_size,
         "max_position_embeddings": m.size(f"{arch}.context_length"),
-        "rms_norm_eps": m.number(f"{arch}.attention.layer_norm_rms_epsilon", 0.0),
-        "rope_parameters": _rope(m, arch, rope_freqs, head_dim),
+        row.epsilon[1]: m.number(epsilon, 0.0),
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": ids["bos"],
         "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
         "pad_token_id": ids["padding"],
     }
-    return config | _biases(shapes, arch, where)
+    return _of_family(config, m, row, shapes, rope)
 
 
-def _head_dim(m: GgufMetadata, arch: str, default: int) -> int:
+def _of_family(
+    config: dict[str, Any],
+    m: GgufMetadata,
+    row: GgufArchitecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    rope: Mapping[str, NDArray[np.float32]],
+) -> dict[str, Any]:
+    """The fields that every architecture has, completed by its own."""
+    arch, head_dim = architecture(m.values, m.where), config["head_dim"]
+    if row.has_rope:
+        config["rope_parameters"] = _rope(m, arch, rope, head_dim)
+    if row.has_partial_rope and (rotary := m.size(f"{arch}.rope.dimension_count", head_dim)) != head_dim:
+        config["partial_rotary_factor"] = rotary / head_dim
+    for key, name in row.settings.items():
+        if f"{arch}.{key}" in m:
+            config[name] = m.values[f"{arch}.{key}"]
+    more = {} if row.more is None else row.more(m, shapes, config)
+    config |= {**row.constants, **more, **_biases(shapes, arch, m.where)}
+    named = {row.renamed.get(field, field): value for field, value in config.items()}
+    return {name: value for name, value in named.items() if name is not None}
+
+
+def _head_dim(m: GgufMetadata, arch: str, row: GgufArchitecture, default: int) -> int:
     rotary_dim, key_length = f"{arch}.rope.dimension_count", f"{arch}.attention.key_length"
-    head_dim = m.size(key_length, m.size(rotary_dim, max(default, 1)))
-    for key in (rotary_dim, f"{arch}.attention.value_length"):
+    if row.has_partial_rope:
+        head_dim = m.size(key_length, max(default, 1))
+        equal: tuple[str, ...] = (f"{arch}.attention.value_length",)
+    else:
+        head_dim = m.size(key_length, m.size(rotary_dim, max(default, 1)))
+        equal = (rotary_dim, f"{arch}.attention.value_length")
+    for key in equal:
         if m.size(key, head_dim) != head_dim:
             raise UnsupportedModel(
                 f"{m.where}: {key} is {m.size(key, head_dim)}, and head_dim is {head_dim}; only models where they are "
@@ -142,10 +168,11 @@ def eos_ids(metadata: Mapping[str, Any], where: str) -> list[int]:
     return list(dict.fromkeys(token_id for token_id in (*listed, *named) if token_id is not None))
 
 
-def _refuse_unknown(metadata: Mapping[str, Any], arch: str, where: str) -> None:
+def _refuse_unknown(metadata: Mapping[str, Any], arch: str, row: GgufArchitecture, where: str) -> None:
+    known = _KNOWN_KEYS | row.settings.keys() | row.reads
     for key, value in metadata.items():
         field = key.removeprefix(f"{arch}.")
-        if field == key or field in _KNOWN_KEYS:
+        if field == key or field in known:
             continue
         is_scalar = isinstance(value, bool | int | float | str)
         if not is_scalar or value not in _NEUTRAL_VALUES.get(field, ()):
@@ -155,25 +182,32 @@ def _refuse_unknown(metadata: Mapping[str, Any], arch: str, where: str) -> None:
 
 
 def _biases(shapes: Mapping[str, tuple[int, ...]], arch: str, where: str) -> dict[str, bool]:
-    """The bias switches, read off the tensors. attention_bias of llama and qwen3 covers o_proj too."""
-    if arch == "qwen2":
+    """The bias switches, read off the tensors. attention_bias of llama and its like covers o_proj too."""
+    if arch not in ("llama", "qwen3", "granite"):
         return {}
     has_qkv, has_o = "blk.0.attn_q.bias" in shapes, "blk.0.attn_output.bias" in shapes
     if has_qkv != has_o:
         raise UnsupportedModel(f"{where}: attn_q and attn_output must both have a bias, or neither, in a {arch} model")
-    mlp = {"mlp_bias": "blk.0.ffn_gate.bias" in shapes} if arch == "llama" else {}
+    mlp = {"mlp_bias": "blk.0.ffn_gate.bias" in shapes} if arch != "qwen3" else {}
     return {"attention_bias": has_qkv} | mlp
 
 
-def _rope(m: GgufMetadata, arch: str, rope_freqs: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any]:
-    """rope_parameters. Scaling comes from metadata (linear, yarn) or from a tensor of divisors (llama3)."""
-    prefix, where = f"{arch}.rope.scaling.", m.where
+def _rope(m: GgufMetadata, arch: str, tensors: Mapping[str, NDArray[np.float32]], head_dim: int) -> dict[str, Any]:
+    """rope_parameters. Scaling comes from metadata (linear, yarn) or from tensors of divisors (llama3, longrope)."""
+    prefix, where, rope_freqs = f"{arch}.rope.scaling.", m.where, tensors.get(ROPE_FREQS)
     kind = m.text(f"{prefix}type") or "none"
     factor = m.number(f"{prefix}factor", m.number(f"{arch}.rope.scale_linear", 0.0))
     theta = m.number(f"{arch}.rope.freq_base", 10000.0)
     if f"{prefix}type" not in m and factor not in (0.0, 1.0):
         kind = "linear"  # llama.cpp's own default when only a factor is given
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if ROPE_LONG in tensors and ROPE_SHORT in tensors:
+        return rope | {
+            "rope_type": "longrope",
+            "long_factor": tensors[ROPE_LONG].tolist(),
+            "short_factor": tensors[ROPE_SHORT].tolist(),
+            "attention_factor": m.number(f"{prefix}attn_factor", 1.0),
+        }
     if kind not in ("none", "linear", "yarn"):
         raise UnsupportedModel(f"{where}: {prefix}type {shown(kind)} is not supported; supported: none, linear, yarn")
     if kind != "none":

@@ -14,37 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint.gguf.config import architecture, model_config
+from export.checkpoint.gguf.architectures import GgufArchitecture, row_of
+from export.checkpoint.gguf.config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, architecture, model_config
 from export.checkpoint.gguf.header import GgufTensor, read_gguf_header
 from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.storage.tensor_file import read_float32
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
-ROPE_FREQS = "rope_freqs.weight"
-
-_GLOBAL_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-)
-_LAYER_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-)
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_WHOLE_TENSOR = re.compile(r"(\w+)\.(weight|bias)")
+_ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
 
 
@@ -64,15 +43,16 @@ class GgufCheckpoint(Checkpoint):
         self._metadata, stored = read_gguf_header(file)
         arch = architecture(self._metadata, file.name)
         _refuse_types(stored, file)
-        rope_freqs = self._read(stored[ROPE_FREQS], ROPE_FREQS) if ROPE_FREQS in stored else None
+        self._row = row_of(arch, self._metadata)
+        rope = {name: self._read(stored[name], name) for name in _ROPE_TENSORS if name in stored}
         shapes = {name: place.shape for name, place in stored.items()}
-        self._config = model_config(self._metadata, shapes, rope_freqs, file.name)
-        self._is_permuted = arch == "llama"
+        self._config = model_config(self._metadata, shapes, rope, file.name)
         self._texts: Mapping[str, str] | None = None
-        self._places = {_hugging_face_name(name, file): place for name, place in stored.items() if name != ROPE_FREQS}
+        weights = {name: place for name, place in stored.items() if name not in _ROPE_TENSORS}
+        self._places = _named(weights, self._row, file)
         self._tensors = MappingProxyType(
             {
-                name: TensorInfo(place.shape, gguf.GGMLQuantizationType(place.type_id).name)
+                name: TensorInfo(self._shape(name), gguf.GGMLQuantizationType(place.type_id).name)
                 for name, place in self._places.items()
             }
         )
@@ -91,15 +71,35 @@ class GgufCheckpoint(Checkpoint):
 
     def load(self, name: str) -> NDArray[np.float32]:
         values = self._read(self._place(name), name)
-        rotated = _ROTATED.search(name) if self._is_permuted else None
+        if self._row.norm_offset and name.endswith("norm.weight"):
+            return values - np.float32(self._row.norm_offset)
+        if self._is_transposed(name):
+            return np.ascontiguousarray(values.T)
+        rotated = _ROTATED.search(name) if self._row.is_permuted else None
         if rotated is None:
-            return values
+            return values.reshape(self._shape(name))
         is_query = rotated[1] == "q"
         return unpermute(values, self._config["num_attention_heads" if is_query else "num_key_value_heads"])
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape in Hugging Face's files. The gate of a shared expert is a matrix of one row there."""
+        shape = self._places[name].shape
+        if self._is_transposed(name):
+            return shape[::-1]
+        return (1, *shape) if name.endswith("shared_expert_gate.weight") and len(shape) == 1 else shape
+
+    def _is_transposed(self, name: str) -> bool:
+        return name.removesuffix(".weight").endswith(self._row.transposed) and len(self._places[name].shape) == 2
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a tensor is not the stored one row by row."""
+        is_rotated = self._row.is_permuted and _ROTATED.search(name) is not None
+        is_moved = self._row.norm_offset != 0 and name.endswith("norm.weight")
+        return is_rotated or is_moved or self._shape(name) != self._places[name].shape or self._is_transposed(name)
+
     def load_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         place = self._place(name)
-        if self._is_permuted and _ROTATED.search(name):
+        if self._is_changed(name):
             return super().load_rows(name, start, stop)
         row_bytes = place.num_bytes // place.shape[0]  # rows are whole blocks
         some = replace(
@@ -111,7 +111,7 @@ class GgufCheckpoint(Checkpoint):
         return self._read(some, name, first_row=start)
 
     def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
-        if self._is_permuted and _ROTATED.search(name):
+        if self._is_changed(name):
             return super().pieces(name)
         return self.row_pieces(name, self._place(name).shape[0])
 
@@ -176,17 +176,27 @@ def _refuse_types(stored: Mapping[str, GgufTensor], file: Path) -> None:
             name = next(name for name, place in stored.items() if place.type_id == type_id)
             raise UnsupportedModel(
                 f"{file.name}: tensor {name} has type {kind.name}, which cannot be dequantized; "
-                "use a file with F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K tensors"
+                "use a file with F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ, TQ, MXFP4 or NVFP4 tensors"
             ) from error
 
 
-def _hugging_face_name(name: str, file: Path) -> str:
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
-    match = _LAYER_TENSOR.fullmatch(name)
-    if match is None or match[2] not in _LAYER_NAMES:
-        raise UnsupportedModel(
-            f"{file.name}: tensor {name!r} has no place in a llama, qwen2 or qwen3 model, so this variant is "
-            "not supported; give the Hugging Face checkpoint or another model"
-        )
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+def _named(stored: Mapping[str, GgufTensor], row: GgufArchitecture, file: Path) -> dict[str, GgufTensor]:
+    """Tensors by Hugging Face's names; a tensor of all experts becomes one for each."""
+    found: dict[str, GgufTensor] = {}
+    for name, place in stored.items():
+        layer, whole = _LAYER_TENSOR.fullmatch(name), _WHOLE_TENSOR.fullmatch(name)
+        module = row.layer_module(layer[1], layer[2]) if layer else row.module(whole[1]) if whole else None
+        if module is None:
+            raise UnsupportedModel(
+                f"{file.name}: tensor {name!r} has no place in a {row.model_type} model, so this variant is "
+                "not supported; give the Hugging Face checkpoint or another model"
+            )
+        kind = name.rpartition(".")[2]
+        if "{}" not in module:
+            found[f"{module}.{kind}"] = place
+            continue
+        num_bytes = place.num_bytes // place.shape[0]
+        for expert in range(place.shape[0]):
+            one = replace(place, shape=place.shape[1:], offset=place.offset + expert * num_bytes, num_bytes=num_bytes)
+            found[f"{module.replace('{}', str(expert))}.{kind}"] = one
+    return found

@@ -1,21 +1,26 @@
 """Makes tokenizer.json and the other text files from the `tokenizer.*` metadata of a GGUF file.
 
-Knows byte-level BPE (`gpt2`), SentencePiece BPE (`llama`), and how text is split before BPE; nothing about tensors. A
-GGUF file only names the split. A name that is not in the table is refused, because a wrong split gives wrong tokens.
+Knows byte-level BPE (`gpt2`), SentencePiece BPE (`llama`) and Unigram (`t5`); nothing about tensors. A GGUF file only
+names how text is split before byte-level BPE. A name that is not in the table of pre_tokenizers.py is refused, because
+a wrong split gives wrong tokens.
+
+A string may be there twice. The last of its ids is the one that text is encoded to, as in llama.cpp; the others are
+only decoded (`SAME_TEXT` of tokenizer_config.json).
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from export.checkpoint.config_fields import shown
 from export.checkpoint.gguf.config import eos_ids
 from export.checkpoint.gguf.metadata import AGAIN, GgufMetadata
+from export.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from export.checkpoint.texts.chat_templates import DEFAULT, TEMPLATE
 from export.checkpoint.texts.tokenizer_loading import library_errors
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
+from runtime.text.tokenizer import SAME_TEXT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,54 +28,9 @@ if TYPE_CHECKING:
 MAX_PIECE_LEN = 1024
 """Characters of a SentencePiece token. Training stops at 16; the search for merges takes their square."""
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_PUNCTUATION}[\r\n]*|{_SPACES}"
-QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_PUNCTUATION}[\r\n]*|{_SPACES}"
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    rf"|\p{{N}}|{_PUNCTUATION}[\r\n/]*|{_SPACES}"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
-    """One row of the table: how text is split before byte-level BPE.
-
-    splits: regular expressions, each applied to the pieces the one before left; matches become pieces
-    is_nfc: the original tokenizer normalizes to NFC first, which GGUF does not record
-    ignore_merges: a piece that is a token is taken whole
-    adds_bos: whether a text starts with bos where the file does not say
-    """
-
-    splits: tuple[str, ...]
-    is_nfc: bool = False
-    ignore_merges: bool = False
-    adds_bos: bool = False
-
-
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
-    {
-        "gpt-2": PreTokenizer((GPT2,)),
-        "smollm": PreTokenizer((r"\p{N}", GPT2)),
-        "starcoder": PreTokenizer((r"\p{N}", GPT2)),
-        "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-        "llama-bpe": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
-        "llama3": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
-        "llama-v3": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
-        "qwen2": PreTokenizer((QWEN2,), is_nfc=True),
-        "deepseek-r1-qwen": PreTokenizer((QWEN2,), is_nfc=True, adds_bos=True),
-        "tekken": PreTokenizer((TEKKEN,), ignore_merges=True, adds_bos=True),
-    }
-)
-"""By tokenizer.ggml.pre. The expressions are those of the models' own tokenizer.json files."""
-
 _SPECIAL_TYPES = (2, 3)
 """gguf.TokenType UNKNOWN and CONTROL: matched whole in text, left out of decoded text."""
+_BYTE = 6
 _USER_DEFINED = 4
 """Matched whole in text, and part of decoded text (`<think>`)."""
 
@@ -100,8 +60,12 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
     elif kind == "llama":
         has_prefix = m.flag("tokenizer.ggml.add_space_prefix", default=True)
         tokenizer, adds_bos = _sentencepiece(vocabulary, m, has_prefix=has_prefix), True
+    elif kind == "t5":
+        tokenizer, adds_bos = _unigram(vocabulary, m), False
     else:
-        raise UnsupportedModel(f"{where}: tokenizer.ggml.model {shown(kind)} is not supported; supported: gpt2, llama")
+        raise UnsupportedModel(
+            f"{where}: tokenizer.ggml.model {shown(kind)} is not supported; supported: gpt2, llama, t5"
+        )
     adds_bos = m.flag("tokenizer.ggml.add_bos_token", default=adds_bos)
     adds_eos = m.flag("tokenizer.ggml.add_eos_token", default=False)
     named = {
@@ -119,6 +83,8 @@ def text_files(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
     }
     settings: dict[str, Any] = {**named, "tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {"clean_up_tokenization_spaces": False, "add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    if same := _same_text(vocabulary.tokens):
+        settings[SAME_TEXT] = same
     templates = _templates(m)
     if templates.keys() - {DEFAULT}:
         settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
@@ -147,17 +113,18 @@ def _vocabulary(m: GgufMetadata) -> _Vocabulary:
     types, scores = m.numbers("tokenizer.ggml.token_type"), m.numbers("tokenizer.ggml.scores")
     if not tokens:
         raise InvalidCheckpoint(f"{m.where} has no tokenizer.ggml.tokens; convert the model with its tokenizer")
-    seen: set[str] = set()
-    for token in tokens:
-        if token in seen:
-            raise InvalidCheckpoint(f"{m.where}: token {shown(token)} is in tokenizer.ggml.tokens twice; {AGAIN}")
-        seen.add(token)
     for name, values in (("token_type", types), ("scores", scores)):
         if values and len(values) != len(tokens):
             raise InvalidCheckpoint(
                 f"{m.where}: tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens; {AGAIN}"
             )
     return _Vocabulary(tokens, types, scores, m.texts("tokenizer.ggml.merges"))
+
+
+def _same_text(tokens: Sequence[str]) -> dict[str, int]:
+    """The id that stands for a string's others, by each of those; JSON has keys of text."""
+    last = {token: token_id for token_id, token in enumerate(tokens)}
+    return {str(token_id): last[token] for token_id, token in enumerate(tokens) if last[token] != token_id}
 
 
 def _pre_tokenizer_row(m: GgufMetadata) -> PreTokenizer:
@@ -228,6 +195,33 @@ def _sentencepiece(vocabulary: _Vocabulary, m: GgufMetadata, *, has_prefix: bool
     if has_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _unigram(vocabulary: _Vocabulary, m: GgufMetadata) -> "Tokenizer":
+    """SentencePiece Unigram in the form that transformers gives it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if not vocabulary.scores:
+        raise InvalidCheckpoint(f"{m.where} has no tokenizer.ggml.scores; {AGAIN}")
+    if len(set(vocabulary.tokens)) != len(vocabulary.tokens):
+        raise UnsupportedModel(f"{m.where}: a Unigram vocabulary with a string twice is not supported")
+    unknown = m.integer("tokenizer.ggml.unknown_token_id")
+    pairs = list(zip(vocabulary.tokens, map(float, vocabulary.scores), strict=True))
+    has_bytes = _BYTE in vocabulary.types
+    with library_errors(f"{m.where}: the tokenizer's scores cannot be used", AGAIN):
+        tokenizer = Tokenizer(models.Unigram(pairs, unk_id=unknown, byte_fallback=has_bytes))
+        steps: list[normalizers.Normalizer] = []
+        if chart := m.numbers("tokenizer.ggml.precompiled_charsmap"):
+            steps.append(normalizers.Precompiled(bytes(int(value) & 255 for value in chart)))
+    if m.flag("tokenizer.ggml.remove_extra_whitespaces", default=False):
+        steps += [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    prefix = "always" if m.flag("tokenizer.ggml.add_space_prefix", default=True) else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
+    spaces = decoders.Metaspace(prepend_scheme=prefix)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), spaces]) if has_bytes else spaces
     return tokenizer
 
 

@@ -158,7 +158,7 @@ class TinyGguf:
         """Write the file; matrices are quantized to `kind`, vectors stay float32."""
         writer = gguf.GGUFWriter(file, self.arch)
         for key, value in self.metadata().items():
-            _add(writer, key, value)
+            add_value(writer, key, value)
         for name, values in self.tensors.items():
             stored = values
             if self.arch == "llama" and ".q_proj." in name:
@@ -176,7 +176,7 @@ class TinyGguf:
         return file
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

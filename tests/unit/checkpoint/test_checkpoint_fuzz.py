@@ -243,7 +243,7 @@ gguf_values = scalars.filter(lambda value: value is not None) | st.sampled_from(
 @settings(quick, max_examples=300)
 def test_any_type_under_any_gguf_key(base: dict[str, Any], changes: dict[str, Any]) -> None:
     metadata = {**base, **changes}
-    assert_read_or_refused(lambda: parse_config(model_config(metadata, SHAPES, None, "tiny.gguf")))
+    assert_read_or_refused(lambda: parse_config(model_config(metadata, SHAPES, {}, "tiny.gguf")))
     assert_read_or_refused(lambda: text_files(metadata, "tiny.gguf"))
 
 
