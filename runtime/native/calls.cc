@@ -4,7 +4,7 @@
 #include "linear/peak.h"
 #include "norm/norm.h"
 #include "recurrent/recurrent.h"
-#include "threads.h"
+#include "sampling/draw.h"
 
 using namespace headrace;
 
@@ -62,3 +62,6 @@ HEADRACE_EXPORT const char* headrace_attend(const AttentionCall* call, int num_t
   if (const char* fault = find_fault(*call)) return fault;
   return attention_kernels().attend(*call, threads.parallel()) ? nullptr : "no memory";
 }
+
+// A token, or one of the negative numbers of sampling/draw.h.
+HEADRACE_EXPORT int64_t headrace_draw(const Draw* job) { return draw_kernels().draw(*job); }

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "parallel.h"
-#include "threads.h"
 #include "variant.h"
 
 namespace headrace {

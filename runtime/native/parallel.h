@@ -40,4 +40,11 @@ inline void run_in_turn(const void*, size_t num_tasks, TaskFunction function, vo
 // One thread: what a test passes, and what a kernel gets that is called through ctypes without a pool.
 inline Parallel sequential() { return Parallel{run_in_turn, nullptr, 1}; }
 
+// Threads for a caller that has no pool: tests and benchmarks through ctypes. They are started and joined in each run.
+struct Threads {
+  int num_threads;
+  // Valid while this object lives.
+  Parallel parallel() const;
+};
+
 }  // namespace headrace

@@ -20,7 +20,7 @@ from runtime.engine.sampling.filters import filtered, filtered_top, only
 from runtime.engine.sampling.logits import Row, check_top, most_likely
 from runtime.engine.sampling.logprobs import logprobs_of, logprobs_of_top
 from runtime.engine.sampling.penalties import Penalties, has_penalties
-from runtime.engine.sampling.vocabulary import Vocabulary
+from runtime.engine.sampling.vocabulary import draws_from
 from runtime.session.session import TopRow
 
 Allowed = NDArray[np.bool_]
@@ -150,10 +150,9 @@ class _Chain:
         """Try the whole vocabulary first: a token that the filters keep stands, and one that they drop is drawn again.
         Each kept token ends up with its share of the kept, and nearly all rows are spared the sorting."""
         if self._params.top_k == 0 and self._params.typical_p == 1:
-            vocabulary = Vocabulary(logits, self._params.temperature, allowed)
+            attempt = draws_from(logits, self._params, allowed)
             for _ in range(MAX_TRIES):
-                token_id = vocabulary.draw(self._rng.random())
-                if vocabulary.keeps(token_id, self._params):
+                if (token_id := attempt(self._rng.random())) is not None:
                     return token_id
         kept = filtered(logits if allowed is None else only(logits, allowed), self._params)
         position = inverse_cdf(kept.weights, self._rng.random())
