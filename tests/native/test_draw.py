@@ -31,7 +31,7 @@ def kept_by(weights: NDArray[np.float64], token: int, top_p: float, min_p: float
     """Whether the filters keep a token; None so near an edge that float32 decides."""
     higher = weights[weights > weights[token]].sum() + weights[token] * (weights[:token] == weights[token]).sum()
     distance, total = top_p * weights.sum() - higher, weights.sum()
-    if top_p < 1 and abs(distance) < 1e-5 * total or abs(weights[token] - min_p) < 1e-5:
+    if (top_p < 1 and abs(distance) < 1e-5 * total) or abs(weights[token] - min_p) < 1e-5:
         return None
     return (top_p == 1 or distance > 0) and bool(weights[token] >= min_p)
 
