@@ -24,7 +24,8 @@ def draw(library: ctypes.CDLL) -> NativeDraw:
 
 
 def weights_of(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
-    return np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    found: NDArray[np.float64] = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    return found
 
 
 def kept_by(weights: NDArray[np.float64], token: int, top_p: float, min_p: float) -> bool | None:
