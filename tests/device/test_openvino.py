@@ -170,6 +170,7 @@ def test_a_graph_that_openvino_cannot_read_is_refused_by_what_it_has(family: str
         "recurrent states": config.has_states,
         "learned positions": config.embedding.positions is not None,
         "softcap": attention.softcap is not None,
+        "head_sink": attention.sinks is not None,
         "RotaryEmbedding": rotary is not None and rotary.dim % 16,
         "rotary_interleaved": rotary is not None and rotary.interleaved,
     }

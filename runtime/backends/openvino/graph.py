@@ -175,8 +175,9 @@ class GraphReader:
         for name in ("softcap", "rotary_interleaved", "smooth_softmax"):
             if node.get_attribute(name, 0):
                 raise self._refused(f"GroupQueryAttention with {name}")
-        if node.get_input_size() > 10 and node.get_input(10).get_node().get_type_name() != "NullNode":
-            raise self._refused("GroupQueryAttention with attention_bias")
+        for idx, name in ((10, "attention_bias"), (11, "head_sink")):
+            if node.get_input_size() > idx and node.get_input(idx).get_node().get_type_name() != "NullNode":
+                raise self._refused(f"GroupQueryAttention with {name}")
         heads, kv_heads, head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
         query_and_key, value = self._query_key_value(node)
         if node.get_attribute("do_rotary", 0):
