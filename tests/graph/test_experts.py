@@ -1,4 +1,4 @@
-"""Experts in calibration: text reaches every one that it can, and the receipt counts those that it does not."""
+"""Experts: how files stack them, and calibration, whose receipt counts the experts that no text reached."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export.calibration.dataset import CalibrationOptions
-from export.model.checks.tensors import expected_tensors
-from export.model.families.architectures import parse_config
+from export.model.checks.tensors import check_tensors, expected_tensors
+from export.model.families.architectures import as_described, parse_config
 from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from export.quantize.int8.saved import load_calibration
+from export.sources.open import open_checkpoint
 from runtime.artifact.manifest import Artifact
 from tests.support.tiny.checkpoint import write_checkpoint
-from tests.support.tiny.experts import MIXTRAL
+from tests.support.tiny.experts import EXPERTS, MIXTRAL
 
 # The first of the second layer's experts is never chosen: its logit is 0, and of 63 others more than two are above.
 MANY = {**MIXTRAL, "num_hidden_layers": 2, "num_local_experts": 64, "intermediate_size": 64}
@@ -58,3 +59,20 @@ def test_every_expert_that_text_reaches_has_a_range(model: Path, tmp_path: Path)
     assert 200 < len(reached) < 256 and ranged == reached
     not_reached = (256 - len(reached)) // 2  # up and down
     assert artifact.receipt["quantization"]["experts_not_reached"] == not_reached
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", EXPERTS)
+def test_stacked_and_single_experts_are_the_same(family: str, tmp_path: Path) -> None:
+    """transformers 5 writes the names of older releases, or its own if asked to."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**EXPERTS[family]))
+    found = []
+    for name, is_old in (("older", True), ("own", False)):
+        model.save_pretrained(tmp_path / name, save_original_format=is_old)
+        checkpoint = as_described(open_checkpoint(tmp_path / name))
+        check_tensors(checkpoint, parse_config(checkpoint.config))
+        found.append(checkpoint)
+    for name in expected_tensors(parse_config(found[0].config)):
+        np.testing.assert_array_equal(found[0].load(name), found[1].load(name))

@@ -109,7 +109,8 @@ def as_described(checkpoint: Checkpoint) -> Checkpoint:
     raw = _shared_names(checkpoint.config, arch)
     sizes = _sizes(raw, arch)
     splits = arch.splits(raw, sizes)
-    checkpoint = FusedView(checkpoint, splits) if splits else checkpoint
+    if splits or arch.renames:
+        checkpoint = FusedView(checkpoint, splits, renames=arch.renames)
     scales = arch.scales(raw, sizes)
     return ScaledView(checkpoint, scales) if scales else checkpoint
 

@@ -204,6 +204,7 @@ class Architecture:
     rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
     splits: how matrices are fused or transposed in the checkpoint's layers
     scales: constants by which tensors are multiplied, see `ScaledView`
+    renames: parts of tensor names, between dots, and what they become before `splits` are looked for
     unused: a pattern for names of tensors that predict no next token, as transformers ignores them; "" for none
     """
 
@@ -219,4 +220,5 @@ class Architecture:
     rope: Mapping[str, object] = field(default_factory=dict)
     splits: Callable[[Raw, Sizes], tuple[Split, ...]] = lambda raw, sizes: ()
     scales: Callable[[Raw, Sizes], Mapping[str, float]] = lambda raw, sizes: {}
+    renames: Mapping[str, str] = field(default_factory=dict)
     unused: Callable[[Raw, Sizes], str] = lambda raw, sizes: ""

@@ -6,7 +6,14 @@ V2 (arXiv:2405.04434) weighs experts by a softmax. V3 (arXiv:2412.19437) weighs 
 import math
 
 from export.model.families.config_values import flag, integer, number
-from export.model.families.experts.mixture import dense_first, further_layers, groups, num_experts, top_k
+from export.model.families.experts.mixture import (
+    dense_first,
+    further_layers,
+    groups,
+    num_experts,
+    stacked_experts,
+    top_k,
+)
 from export.model.families.row import Architecture, Defaults, LatentSizes, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing, Scores
@@ -124,6 +131,7 @@ DEEPSEEK_V2 = Architecture(
     class_name="DeepseekV2ForCausalLM",
     style=_v2,
     defaults=_V2,
+    splits=lambda raw, sizes: stacked_experts(),
     names=Names(shared="mlp.shared_experts"),
     fields={
         **dict.fromkeys(_FIELDS, ()),
@@ -139,6 +147,7 @@ DEEPSEEK_V3 = Architecture(
     class_name="DeepseekV3ForCausalLM",
     style=_v3,
     defaults=_V3,
+    splits=lambda raw, sizes: stacked_experts(),
     names=Names(shared="mlp.shared_experts"),
     unused=further_layers,
     fields={

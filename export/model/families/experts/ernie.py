@@ -1,7 +1,7 @@
 """ERNIE 4.5 with experts: interleaved rotary pairs, and a bias that only chooses experts."""
 
 from export.model.families.config_values import flag, integer, number
-from export.model.families.experts.mixture import num_experts, top_k
+from export.model.families.experts.mixture import num_experts, stacked_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing
@@ -59,6 +59,8 @@ ERNIE4_5_MOE = Architecture(
     class_name="Ernie4_5_MoeForCausalLM",
     style=_style,
     defaults=_DEFAULTS,
+    splits=lambda raw, sizes: stacked_experts(),
+    renames={"gate.moe_statics": "moe_statics"},
     unused=lambda raw, sizes: r"model\.mtp_.*",
     names=Names(choice_bias="mlp.moe_statics.e_score_correction_bias", shared="mlp.shared_experts"),
     fields=dict.fromkeys(

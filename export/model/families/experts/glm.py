@@ -1,7 +1,14 @@
 """GLM 4.5 and 4.6: sigmoid scores with a bias that only chooses, groups of experts, and a shared expert."""
 
 from export.model.families.config_values import flag, integer, number, share
-from export.model.families.experts.mixture import dense_first, further_layers, groups, num_experts, top_k
+from export.model.families.experts.mixture import (
+    dense_first,
+    further_layers,
+    groups,
+    num_experts,
+    stacked_experts,
+    top_k,
+)
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing, Scores
@@ -53,6 +60,7 @@ GLM4_MOE = Architecture(
     class_name="Glm4MoeForCausalLM",
     style=_style,
     defaults=_DEFAULTS,
+    splits=lambda raw, sizes: stacked_experts(),
     names=Names(shared="mlp.shared_experts"),
     unused=further_layers,
     fields=dict.fromkeys(

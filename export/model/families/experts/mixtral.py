@@ -1,6 +1,7 @@
 """Mixtral: Mistral's block with a mixture of experts instead of the MLP."""
 
-from export.model.families.experts.mixture import num_experts, top_k
+from export.checkpoint.fused import Split
+from export.model.families.experts.mixture import num_experts, stacked_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing
@@ -22,10 +23,16 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
     return Style(mixture=mixture, windows=windows(raw, "uniform", sizes, _DEFAULTS))
 
 
+def _splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
+    router = Split("mlp.gate", (("block_sparse_moe.gate", None),))
+    return (router, *stacked_experts("block_sparse_moe.experts.{}", ("w1", "w3", "w2")))
+
+
 MIXTRAL = Architecture(
     class_name="MixtralForCausalLM",
     style=_style,
     defaults=_DEFAULTS,
+    splits=_splits,
     names=Names(
         router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{expert}", expert_parts=("w1", "w3", "w2")
     ),

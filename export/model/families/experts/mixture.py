@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from export.checkpoint.config_fields import shown
+from export.checkpoint.fused import Split
 from export.model.families.config_values import integer
 from export.model.families.row import Raw, Sizes
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -13,6 +14,20 @@ MAX_EXPERTS = 1024
 
 MAX_FURTHER = 16
 """The largest published decoder has one."""
+
+
+def stacked_experts(
+    ours: str = "mlp.experts.{}", parts: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Split, ...]:
+    """The experts as transformers 5 holds them, which it writes where it is asked to: each matrix of all in one tensor.
+
+    ours: an expert's name in a block; parts: names of gate, up and down
+    """
+    gate, up, down = ((f"{ours}.{part}", None) for part in parts)
+    return (
+        Split("mlp.experts.gate_up_proj", (gate, up), experts=True),
+        Split("mlp.experts.down_proj", (down,), experts=True),
+    )
 
 
 def num_experts(raw: Raw, names: Sequence[str], default: int) -> int:

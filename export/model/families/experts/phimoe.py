@@ -1,8 +1,9 @@
 """Phi-3.5-MoE: layer norms, biases, longrope with its own two scales, and experts chosen by SparseMixer."""
 
+from export.checkpoint.fused import Split
 from export.model.description import NormKind
 from export.model.families.config_values import flag, number
-from export.model.families.experts.mixture import num_experts, top_k
+from export.model.families.experts.mixture import num_experts, stacked_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Names, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing, Scores
@@ -33,10 +34,16 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
     )
 
 
+def _splits(raw: Raw, sizes: Sizes) -> tuple[Split, ...]:
+    router = Split("mlp.router", (("block_sparse_moe.gate", None),))
+    return (router, *stacked_experts("block_sparse_moe.experts.{}", ("w1", "w3", "w2")))
+
+
 PHIMOE = Architecture(
     class_name="PhimoeForCausalLM",
     style=_style,
     defaults=_DEFAULTS,
+    splits=_splits,
     rope_kinds=("default", "longrope"),
     names=Names(
         router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{expert}", expert_parts=("w1", "w3", "w2")

@@ -1,7 +1,7 @@
 """Qwen2-MoE, whose shared expert has a gate, and Qwen3-MoE, which has no shared expert."""
 
 from export.model.families.config_values import flag, integer
-from export.model.families.experts.mixture import dense_between, num_experts, refuse, top_k
+from export.model.families.experts.mixture import dense_between, num_experts, refuse, stacked_experts, top_k
 from export.model.families.row import Architecture, Defaults, Mixture, Raw, Sizes, Style
 from export.model.families.windows import windows
 from export.model.routing import Routing
@@ -85,6 +85,7 @@ QWEN2_MOE = Architecture(
     class_name="Qwen2MoeForCausalLM",
     style=_qwen2,
     defaults=_QWEN2,
+    splits=lambda raw, sizes: stacked_experts(),
     fields=dict.fromkeys((*MIXTURE_FIELDS, "qkv_bias", "shared_expert_intermediate_size"), ()),
 )
 
@@ -92,5 +93,6 @@ QWEN3_MOE = Architecture(
     class_name="Qwen3MoeForCausalLM",
     style=_qwen3,
     defaults=_QWEN3,
+    splits=lambda raw, sizes: stacked_experts(),
     fields=dict.fromkeys((*MIXTURE_FIELDS, "attention_bias"), ()),
 )
