@@ -4,7 +4,6 @@ Knows nothing about HTTP or terminals.
 """
 
 import itertools
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from runtime.artifact.manifest import WITHOUT_REUSE, Artifact, open_artifact
+from runtime.artifact.manifest import Artifact, open_artifact
 from runtime.artifact.model_card import model_card
 from runtime.backends.backend import Backend
 from runtime.backends.draft_session import beside_draft, open_draft, open_draft_session
@@ -46,8 +45,6 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.text.tools.formats import Tool
 from runtime.text.tools.one_call import OneCallText
 from runtime.text.tools.parser import ToolCallParser
-
-log = logging.getLogger(__name__)
 
 
 class MemoryUse(NamedTuple):
@@ -315,9 +312,6 @@ def open_text_model(
     if settings.prefix_cache is None:
         share = default_budget(weight_bytes=artifact.weight_bytes, fraction=PREFIX_CACHE_FRACTION)
         settings = replace(settings, prefix_cache=share)
-    if manifest.states and settings.prefix_cache:
-        log.warning("%s: %s", manifest.name, WITHOUT_REUSE)
-        settings = replace(settings, prefix_cache=0)
     check_speculation(artifact, settings)
     draft = None
     if settings.draft is not None:

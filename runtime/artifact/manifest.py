@@ -225,11 +225,11 @@ class Manifest:
         return manifest
 
 
-WITHOUT_REUSE = (
-    "its layers have recurrent states, which follow every token and cannot be cut back to fewer: no prefix cache, no "
-    "speculation; every prompt is computed from its beginning"
+WITHOUT_CUTS = (
+    "states follow every token and cannot be cut back to fewer: no speculation; a prompt is reused up to where runs of "
+    "an earlier one ended"
 )
-"""What is switched off for a model with states."""
+"""What is switched off, or restricted, for a model with states."""
 
 
 def kind_of(dialect: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.artifact.choice import choice_lines, read_choice
 from runtime.artifact.json_shape import finite
-from runtime.artifact.manifest import CALIBRATION, WITHOUT_REUSE, Artifact, Manifest, open_artifact
+from runtime.artifact.manifest import CALIBRATION, WITHOUT_CUTS, Artifact, Manifest, open_artifact
 from runtime.artifact.shapes import read_calibration_account
 from runtime.commands.sensitivity_picture import sensitivity_lines
 from runtime.machine.sizes import format_bytes
@@ -102,7 +102,7 @@ def _state_rows(manifest: Manifest) -> dict[str, str]:
     size = format_bytes(manifest.state_bytes)
     return {
         "recurrence": f"{size} of states in a slot; {num_attention} of {num_layers} layers have attention",
-        "": WITHOUT_REUSE,
+        "": WITHOUT_CUTS,
     }
 
 

@@ -33,7 +33,7 @@ class Engine:
 
     prefill_chunk: most prompt tokens run between two decode steps; None: as many as the bounds leave time for
     max_queue_wait_s: a request without a slot this many seconds after its submission ends with QUEUE_TIMEOUT
-    prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none, as for states
+    prefix_cache: bytes for K and V of prompt beginnings that later prompts reuse; 0 is none
     drafter: proposes draft tokens; unused (one token a row and step) with a session that is not ragged and cut-exact,
         or has states
     """
@@ -55,7 +55,7 @@ class Engine:
         self._top_session = session if isinstance(session, TopSession) else None
         self._observer = observer
         self._prefill_chunk, self._bounds = prefill_chunk, bounds
-        self._prefix_cache = 0 if session.info.has_states else prefix_cache
+        self._prefix_cache = prefix_cache
         self._max_queue_wait_s = math.inf if max_queue_wait_s is None else max_queue_wait_s
         self._next_expiry_s = math.inf
         can_draft = session.info.is_ragged and session.info.is_cut_exact and not session.info.has_states

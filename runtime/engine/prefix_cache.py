@@ -5,8 +5,10 @@
 
 A prompt reuses the blocks of its longest known beginning; what follows is computed. Only rows that a prefill computed
 are kept: those of a decode step differ in their last bits, and a request must get the same tokens with and without the
-cache. Memory is bounded, and running requests take it away; the least recently used block goes first, but never before
-the blocks that continue it. Knows neither requests nor models: K/V rows are whatever the session's `read_slot` returns.
+cache. Where slots have states, some blocks have a copy of the states at their end, and only up to such a block is a
+beginning reused. Memory is bounded, and running requests take it away; the least recently used block goes first, but
+never before the blocks that continue it. Knows neither requests nor models: K/V rows are whatever the session's
+`read_slot` returns.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from runtime.session.session import KvRows, Session
+from runtime.session.session import KvRows, Session, StateSession
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class PrefixCache:
         self._session = session
         self._max_bytes = max_bytes
         self._blocks: OrderedDict[bytes, KvRows] = OrderedDict()  # the least recently used first
+        self._state_session = session if session.info.has_states and isinstance(session, StateSession) else None
+        self._states: dict[bytes, KvRows] = {}  # at the ends of some blocks
 
     def restore(self, keys: Sequence[bytes], slot: int, first: int, max_blocks: int, multiple: int = 1) -> int:
         """Copy known blocks from number `first` on into a slot; return how many: at most `max_blocks`, and a multiple
@@ -62,15 +66,28 @@ class PrefixCache:
         wanted = keys[first : first + max_blocks]
         num_blocks = next((count for count, key in enumerate(wanted) if key not in self._blocks), len(wanted))
         num_blocks -= num_blocks % multiple
+        while self._state_session is not None and num_blocks and keys[first + num_blocks - 1] not in self._states:
+            num_blocks -= 1
         for idx in range(first, first + num_blocks):
             self._session.write_slot(slot, idx * BLOCK_LEN, self._blocks[keys[idx]])
         if num_blocks:
             self._touch(keys[: first + num_blocks])
+            if self._state_session is not None:
+                self._state_session.write_states(slot, self._states[keys[first + num_blocks - 1]])
         return num_blocks
 
     def has(self, keys: Sequence[bytes]) -> bool:
         """Whether these blocks are there; False for none."""
         return bool(keys) and all(key in self._blocks for key in keys)
+
+    def keep_states(self, keys: Sequence[bytes], slot: int) -> None:
+        """Store a slot's states, which are those at the end of the last of these blocks."""
+        if self._state_session is None or not self.has(keys) or keys[-1] in self._states:
+            return
+        states = self._state_session.read_states(slot)
+        if self._make_room(keys, states.nbytes):
+            self._states[keys[-1]] = states
+            self.num_bytes += states.nbytes
 
     def keep(self, keys: Sequence[bytes], slot: int, first: int, stop: int) -> None:
         """Store the blocks `first .. stop` of a slot that are not there yet."""
@@ -78,7 +95,7 @@ class PrefixCache:
             if keys[idx] in self._blocks:
                 continue
             # Without the block before it, which was evicted or did not fit, this one cannot be found.
-            if (idx and keys[idx - 1] not in self._blocks) or not self._make_room(keys[:idx]):
+            if (idx and keys[idx - 1] not in self._blocks) or not self._make_room(keys[:idx], self._block_bytes):
                 return
             try:
                 rows = self._session.read_slot(slot, idx * BLOCK_LEN, (idx + 1) * BLOCK_LEN)
@@ -91,11 +108,12 @@ class PrefixCache:
             self.num_bytes += rows.nbytes
             self._touch(keys[: idx + 1])
 
-    def _make_room(self, earlier: Sequence[bytes]) -> bool:
-        """Evict until one more block fits; False if there is no room beside the `earlier` blocks that it continues."""
-        missing = self.num_bytes + self._block_bytes - min(self._max_bytes, self.limit())
+    def _make_room(self, earlier: Sequence[bytes], num_bytes: int) -> bool:
+        """Evict until so many bytes more fit; False if there is no room beside the `earlier` blocks, which they
+        continue."""
+        missing = self.num_bytes + num_bytes - min(self._max_bytes, self.limit())
         if missing > 0:
-            if missing > self.num_bytes - sum(self._blocks[key].nbytes for key in earlier):
+            if missing > self.num_bytes - sum(map(self._bytes_of, earlier)):
                 return False
             self._touch(earlier)
             self.evict(missing)
@@ -105,9 +123,15 @@ class PrefixCache:
         """Give up the least recently used blocks, of so many bytes together; whether there were any."""
         wanted, has_any = self.num_bytes - num_bytes, bool(self._blocks)
         while self._blocks and self.num_bytes > wanted:
-            _, evicted = self._blocks.popitem(last=False)
-            self.num_bytes -= evicted.nbytes
+            key = next(iter(self._blocks))
+            self.num_bytes -= self._bytes_of(key)
+            del self._blocks[key]
+            self._states.pop(key, None)
         return has_any
+
+    def _bytes_of(self, key: bytes) -> int:
+        """Of a block, and of the states at its end."""
+        return self._blocks[key].nbytes + (self._states[key].nbytes if key in self._states else 0)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Mark a beginning as just used, its first block last: a block outlives those that continue it."""

@@ -70,8 +70,9 @@ class SessionInfo:
     row. If so, tokens that decode runs had computed may be computed again by a prefill."""
     has_states: bool = False
     """Whether slots hold states beside K and V: sums over all their tokens, in a fixed size. They follow every token
-    that is run, and cannot be cut back to fewer. So nothing is drafted, and no beginnings of prompts are kept. A row
-    with `past_len` 0 begins with states of zero; padding and idle rows change none."""
+    that is run, and cannot be cut back to fewer. So nothing is drafted, and a prompt's beginning is reused only up to
+    where its states were copied, see `StateSession`. A row with `past_len` 0 begins with states of zero; padding and
+    idle rows change none."""
     kv_layout: PageLayout | None = None
     """How the tokens of a slot commit memory. None: the pool is allocated whole."""
     kv_budget: int | None = None
@@ -113,10 +114,7 @@ class Session(Protocol):
         ...
 
     def read_slot(self, slot: int, start: int, stop: int) -> KvRows:
-        """A copy of positions `start .. stop` of a slot's cache; nothing that runs later changes it.
-
-        Not in a session with states, which belong to no positions.
-        """
+        """A copy of positions `start .. stop` of a slot's cache, without states; nothing that runs later changes it."""
         ...
 
     def write_slot(self, slot: int, start: int, rows: KvRows) -> None:
@@ -129,6 +127,19 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Release the cache and the model. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class StateSession(Session, Protocol):
+    """A session whose states can be copied out, as they are after the last token that was run."""
+
+    def read_states(self, slot: int) -> KvRows:
+        """A copy of a slot's states; nothing that runs later changes it."""
+        ...
+
+    def write_states(self, slot: int, states: KvRows) -> None:
+        """Put what `read_states` gave into a slot, bit for bit, beside the K and V that belong to it."""
         ...
 
 

@@ -87,12 +87,20 @@ class HostPool:
             state[target] = state[source]
 
     def read_slot(self, slot: int, start: int, stop: int) -> HostRows:
-        assert not self._states, "states belong to no positions"
         return HostRows([array[slot, :, start:stop].copy() for array in self.arrays])
 
     def write_slot(self, slot: int, start: int, rows: HostRows) -> None:
         for array, part in zip(self.arrays, rows.arrays, strict=True):
             array[slot, :, start : start + part.shape[1]] = part
+
+    def read_states(self, slot: int) -> HostRows:
+        """A copy of a slot's states."""
+        return HostRows([state[slot].copy() for state in self._states])
+
+    def write_states(self, slot: int, rows: HostRows) -> None:
+        """Put such a copy into a slot."""
+        for state, copied in zip(self._states, rows.arrays, strict=True):
+            state[slot] = copied
 
     def drop_slot(self, slot: int) -> None:
         self._memory.drop_slot(slot)

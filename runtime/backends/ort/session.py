@@ -170,6 +170,16 @@ class OrtSession:
         assert isinstance(rows, HostRows), "rows of another session"
         self._pool.write_slot(slot, start, rows)
 
+    def read_states(self, slot: int) -> HostRows:
+        """Copy a slot's states to the host. Only the pool in the host's memory has any."""
+        assert isinstance(self._pool, HostPool)
+        return self._pool.read_states(slot)
+
+    def write_states(self, slot: int, states: KvRows) -> None:
+        """Copy them back, to the same slot or another."""
+        assert isinstance(self._pool, HostPool) and isinstance(states, HostRows), "states of another session"
+        self._pool.write_states(slot, states)
+
     def drop_slot(self, slot: int) -> None:
         """Give a slot's pages back to the system."""
         self._pool.drop_slot(slot)

@@ -41,7 +41,7 @@ class PrefillPlanner:
         self._chunk = chunk
         self._cut = None if info.is_cut_exact else cut
         self._is_oldest_turn = False
-        self._is_ragged, self._is_sparse = info.is_ragged, info.is_sparse
+        self._is_ragged, self._is_sparse, self._has_states = info.is_ragged, info.is_sparse, info.has_states
         self._max_scored = min(MAX_SCORED, chunk.limit, info.capacity if info.max_scored is None else info.max_scored)
 
     def plan(
@@ -142,12 +142,18 @@ class PrefillPlanner:
         most = min(budget, self._granted(sequence)) if self._cut is None else self._cut
         if sequence.wants_prompt_logits:
             most = min(most, self._max_scored)
-        num = min(left, most)
+        num = min(left, most, self._to_last_block(sequence))
         if left - num == 1 and num > 1:
             num -= 1
         if num > 1 or left == 1:
             return num if num <= budget or must else 0
         return num if must else 0
+
+    def _to_last_block(self, sequence: LiveSequence) -> int:
+        """Tokens up to the end of the last block that the prefix cache may keep, because it copies states there. All
+        tokens if there are no states, if the end is past, or if a single token is left to it."""
+        left = len(sequence.prefix_keys) * BLOCK_LEN - int(self._slots.past_len[sequence.slot])
+        return left if self._has_states and left > 1 else self._left(sequence)
 
     def _fits(self, rows: Sequence[_Row]) -> bool:
         """Whether these pieces may go in one run."""

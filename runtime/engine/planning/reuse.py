@@ -56,3 +56,5 @@ class PrefixReuse:
             stop = min(int(self._slots.past_len[sequence.slot]) // BLOCK_LEN, len(sequence.prefix_keys))
             self._cache.keep(sequence.prefix_keys, sequence.slot, sequence.num_kept, stop)
             sequence.num_kept = stop
+            if int(self._slots.past_len[sequence.slot]) == stop * BLOCK_LEN:
+                self._cache.keep_states(sequence.prefix_keys[:stop], sequence.slot)

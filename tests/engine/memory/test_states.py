@@ -17,6 +17,7 @@ from runtime.backends.ort.session import OrtSession
 from runtime.core import SamplingParams
 from runtime.engine.answer_lengths import MIN_SEEN
 from runtime.engine.engine import Engine
+from runtime.engine.prefix_cache import BLOCK_LEN
 from runtime.engine.speculation.speculator import Speculator
 from runtime.session.scoring import log_softmax, score
 from runtime.session.session import Batch
@@ -186,12 +187,47 @@ def test_a_cancelled_request_leaves_nothing_behind(session: OrtSession) -> None:
     assert [sinks[idx].tokens() for idx in kept] == [alone[idx] for idx in kept]
 
 
-def test_neither_the_prefix_cache_nor_drafts_are_used(session: OrtSession) -> None:
-    engine = Engine(session, prefill_chunk=CHUNK, prefix_cache=10**8, drafter=Speculator(min_gain=0.0))
+def test_nothing_is_drafted(session: OrtSession) -> None:
+    engine = Engine(session, prefill_chunk=CHUNK, drafter=Speculator(min_gain=0.0))
     assert not engine.is_speculating
-    asked = [*alike(), *alike()]
+    assert together(engine, requests()) == each_alone(session, requests())
+
+
+@pytest.mark.parametrize("prefill_chunk", [CHUNK, 5, 24])
+def test_tokens_are_the_same_out_of_the_prefix_cache(session: OrtSession, prefill_chunk: int) -> None:
+    cold = each_alone(session, alike())
+    engine = Engine(session, prefill_chunk=prefill_chunk, prefix_cache=10**8)
+    assert together(engine, alike()) == cold
+    num_cached = 0
+    for idx, (prompt, params) in enumerate(alike()):
+        sink = submit(engine, str(idx), prompt, params)
+        usage = engine.live[str(idx)].request.usage
+        while engine.has_work:
+            engine.step()
+        assert sink.tokens() == cold[idx]
+        # Each prompt is known: all whole blocks but for the last two tokens come with their states.
+        assert usage.num_cached == (len(prompt) - 2) // BLOCK_LEN * BLOCK_LEN
+        num_cached += usage.num_cached
+    assert num_cached > 500
+    cache = engine._scheduler.cache
+    held = [*cache._blocks.values(), *cache._states.values()]
+    assert cache._states and cache.num_bytes == sum(rows.nbytes for rows in held)
+
+
+def test_states_are_evicted_with_their_blocks(session: OrtSession) -> None:
+    """Memory for a few blocks alone: tokens stay the same, and the bound holds."""
+    limit = 8 * BLOCK_LEN * session.info.kv_bytes_per_token + 2 * sum(state[0].nbytes for state in states_of(session))
+    engine = Engine(session, prefill_chunk=CHUNK, prefix_cache=limit)
+    rng = np.random.default_rng(4)
+    asked = [
+        (rng.integers(3, 320, length).tolist(), SamplingParams(max_tokens=3, temperature=0)) for length in (70, 40, 100)
+    ]
+    asked = [*asked, *asked, *asked[::-1]]
     assert together(engine, asked) == each_alone(session, asked)
-    assert engine.stats().prefix_cache_bytes == 0
+    cache = engine._scheduler.cache
+    assert cache._states.keys() <= cache._blocks.keys()
+    held = [*cache._blocks.values(), *cache._states.values()]
+    assert 0 < cache.num_bytes == sum(rows.nbytes for rows in held) <= limit
 
 
 def test_a_prompt_is_scored_in_chunks(session: OrtSession) -> None:

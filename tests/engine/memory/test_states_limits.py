@@ -1,6 +1,5 @@
-"""What a model with states refuses or switches off by name: drafts, the prefix cache, devices, too little memory."""
+"""What a model with states refuses by name: drafts, devices, too little memory."""
 
-import logging
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from export.model.checks.tensors import expected_tensors
 from export.model.families.architectures import parse_config
 from export.pipeline.export_model import ExportOptions, export_model
-from runtime.artifact.manifest import WITHOUT_REUSE, Artifact
+from runtime.artifact.manifest import WITHOUT_CUTS, Artifact
 from runtime.backends.backend import Backend
 from runtime.backends.draft_session import open_draft
 from runtime.backends.openvino.backend import OpenVino
@@ -40,18 +39,10 @@ def settings(**changes: object) -> EngineSettings:
     return EngineSettings(**{**SMALL, **changes})  # type: ignore[arg-type]  # fields by name
 
 
-def test_the_prefix_cache_is_switched_off_with_one_line(artifact: Artifact, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        model = open_text_model(artifact.path, settings())
-    model.close()
-    assert [record.getMessage() for record in caplog.records] == [f"{artifact.manifest.name}: {WITHOUT_REUSE}"]
-    assert model.memory_use().prefix_cache_bytes == 0
-
-
 def test_inspect_says_what_the_states_are(artifact: Artifact) -> None:
     lines = "\n".join(as_lines(artifact))
     # Three layers with two inputs of 64 channels each.
-    assert "1.5 kB of states in a slot; 1 of 4 layers have attention" in lines and WITHOUT_REUSE in lines
+    assert "1.5 kB of states in a slot; 1 of 4 layers have attention" in lines and WITHOUT_CUTS in lines
 
 
 def test_drafts_are_refused(artifact: Artifact, tiny: TinyExports) -> None:
