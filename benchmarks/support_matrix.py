@@ -106,10 +106,11 @@ def _kept(facts: Facts, usable: Sequence[str]) -> Facts:
 
 def _write_checkpoint(path: Path, family: str) -> Path:
     """A tiny random checkpoint in the family's layout, with the sizes that every precision takes."""
-    config: dict[str, Any] = BEYOND_LLAMA[family] if family in BEYOND_LLAMA else {**config_of(family), **_SIZES}
+    config = _TINY[family]
     random = RandomCheckpoint(parse_config(config))
     tensors = {name: random.load(name) for name in random.tensors}
-    stored = {name: array.T.copy() if name.endswith(_TRANSPOSED) else array for name, array in tensors.items()}
+    turned = _TRANSPOSED if family == "gpt2" else ()
+    stored = {name: array.T.copy() if name.endswith(turned) else array for name, array in tensors.items()}
     path.mkdir()
     save_file(stored, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config))
@@ -119,7 +120,13 @@ def _write_checkpoint(path: Path, family: str) -> Path:
 _SIZES = {"intermediate_size": 128}
 _TRANSPOSED = ("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """GPT-2's matrices, which checkpoints hold as `[inputs, outputs]`."""
-assert set(ARCHITECTURES) <= {*BEYOND_LLAMA, *VARIANTS}, "every family has a tiny model"
+_TINY: Mapping[str, dict[str, Any]] = {
+    **{family: {**config_of(family), **_SIZES} for family in ARCHITECTURES if family in VARIANTS},
+    **{raw["model_type"]: raw for raw in BEYOND_LLAMA.values()},
+    **{family: raw for family, raw in BEYOND_LLAMA.items() if family in ARCHITECTURES},
+}
+"""By family, a tiny configuration that every precision takes."""
+assert set(ARCHITECTURES) <= set(_TINY), "every family has a tiny model"
 
 
 def _found(source: Path, precision: str, usable: Sequence[str]) -> Iterator[tuple[str, str]]:
