@@ -102,7 +102,8 @@ def assert_same(ours: ModelConfig, theirs: Any, raw: dict[str, Any]) -> None:
     if raw["model_type"] == "llama":
         assert {mlp.up.has_bias for block in ours.blocks for mlp in mlps_of(block)} == {theirs.mlp_bias}
     rotary = ours.attention.rotary
-    assert (rotary is None) == (raw["model_type"] in ("gpt2", "gpt_bigcode", "gpt_neo"))
+    without = ("gpt2", "gpt_bigcode", "gpt_neo", "granitemoehybrid")
+    assert (rotary is None) == (raw["model_type"] in without)
     if rotary is not None:
         frequencies, factor = rope_of(theirs, rotary.dim)
         # Theirs are computed in float32.
@@ -174,7 +175,7 @@ def windows_of(theirs: Any) -> tuple[int | None, ...]:
     kinds = [
         kind
         for kind in getattr(theirs, "layer_types", None) or ["full_attention"] * num_layers
-        if kind in ("full_attention", "sliding_attention")
+        if kind in ("full_attention", "sliding_attention", "hybrid")
     ]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -197,6 +198,7 @@ SHARED_NAMES = sorted(name for name, row in ARCHITECTURES.items() if not row.ali
 
 HYBRID_NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["full_attention", "linear_attention", "linear_attention"]},
     **{name: {"full_attention_interval": 2} for name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")},
 }
 """Of hybrids: fields without which none of the three layers of WHOLE has attention."""
@@ -204,6 +206,7 @@ HYBRID_NEEDED: dict[str, dict[str, Any]] = {
 
 NEEDED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["full_attention", *["linear_attention"] * 31]},
     "deepseek_v2": {"num_experts_per_tok": 6, "num_key_value_heads": None},
     "deepseek_v3": {"num_key_value_heads": None},
     "glm4_moe": {"head_dim": 128},
@@ -215,11 +218,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 def test_every_missing_field_has_the_default_of_the_family(family: str, tmp_path: Path) -> None:
     for missing in (None, *WHOLE):
         given = {name: value for name, value in WHOLE.items() if name != missing}
-        raw = {"model_type": family, **HYBRID_NEEDED.get(family, {}), **given}
+        needed = NEEDED if missing == "num_hidden_layers" else HYBRID_NEEDED
+        raw = {"model_type": family, **needed.get(family, {}), **given}
         if missing in ("num_attention_heads", "num_key_value_heads"):  # these fit every family's default
             raw |= {"hidden_size": 960}
             raw |= {"num_key_value_heads": 4} if missing == "num_attention_heads" else {"num_attention_heads": 160}
-        raw |= NEEDED.get(family, {})
+        raw |= {} if family in HYBRID_NEEDED else NEEDED.get(family, {})
         assert_same(parse_config(raw), theirs_of(raw, tmp_path), raw)
 
 

@@ -21,6 +21,7 @@ from export.model.families.gpt.gpt2 import GPT2
 from export.model.families.gpt.gpt_bigcode import GPT_BIGCODE
 from export.model.families.gpt.gptj import GPT_NEO, GPTJ
 from export.model.families.hybrid.falcon_h1 import FALCON_H1
+from export.model.families.hybrid.granite import GRANITE_MOE_HYBRID
 from export.model.families.hybrid.lfm2 import LFM2, LFM2_MOE
 from export.model.families.hybrid.mamba import BAMBA
 from export.model.families.hybrid.qwen import QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
@@ -47,6 +48,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_neo": GPT_NEO,
         "gptj": GPTJ,
         "gpt_oss": GPT_OSS,
+        "granitemoehybrid": GRANITE_MOE_HYBRID,
         "helium": HELIUM,
         "internlm3": INTERNLM3,
         "iquestcoder": IQUESTCODER,

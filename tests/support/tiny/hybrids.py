@@ -90,9 +90,34 @@ FALCON_H1 = {
     "lm_head_multiplier": 0.75,
 }
 
+GRANITE = {
+    **BASE,
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "shared_intermediate_size": 128,
+    "num_local_experts": 0,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 24,
+    "mamba_chunk_size": 16,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
+}
+GRANITE_MOE = {
+    **GRANITE,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 64,
+    "position_embedding_type": "rope",
+}
+
 HYBRIDS: Mapping[str, dict[str, Any]] = {
     "bamba": BAMBA,
     "falcon_h1": FALCON_H1,
+    "granitemoehybrid": GRANITE,
+    "granitemoehybrid_moe": GRANITE_MOE,
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "qwen3_5": QWEN3_5,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from export.checkpoint.config_fields import shown
 from export.model.families.config_values import flag, number
+from export.model.families.experts.mixture import refuse
 from export.model.families.hybrid.mamba import MAMBA_FIELDS, mamba, mamba_splits
 from export.model.families.row import Architecture, Defaults, Names, Raw, Sizes, Style
 from runtime.errors import InvalidCheckpoint
@@ -15,6 +16,7 @@ _MULTIPLIERS = (
 
 
 def _style(raw: Raw, sizes: Sizes) -> Style:
+    refuse(raw, "layer_types", "because all layers of the family are alike")
     bias = flag(raw, "attention_bias")
     return Style(
         qkv_bias=bias,

@@ -7,6 +7,7 @@ from export.checkpoint.config_fields import shown
 from export.checkpoint.fused import Split
 from export.model.description import Convolution, Mamba2, Norm, RecurrentHeads
 from export.model.families.config_values import flag, integer
+from export.model.families.experts.mixture import refuse
 from export.model.families.hybrid.layer_kinds import layer_kinds
 from export.model.families.row import Architecture, BlockParts, Defaults, Names, Raw, Sizes, Style
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
@@ -104,6 +105,7 @@ def _dt_limits(raw: Raw) -> tuple[float, float]:
 
 
 def _bamba(raw: Raw, sizes: Sizes) -> Style:
+    refuse(raw, "layer_types", "because the family reads attn_layer_indices instead")
     listed = raw.get("attn_layer_indices") or []
     kinds = layer_kinds(raw, sizes, "linear_attention", default=lambda layer: layer in listed)
     bias = flag(raw, "attention_bias")
