@@ -122,6 +122,9 @@ class FusedView(CheckpointView):
         whole = self._base.imported(stored)
         return whole if whole is None or place is None else whole.between(place.outputs.start, place.outputs.stop)
 
+    def file_of(self, name: str) -> str | None:
+        return self._base.file_of(self._names.get(name, name))
+
     def stored_name(self, name: str) -> str:
         """The name in the files; of a tensor that is missing, the name that it would have there."""
         if name in self._names:

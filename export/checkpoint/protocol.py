@@ -73,6 +73,10 @@ class Checkpoint(ABC):
         """The name of the tensor in the files that holds `name`, for messages."""
         return name
 
+    def file_of(self, name: str) -> str | None:
+        """The name of the file that holds a tensor, for messages; None if there is only one file."""
+        return None
+
     @property
     def stored_bits(self) -> int | None:
         """Bits of the integers that a quantization tool left; None if there are none."""

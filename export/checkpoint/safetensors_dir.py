@@ -86,6 +86,10 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InvalidCheckpoint(f"{self._path} has no tensor {name!r}; it has {len(self._places)} others")
         return self._places[name]
 
+    def file_of(self, name: str) -> str | None:
+        place = self._places.get(name)
+        return None if place is None else place.file.name
+
     def load_stored(self, name: str, *types: str, row: int | None = None) -> NDArray[Any]:
         """Read one tensor as its stored type, for tools that keep weights in integers or narrow floats.
 

@@ -4,6 +4,7 @@ Reads headers, not weights. Refuses a directory that is ambiguous or incomplete.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ INDEX = "model.safetensors.index.json"
 
 MAX_SHARDS = 10_000
 """The largest published models have some 200."""
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+"""Bits of an element, by the name of its type in a header."""
 
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
@@ -157,7 +164,8 @@ def read_header(file: Path) -> dict[str, Place]:
             header_len = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(header_len))
     except (SafetensorError, OSError, ValueError) as error:
-        raise InvalidCheckpoint(f"{file} is not a whole safetensors file: {error}; {AGAIN}") from error
+        reason = _damage(file) or error
+        raise InvalidCheckpoint(f"{file} is not a whole safetensors file: {reason}; {AGAIN}") from error
     places = {}
     for name, entry in header.items():
         if not name.isprintable():
@@ -167,3 +175,33 @@ def read_header(file: Path) -> dict[str, Place]:
             info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
             places[name] = Place(file, 8 + header_len + begin, end - begin, info)
     return places
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a file that the library refuses: the first tensor that does not fit its place, or a length.
+
+    The library's own message does not name the tensor. None if that message has to do.
+    """
+    try:
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            header_len = int.from_bytes(start, "little")
+            size = file.stat().st_size
+            if len(start) < 8 or header_len > size - 8:
+                begins = f", and it begins with {start!r}" if size else ""
+                return f"its header would end at byte {8 + header_len:,}, and the file has {size:,}{begins}"
+            header = json.loads(handle.read(header_len))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            bits = _BITS.get(entry["dtype"])
+            wanted = None if bits is None else math.prod(entry["shape"]) * bits // 8
+            if wanted is not None and wanted != end - begin:
+                return (
+                    f"tensor {name!r} of the type {entry['dtype']} and the shape {entry['shape']} takes {wanted:,} "
+                    f"bytes, and its place has {end - begin:,}"
+                )
+        total = 8 + header_len + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return f"its tensors end at byte {total:,}, and the file has {size:,}" if total != size else None

@@ -40,6 +40,9 @@ class CheckpointView(Checkpoint):
     def stored_name(self, name: str) -> str:
         return self._base.stored_name(name)
 
+    def file_of(self, name: str) -> str | None:
+        return self._base.file_of(name)
+
     @property
     def stored_bits(self) -> int | None:
         return self._base.stored_bits
@@ -101,3 +104,6 @@ class PrefixedView(CheckpointView):
 
     def stored_name(self, name: str) -> str:
         return self._base.stored_name(self._names.get(name, name))
+
+    def file_of(self, name: str) -> str | None:
+        return self._base.file_of(self._names.get(name, name))

@@ -8,6 +8,7 @@ from typing import Any
 
 from runtime.errors import InvalidArtifact, InvalidCheckpoint
 from runtime.text.chat.template import TEMPLATE_FILE, ChatTemplate
+from runtime.text.chat.trespass import refuse_trespass
 
 TEMPLATE = TEMPLATE_FILE
 DEFAULT = "default"
@@ -37,11 +38,12 @@ def embedded_templates(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_template(name: str, source: str, special_tokens: Mapping[str, str]) -> None:
-    """InvalidCheckpoint if a template is empty or does not compile."""
+    """InvalidCheckpoint if a template is empty, does not compile, or does what a template may not."""
     if not source.strip():
         raise InvalidCheckpoint(f"the chat template {name!r} is empty; download it again, or remove it")
     try:
-        ChatTemplate(source, special_tokens, where=f"the checkpoint ({name})")
+        where = f"the checkpoint ({name})"
+        refuse_trespass(ChatTemplate(source, special_tokens, where=where), where)
     except InvalidArtifact as error:
         raise InvalidCheckpoint(str(error)) from error
     except RecursionError as error:

@@ -85,8 +85,10 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _named(checkpoint: Checkpoint, name: str) -> str:
-    stored = checkpoint.stored_name(name)
-    return name if stored == name else f"{name} ({stored} in the file)"
+    stored, file = checkpoint.stored_name(name), checkpoint.file_of(name)
+    if stored != name:
+        return f"{name} ({stored} in {file or 'the file'})"
+    return name if file is None else f"{file}: {name}"
 
 
 def _has_no_effect(
