@@ -14,6 +14,7 @@ from export.model.families.experts.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from export.model.families.experts.ernie import ERNIE4_5_MOE
 from export.model.families.experts.glm import GLM4_MOE
 from export.model.families.experts.gpt_oss import GPT_OSS
+from export.model.families.experts.granite import GRANITEMOE, GRANITEMOESHARED
 from export.model.families.experts.mixtral import MIXTRAL
 from export.model.families.experts.phimoe import PHIMOE
 from export.model.families.experts.qwen import QWEN2_MOE, QWEN3_MOE
@@ -46,9 +47,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt2": GPT2,
         "gpt_bigcode": GPT_BIGCODE,
         "gpt_neo": GPT_NEO,
-        "gptj": GPTJ,
         "gpt_oss": GPT_OSS,
+        "gptj": GPTJ,
+        "granitemoe": GRANITEMOE,
         "granitemoehybrid": GRANITE_MOE_HYBRID,
+        "granitemoeshared": GRANITEMOESHARED,
         "helium": HELIUM,
         "internlm3": INTERNLM3,
         "iquestcoder": IQUESTCODER,
@@ -66,13 +69,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen2": QWEN2,
         "qwen2_moe": QWEN2_MOE,
         "qwen3": QWEN3,
+        "qwen3_5_moe_text": QWEN3_5_MOE_TEXT,
+        "qwen3_5_text": QWEN3_5_TEXT,
         "qwen3_moe": QWEN3_MOE,
+        "qwen3_next": QWEN3_NEXT,
         "seed_oss": SEED_OSS,
         "stablelm": STABLELM,
         "starcoder2": STARCODER2,
-        "qwen3_5_moe_text": QWEN3_5_MOE_TEXT,
-        "qwen3_5_text": QWEN3_5_TEXT,
-        "qwen3_next": QWEN3_NEXT,
     }
 )
 """By config.json's `model_type`."""

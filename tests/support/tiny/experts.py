@@ -141,7 +141,20 @@ DEEPSEEK_V3 = {
     },
 }
 
+GRANITEMOE = {
+    **BASE,
+    "model_type": "granitemoe",
+    "intermediate_size": 64,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
+GRANITEMOESHARED = {**GRANITEMOE, "model_type": "granitemoeshared", "shared_intermediate_size": 128}
 _EVERY = (
-    MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3,
+    GRANITEMOE, GRANITEMOESHARED
 )  # fmt: skip
 EXPERTS: Mapping[str, dict[str, Any]] = {str(raw["model_type"]): raw for raw in _EVERY}

@@ -63,12 +63,16 @@ ERNIE4_5_MOE = Architecture(
     renames={"gate.moe_statics": "moe_statics"},
     unused=lambda raw, sizes: r"model\.mtp_.*",
     names=Names(choice_bias="mlp.moe_statics.e_score_correction_bias", shared="mlp.shared_experts"),
-    fields=dict.fromkeys(
-        (
-            "moe_num_experts", "num_experts", "moe_k", "num_experts_per_tok", "moe_intermediate_size",
-            "moe_num_shared_experts", "moe_norm_min", "use_bias", "moe_layer_start_index", "moe_layer_end_index",
-            "moe_layer_interval",
+    fields={
+        **dict.fromkeys(
+            (
+                "moe_num_experts", "num_experts", "moe_k", "num_experts_per_tok", "moe_intermediate_size",
+                "moe_num_shared_experts", "moe_norm_min", "use_bias", "moe_layer_start_index", "moe_layer_end_index",
+                "moe_layer_interval", "moe_capacity",
+            ),
+            (),
         ),
-        (),
-    ),
+        "moe_gate": ("topk",),
+        "moe_use_aux_free": (True,),
+    },
 )  # fmt: skip
