@@ -113,6 +113,18 @@ def _stablelm(m: GgufMetadata, shapes: Shapes, config: Mapping[str, Any]) -> Map
     }
 
 
+def _seed_oss(m: GgufMetadata, shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "attention_bias": _biases(shapes, "attn_q"),
+        "attention_out_bias": _biases(shapes, "attn_output"),
+        "mlp_bias": _biases(shapes, "ffn_up"),
+    }
+
+
+def _glm4(m: GgufMetadata, shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"attention_bias": _biases(shapes, "attn_q")}
+
+
 _PLAIN_MLP: Mapping[str, str] = MappingProxyType({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"})
 _SANDWICH: Mapping[str, str] = MappingProxyType(
     {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
@@ -188,6 +200,25 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
                 "logit_scale": "logits_scaling",
                 "attention.scale": "attention_multiplier",
             },
+        ),
+        "arcee": GgufArchitecture(model_type="arcee", class_name="ArceeForCausalLM", is_permuted=True),
+        "ernie4_5": GgufArchitecture(model_type="ernie4_5", class_name="Ernie4_5ForCausalLM"),
+        "seed_oss": GgufArchitecture(
+            model_type="seed_oss",
+            class_name="SeedOssForCausalLM",
+            layer={"post_attention_norm": "post_attention_layernorm"},
+            more=_seed_oss,
+        ),
+        "glm4": GgufArchitecture(
+            model_type="glm4",
+            class_name="Glm4ForCausalLM",
+            layer={
+                "ffn_up": "mlp.gate_up_proj",
+                "post_attention_norm": "post_self_attn_layernorm",
+                "post_ffw_norm": "post_mlp_layernorm",
+            },
+            more=_glm4,
+            has_partial_rope=True,
         ),
         "olmo2": GgufArchitecture(model_type="olmo2", class_name="Olmo2ForCausalLM", layer=_SANDWICH),
         "smollm3": GgufArchitecture(model_type="smollm3", class_name="SmolLM3ForCausalLM", is_permuted=True),

@@ -73,7 +73,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         if _NO_WEIGHTS.fullmatch(found[name].dtype):
             raise UnsupportedModel(
                 f"{_named(checkpoint, name)} is stored as {found[name].dtype}; supported: F32, F16 and BF16, and "
-                "integers as GPTQ and AWQ tools pack them"
+                "what quantization tools write with their configuration"
             )
 
 

@@ -3,6 +3,7 @@
 The files in tests/support/tiny/recorded/ come from record.py beside them, which ran each tool on a tiny model.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from export.model.checks.model_reading import read_model
 from export.model.families.architectures import as_described
@@ -19,6 +20,7 @@ from export.pipeline.export_model import ExportOptions, export_model
 from export.sources.open import open_checkpoint
 from export.storage.blocks import QuantizedRows, dequantize_rows
 from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.backends.ort.native_session import open_cpu_session
 from runtime.backends.ort.session import OrtSession
 from runtime.errors import InvalidSetting
 from tests.support.session_runs import run_in_pieces
@@ -146,3 +148,27 @@ def test_layers_with_integers_stay_beside_those_that_are_widened(tmp_path: Path)
 def test_int8_weights_without_input_scales_are_not_called_w8a8(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="w8a8 would round them once more; choose imported, w8a16"):
         exported("compressed-tensors/w8a8-dynamic", tmp_path / "out", "w8a8")
+
+
+def test_the_lowest_int8_weight_is_kept_in_native_graphs(tmp_path: Path, native_library: object) -> None:
+    """Tools use -128, which this project's own rounding does not."""
+    source = tmp_path / "model"
+    shutil.copytree(HERE / "compressed-tensors" / "w8a8-static", source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"][:, ::3] = -128
+    save_file(tensors, source / "model.safetensors")
+    logits = {}
+    for dialect in ("ort", "native"):
+        options = ExportOptions(
+            model=str(source), out=tmp_path / dialect, precision="imported", force=True, dialects=(dialect,)
+        )
+        export_model(options)
+        session = open_cpu_session(
+            open_artifact(tmp_path / dialect, allow_failed=True), dialect, num_slots=4, capacity=32
+        )
+        logits[dialect] = run_in_pieces(session, np.array(IDS), [len(IDS)])
+    # Both round inputs to the same steps. Where a value is near a half, one is a step from the other, and the rest of
+    # that row with it; a sum that saturates would be in every row.
+    close = np.abs(logits["ort"] - logits["native"]).max(-1) < 1e-5
+    assert close.mean() > 0.5

@@ -15,7 +15,9 @@ from tests.support.tiny.recorded.record import HERE, IDS, library
 
 FILES = HERE / "gguf"
 GROUPS = {
-    **dict.fromkeys(("llama", "gemma", "gemma2", "granite", "olmo2", "smollm3", "cohere"), "llama"),
+    **dict.fromkeys(
+        ("llama", "gemma", "gemma2", "granite", "olmo2", "smollm3", "cohere", "arcee", "ernie4_5"), "llama"
+    ),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), "experts"),
 }
 _BASE = {
@@ -42,6 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
             "intermediate_size": 128},
     "granite": {**_BASE, "model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0,
                 "residual_multiplier": 0.5, "attention_multiplier": 0.25},
+    "arcee": {**_BASE, "model_type": "arcee"},
+    "ernie4_5": {**_BASE, "model_type": "ernie4_5", "head_dim": 8},
+    "seed_oss": {**_BASE, "model_type": "seed_oss", "head_dim": 8},
+    "glm4": {**_BASE, "model_type": "glm4", "head_dim": 8, "partial_rotary_factor": 0.5, "attention_bias": True},
     "olmo2": {**_BASE, "model_type": "olmo2"},
     "smollm3": {**_BASE, "model_type": "smollm3", "num_hidden_layers": 4},
     "starcoder2": {**_BASE, "model_type": "starcoder2", "sliding_window": None},
