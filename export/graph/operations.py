@@ -11,7 +11,8 @@ from export.graph.builder import GraphBuilder
 from export.graph.experts import Routes, mix_by_expert, route
 from export.graph.recurrence import RecurrentOperations
 from export.graph.weights import GraphWeights, Weight
-from export.model.description import Activation, Attention, Clamp, Embedding, Experts, Head, Linear, Mlp
+from export.model.description import Activation, Attention, Clamp, Embedding, Experts, Head, Linear, Mlp, Norm
+from export.model.walker import Stream
 
 
 class CachedValues(NamedTuple):
@@ -39,11 +40,27 @@ class GraphOperations(RecurrentOperations):
         """x `[..., K]` times the transposed weight `[N, K]`, in the form that the scheme chooses."""
 
     @abstractmethod
+    def norm(self, x: ir.Value, norm: Norm) -> ir.Value: ...
+
+    @abstractmethod
     def silu(self, x: ir.Value, out: str) -> ir.Value:
         """x * sigmoid(x)."""
 
+    def sum(self, stream: Stream[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        total = stream.value if stream.addend is None else self.add(stream.addend, stream.value)
+        return total, total
+
     def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.g.op("Add", [x, y], f"{x.name}.plus")
+
+    def scale(self, x: ir.Value, factor: float) -> ir.Value:
+        value = self.g.constant(f"scale.{factor!r}", np.array(factor, self.compute.numpy()))
+        return self.g.op("Mul", [x, value], f"{x.name}.scaled")
+
+    def clip(self, x: ir.Value, limit: float) -> ir.Value:
+        bounds = (np.array(bound, self.compute.numpy()) for bound in (-limit, limit))
+        limits = [self.g.constant(f"limit.{float(bound)!r}", bound) for bound in bounds]
+        return self.g.op("Clip", [x, *limits], f"{x.name}.clipped")
 
     def linear(self, x: ir.Value, linear: Linear) -> ir.Value:
         weight, out = self.weights.matrix(linear), f"{linear.site}"
@@ -144,17 +161,21 @@ class GraphOperations(RecurrentOperations):
         return self.g.op("Mul", [x, self.g.op("Sigmoid", [logits], f"{logits.name}.sigmoid")], f"{x.name}.weighed")
 
     def placed(self, x: ir.Value, positions: ir.Value, embedding: Embedding, num_rows: int) -> ir.Value:
-        """Scale embeddings, and add learned positions. num_rows: rows of their table that a graph can read."""
+        """Scale embeddings, add learned positions, norm. num_rows: rows of their table that a graph can read."""
         if embedding.scale is not None:
             scale = np.array(embedding.scale, self.stream_type.numpy())
             x = self.g.op("Mul", [x, self.g.constant("embed.scale", scale)], "embed.scaled")
-        if embedding.positions is None:
-            return x
-        rows = self.weights.table(embedding.positions)[:num_rows].astype(self.compute.numpy())
+        if embedding.positions is not None:
+            x = self._with_positions(x, positions, embedding, num_rows)
+        return x if embedding.norm is None else self.as_stream(self.norm(x, embedding.norm))
+
+    def _with_positions(self, x: ir.Value, positions: ir.Value, embedding: Embedding, num_rows: int) -> ir.Value:
+        table, first = self.weights.table(str(embedding.positions)), embedding.position_offset
+        rows = table[first : first + num_rows].astype(self.compute.numpy())
         # After a full slot, padding has the position after the last one.
         padded = np.concatenate([rows, np.zeros_like(rows[:1])]) if len(rows) < num_rows else rows
-        table = self.g.array(f"{embedding.positions}.weight", padded)
-        row = self.g.op("Gather", [table, positions], "embed.positions", axis=0)
+        stored = self.g.array(f"{embedding.positions}.weight", padded)
+        row = self.g.op("Gather", [stored, positions], "embed.positions", axis=0)
         return self.add(x, self.as_stream(row))
 
     @property

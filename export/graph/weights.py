@@ -64,7 +64,7 @@ class GraphWeights:
 
     def norm(self, norm: Norm) -> NormArrays:
         """A norm's arrays; for a 1 + w norm, 1 is added before the weight is rounded to the graph's type."""
-        weight = self._load(f"{norm.name}.weight", 1)
+        weight = self._load(f"{norm.name}.weight", 1) if norm.has_weight else np.ones(norm.size, np.float32)
         weight = weight + np.float32(1) if norm.adds_one else weight
         bias = self._load(f"{norm.name}.bias", 1).astype(self._dtype, copy=False) if norm.has_bias else None
         return NormArrays(weight.astype(self._dtype, copy=False), bias)

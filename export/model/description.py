@@ -132,17 +132,20 @@ class Block:
     mixer: attention, or what stands in its place in the formulas above
     beside: another mixer with the same input, whose output is added to that of `mixer`
     attention_norm, mlp_norm: before attention and MLP; a parallel block may have attention_norm for both
-    attention_out_norm, mlp_out_norm: after attention and MLP, before the sum (sandwich norms)
+    attention_out_norm, mlp_out_norm: after attention and MLP, before the sum; with the other two (sandwich norms) or
+        in their place
+    residual_scale: multiplies what attention and MLP add to the stream
     """
 
     mixer: Mixer
     mlp: Mlp | Experts
     beside: Mamba2 | None = None
-    attention_norm: Norm
+    attention_norm: Norm | None
     mlp_norm: Norm | None
     attention_out_norm: Norm | None = None
     mlp_out_norm: Norm | None = None
     is_parallel: bool = False
+    residual_scale: float | None = None
 
     @property
     def layer(self) -> int:
@@ -176,7 +179,7 @@ class Block:
     def norms(self) -> tuple[Norm, ...]:
         behind = (self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
         inside = (norm for mixer in self.mixers for norm in mixer.norms)
-        return self.attention_norm, *inside, *(norm for norm in behind if norm is not None)
+        return tuple(norm for norm in (self.attention_norm, *inside, *behind) if norm is not None)
 
     @property
     def vectors(self) -> dict[str, tuple[int, ...]]:
@@ -184,6 +187,10 @@ class Block:
         if isinstance(self.mlp, Mlp) or self.mlp.choice_bias is None:
             return {}
         return {self.mlp.choice_bias: (len(self.mlp.experts),)}
+
+    def without_rotary(self) -> "Block":
+        """The same block for attention whose queries and keys are rotated already."""
+        return replace(self, mixer=replace(self.attention, rotary=None))
 
     def linear(self, kind: str) -> Linear:
         """The linear layer of a kind; KeyError if the block has none."""
@@ -199,12 +206,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """Token embeddings `[vocab_size, hidden]` times `scale`, plus learned `positions` `[num_positions, hidden]`."""
+    """Token embeddings `[vocab_size, hidden]` times `scale`, plus learned `positions` `[num_positions, hidden]`.
+
+    position_offset: row of the first position; norm: behind the sum
+    """
 
     name: str
     scale: float | None = None
     positions: str | None = None
     num_positions: int = 0
+    position_offset: int = 0
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,10 +284,10 @@ class ModelConfig:
         return max(linear.num_inputs for linear in self.linears if linear.role == "down")
 
     @property
-    def rope(self) -> RopeConfig | None:
-        """The rotary embedding of the first block that has one."""
-        rotaries = (block.attention.rotary for block in self.attention_blocks)
-        return next((rotary.rope for rotary in rotaries if rotary), None)
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """The different rotary embeddings of the blocks."""
+        found = dict.fromkeys(block.attention.rotary for block in self.attention_blocks)
+        return tuple(rotary for rotary in found if rotary is not None)
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -294,6 +306,8 @@ class ModelConfig:
     @property
     def norms(self) -> Iterator[Norm]:
         """All norms, the final one last."""
+        if self.embedding.norm is not None:
+            yield self.embedding.norm
         for block in self.blocks:
             yield from block.norms
         yield self.final_norm
@@ -308,11 +322,7 @@ class ModelConfig:
 
         transformers chooses for every sequence; a KV cache needs one set, because its keys are rotated already.
         """
-        rope = self.rope
-        if rope is None or rope.kind != "longrope":
-            return self
-        chosen = replace(rope, is_long=max_len > rope.original_max_len)
-        return replace(self, blocks=tuple(_with_rope(block, chosen) for block in self.blocks))
+        return replace(self, blocks=tuple(_for_length(block, max_len) for block in self.blocks))
 
     @property
     def num_parameters(self) -> int:
@@ -335,8 +345,9 @@ class ModelConfig:
         return mlp.routing.top_k / len(mlp.experts)
 
 
-def _with_rope(block: Block, rope: RopeConfig) -> Block:
-    if not block.has_attention or block.attention.rotary is None:
+def _for_length(block: Block, max_len: int) -> Block:
+    rotary = block.attention.rotary if block.has_attention else None
+    if rotary is None or rotary.rope.kind != "longrope":
         return block
-    rotary = replace(block.attention.rotary, rope=rope)
-    return replace(block, mixer=replace(block.attention, rotary=rotary))
+    rope = replace(rotary.rope, is_long=max_len > rotary.rope.original_max_len)
+    return replace(block, mixer=replace(block.attention, rotary=replace(rotary, rope=rope)))

@@ -34,6 +34,7 @@ class Norm:
 
     name: of its tensors, without `.weight` and `.bias`; size: number of channels
     adds_one: the checkpoint stores w, and the model multiplies by 1 + w
+    has_weight: False if the norm has no tensor and multiplies by 1
     """
 
     name: str
@@ -42,6 +43,7 @@ class Norm:
     kind: NormKind = NormKind.RMS
     has_bias: bool = False
     adds_one: bool = False
+    has_weight: bool = True
 
 
 class Part(NamedTuple):
@@ -57,7 +59,8 @@ class Linear:
 
     site.kind: unique in a block
     role: qkv, gate, o, mix_in, mix_out, gate_up, up, down, router or lm_head; schemes choose a form by it
-    reads: the norm whose output is its input; None if the input comes from attention or from the activation
+    reads: the norm whose output is its input; None if the input comes from attention, from the activation, or from the
+        residual stream without a norm
     writes_stream: whether its output is added to the residual stream
     """
 

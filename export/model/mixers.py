@@ -16,7 +16,8 @@ from export.model.layers import Linear, Norm
 class RopeConfig:
     """Frequencies of a rotary embedding, and how they are scaled for contexts beyond the trained length.
 
-    kind: default | linear | llama3 | yarn | longrope. Only the fields of that kind are read.
+    kind: default | dynamic | linear | ntk | llama3 | yarn | longrope. Only the fields of that kind are read; ntk has a
+        factor of the base; dynamic changes nothing up to original_max_len, and no graph is longer
     short_factors, long_factors: longrope's divisor of each frequency, for up to original_max_len tokens and for more
     short_scale, long_scale: longrope's factors of cos and sin, if it has its own
     is_long: whether long_factors and long_scale apply, see `ModelConfig.for_length`
@@ -39,6 +40,12 @@ class RopeConfig:
     short_scale: float | None = None
     long_scale: float | None = None
     is_long: bool = False
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence, in tokens, that it was made for."""
+        factor = 1 if self.kind in ("default", "dynamic", "ntk") else self.factor
+        return int(self.original_max_len * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +103,10 @@ class Attention:
     scale: of the scores; None is 1 / sqrt(head_dim)
     softcap: scores become softcap * tanh(score / softcap)
     window: in tokens, including the token itself; None for no window
-    q_norm, k_norm: norms over each head
+    q_norm, k_norm: norms over each head, or over all heads together if that is their size
+    alibi: slopes of the heads: a score falls by its head's slope with every token between query and key
+    clip: queries, keys and values are limited to -clip .. clip
+    norms_rotated: whether q_norm and k_norm come behind the rotary embedding
     latent: None if `qkv` makes queries, keys and values themselves
     sinks: name of a tensor `[num_heads]` of scores that take a share of each head's softmax and add no value
     gate: its outputs' sigmoids multiply the attended heads, channel by channel, before `o`
@@ -116,6 +126,14 @@ class Attention:
     sinks: str | None = None
     latent: Latent | None = None
     gate: Linear | None = None
+    norms_rotated: bool = False
+    alibi: tuple[float, ...] = ()
+    clip: float | None = None
+
+    @property
+    def has_linear_values(self) -> bool:
+        """Whether `o` reads a sum of values as `qkv` makes them."""
+        return self.gate is None and self.latent is None and self.clip is None
 
     @property
     def q_size(self) -> int:

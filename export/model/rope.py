@@ -1,7 +1,8 @@
 """Computes cosine and sine tables of rotary position embeddings, with extensions for longer contexts.
 
 Sources: RoFormer (arXiv:2104.09864), linear interpolation (arXiv:2306.15595), Llama 3.1's frequency bands
-(its model card and transformers' `rope_type: llama3`), YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753).
+(its model card and transformers' `rope_type: llama3`), YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753), Hunyuan's
+fixed factor of the base (`ntk`, transformers' code of the model).
 """
 
 import math
@@ -34,7 +35,8 @@ def rope_tables(rope: RopeConfig, dim: int, max_len: int) -> RopeTables:
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float64]:
     """Radians per position of each rotated pair, float64 `[dim / 2]`."""
-    base = rope.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    theta = rope.theta * rope.factor ** (dim / (dim - 2)) if rope.kind == "ntk" else rope.theta
+    base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if rope.kind == "linear":
         return base / rope.factor
     if rope.kind == "llama3":

@@ -44,7 +44,17 @@ class Operations(Protocol[V]):
         """The norm of the stream, and the sum of the stream's value and addend."""
         ...
 
+    def sum(self, stream: Stream[V]) -> tuple[V, V]:
+        """The stream's sum as the input of a linear layer, and as the stream's value."""
+        ...
+
     def add(self, x: V, y: V) -> V: ...
+
+    def scale(self, x: V, factor: float) -> V: ...
+
+    def clip(self, x: V, limit: float) -> V:
+        """x between -limit and limit."""
+        ...
 
     def linear(self, x: V, linear: Linear) -> V:
         """x times the transposed weight, and the bias if there is one."""
@@ -97,17 +107,13 @@ def walk_block(ops: Operations[V], block: Block, stream: Stream[V]) -> Stream[V]
     attended = walk_attention(ops, block, hidden) if block.has_attention else walk_mixer(ops, block.mixer, hidden)
     if block.beside is not None:
         attended = ops.add(attended, walk_mixer(ops, block.beside, hidden))
-    if block.attention_out_norm is not None:
-        attended = ops.norm(attended, block.attention_out_norm)
+    attended = _added(ops, attended, block.attention_out_norm, block.residual_scale)
     if block.is_parallel:
         beside = hidden if block.mlp_norm is None else ops.norm(x, block.mlp_norm)
-        return Stream(x, ops.add(attended, walk_mlp(ops, block.mlp, beside)))
-    assert block.mlp_norm is not None, "only a parallel block shares its norm"
+        out = _added(ops, walk_mlp(ops, block.mlp, beside), block.mlp_out_norm, block.residual_scale)
+        return Stream(x, ops.add(attended, out))
     hidden, x = _normed(ops, Stream(x, attended), block.mlp_norm)
-    out = walk_mlp(ops, block.mlp, hidden)
-    if block.mlp_out_norm is not None:
-        out = ops.norm(out, block.mlp_out_norm)
-    return Stream(x, out)
+    return Stream(x, _added(ops, walk_mlp(ops, block.mlp, hidden), block.mlp_out_norm, block.residual_scale))
 
 
 def walk_mixer(ops: Operations[V], mixer: Mixer, hidden: V) -> V:
@@ -125,6 +131,8 @@ def walk_attention(ops: Operations[V], block: Block, hidden: V) -> V:
     """A block's attention."""
     attention = block.attention
     qkv = ops.linear(hidden, attention.qkv)
+    if attention.clip is not None:
+        qkv = ops.clip(qkv, attention.clip)
     if attention.latent is None:
         attended = ops.attend(qkv, block)
     else:
@@ -165,5 +173,14 @@ def walk_final_norm(ops: Operations[V], stream: Stream[V], norm: Norm) -> V:
     return _normed(ops, stream, norm)[0]
 
 
-def _normed(ops: Operations[V], stream: Stream[V], norm: Norm) -> tuple[V, V]:
+def _normed(ops: Operations[V], stream: Stream[V], norm: Norm | None) -> tuple[V, V]:
+    """What reads the stream, and the stream's value."""
+    if norm is None:
+        return ops.sum(stream)
     return (ops.norm(stream.value, norm), stream.value) if stream.addend is None else ops.add_norm(stream, norm)
+
+
+def _added(ops: Operations[V], x: V, norm: Norm | None, scale: float | None) -> V:
+    """What attention or MLP add to the stream."""
+    normed = x if norm is None else ops.norm(x, norm)
+    return normed if scale is None else ops.scale(normed, scale)

@@ -203,9 +203,7 @@ def _check_quantization(options: ExportOptions, scheme: Scheme) -> None:
 
 def _max_len(wanted: int | None, config: ModelConfig) -> int:
     trained = config.max_position_embeddings
-    rope = config.rope
-    stretched = trained if rope is None or rope.kind == "default" else int(rope.original_max_len * rope.factor)
-    longest = trained if config.embedding.positions else max(trained, stretched)
+    longest = max([trained, *(rotary.rope.longest for rotary in config.rotaries)])
     if wanted is None:
         return min(longest, DEFAULT_MAX_LEN)
     if not 2 <= wanted <= longest:

@@ -169,9 +169,10 @@ def test_a_graph_that_openvino_cannot_read_is_refused_by_what_it_has(family: str
     reasons = {
         "recurrent states": config.has_states,
         "learned positions": config.embedding.positions is not None,
+        "attention_bias": attention.alibi,
         "softcap": attention.softcap is not None,
         "head_sink": attention.sinks is not None,
-        "RotaryEmbedding": rotary is not None and rotary.dim % 16,
+        "RotaryEmbedding": rotary is not None and (rotary.dim % 16 or attention.norms_rotated),
         "rotary_interleaved": rotary is not None and rotary.interleaved,
     }
     reason = next((reason for reason, applies in reasons.items() if applies), None)

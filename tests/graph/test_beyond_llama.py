@@ -12,11 +12,13 @@ from export.pipeline.calibrated import QuantizationOptions
 from export.pipeline.export_model import ExportOptions, export_model
 from runtime.artifact.manifest import Artifact
 from runtime.backends.ort.native_session import open_cpu_session
+from runtime.errors import UnsupportedModel
 from runtime.session.session import Session
 from tests.support.session_runs import LOGIT_TOLERANCE, run_in_pieces, run_ragged
 from tests.support.tiny.architectures import BEYOND_LLAMA
 from tests.support.tiny.experts import EXPERTS
 from tests.support.tiny.hybrids import HYBRIDS
+from tests.support.tiny.stand_ins import STAND_INS
 
 pytestmark = pytest.mark.oracle
 
@@ -31,13 +33,17 @@ choice turns. A wrong scale, norm or fold costs whole nats: an unrelated model o
 SENSITIVE = {("qwen3_5_moe", "w4a16"): 0.4}
 """Qwen3.5-MoE has experts in every layer behind a recurrence, so more choices turn: 0.21 and 0.25 were seen."""
 
-LAYER_NORMS = {"gpt2", "cohere", "gpt_bigcode", "gpt_neo", "gptj", "jais2", "nemotron", "phi", "stablelm", "starcoder2"}
-NOT_ROTATED = LAYER_NORMS | {"gemma2", "glm4", "phimoe"}
+_LAYER_NORMS = """bloom cohere cohere2 falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj jais2 mpt nemotron olmo opt phi
+    phimoe stablelm starcoder2"""
+_OUT_NORMS = """exaone4 gemma2 gemma3_text glm4 hyperclovax olmo2 olmo3"""
+NOT_ROTATED = {*_LAYER_NORMS.split(), *_OUT_NORMS.split()}
 """Families whose residual stream cannot be rotated: a layer norm in it, or a norm behind attention or MLP."""
-NOT_GATED = {"arcee", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "jais2", "nemotron", "phi", "starcoder2"}
-NOT_SMOOTHED = NOT_GATED | EXPERTS.keys() | HYBRIDS.keys() | {"cohere"}
-"""Families with a layer whose input cannot be smoothed: an MLP without a gate, a norm that several layers read, or the
-output of a recurrence."""
+_NOT_GATED = """arcee bloom falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj jais2 mpt nemotron opt phi starcoder2"""
+NOT_SMOOTHED = {*_NOT_GATED.split(), *EXPERTS, *HYBRIDS, "cohere", "cohere2", "exaone4", "olmo", "olmo2", "olmo3"}
+"""Families with a layer whose input cannot be smoothed: an MLP without a gate, a norm that several layers read, one
+without a weight, no norm, or the output of a recurrence."""
+
+ALIBI = {"bloom", "mpt"}
 
 MAX_KV_KL = {"gpt_neo": 0.03, "nemotron": 0.06, "phimoe": 0.03}
 """Of an int8 cache, in nats; 0.01 for the others. GPT-Neo does not scale scores, and Nemotron's squared ReLU makes
@@ -58,7 +64,9 @@ class Model(NamedTuple):
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**BEYOND_LLAMA[request.param])
+    stand_in = STAND_INS.get(request.param)
+    wanted = BEYOND_LLAMA[request.param] if stand_in is None else stand_in.config
+    config = transformers.AutoConfig.for_model(**wanted)
     written = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ids = np.random.default_rng(1).integers(3, 320, NUM_TOKENS)
     with torch.no_grad():
@@ -75,20 +83,25 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         logits = written(torch.tensor(ids[None])).logits[0].numpy()
     path = tmp_path_factory.mktemp(request.param)
     written.save_pretrained(path)
+    if stand_in is not None:
+        stand_in.rewrite(path, BEYOND_LLAMA[request.param])
     return Model(request.param, path, ids, logits)
 
 
 @pytest.fixture(scope="module")
 def artifact(model: Model, native_library: object, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The model in float32 and every dialect."""
+    """The model in float32 and every dialect that can hold it."""
     out = tmp_path_factory.mktemp("fp32") / "artifact"
-    artifact = export_model(ExportOptions(model=str(model.path), out=out, dialects=DIALECTS))
+    dialects = tuple(dialect for dialect in DIALECTS if dialect != "native" or model.name not in ALIBI)
+    artifact = export_model(ExportOptions(model=str(model.path), out=out, dialects=dialects))
     assert artifact.passed
     return artifact
 
 
 @pytest.fixture(scope="module", params=DIALECTS)
 def exported(request: pytest.FixtureRequest, artifact: Artifact) -> Iterator[Session]:
+    if request.param not in artifact.manifest.dialects:
+        pytest.skip("refused, see test_alibi_is_refused_where_it_is_missing")
     yield open_cpu_session(artifact, request.param, num_slots=8, capacity=128)
 
 
@@ -128,7 +141,17 @@ def test_every_precision_stays_near_the_reference(model: Model, tmp_path: Path, 
     assert ("not_smoothed" in account) == (precision == "w8a8" and model.name in NOT_SMOOTHED)
 
 
+def test_alibi_is_refused_where_it_is_missing(model: Model, native_library: object, tmp_path: Path) -> None:
+    if model.name not in ALIBI:
+        return
+    for options in ({"dialects": ("native",)}, {"kv": "int8"}):
+        with pytest.raises(UnsupportedModel, match="no ALiBi"):
+            calibrated(model, tmp_path / "out", "fp32", **options)
+
+
 def test_an_int8_cache_turns_the_pairs_that_the_model_turns(model: Model, tmp_path: Path) -> None:
+    if model.name in ALIBI:
+        return
     artifact = calibrated(model, tmp_path / "out", "fp32", kv="int8")
     # Of keys and values alone: a wrong pairing would leave some channels half their range.
     assert 1e-8 < artifact.receipt["figures"]["kl"] < MAX_KV_KL.get(model.name, 0.01)

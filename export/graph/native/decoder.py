@@ -42,7 +42,7 @@ class NativeDecoderGraph(DecoderGraph):
         self.logits_idx = g.input("logits_idx", ir.DataType.INT64, ["R"])
         past = self._declare_caches()
         tables = rotary_initializers(g, c, self.max_len, numpy_type(self.storage.compute))
-        inputs = CacheInputs(past, self.states, slot, past_len, query_len, tables, self.kv_scales)
+        inputs = CacheInputs(past, self.states, slot, past_len, query_len, self.positions, tables, self.kv_scales)
         return NativeOperations(g, self.weights, self.storage, self.layers, inputs)
 
     def _positions(self) -> ir.Value:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from export.graph.builder import NATIVE, GraphBuilder
+from export.graph.builder import MICROSOFT, NATIVE, GraphBuilder
 from export.graph.native.linear import block_linear, int8_linear
 from export.graph.ort.operations import PackedOperations
 from export.graph.recurrence import DeltaInputs, SumInputs
@@ -15,6 +15,7 @@ from export.graph.states import RowStates
 from export.graph.weights import GraphWeights
 from export.model.description import (
     Activation,
+    Attention,
     Block,
     Convolution,
     GatedDelta,
@@ -29,6 +30,7 @@ from export.model.walker import Stream
 from export.quantize.rounding.layers import QuantizedLayers
 from export.quantize.statistics.kv_scales import KvScales
 from export.schemes.scheme import Storage
+from runtime.errors import UnsupportedModel
 
 _ATTENTION = {
     ir.DataType.FLOAT: "Attention",
@@ -42,6 +44,7 @@ class CacheInputs(NamedTuple):
     """Inputs of every layer's attention.
 
     past: by layer, the whole pool of k and of v; states: the pools of states; slot, past_len, query_len int32 [B]
+    positions: int64 [N]
     scales: of an int8 cache, by layer
     """
 
@@ -50,6 +53,7 @@ class CacheInputs(NamedTuple):
     slot: ir.Value
     past_len: ir.Value
     query_len: ir.Value
+    positions: ir.Value
     tables: Mapping[Rotary, RotaryTables]
     scales: Mapping[int, KvScales] | None
 
@@ -100,6 +104,8 @@ class NativeOperations(PackedOperations):
 
     def attend(self, qkv: ir.Value, block: Block) -> ir.Value:
         g, a, shared, name = self.g, block.attention, self._inputs, f"layers.{block.layer}"
+        if a.alibi:
+            raise UnsupportedModel("the native operators have no ALiBi; use --dialect ort for this model")
         past = shared.past[block.layer]
         tables: Sequence[ir.Value | None] = (None, None) if a.rotary is None else shared.tables[a.rotary]
         norms: list[ir.Value | None] = [None, None]
@@ -109,11 +115,12 @@ class NativeOperations(PackedOperations):
             "scale": a.head_dim**-0.5 if a.scale is None else a.scale,
         }
         if a.q_norm is not None and a.k_norm is not None:
-            if _kernel_norms(a.q_norm, a.k_norm):
+            if _kernel_norms(a):
                 norms = [self._head_weight(a.q_norm), self._head_weight(a.k_norm)]
                 attributes["epsilon"] = a.q_norm.epsilon
             else:
                 qkv = self._norm_heads(qkv, block)
+                tables = (None, None) if a.norms_rotated else tables
         if a.softcap is not None:
             attributes["softcap"] = a.softcap
         if a.window is not None:
@@ -197,21 +204,40 @@ class NativeOperations(PackedOperations):
         return self.g.array(f"{norm.name}.weight", self.weights.norm(norm).weight)
 
     def _norm_heads(self, qkv: ir.Value, block: Block) -> ir.Value:
-        """Norms over each head that the kernel has not, before it."""
+        """Norms over heads that the kernel has not, before it."""
         g, a, name = self.g, block.attention, f"layers.{block.layer}"
         sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
         q, k, v = g.ops("Split", [qkv, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
         parts = []
-        for x, norm, num_heads in ((q, a.q_norm, a.num_heads), (k, a.k_norm, a.num_kv_heads)):
+        for part, norm, size in ((q, a.q_norm, a.q_size), (k, a.k_norm, a.kv_size)):
             assert norm is not None
-            heads = g.op("Reshape", [x, g.shape_constant(-1, num_heads, a.head_dim)], f"{x.name}.heads")
-            normed = self.norm(heads, norm)
-            parts.append(g.op("Reshape", [normed, g.shape_constant(-1, num_heads * a.head_dim)], f"{x.name}.normed"))
+            x = self._rotated(part, a.rotary, size // a.head_dim) if a.rotary and a.norms_rotated else part
+            heads = g.op("Reshape", [x, g.shape_constant(-1, size // norm.size, norm.size)], f"{x.name}.heads")
+            parts.append(g.op("Reshape", [self.norm(heads, norm), g.shape_constant(-1, size)], f"{x.name}.normed"))
         return g.op("Concat", [*parts, v], f"{name}.qkv.normed", axis=-1)
 
+    def _rotated(self, x: ir.Value, rotary: Rotary, num_heads: int) -> ir.Value:
+        """The rotary embedding of `[N, heads * head_dim]`: rows of one token, as the operator has a longest row."""
+        g, one = self.g, self.g.shape_constant(1)
+        attributes: dict[str, Any] = {} if rotary.is_whole else {"rotary_embedding_dim": rotary.dim}
+        if rotary.interleaved:
+            attributes["interleaved"] = 1
+        row = g.op("Unsqueeze", [x, one], f"{x.name}.row")
+        places = g.op("Unsqueeze", [self._inputs.positions, one], f"{x.name}.positions")
+        tables = self._inputs.tables[rotary]
+        turned = g.op("RotaryEmbedding", [row, places, *tables], f"{x.name}.row.turned", domain=MICROSOFT,
+                      num_heads=num_heads, **attributes)  # fmt: skip
+        return g.op("Squeeze", [turned, one], f"{x.name}.turned")
 
-def _kernel_norms(q_norm: Norm, k_norm: Norm) -> bool:
-    """Whether the attention kernel has such norms."""
-    return all(
-        norm.kind is NormKind.RMS and not norm.has_bias and norm.epsilon == q_norm.epsilon for norm in (q_norm, k_norm)
+
+def _kernel_norms(a: Attention) -> bool:
+    """Whether the attention kernel has the norms of queries and keys: over each head, before the rotary embedding."""
+    return not a.norms_rotated and all(
+        norm is not None
+        and norm.kind is NormKind.RMS
+        and not norm.has_bias
+        and norm.size == a.head_dim
+        and a.q_norm is not None
+        and norm.epsilon == a.q_norm.epsilon
+        for norm in (a.q_norm, a.k_norm)
     )

@@ -31,7 +31,12 @@ class CacheInputs(NamedTuple):
 
 
 class AttentionStep(Protocol):
-    """Adds a block's attention to the graph; its output is [B, S, heads * head_dim]."""
+    """Adds a block's attention to the graph; its output is [B, S, heads * head_dim].
+
+    rotate: the rotary embedding alone, for a block whose attention is then told of none
+    """
+
+    rotate: "RotaryStep"
 
     def attend(
         self,
@@ -88,8 +93,9 @@ class RotaryStep:
 class FloatAttention:
     """GroupQueryAttention over a float cache, for prefill and decode alike."""
 
-    def __init__(self, g: GraphBuilder, inputs: CacheInputs) -> None:
-        self._g, self._inputs, self._rotation = g, inputs, RotaryStep(g, inputs)
+    def __init__(self, g: GraphBuilder, inputs: CacheInputs, compute: ir.DataType) -> None:
+        self._g, self._inputs, self.rotate, self._compute = g, inputs, RotaryStep(g, inputs), compute
+        self._falls: ir.Value | None = None
 
     def attend(
         self,
@@ -102,9 +108,10 @@ class FloatAttention:
         shared, name = self._inputs, f"layers.{block.layer}.attention"
         rotates = kernel_rotates(block.attention)
         if not rotates:
-            query = self._rotation(query, block.attention, name)
+            query = self.rotate(query, block.attention, name)
         none: list[ir.Value | None] = [None]
-        optional = [*none * 2, sinks, *none * 4]  # position_ids, bias, sinks, k_scale, v_scale, q_norm, k_norm
+        bias = self._alibi(block.attention.alibi) if block.attention.alibi else None
+        optional = [*none, bias, sinks, *none * 4]  # position_ids, bias, sinks, k_scale, v_scale, q_norm, k_norm
         values = self._g.ops(
             "GroupQueryAttention",
             [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),
@@ -114,6 +121,21 @@ class FloatAttention:
             **kernel_attributes(block.attention, rotates=rotates),
         )  # fmt: skip
         return CachedValues(*values)
+
+    def _alibi(self, slopes: Sequence[float]) -> ir.Value:
+        """[B, heads, S, capacity]: what ALiBi adds to the scores, the same in every layer."""
+        if self._falls is None:
+            g = self._g
+            zero, one = g.constant("zero", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
+            capacity = g.op("Cast", [self._inputs.capacity], "capacity.int64", to=ir.DataType.INT64)
+            slots = g.op("Range", [zero, capacity, one], "alibi.slots")
+            places = g.op("Unsqueeze", [self.rotate.make_positions(), g.shape_constant(1, 3)], "alibi.positions")
+            ahead = g.op("Cast", [g.op("Sub", [slots, places], "alibi.ahead")], "alibi.distances",
+                         to=ir.DataType.FLOAT)  # fmt: skip
+            by_head = g.constant("alibi.slopes", np.array(slopes, np.float32).reshape(1, -1, 1, 1))
+            wide = g.op("Mul", [ahead, by_head], "alibi.float32")
+            self._falls = g.op("Cast", [wide], "alibi", to=self._compute)
+        return self._falls
 
 
 def kernel_rotates(attention: Attention) -> bool:

@@ -106,7 +106,9 @@ class DecoderGraph:
                 g.op("Cast", [query_len], "query_len.long", to=ir.DataType.INT64),
             )
         attention: AttentionStep = (
-            FloatAttention(g, inputs) if self.kv_scales is None else Int8Attention(g, inputs, self.kv_scales)
+            FloatAttention(g, inputs, onnx_type(self.storage.compute))
+            if self.kv_scales is None
+            else Int8Attention(g, inputs, self.kv_scales)
         )
         return OrtOperations(
             g, self.weights, self.storage, self.layers, attention,

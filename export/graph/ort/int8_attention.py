@@ -29,6 +29,7 @@ from export.graph.operations import CachedValues
 from export.graph.ort.attention import CacheInputs, RotaryStep, kernel_attributes, kernel_rotates, tables_of
 from export.model.description import Block
 from export.quantize.statistics.kv_scales import KvScales
+from runtime.errors import UnsupportedModel
 
 INT8_KV_OPSETS = {"": 24, MICROSOFT: 1}  # 24 is the first with TensorScatter
 
@@ -37,9 +38,9 @@ class Int8Attention:
     """Builds both branches of every layer; values that layers share are computed once per run."""
 
     def __init__(self, g: GraphBuilder, inputs: CacheInputs, scales: Mapping[int, KvScales]) -> None:
-        self._g, self._inputs, self._scales, self._rotation = g, inputs, scales, RotaryStep(g, inputs)
+        self._g, self._inputs, self._scales, self.rotate = g, inputs, scales, RotaryStep(g, inputs)
         # Outside the branches, because both may read the positions.
-        self._rotation.make_positions()
+        self.rotate.make_positions()
         one = g.constant("one", np.array(1, np.int64))
         size = g.op("Squeeze", [g.op("Shape", [inputs.token_idx], "chunk.shape", start=1, end=2)], "chunk.len")
         self._is_chunk = g.op("Greater", [size, one], "is_chunk")
@@ -58,6 +59,8 @@ class Int8Attention:
         sinks: ir.Value | None,
     ) -> CachedValues:
         """As `AttentionStep.attend`."""
+        if block.attention.alibi:
+            raise UnsupportedModel("an int8 KV cache has no ALiBi; leave out --kv int8 for this model")
         g, layer, types = self._g, block.layer, (ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT8)
         names = [f"layers.{layer}.attention", f"present.{layer}.k", f"present.{layer}.v"]
         one = g.branch(f"decode.{layer}", types, lambda: self._one_token(block, query, past, sinks))
@@ -76,7 +79,7 @@ class Int8Attention:
         steps = [self._step(layer, kv, (-1,)) for kv in "kv"]
         rotates = kernel_rotates(block.attention)
         if not rotates:
-            query = self._rotation(query, block.attention, f"decode.{layer}.turned")
+            query = self.rotate(query, block.attention, f"decode.{layer}.turned")
         return g.ops(
             "GroupQueryAttention",
             [*query, past["k"], past["v"], shared.last_idx, shared.capacity, *tables_of(block.attention, shared),
@@ -98,7 +101,7 @@ class Int8Attention:
     ) -> list[ir.Value]:
         g, a, shared, layer = self._g, block.attention, self._inputs, block.layer
         prefix = f"chunk.{layer}"
-        q, k, v = self._rotation(query, a, prefix)
+        q, k, v = self.rotate(query, a, prefix)
         fresh: list[ir.Value] = []
         floats: list[ir.Value] = []
         present: list[ir.Value] = []

@@ -119,10 +119,15 @@ class OrtOperations(PackedOperations):
         g, a, name = self.g, block.attention, f"layers.{block.layer}"
         packed = g.op("Gather", [qkv, self._token_idx], f"{name}.qkv.rows", axis=0)
         query: list[ir.Value | None] = [packed, None, None]
-        if a.q_norm is not None and a.k_norm is not None:
+        if a.norms_rotated:
+            q, k, v = self._attention.rotate(query, a, name)
+            assert q is not None and k is not None and a.q_norm is not None and a.k_norm is not None
+            query = [self._head_norm(q, a.q_norm, a.q_size), self._head_norm(k, a.k_norm, a.kv_size), v]
+            block = block.without_rotary()
+        elif a.q_norm is not None and a.k_norm is not None:
             sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
             q, k, v = g.ops("Split", [packed, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
-            query = [self._head_norm(q, a.q_norm, a.num_heads), self._head_norm(k, a.k_norm, a.num_kv_heads), v]
+            query = [self._head_norm(q, a.q_norm, a.q_size), self._head_norm(k, a.k_norm, a.kv_size), v]
         out, key, value = self._attention.attend(block, query, self._past[block.layer], self.sinks(a, self.compute))
         self.present.append({"k": key, "v": value})
         return g.op("GatherND", [out, self._place_idx], f"{name}.attended")
@@ -171,9 +176,10 @@ class OrtOperations(PackedOperations):
             self._edges = g.op("Cast", [edges], "row.edges", to=ir.DataType.INT32)
         return self._edges
 
-    def _head_norm(self, x: ir.Value, norm: Norm, num_heads: int) -> ir.Value:
-        """A norm over each head of `[B, S, num_heads * head_dim]`."""
+    def _head_norm(self, x: ir.Value, norm: Norm, size: int) -> ir.Value:
+        """A norm over each head of `[B, S, size]`, or over all heads."""
+        if norm.size == size:
+            return self.norm(x, norm)
         g = self.g
-        heads = g.op("Reshape", [x, g.shape_constant(0, 0, num_heads, norm.size)], f"{x.name}.heads")
-        return g.op("Reshape", [self.norm(heads, norm), g.shape_constant(0, 0, num_heads * norm.size)],
-                    f"{x.name}.normed")  # fmt: skip
+        heads = g.op("Reshape", [x, g.shape_constant(0, 0, size // norm.size, norm.size)], f"{x.name}.heads")
+        return g.op("Reshape", [self.norm(heads, norm), g.shape_constant(0, 0, size)], f"{x.name}.normed")

@@ -65,11 +65,21 @@ class Masks:
     def __init__(self, g: GraphBuilder, tables: Tables, past: ir.Value) -> None:
         self._g = g
         self._made: dict[int | None, ir.Value] = {}
+        self._distances: ir.Value | None = None
         one, zero = g.constant("one", np.array(1, np.int64)), g.constant("zero", np.array(0, np.int64))
         self.capacity_1d = g.op("Shape", [past], "capacity.1d", start=2, end=3)
         capacity = g.op("Squeeze", [self.capacity_1d], "capacity")
         self._slots = g.op("Range", [zero, capacity, one], "slots")  # [C], broadcast over [B, 1, S, C]
         self._positions = g.op("Unsqueeze", [tables.position_ids, g.shape_constant(1, 3)], "positions.4d")
+
+    def distances(self) -> ir.Value:
+        """float32 `[B, 1, 1, S, C]`: tokens from each slot to each new token."""
+        if self._distances is None:
+            g = self._g
+            back = g.op("Sub", [self._positions, self._slots], "distances.int64")
+            wide = g.op("Cast", [back], "distances.4d", to=ir.DataType.FLOAT)
+            self._distances = g.op("Unsqueeze", [wide, g.shape_constant(1)], "distances")
+        return self._distances
 
     def for_window(self, window: int | None) -> ir.Value:
         """bool `[B, 1, S, C]`: true for the token itself and earlier ones, at most `window` tokens in all."""
@@ -125,6 +135,10 @@ class ElementaryAttention:
             axis=0,
         )
         unfolded = g.op("Reshape", [wide, unfolded_shape], f"{name}.unfolded")
+        if a.alibi:
+            slopes = np.array(a.alibi, np.float32).reshape(a.num_kv_heads, group, 1, 1)
+            falls = g.op("Mul", [self._masks.distances(), g.constant("alibi", slopes)], f"{name}.falls")
+            unfolded = g.op("Sub", [unfolded, falls], f"{name}.fallen")
         mask = self._masks.for_window(a.window)  # [B, 1, S, C]
         seen = g.op("Unsqueeze", [mask, g.shape_constant(1)], f"{name}.mask")
         masked = g.op("Where", [seen, unfolded, g.constant("masked", np.array(_MASKED, np.float32))], f"{name}.masked")
@@ -156,7 +170,8 @@ class Opset24:
     """Opset 24. The mask is boolean and computed from the positions.
 
     TensorRT's parser accepts Attention's `nonpad_kv_seqlen` input and ignores it, which gives wrong tokens. It refuses
-    `softcap`, so attention with a softcap is built from elementary operators. Attention has no input for sinks either.
+    `softcap`, so attention with a softcap is built from elementary operators. Attention has no input for sinks or
+    ALiBi either.
     TensorRT-RTX 1.7.1's builder crashes with Attention and Scan in one graph, so attention beside a Scan is elementary.
     """
 
@@ -189,7 +204,7 @@ class Opset24:
             kv: g.op("TensorScatter", [past[kv], new, self._tables.write_idx], f"present.{layer}.{kv}", axis=2)
             for kv, new in zip("kv", query[1:], strict=True)
         }
-        if a.softcap is not None or sinks is not None or self._tables.has_scan:
+        if a.softcap is not None or a.alibi or sinks is not None or self._tables.has_scan:
             out = self._from_elements()(query[0], present["k"], present["v"], block, sinks)
             return CachedValues(out, present["k"], present["v"])
         mask = self._masks.for_window(a.window)

@@ -79,6 +79,14 @@ class StandardOperations(GraphOperations):
         )
         return self.norm(total, norm), total
 
+    def sum(self, stream: Stream[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        total = stream.value
+        if stream.addend is not None:
+            total = self.marked_float(self.add(self.as_stream(stream.addend), stream.value))
+        if self.compute == ir.DataType.FLOAT:
+            return total, total
+        return self.g.op("Cast", [total], f"{total.name}.narrow", to=self.compute), total
+
     def product(self, x: ir.Value, linear: Linear, weight: Weight, out: str) -> ir.Value:
         return self._linear(x, linear, weight, out)
 
@@ -89,12 +97,15 @@ class StandardOperations(GraphOperations):
         g, a, name = self.g, block.attention, f"layers.{block.layer}"
         sizes = g.shape_constant(a.q_size, a.kv_size, a.kv_size)
         parts = g.ops("Split", [qkv, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
-        query = self._heads(parts[0], a.num_heads, a.head_dim, a.q_norm)
-        key = self._heads(parts[1], a.num_kv_heads, a.head_dim, a.k_norm)
+        norms, none = (a.q_norm, a.k_norm), (None, None)
+        first, last = (none, norms) if a.norms_rotated else (norms, none)
+        query = self._heads(parts[0], a.num_heads, a.head_dim, first[0])
+        key = self._heads(parts[1], a.num_kv_heads, a.head_dim, first[1])
         value = self._heads(parts[2], a.num_kv_heads, a.head_dim, None)
         if a.rotary is not None:
             query = self._dialect.rotate(query, a.rotary, f"{name}.q.rotated")
             key = self._dialect.rotate(key, a.rotary, f"{name}.k.rotated")
+        query, key = (x if norm is None else self.norm(x, norm) for x, norm in zip((query, key), last, strict=True))
         out, present_key, present_value = self._dialect.attend(
             [query, key, value], self._past[block.layer], block, self.sinks(a, ir.DataType.FLOAT)
         )
@@ -126,10 +137,12 @@ class StandardOperations(GraphOperations):
         return ir.DataType.FLOAT
 
     def _heads(self, x: ir.Value, num_heads: int, head_dim: int, norm: Norm | None) -> ir.Value:
-        """`[B, S, heads * head_dim]` to `[B, heads, S, head_dim]`, with `norm` over each head."""
-        g = self.g
+        """`[B, S, heads * head_dim]` to `[B, heads, S, head_dim]`, with `norm` over each head or over all of them."""
+        g, is_whole = self.g, norm is not None and norm.size != head_dim
+        if norm is not None and is_whole:
+            x = self.norm(x, norm)
         heads = g.op("Reshape", [x, g.shape_constant(0, 0, num_heads, head_dim)], f"{x.name}.heads")
-        if norm is not None:
+        if norm is not None and not is_whole:
             heads = self.norm(heads, norm)
         return g.op("Transpose", [heads], f"{x.name}.4d", perm=[0, 2, 1, 3])
 

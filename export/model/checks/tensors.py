@@ -30,7 +30,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.embedding.positions is not None:
         tensors[f"{config.embedding.positions}.weight"] = (config.embedding.num_positions, config.hidden_size)
     for norm in config.norms:
-        tensors[f"{norm.name}.weight"] = (norm.size,)
+        if norm.has_weight:
+            tensors[f"{norm.name}.weight"] = (norm.size,)
         if norm.has_bias:
             tensors[f"{norm.name}.bias"] = (norm.size,)
     for block in config.blocks:

@@ -15,14 +15,17 @@ from export.checkpoint.fused import FusedView
 from export.checkpoint.protocol import Checkpoint
 from export.checkpoint.scaled import ScaledView
 from export.checkpoint.view import PrefixedView
-from export.model.description import Activation, ModelConfig
+from export.model.description import Activation, ModelConfig, Rotary
 from export.model.families.config_values import flag, integer, number, token_ids
 from export.model.families.layout import describe
-from export.model.families.rope_fields import rope_config
 from export.model.families.row import Architecture, Sizes
 from export.model.families.table import ARCHITECTURES
+from export.model.families.window_ropes import ropes_of
 from export.model.families.windows import windows
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
+
+_ROPE_KINDS = ("default", "dynamic", "linear", "llama3", "yarn", "longrope")
+"""The rope types that a family reads if its row does not say otherwise."""
 
 MAX_LAYERS = 1024
 """The largest published decoder has 126."""
@@ -62,11 +65,18 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         str(raw["model_type"]),
         sizes,
         style,
-        arch.names,
-        rope_config(shared, sizes.max_len, defaults.rope_theta, can_be_partial="partial_rotary_factor" in arch.fields),
+        style.names or arch.names,
+        ropes_of(
+            shared,
+            sizes.max_len,
+            defaults.rope_theta,
+            can_be_partial="partial_rotary_factor" in arch.fields,
+            window_rope=arch.window_rope,
+        ),
         is_tied=flag(shared, "tie_word_embeddings", default=defaults.is_tied),
     )
-    _check_rotary(config, arch)
+    for rotary in config.rotaries:
+        _check_rotary(config, rotary, arch)
     return replace(
         config,
         eos_ids=_ids(shared, "eos_token_id", defaults.eos_id, sizes.vocab_size),
@@ -75,15 +85,12 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _check_rotary(config: ModelConfig, arch: Architecture) -> None:
-    """Check that the rotary embedding fits the family and the size of the heads."""
-    rotary = config.attention.rotary
-    if rotary is None:
-        return
-    if arch.rope_kinds and rotary.rope.kind not in arch.rope_kinds:
+def _check_rotary(config: ModelConfig, rotary: Rotary, arch: Architecture) -> None:
+    """Check that a rotary embedding fits the family and the size of the heads."""
+    if rotary.rope.kind not in (arch.rope_kinds or _ROPE_KINDS):
         raise UnsupportedModel(
             f"config.json: the rope type {rotary.rope.kind!r} is not supported for model_type {config.model_type!r}; "
-            f"supported: {', '.join(arch.rope_kinds)}"
+            f"supported: {', '.join(arch.rope_kinds or _ROPE_KINDS)}"
         )
     if rotary.dim < 2 or rotary.dim % 2:
         raise UnsupportedModel(
@@ -123,6 +130,7 @@ def _shared_names(raw: Mapping[str, Any], arch: Architecture) -> Mapping[str, An
     own_names = {shared: own for own, shared in arch.aliases.items()}
     shared_names = {**arch.aliases, **arch.synonyms}
     found: dict[str, Any] = {}
+    raw = arch.prepared(raw)
     for name, value in raw.items():
         if name in own_names and own_names[name] not in raw:
             raise UnsupportedModel(

@@ -12,23 +12,22 @@ from export.model.description import (
     Head,
     Latent,
     Linear,
+    Mamba2,
     Mixer,
     Mlp,
     ModelConfig,
     Norm,
     Part,
-    RopeConfig,
     Rotary,
     Site,
 )
 from export.model.families.row import LatentSizes, Names, Sizes, Style
+from export.model.families.window_ropes import Ropes
 
 
-def describe(
-    model_type: str, sizes: Sizes, style: Style, names: Names, rope: RopeConfig, *, is_tied: bool
-) -> ModelConfig:
+def describe(model_type: str, sizes: Sizes, style: Style, names: Names, ropes: Ropes, *, is_tied: bool) -> ModelConfig:
     """Describe a decoder, without its special token ids."""
-    layout = _Layout(sizes, style, names, rope)
+    layout = _Layout(sizes, style, names, ropes)
     head = Part(names.embedding if is_tied else names.head, sizes.vocab_size)
     final_norm = layout.norm(names.final_norm)
     return ModelConfig(
@@ -40,7 +39,9 @@ def describe(
             name=names.embedding,
             scale=style.embedding_scale,
             positions=names.positions or None,
-            num_positions=sizes.max_len if names.positions else 0,
+            num_positions=sizes.max_len + style.position_offset if names.positions else 0,
+            position_offset=style.position_offset,
+            norm=layout.norm(names.embedding_norm) if names.embedding_norm else None,
         ),
         blocks=tuple(layout.block(layer) for layer in range(sizes.num_layers)),
         final_norm=final_norm,
@@ -84,12 +85,18 @@ class _BlockParts:
 class _Layout:
     """Builds the parts of one decoder."""
 
-    def __init__(self, sizes: Sizes, style: Style, names: Names, rope: RopeConfig) -> None:
-        self._sizes, self._style, self._names = sizes, style, names
-        self._rotary = None
-        if style.has_rotary:
-            dim = sizes.head_dim if style.rotary_dim is None else style.rotary_dim
-            self._rotary = Rotary(rope=rope, head_dim=sizes.head_dim, dim=dim, interleaved=style.rotary_interleaved)
+    def __init__(self, sizes: Sizes, style: Style, names: Names, ropes: Ropes) -> None:
+        self._sizes, self._style, self._names, self._ropes = sizes, style, names, ropes
+
+    def rotary(self, layer: int) -> Rotary | None:
+        """The rotary embedding of a layer."""
+        sizes, style = self._sizes, self._style
+        if not (style.rotates[layer] if style.rotates else style.has_rotary):
+            return None
+        has_window = bool(style.windows) and style.windows[layer] is not None
+        rope = self._ropes.windowed if has_window else self._ropes.full
+        dim = sizes.head_dim if style.rotary_dim is None else style.rotary_dim
+        return Rotary(rope=rope, head_dim=sizes.head_dim, dim=dim, interleaved=style.rotary_interleaved)
 
     def block(self, layer: int) -> Block:
         names, prefix = self._names, self._names.block.format(layer=layer)
@@ -97,17 +104,18 @@ class _Layout:
         def norm(name: str) -> Norm | None:
             return self.norm(f"{prefix}.{name}") if name else None
 
-        attention_norm = self.norm(f"{prefix}.{names.attention_norm}")
+        attention_norm = norm(names.attention_norm)
         mlp_norm = norm(names.mlp_norm)
         return Block(
             mixer=self._mixer(layer, prefix, attention_norm),
-            beside=self._style.beside and self._style.beside(_BlockParts(self, layer, prefix, attention_norm)),
-            mlp=self._mlp_or_experts(layer, prefix, mlp_norm or attention_norm),
+            beside=self._beside(layer, prefix, attention_norm),
+            mlp=self._mlp_or_experts(layer, prefix, mlp_norm or (attention_norm if self._style.is_parallel else None)),
             attention_norm=attention_norm,
             mlp_norm=mlp_norm,
             attention_out_norm=norm(names.attention_out_norm),
             mlp_out_norm=norm(names.mlp_out_norm),
             is_parallel=self._style.is_parallel,
+            residual_scale=self._style.residual_scale,
         )
 
     def norm(self, name: str, size: int | None = None) -> Norm:
@@ -119,13 +127,23 @@ class _Layout:
             kind=style.norm_kind,
             has_bias=style.norm_bias,
             adds_one=style.norm_adds_one,
+            has_weight=style.norm_weight,
         )
 
-    def _mixer(self, layer: int, prefix: str, reads: Norm) -> Mixer:
+    def _mixer(self, layer: int, prefix: str, reads: Norm | None) -> Mixer:
         make = self._style.mixers[layer] if self._style.mixers else None
-        return self._attention(layer, prefix, reads) if make is None else make(_BlockParts(self, layer, prefix, reads))
+        if make is None:
+            return self._attention(layer, prefix, reads)
+        assert reads is not None, "recurrences have a norm before them"
+        return make(_BlockParts(self, layer, prefix, reads))
 
-    def _attention(self, layer: int, prefix: str, reads: Norm) -> Attention:
+    def _beside(self, layer: int, prefix: str, reads: Norm | None) -> Mamba2 | None:
+        if self._style.beside is None:
+            return None
+        assert reads is not None, "recurrences have a norm before them"
+        return self._style.beside(_BlockParts(self, layer, prefix, reads))
+
+    def _attention(self, layer: int, prefix: str, reads: Norm | None) -> Attention:
         sizes, style, names = self._sizes, self._style, self._names
         if style.latent is not None:
             return self._latent_attention(layer, prefix, reads, style.latent)
@@ -134,15 +152,17 @@ class _Layout:
             Part(f"{prefix}.{name}", rows) for name, rows in zip(names.qkv, (q_rows, kv_rows, kv_rows), strict=True)
         ]
         q_norm, k_norm = (
-            self.norm(f"{prefix}.{name}", sizes.head_dim) if style.qk_norm else None
-            for name in (names.q_norm, names.k_norm)
+            self.norm(f"{prefix}.{name}", rows if style.qk_norm_is_whole else sizes.head_dim) if style.qk_norm else None
+            for name, rows in ((names.q_norm, q_rows), (names.k_norm, kv_rows))
         )
         o_parts, gate_parts = (
             [Part(f"{prefix}.{names.o}", sizes.hidden_size)],
             [Part(f"{prefix}.{names.attention_gate}", q_rows)],
         )
         return Attention(
-            qkv=self.linear(layer, "qkv", parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
+            qkv=self.linear(
+                layer, "qkv", parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads, writes_stream=False
+            ),
             o=self.linear(layer, "o", o_parts, q_rows, has_bias=style.o_bias, reads=None),
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
@@ -150,16 +170,19 @@ class _Layout:
             scale=style.attention_scale,
             softcap=style.attention_softcap,
             window=style.windows[layer] if style.windows else None,
-            rotary=self._rotary,
+            rotary=self.rotary(layer),
             q_norm=q_norm,
             k_norm=k_norm,
             sinks=f"{prefix}.{names.sinks}" if style.has_sinks else None,
+            norms_rotated=style.qk_norm_is_rotated,
+            clip=style.qkv_clip,
+            alibi=style.alibi,
             gate=self.linear(layer, "gate", gate_parts, sizes.hidden_size, has_bias=style.qkv_bias, reads=reads)
             if style.has_attention_gate
             else None,
         )
 
-    def _latent_attention(self, layer: int, prefix: str, reads: Norm, latent: LatentSizes) -> Attention:
+    def _latent_attention(self, layer: int, prefix: str, reads: Norm | None, latent: LatentSizes) -> Attention:
         """Its narrow norms have an epsilon of their own, which no config.json says."""
         sizes, style, names = self._sizes, self._style, self._names
         heads, head_dim = sizes.num_heads, latent.still_dim + latent.rotating_dim
@@ -178,7 +201,8 @@ class _Layout:
             queries = Part(f"{prefix}.self_attn.q_a_proj", latent.q_rank)
         narrow = Part(f"{prefix}.self_attn.kv_a_proj_with_mqa", latent.kv_rank + latent.rotating_dim)
         o_parts = [Part(f"{prefix}.{names.o}", sizes.hidden_size)]
-        assert self._rotary is not None
+        rotary = self.rotary(layer)
+        assert rotary is not None
         return Attention(
             qkv=self.linear(layer, "qkv", [queries, narrow], sizes.hidden_size, has_bias=style.qkv_bias, reads=reads),
             o=self.linear(layer, "o", o_parts, heads * latent.value_dim, has_bias=style.o_bias, reads=None),
@@ -186,7 +210,7 @@ class _Layout:
             num_kv_heads=heads,
             head_dim=head_dim,
             scale=style.attention_scale,
-            rotary=replace(self._rotary, head_dim=head_dim, dim=latent.rotating_dim),
+            rotary=replace(rotary, head_dim=head_dim, dim=latent.rotating_dim),
             latent=Latent(
                 q_norm=q_norm,
                 q=None if q_norm is None else widened("qkv.q", "q_b_proj", heads * head_dim, q_norm),
@@ -197,7 +221,7 @@ class _Layout:
             ),
         )
 
-    def _mlp_or_experts(self, layer: int, prefix: str, reads: Norm) -> Mlp | Experts:
+    def _mlp_or_experts(self, layer: int, prefix: str, reads: Norm | None) -> Mlp | Experts:
         mixture, names, hidden = self._style.mixture, self._names, self._sizes.hidden_size
         if mixture is None or layer in mixture.dense_layers:
             parts = [f"{prefix}.{name}" for name in (names.gate, names.up, names.down)]
@@ -228,23 +252,35 @@ class _Layout:
             else None,
         )
 
-    def _mlp(self, layer: int, names: Sequence[str], inner: int, reads: Norm, number: str, *, has_bias: bool) -> Mlp:
+    def _mlp(
+        self, layer: int, names: Sequence[str], inner: int, reads: Norm | None, number: str, *, has_bias: bool
+    ) -> Mlp:
         """names: of gate, up and down; number: an expert's suffix of its kinds, like ".3"."""
         sizes, style = self._sizes, self._style
         hidden = sizes.hidden_size
         kind = "gate_up" if style.is_gated else "up"
         up_parts = [Part(name, inner) for name in names[not style.is_gated : 2]]
         return Mlp(
-            up=self.linear(layer, f"{kind}{number}", up_parts, hidden, has_bias=has_bias, reads=reads),
+            up=self.linear(
+                layer, f"{kind}{number}", up_parts, hidden, has_bias=has_bias, reads=reads, writes_stream=False
+            ),
             down=self.linear(layer, f"down{number}", [Part(names[2], hidden)], inner, has_bias=has_bias, reads=None),
             activation=sizes.activation,
             is_gated=style.is_gated,
         )
 
     def linear(
-        self, layer: int, kind: str, parts: Sequence[Part], num_inputs: int, *, has_bias: bool, reads: Norm | None
+        self,
+        layer: int,
+        kind: str,
+        parts: Sequence[Part],
+        num_inputs: int,
+        *,
+        has_bias: bool,
+        reads: Norm | None,
+        writes_stream: bool | None = None,
     ) -> Linear:
-        """A linear layer. One that does not read a norm writes to the residual stream."""
+        """A linear layer. One that does not read a norm writes to the residual stream, if `writes_stream` is None."""
         return Linear(
             site=Site(layer, kind),
             role=kind.partition(".")[0],
@@ -252,5 +288,5 @@ class _Layout:
             num_inputs=num_inputs,
             has_bias=has_bias,
             reads=reads,
-            writes_stream=reads is None,
+            writes_stream=reads is None if writes_stream is None else writes_stream,
         )

@@ -18,6 +18,8 @@ _FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "default": frozenset(),
         "linear": frozenset({"factor"}),
+        # Of these, transformers reads factor and, for Hunyuan, alpha.
+        "dynamic": frozenset({"factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
         "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
         "yarn": frozenset(
             {
@@ -102,11 +104,15 @@ def _parsed(values: object, field: str, top_theta: float, max_len: int) -> RopeC
     plain = RopeConfig(theta=number(values, "rope_theta", top_theta, inside=field), original_max_len=max_len)
     if kind == "default":
         return plain
+    if kind == "dynamic" and values.get("alpha") is not None:
+        return replace(plain, kind="ntk", factor=number(values, "alpha", inside=field))
     if kind == "longrope":
         return _longrope(plain, values, field, max_len)
     factor = number(values, "factor", inside=field)
     if factor > MAX_FACTOR:
         raise InvalidCheckpoint(f"config.json: {field}.factor must be at most {MAX_FACTOR:,}, got {factor:g}")
+    if kind == "dynamic":
+        return replace(plain, kind="dynamic")
     scaled = replace(plain, kind=kind, factor=factor)
     if kind == "linear":
         return scaled

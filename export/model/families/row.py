@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from export.checkpoint.fused import Split
 from export.model.description import Activation, Clamp, Linear, Mamba2, Mixer, Norm, NormKind
+from export.model.families.window_ropes import WindowRope
 from export.model.routing import Routing
 
 
@@ -64,6 +65,7 @@ class Names:
     block: str = "model.layers.{layer}"
     embedding: str = "model.embed_tokens"
     positions: str = ""
+    embedding_norm: str = ""
     final_norm: str = "model.norm"
     head: str = "lm_head"
     attention_norm: str = "input_layernorm"
@@ -149,8 +151,11 @@ class LatentSizes:
 class Style:
     """How a family's blocks differ from Llama's; description.py explains the fields.
 
-    rotary_dim: channels of a head that rotate, None for all of them; has_rotary False: none
+    qk_norm: whether there are norms over queries and keys; _is_whole: over all heads together; _is_rotated: behind the
+        rotary embedding
+    rotary_dim: channels of a head that rotate, None for all of them; has_rotary False: none; rotates: which layers do
     has_sinks: see `Attention.sinks`
+    alibi, position_offset: see `Attention` and `Embedding`; names: where config.json changes those of the row
     windows: the window of each layer; mixture: None for a decoder without experts
     intermediate_size: of the MLP, if it is not that of config.json
     has_attention_gate: whether attention has `Attention.gate`
@@ -161,19 +166,28 @@ class Style:
     norm_kind: NormKind = NormKind.RMS
     norm_bias: bool = False
     norm_adds_one: bool = False
+    norm_weight: bool = True
     is_parallel: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    qkv_clip: float | None = None
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    qk_norm_is_whole: bool = False
+    qk_norm_is_rotated: bool = False
     is_gated: bool = True
     has_rotary: bool = True
+    rotates: tuple[bool, ...] = ()
+    alibi: tuple[float, ...] = ()
+    position_offset: int = 0
+    names: Names | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
     embedding_scale: float | None = None
+    residual_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
     has_sinks: bool = False
@@ -195,13 +209,15 @@ class Architecture:
     """One family.
 
     class_name: its class in transformers
+    prepared: config.json in the form that the other functions and fields mean
     style: makes the style from config fields and sizes
     fields: config fields that only some families have, with their supported values; () allows any value
     aliases: the family's own field names, and the shared name of each, which it does not read
     synonyms: further names of shared fields, which the family reads as well
     activations: what a hidden_act means for this family alone
     rope: the rotary settings of a config.json that has none
-    rope_kinds: the rotary settings that its code in transformers reads; () is all that are known
+    rope_kinds: the rope types that its code in transformers reads; () is all but Hunyuan's own
+    window_rope: where layers with a window have a rotary embedding of their own
     splits: how matrices are fused or transposed in the checkpoint's layers
     scales: constants by which tensors are multiplied, see `ScaledView`
     renames: parts of tensor names, between dots, and what they become before `splits` are looked for
@@ -210,6 +226,7 @@ class Architecture:
 
     class_name: str
     style: Callable[[Raw, Sizes], Style]
+    prepared: Callable[[Raw], Raw] = lambda raw: raw
     defaults: Defaults = field(default_factory=Defaults)
     names: Names = field(default_factory=Names)
     fields: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
@@ -218,6 +235,7 @@ class Architecture:
     activations: Mapping[str, Activation] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
     rope: Mapping[str, object] = field(default_factory=dict)
+    window_rope: WindowRope | None = None
     splits: Callable[[Raw, Sizes], tuple[Split, ...]] = lambda raw, sizes: ()
     scales: Callable[[Raw, Sizes], Mapping[str, float]] = lambda raw, sizes: {}
     renames: Mapping[str, str] = field(default_factory=dict)

@@ -6,14 +6,14 @@ from export.model.families.row import Defaults, Raw, Sizes
 from runtime.errors import InvalidCheckpoint, UnsupportedModel
 
 
-def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[int | None, ...]:
+def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults, *, pattern: int = 0) -> tuple[int | None, ...]:
     """The window of each layer, None for layers without one.
 
     sliding: the family's rule, which a `layer_types` list in the config overrides:
         always        every layer, if sliding_window is set
         uniform       the same, and layer_types must agree
         flagged       with use_sliding_window, from layer max_window_layers on
-        alternating   every second layer, beginning with the first
+        patterned     all but every `pattern`-th layer; the field sliding_window_pattern overrides it
         never         no layer
     """
     num_layers = sizes.num_layers
@@ -28,7 +28,7 @@ def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[i
             f"config.json: layer_types must name {' or '.join(kinds)} for each of the {num_layers} layers, got "
             f"{shown(layer_types)}"
         )
-    is_on = flag(raw, "use_sliding_window", default=sliding in ("always", "uniform", "alternating"))
+    is_on = flag(raw, "use_sliding_window", default=sliding in ("always", "uniform", "patterned"))
     window = _window(raw, sliding, defaults, is_on=is_on)
     if layer_types is not None:
         if window is None and "sliding_attention" in layer_types:
@@ -42,8 +42,9 @@ def windows(raw: Raw, sliding: str, sizes: Sizes, defaults: Defaults) -> tuple[i
                 f"{raw['model_type']!r}, which has sliding_window in every layer"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    if sliding == "alternating":
-        return tuple(None if layer % 2 else window for layer in range(num_layers))
+    if sliding == "patterned":
+        every = integer(raw, "sliding_window_pattern", pattern)
+        return tuple(window if (layer + 1) % every else None for layer in range(num_layers))
     if sliding != "flagged":
         return (window,) * num_layers
     first = integer(raw, "max_window_layers", defaults.max_window_layers, minimum=0)
@@ -61,7 +62,7 @@ def _window(raw: Raw, sliding: str, defaults: Defaults, *, is_on: bool) -> int |
     window = integer(raw, "sliding_window", defaults.window or 0)
     if sliding == "flagged":
         return window if is_on else None
-    if sliding in ("always", "uniform", "alternating") and not is_on:
+    if sliding in ("always", "uniform", "patterned") and not is_on:
         raise UnsupportedModel(
             f"config.json: use_sliding_window is false and sliding_window is {window}, which {raw['model_type']} would "
             "use all the same; set sliding_window to null if there is none"

@@ -105,13 +105,14 @@ def rotary_tables(config: ModelConfig, length: int) -> dict[Rotary, RopeTables]:
 class Vocabulary:
     """What a text's tokens are embedded with: the rows of the table that occur in it, and the positions.
 
-    token_ids: those that occur, sorted; rows: their embeddings, `[n, hidden]`; positions: those that
-        are learned, `[length, hidden]`
+    token_ids: those that occur, sorted; rows: their embeddings, `[n, hidden]`; positions: those that are learned,
+        `[length, hidden]`; norm: behind the sum
     """
 
     token_ids: NDArray[np.int64]
     rows: Array
     positions: Array | None
+    norm: NormWeights | None
     embedding: Embedding
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Array:
@@ -121,6 +122,8 @@ class Vocabulary:
             x = x * np.float32(self.embedding.scale)
         if self.positions is not None:
             x = x + np.concatenate([self.positions[: len(ids)] for ids in sequences])
+        if self.norm is not None and self.embedding.norm is not None:
+            x = normed(np.asarray(x), self.norm, self.embedding.norm)
         return np.asarray(x)
 
 
@@ -132,8 +135,12 @@ def load_vocabulary(checkpoint: Checkpoint, embedding: Embedding, sequences: Seq
         first, last = np.searchsorted(token_ids, [start, start + len(piece)])
         parts.append(piece[token_ids[first:last] - start])
         start += len(piece)
-    positions = None if embedding.positions is None else checkpoint.load(f"{embedding.positions}.weight")
-    return Vocabulary(token_ids, np.concatenate(parts), positions, embedding)
+    positions = norm = None
+    if embedding.positions is not None:
+        positions = checkpoint.load(f"{embedding.positions}.weight")[embedding.position_offset :]
+    if embedding.norm is not None:
+        norm = load_norm(checkpoint, embedding.norm)
+    return Vocabulary(token_ids, np.concatenate(parts), positions, norm, embedding)
 
 
 def embed(checkpoint: Checkpoint, embedding: Embedding, sequences: Sequence[Sequence[int]]) -> Array:
@@ -143,7 +150,7 @@ def embed(checkpoint: Checkpoint, embedding: Embedding, sequences: Sequence[Sequ
 
 def load_norm(checkpoint: Checkpoint, norm: Norm) -> NormWeights:
     """Read a norm's weight and bias; InvalidCheckpoint if one is missing."""
-    weight = checkpoint.load(f"{norm.name}.weight")
+    weight = checkpoint.load(f"{norm.name}.weight") if norm.has_weight else np.ones(norm.size, np.float32)
     bias = checkpoint.load(f"{norm.name}.bias") if norm.has_bias else None
     return NormWeights(weight + np.float32(1) if norm.adds_one else weight, bias)
 

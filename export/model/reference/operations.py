@@ -89,8 +89,18 @@ class NumpyOperations:
         total = self.add(stream.value, stream.addend) if stream.addend is not None else stream.value
         return self.norm(total, norm), total
 
+    def sum(self, stream: Stream[Array]) -> tuple[Array, Array]:
+        total = stream.value if stream.addend is None else self.add(stream.value, stream.addend)
+        return total, total
+
     def add(self, x: Array, y: Array) -> Array:
         return x + y
+
+    def scale(self, x: Array, factor: float) -> Array:
+        return x * np.float32(factor)
+
+    def clip(self, x: Array, limit: float) -> Array:
+        return np.clip(x, np.float32(-limit), np.float32(limit))
 
     def linear(self, x: Array, linear: Linear) -> Array:
         kind = linear.site.kind
@@ -101,16 +111,22 @@ class NumpyOperations:
         a = block.attention
         heads = qkv.reshape(len(qkv), -1, a.head_dim)
         q, k, v = np.split(heads, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
-        q = q if a.q_norm is None else self.norm(q, a.q_norm)
-        k = k if a.k_norm is None else self.norm(k, a.k_norm)
         attended = np.empty((len(qkv), a.q_size), np.float32)
         sinks = None if a.sinks is None else self._weights.tensors[a.sinks]
         for first, last in pairwise(self._edges):
-            rotated = self._rotated(k[first:last], a.rotary)
-            self._observe("k", rotated)
+            keys = self._turned(k[first:last], a.k_norm, a)
+            self._observe("k", keys)
             self._observe("v", v[first:last])
-            attended[first:last] = _attention(self._rotated(q[first:last], a.rotary), rotated, v[first:last], a, sinks)
+            queries = self._turned(q[first:last], a.q_norm, a)
+            attended[first:last] = _attention(queries, keys, v[first:last], a, sinks)
         return attended
+
+    def _turned(self, x: Array, norm: Norm | None, a: Attention) -> Array:
+        """Norm and rotary embedding of one sequence's heads `[n, heads, head_dim]`, in the model's order."""
+        x = self._rotated(x, a.rotary) if a.norms_rotated else x
+        if norm is not None:  # over each head, or over all heads
+            x = self.norm(x.reshape(len(x), -1, norm.size), norm).reshape(x.shape)
+        return x if a.norms_rotated else self._rotated(x, a.rotary)
 
     def convolve(self, x: Array, mixer: ShortConv) -> Array:
         b, c, x = np.split(x, 3, axis=1)
@@ -285,6 +301,10 @@ def _attention(q: Array, k: Array, v: Array, attention: Attention, sinks: Array 
         if attention.softcap is not None:
             cap = np.float32(attention.softcap)
             scores = cap * np.tanh(scores / cap)
+        if attention.alibi:
+            slopes = np.array(attention.alibi, np.float32).reshape(num_kv, group, 1, 1)
+            back = np.arange(start, stop, dtype=np.float32)[:, None] - np.arange(first, stop, dtype=np.float32)
+            scores.reshape(num_kv, group, stop - start, -1)[...] -= slopes * back
         scores.reshape(num_kv, group, stop - start, -1)[..., masked - first :] += mask
         highest = scores.max(-1, keepdims=True)
         of_sinks = None

@@ -92,6 +92,8 @@ def stream_obstacle(config: ModelConfig) -> str | None:
         return "a layer norm subtracts the mean over the channels"
     if any(block.attention_out_norm or block.mlp_out_norm for block in config.blocks):
         return "a norm behind attention or MLP has a weight for each channel of the stream"
+    if config.embedding.norm is not None:
+        return "a norm behind the embedding has a weight for each channel of the stream"
     return None
 
 
@@ -109,8 +111,8 @@ class _Change(Enum):
 class RotatedCheckpoint(CheckpointView):
     """A checkpoint in the rotated basis. In float32 it computes the same as the original.
 
-    The values of each head are always rotated. The residual stream is rotated if that is exact (`stream_obstacle`); the
-    weights of its norms are then 1.
+    The values of each head are rotated unless they are clipped. The residual stream is rotated if that is exact
+    (`stream_obstacle`); the weights of its norms are then 1.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -154,8 +156,8 @@ class RotatedCheckpoint(CheckpointView):
             for linear in block.linears:
                 if rotates_stream and linear.reads is not None and linear.reads in stream_norms:
                     yield from self._reading(linear.weight_names, linear.reads)
-            # A gate multiplies each channel of a head by itself.
-            if block.has_attention and block.attention.gate is None and block.attention.latent is None:
+            # A gate multiplies each channel of a head by itself, and so does a limit.
+            if block.has_attention and block.attention.has_linear_values:
                 values, o = block.attention.qkv.parts[-1], block.attention.o
                 yield f"{values.name}.weight", _Change.MAKES_VALUES
                 yield f"{values.name}.bias", _Change.MAKES_VALUES
@@ -170,7 +172,7 @@ class RotatedCheckpoint(CheckpointView):
             yield from self._reading(config.head.linear.weight_names, config.final_norm)
 
     def _reading(self, names: list[str], norm: Norm) -> Iterator[tuple[str, _Change]]:
-        if f"{norm.name}.weight" not in self._units:
+        if norm.has_weight and f"{norm.name}.weight" not in self._units:
             self._units[f"{norm.name}.weight"] = norm
             yield f"{norm.name}.weight", _Change.UNIT
         for name in names:

@@ -30,22 +30,26 @@ _FLOOR = np.float32(1e-5)
 def producer_of(config: ModelConfig, site: Site) -> Norm | Part | None:
     """The norm or matrix that produces a site's input and that a division can be folded into, exactly.
 
-    None if there is none: a norm that several sites read would have to be divided by several vectors, and an MLP
-    without a gate is not linear in any matrix. The output of a recurrence is not smoothed.
+    None if there is none: a norm that several sites read would have to be divided by several vectors, a norm may have
+    no weight, a layer may read the stream without a norm, values may be clipped, and an MLP without a gate is not
+    linear in any matrix. The output of a recurrence is not smoothed.
     """
     linear = config.by_site[site]
+    if linear.reads is not None and not linear.reads.has_weight:
+        return None
     if linear.reads is not None:
         if site == config.head.linear.site:
             return linear.reads
         return linear.reads if len(config.blocks[site.layer].readers_of(linear.reads)) == 1 else None
     block = config.blocks[site.layer]
     if linear.role == "o":
-        return block.attention.qkv.parts[-1] if block.attention.latent is None else None
+        is_plain = block.attention.latent is None and block.attention.clip is None
+        return block.attention.qkv.parts[-1] if is_plain else None
     if linear.role == "mix_out":
         return None
     mlps = [block.mlp] if isinstance(block.mlp, Mlp) else block.mlp.mlps
-    mlp = next(mlp for mlp in mlps if mlp.down == linear)
-    return mlp.up.parts[-1] if mlp.is_gated and mlp.clamp is None else None
+    gated = (mlp.up.parts[-1] for mlp in mlps if mlp.down == linear and mlp.is_gated and mlp.clamp is None)
+    return next(gated, None)
 
 
 def smoothing_vector(

@@ -13,6 +13,7 @@ from export.checkpoint.protocol import Checkpoint, TensorInfo
 from export.model.checks.tensors import expected_tensors
 from export.model.description import ModelConfig
 from export.model.families.architectures import parse_config
+from tests.support.tiny.dense import DENSE
 from tests.support.tiny.experts import EXPERTS
 from tests.support.tiny.hybrids import HYBRIDS
 from tests.support.tiny.sizes import BASE as _BASE
@@ -46,57 +47,13 @@ GPT2 = {
 }
 COHERE = {**_BASE, "model_type": "cohere", "logit_scale": 0.5}
 
-# Several of GPT-2's descendants call sizes as it does.
-_GPT: dict[str, Any] = {
-    "vocab_size": 320,
-    "n_embd": 64,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_NEO = {key: value for key, value in _BASE.items() if key not in ("num_hidden_layers", "num_attention_heads")}
-del _NEO["num_key_value_heads"]
-
 BEYOND_LLAMA: Mapping[str, dict[str, Any]] = {
     "gemma2": GEMMA2,
     "phi3": PHI3,
     "gpt2": GPT2,
     "cohere": COHERE,
     **EXPERTS,
-    "arcee": {**_BASE, "model_type": "arcee", "attention_bias": True, "mlp_bias": True},
-    "ernie4_5": {**_BASE, "model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
-    "exaone": {**_BASE, "model_type": "exaone", "num_hidden_layers": 2},
-    "gemma": {**_BASE, "model_type": "gemma", "head_dim": 32},
-    "glm": {**_BASE, "model_type": "glm", "head_dim": 16, "partial_rotary_factor": 0.5},
-    "glm4": {**_BASE, "model_type": "glm4", "head_dim": 16, "attention_bias": True},
-    "gpt_bigcode": {**_GPT, "model_type": "gpt_bigcode"},
-    "gpt_neo": {
-        **_NEO,
-        "model_type": "gpt_neo",
-        "num_layers": 4,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 2]],
-        "window_size": 24,
-    },
-    "gptj": {**_GPT, "model_type": "gptj", "rotary_dim": 8},
-    "helium": {**_BASE, "model_type": "helium", "head_dim": 16, "attention_bias": True},
-    "internlm3": {**_BASE, "model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
-    "iquestcoder": {**_BASE, "model_type": "iquestcoder", "head_dim": 32, "num_hidden_layers": 2},
-    "jais2": {**_BASE, "model_type": "jais2"},
-    "ministral": {
-        **_BASE,
-        "model_type": "ministral",
-        "head_dim": 32,
-        "sliding_window": 24,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "nemotron": {**_BASE, "model_type": "nemotron", "mlp_bias": True, "partial_rotary_factor": 0.5},
-    "phi": {**_BASE, "model_type": "phi", "qk_layernorm": True, "partial_rotary_factor": 0.5},
-    "seed_oss": {**_BASE, "model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True},
-    "stablelm": {**_BASE, "model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.5},
-    "starcoder2": {**_BASE, "model_type": "starcoder2", "sliding_window": 24},
+    **DENSE,
     **HYBRIDS,
 }
 

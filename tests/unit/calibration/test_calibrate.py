@@ -46,6 +46,7 @@ def test_maxima_of_the_first_layer_are_those_of_its_norm(tmp_path: Path, model: 
     statistics = collect_statistics(model, CONFIG, sequences, tmp_path / "work")
     embeddings, block = model.load("model.embed_tokens.weight"), load_block(model, CONFIG.blocks[0])
     entry, norm = statistics[Site(0, "qkv")], CONFIG.blocks[0].attention_norm
+    assert norm is not None
     for fold in range(NUM_FOLDS):
         ids = [token for sequence in sequences[fold::NUM_FOLDS] for token in sequence]
         expected = np.abs(normed(embeddings[ids], block.norms[norm.name], norm)).max(0)

@@ -48,7 +48,7 @@ def test_windows_follow_the_family_and_layer_types_win() -> None:
         ({"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "alpha": 2.0}}, "ntk"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "surprise": 3}}, "surprise"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_interleaved": True}, "rope_interleaved"),
@@ -160,8 +160,8 @@ def test_a_missing_number_of_key_value_heads_is_told_as_the_default_of_the_famil
 
 
 def test_yarn_keeps_fast_waves_and_stretches_slow_ones() -> None:
-    plain = parse_config(config_of("llama", head_dim=64, hidden_size=256)).rope
-    yarn = parse_config(config_of("llama", head_dim=64, hidden_size=256, rope_scaling=YARN)).rope
+    plain = parse_config(config_of("llama", head_dim=64, hidden_size=256)).rotaries[0].rope
+    yarn = parse_config(config_of("llama", head_dim=64, hidden_size=256, rope_scaling=YARN)).rotaries[0].rope
     assert plain is not None and yarn is not None
     ratio = inverse_frequencies(yarn, 64) / inverse_frequencies(plain, 64)
     assert ratio[0] == 1
@@ -173,8 +173,9 @@ def test_yarn_keeps_fast_waves_and_stretches_slow_ones() -> None:
 
 def test_two_sets_of_frequencies_are_chosen_between_once() -> None:
     config = parse_config(PHI3)
-    assert config.rope is not None and (config.rope.original_max_len, config.rope.factor) == (64, 4)
-    short, long = config.for_length(64).rope, config.for_length(65).rope
+    rope = config.rotaries[0].rope
+    assert (rope.original_max_len, rope.factor) == (64, 4)
+    short, long = (config.for_length(length).rotaries[0].rope for length in (64, 65))
     assert short is not None and long is not None
     ratio = inverse_frequencies(short, 8) / inverse_frequencies(long, 8)
     assert ratio == pytest.approx([2 / 1, 3 / 1.1, 4 / 1.2, 5 / 1.3])
@@ -209,8 +210,8 @@ def test_a_description_is_whole(raw: dict[str, Any]) -> None:
     for block in config.blocks:
         if block.has_attention:
             a = block.attention
-            assert a.o.shape == (64, a.num_heads * (a.latent.value_dim if a.latent else a.head_dim))
-            assert a.qkv.shape == (sum(a.split_sizes), 64)
+            assert a.o.shape == (config.hidden_size, a.num_heads * (a.latent.value_dim if a.latent else a.head_dim))
+            assert a.qkv.shape == (sum(a.split_sizes), config.hidden_size)
         else:
             assert block.mixer.linears[-1].num_outputs == 64 and block.mixer.states
         for linear in block.linears:

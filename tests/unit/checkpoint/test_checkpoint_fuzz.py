@@ -70,7 +70,7 @@ def test_any_value_of_any_config_field(variant: str, name: str, value: object) -
 @quick
 def test_any_value_of_any_rotary_setting(field: str, base: dict[str, Any], name: str, value: object) -> None:
     def read() -> None:
-        rope = parse_config(config_of("llama", **{field: {**base, name: value}})).rope
+        rope = parse_config(config_of("llama", **{field: {**base, name: value}})).rotaries[0].rope
         assert rope is not None and rope.kind in ("default", "linear", "llama3", "yarn", "longrope")
 
     assert_read_or_refused(read)

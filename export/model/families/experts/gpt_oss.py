@@ -42,7 +42,7 @@ def _style(raw: Raw, sizes: Sizes) -> Style:
             expert_bias=True,
             clamp=Clamp(limit=number(raw, "swiglu_limit", 7.0), alpha=number(raw, "swiglu_alpha", 1.702)),
         ),
-        windows=windows(raw, "alternating", sizes, _DEFAULTS),
+        windows=windows(raw, "patterned", sizes, _DEFAULTS, pattern=2),
     )
 
 
