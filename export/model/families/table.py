@@ -20,7 +20,9 @@ from export.model.families.experts.ernie import ERNIE4_5_MOE
 from export.model.families.experts.glm import GLM4_MOE
 from export.model.families.experts.gpt_oss import GPT_OSS
 from export.model.families.experts.granite import GRANITEMOE, GRANITEMOESHARED
+from export.model.families.experts.hunyuan import HUNYUAN_V1_MOE
 from export.model.families.experts.mixtral import MIXTRAL
+from export.model.families.experts.olmoe import OLMOE
 from export.model.families.experts.phimoe import PHIMOE
 from export.model.families.experts.qwen import QWEN2_MOE, QWEN3_MOE
 from export.model.families.gpt.gpt2 import GPT2
@@ -68,6 +70,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitemoeshared": GRANITEMOESHARED,
         "helium": HELIUM,
         "hunyuan_v1_dense": HUNYUAN_V1_DENSE,
+        "hunyuan_v1_moe": HUNYUAN_V1_MOE,
         "hyperclovax": HYPERCLOVAX,
         "internlm2": INTERNLM2,
         "internlm3": INTERNLM3,
@@ -85,6 +88,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo": OLMO,
         "olmo2": OLMO2,
         "olmo3": OLMO3,
+        "olmoe": OLMOE,
         "opt": OPT,
         "phi": PHI,
         "phi3": PHI3,

@@ -153,8 +153,25 @@ GRANITEMOE = {
     "attention_multiplier": 0.3,
 }
 GRANITEMOESHARED = {**GRANITEMOE, "model_type": "granitemoeshared", "shared_intermediate_size": 128}
+OLMOE = {
+    **BASE,
+    "model_type": "olmoe",
+    "intermediate_size": 64,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "attention_bias": True,
+}
+HUNYUAN_V1_MOE = {
+    **BASE,
+    "model_type": "hunyuan_v1_moe",
+    "head_dim": 16,
+    "num_experts": 4,
+    "moe_topk": 2,
+    "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0},
+}
 _EVERY = (
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, ERNIE4_5_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3,
-    GRANITEMOE, GRANITEMOESHARED
+    GRANITEMOE, GRANITEMOESHARED, OLMOE,
+    HUNYUAN_V1_MOE
 )  # fmt: skip
 EXPERTS: Mapping[str, dict[str, Any]] = {str(raw["model_type"]): raw for raw in _EVERY}
