@@ -18,6 +18,7 @@ from export.checkpoint.view import PrefixedView
 from export.model.description import Activation, ModelConfig, Rotary
 from export.model.families.config_values import flag, integer, number, token_ids
 from export.model.families.layout import describe
+from export.model.families.refused import REFUSED
 from export.model.families.row import Architecture, Sizes
 from export.model.families.table import ARCHITECTURES
 from export.model.families.window_ropes import ropes_of
@@ -151,6 +152,8 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
     """The row of model_type. UnsupportedModel if `architectures` or `auto_map` name another kind of class."""
     model_type = raw.get("model_type")
     arch = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if arch is None and isinstance(model_type, str) and model_type in REFUSED:
+        raise UnsupportedModel(f"config.json: model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if arch is None:
         found = f"model_type {shown(model_type)} is not supported" if "model_type" in raw else "there is no model_type"
         raise UnsupportedModel(f"config.json: {found}; supported: {', '.join(sorted(ARCHITECTURES))}")

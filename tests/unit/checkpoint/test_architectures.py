@@ -1,6 +1,7 @@
 """config.json to ModelConfig: what is read, and what is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 from export.model.checks.model_reading import read_model
 from export.model.description import Experts
 from export.model.families.architectures import as_described, parse_config
+from export.model.families.refused import REFUSED
 from export.model.families.table import ARCHITECTURES
 from export.model.reference.forward import run_reference
 from export.model.rope import attention_factor, inverse_frequencies
@@ -201,6 +203,13 @@ def test_two_sets_of_frequencies_are_chosen_between_once() -> None:
 def test_each_family_refuses_what_it_cannot_honour(raw: dict[str, Any], changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=named):
         parse_config({**raw, **changes})
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_family_without_a_row_is_refused_with_the_reason(model_type: str) -> None:
+    assert model_type not in ARCHITECTURES
+    with pytest.raises(UnsupportedModel, match=re.escape(f"{model_type!r} is not supported: {REFUSED[model_type]}")):
+        parse_config({"model_type": model_type})
 
 
 @pytest.mark.parametrize("raw", BEYOND_LLAMA.values(), ids=BEYOND_LLAMA)
