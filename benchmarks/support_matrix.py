@@ -134,11 +134,14 @@ def _found(source: Path, precision: str, usable: Sequence[str]) -> Iterator[tupl
     out = source.with_name("artifact")
     names = ("ort", "native", "trt") if is_built() else ("ort", "trt")
     dialects = [name for name in names if SCHEMES[precision].storage_of(name) is not None]
+    devices = [name for name in usable if DIALECT_OF[name] in dialects]
+    yield from (("tried", device) for device in devices)
+    if parse_config(json.loads((source / "config.json").read_text())).attention.alibi:  # which native refuses
+        dialects = [name for name in dialects if name != "native"]
+        devices = [name for name in devices if DIALECT_OF[name] in dialects]
     options = ["--precision", precision, "--dialect", ",".join(dialects), "--out", str(out), "--force", "--replace"]
     if SCHEMES[precision].calibration is not None:
         options += ["--calibration-samples", "8", "--calibration-length", "48", "--ignore-memory"]
-    devices = [name for name in usable if DIALECT_OF[name] in dialects]
-    yield from (("tried", device) for device in devices)
     if headrace.main(["export", str(source), *options]):
         return
     figures = open_artifact(out, allow_failed=True).receipt["figures"]
