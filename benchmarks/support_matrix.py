@@ -64,7 +64,7 @@ def cell(facts: Mapping[str, Sequence[str]], precision: str, device: str) -> str
 
 
 def table(record: Mapping[str, Facts]) -> str:
-    """The table in Markdown. Families, and precisions of a family, with the same cells share a row."""
+    """The table in Markdown. Families with the same cells share their rows, precisions with the same cells a row."""
     groups: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}
     for family in ARCHITECTURES:
         rows: dict[tuple[str, ...], list[str]] = {}
@@ -76,7 +76,8 @@ def table(record: Mapping[str, Facts]) -> str:
     head = ["family", "precision", *(f"`{device}`" for device in DIALECT_OF)]
     lines = [head, ["---"] * len(head)]
     for rows_of_group, families in groups.items():
-        lines += [[", ".join(families), precisions, *cells] for precisions, cells in rows_of_group]
+        names = [", ".join(families), *[""] * (len(rows_of_group) - 1)]
+        lines += [[name, precisions, *cells] for name, (precisions, cells) in zip(names, rows_of_group, strict=True)]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", LEGEND])
 
 
@@ -134,16 +135,15 @@ def _found(source: Path, precision: str, usable: Sequence[str]) -> Iterator[tupl
     out = source.with_name("artifact")
     names = ("ort", "native", "trt") if is_built() else ("ort", "trt")
     dialects = [name for name in names if SCHEMES[precision].storage_of(name) is not None]
-    devices = [name for name in usable if DIALECT_OF[name] in dialects]
-    yield from (("tried", device) for device in devices)
-    if parse_config(json.loads((source / "config.json").read_text())).attention.alibi:  # which native refuses
-        dialects = [name for name in dialects if name != "native"]
-        devices = [name for name in devices if DIALECT_OF[name] in dialects]
-    options = ["--precision", precision, "--dialect", ",".join(dialects), "--out", str(out), "--force", "--replace"]
+    options = ["--precision", precision, "--out", str(out), "--force", "--replace"]
     if SCHEMES[precision].calibration is not None:
         options += ["--calibration-samples", "8", "--calibration-length", "48", "--ignore-memory"]
-    if headrace.main(["export", str(source), *options]):
-        return
+    devices = [name for name in usable if DIALECT_OF[name] in dialects]
+    yield from (("tried", device) for device in devices)
+    if headrace.main(["export", str(source), "--dialect", ",".join(dialects), *options]):
+        dialects = [name for name in dialects if name != "native"]  # the one that may lack an operation
+        if headrace.main(["export", str(source), "--dialect", ",".join(dialects), *options]):
+            return
     figures = open_artifact(out, allow_failed=True).receipt["figures"]
     for dialect in dialects:
         if figures["kl" if dialect == "ort" else f"{dialect}.kl"] < MAX_KL:
