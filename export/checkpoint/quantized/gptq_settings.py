@@ -166,8 +166,9 @@ def _refuse_activations(raw: Mapping[str, Any]) -> None:
     for key in ("super_bits", "super_group_size"):
         if raw.get(key):
             raise unsupported(f"auto-round with {key} {shown(raw[key])}")
-    if (raw.get("act_bits") or 16) < 16:
-        raise unsupported(f"auto-round with act_bits {shown(raw['act_bits'])}")
+    act_bits = raw.get("act_bits") or 16
+    if not isinstance(act_bits, int) or act_bits < 16:
+        raise unsupported(f"auto-round with act_bits {shown(act_bits)}")
 
 
 def _changes(raw: Mapping[str, Any], key: str) -> Mapping[str, Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 #include "draw.h"
 
 #include <cmath>
-#include <vector>
+#include <cstdlib>
 
 #include "../attention/softmax_math.h"
 #include "../vec.h"
@@ -93,22 +93,39 @@ double sum_before(const Draw& draw, const Blocks& blocks, const Weight& weight, 
   return double(sum(higher)) + double(num_equal) * double(weight(limit)[0]);
 }
 
+// Memory of a thread, kept between calls. No std::vector: its functions would be shared by the variants.
+struct Sums {
+  double* memory = nullptr;
+  int64_t capacity = 0;
+
+  double* of(int64_t count) {
+    if (count > capacity) {
+      std::free(memory);
+      memory = static_cast<double*>(std::malloc(size_t(count) * sizeof(double)));
+      capacity = memory == nullptr ? 0 : count;
+    }
+    return memory;
+  }
+  ~Sums() { std::free(memory); }
+};
+
 int64_t draw(const Draw& draw) {
   const Blocks blocks(draw);
   const float highest = highest_of(blocks);
   if (!std::isfinite(highest)) return NOT_FINITE;
   const Weight weight = {splat(highest), splat(draw.inverse_temperature * LOG2_E)};
-  thread_local std::vector<double> sums;
-  sums.resize(size_t(blocks.count));
+  thread_local Sums scratch;
+  double* sums = scratch.of(blocks.count);
+  if (sums == nullptr) return NO_MEMORY;
   double total = 0;
   for (int64_t block = 0; block < blocks.count; ++block) {
     Vec added = {};
     for (int64_t i = 0; i < BLOCK; i += WIDTH) added += weight(load(blocks[block] + i));
-    sums[size_t(block)] = sum(added);
-    total += sums[size_t(block)];
+    sums[block] = sum(added);
+    total += sums[block];
   }
   double target = draw.uniform * total;
-  const int64_t block = pass_of(sums.data(), blocks.count, target);
+  const int64_t block = pass_of(sums, blocks.count, target);
   float weights[BLOCK];
   for (int64_t i = 0; i < BLOCK; i += WIDTH) store(weights + i, weight(load(blocks[block] + i)));
   const int64_t within = pass_of(weights, BLOCK, target), token = block * BLOCK + within;

@@ -20,6 +20,7 @@ struct Draw {
 // Instead of a token.
 constexpr int64_t DROPPED = -1;     // top-p or min-p leave the token out
 constexpr int64_t NOT_FINITE = -2;  // there is a NaN, or the highest logit is infinite
+constexpr int64_t NO_MEMORY = -3;
 
 struct DrawKernels {
   int64_t (*draw)(const Draw&);
