@@ -4,7 +4,7 @@ usage: python -m benchmarks.support_matrix [--run] [--family llama,gpt2]
 
 Prints the table from benchmarks/support_matrix.json. With --run it first exports a tiny random model of each family in
 each precision, builds a TensorRT plan of it, runs it on every device that works here, and updates the file. What was
-recorded of devices that do not work here stays. 3 minutes on two cores.
+recorded of devices that do not work here stays. Half a minute for each family on two cores.
 """
 
 import argparse
