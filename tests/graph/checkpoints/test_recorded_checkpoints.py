@@ -28,6 +28,7 @@ from tests.support.tiny.recorded.record import HERE, IDS
 
 FOLDERS = [path.parent for path in HERE.glob("*/*/expected.safetensors") if path.parent.parent.name != "peft"]
 CASES = sorted(f"{folder.parent.name}/{folder.name}" for folder in FOLDERS)
+assert len(CASES) >= 30, "the recorded checkpoints are missing: nothing would be tested"
 
 
 def logits_of(directory: Path) -> NDArray[np.float32]:
